@@ -1,0 +1,1 @@
+"""Everything that knows Ray, storage or the command line."""

@@ -1,0 +1,96 @@
+"""What all commands share: exit codes, one-line errors, common options."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from nsnet.errors import NsnetError
+from nsnet.images import DecodeLimits
+
+EXIT_TOO_MANY_FAILED = 3
+"""Finished and published, but more images failed than allowed."""
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Run a command as the program: an expected error is one line on stderr and its exit code, never a traceback."""
+    quiet_libraries()
+    try:
+        sys.exit(command.main(prog_name=name, standalone_mode=False) or 0)
+    except NsnetError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped; the same command continues", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def say(message: str) -> None:
+    """A line for the person who runs the command, on stderr: stdout is for results."""
+    click.echo(message, err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' chatter off the console: what matters is in our own lines, warnings of ours still show."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("open_clip", "httpx", "huggingface_hub", "botocore", "aiobotocore", "s3fs"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # open_clip says on the root logger that a model starts from random weights: here that is a recipe's choice
+    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class ShareType(click.ParamType):
+    """A share as `1%` or `0.01`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is no share such as 1% or 0.01", param, ctx)
+        if not 0.0 <= share <= 1.0:
+            self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
+        return share
+
+
+def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+address_option = click.option(
+    "--address", default=None, help="Ray cluster to use; default: the one this runs in, else an embedded one."
+)
+
+weights_options = _stack(
+    click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's."),
+    click.option("--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."),
+)
+
+limit_options = _stack(
+    click.option("--max-bytes", type=int, default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
+    click.option("--max-pixels", type=int, default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in pixels."),
+    click.option("--max-seconds", type=float, default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in seconds."),
+)  # fmt: skip
+
+
+def limits_from(options: dict[str, Any]) -> DecodeLimits:
+    """Take the limit options out of a command's keyword arguments."""
+    names = ("max_bytes", "max_pixels", "max_seconds")
+    return DecodeLimits(**{name: options.pop(name) for name in names})

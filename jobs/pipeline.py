@@ -1,0 +1,92 @@
+"""The stream of pictures through Ray Data: manifest → decoding tasks → captioning actors → further actors → Parquet."""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from jobs import progress, schema, storage
+from jobs.plan import Plan
+from jobs.resources import Shares, cluster_shares
+from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
+from nsnet.captions import CaptionerConfig
+from nsnet.preparation import PreparationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A pipeline under construction: its dataset, and what its stages share."""
+
+    dataset: Dataset
+    shares: Shares
+    models: Models
+    batch_size: int
+    report: StageReport
+    board: Any
+    """The progress board; it lives as long as somebody holds it."""
+
+    def through(self, actor: Any, actors: int, *arguments: Any) -> "Stream":
+        """Append a stage of actors, which take blocks as Arrow tables."""
+        dataset = self.dataset.map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            batch_format="pyarrow",
+            batch_size=None,
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=self.shares.actor_cpus,
+            num_gpus=self.shares.actor_gpus,
+        )
+        return Stream(**{**vars(self), "dataset": dataset})
+
+    def write(self, folder: str, title: str, total: int, stages: tuple[str, ...]) -> None:
+        """Run the pipeline into Parquet files, showing its progress."""
+        system, path = storage.arrow_filesystem(folder)
+        with progress.watch(self.board, title, total, stages):
+            self.dataset.write_parquet(
+                path, filesystem=system, ray_remote_args={"num_cpus": self.shares.light_task_cpus}
+            )
+
+
+def captioned(
+    plan: Plan,
+    preparation: PreparationConfig,
+    captioner: CaptionerConfig,
+    models: Models,
+    *,
+    keep: pa.Schema,
+    batch_size: int,
+) -> Stream:
+    """The pipeline up to the captions. `keep`: columns after captioning, thumbnails are dropped there."""
+    shares = cluster_shares()
+    on_gpu = shares.actor_gpus > 0
+    models = Models(**{**vars(models), "device": "cuda" if on_gpu else "cpu", "threads": shares.threads})
+    board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
+    board = progress.Board.options(name=board_name).remote()
+    report = StageReport(board_name=board_name)
+    system, path = storage.arrow_filesystem(plan.uri)
+    manifest = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.light_task_cpus)
+    with_thumbnail = keep.append(pa.field("thumbnail", pa.binary()))
+    dataset = manifest.repartition(target_num_rows_per_block=ROWS_PER_BLOCK).map_batches(
+        Prepare(config=preparation, schema=with_thumbnail, report=report),
+        batch_format="pyarrow",
+        batch_size=ROWS_PER_BLOCK,
+        zero_copy_batch=True,
+        compute=TaskPoolStrategy(),
+        num_cpus=shares.task_cpus,
+    )
+    stream = Stream(dataset=dataset, shares=shares, models=models, batch_size=batch_size, report=report, board=board)
+    return stream.through(Caption, shares.captioners, models, captioner, keep, batch_size, report)
+
+
+def with_pixels(columns: list[pa.Field], pixels: str) -> pa.Schema:
+    """A schema of light columns and one of pixels."""
+    return pa.schema([*columns, pa.field(pixels, pa.binary())])
+
+
+SCORING_COLUMNS = with_pixels([*schema.SOURCE, *schema.PICTURE, *schema.OUTCOME, *schema.LABELS], "mosaic")
+"""What a row carries from captioning to scoring."""

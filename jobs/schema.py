@@ -1,0 +1,73 @@
+"""Arrow schemas of what is planned, exchanged and published."""
+
+from typing import Final
+
+import pyarrow as pa
+
+MANIFEST: Final = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # hash of URI and version
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("container", pa.string()),  # file that holds the picture, where it is not the URI itself
+        pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
+        pa.field("label", pa.int8()),  # 0 real, 1 fake
+        pa.field("generator", pa.string()),
+        pa.field("split", pa.string()),
+    ]
+)
+"""What is to be done: one row per picture."""
+
+OUTCOME: Final = [
+    pa.field("status", pa.string(), nullable=False),  # scored, failed
+    pa.field("error_stage", pa.string()),  # fetch, decode, caption, score
+    pa.field("error_class", pa.string()),
+    pa.field("error_message", pa.string()),
+]
+
+PICTURE: Final = [
+    pa.field("width", pa.int32()),  # pixels, after the EXIF orientation
+    pa.field("height", pa.int32()),
+    pa.field("format", pa.string()),
+    pa.field("frames", pa.int32()),  # of which the first is judged
+    pa.field("content_hash", pa.string()),  # SHA-256 of the file
+    pa.field("caption", pa.string()),
+]
+
+SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
+LABELS: Final = [MANIFEST.field(name) for name in ("label", "generator")]
+
+VERDICTS: Final = pa.schema(
+    [
+        *SOURCE,
+        *PICTURE,
+        pa.field("logit", pa.float64()),
+        pa.field("prob_fake", pa.float64()),
+        pa.field("verdict", pa.string()),  # real, fake, uncertain; null for a failed row
+        pa.field("threshold", pa.float64()),
+        pa.field("residual_energy", pa.float64()),
+        *OUTCOME,
+        pa.field("detector_id", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        *LABELS,
+    ]
+)
+"""Published verdicts: one row per planned picture."""
+
+CAPTIONS: Final = pa.schema(
+    [
+        *SOURCE,
+        *PICTURE,
+        *OUTCOME,
+        pa.field("captioner", pa.string(), nullable=False),
+        *LABELS,
+    ]
+)
+"""What `nsnet caption` writes."""
+
+
+def text_features() -> pa.Field:
+    """Caption features (D) of a training example."""
+    return pa.field("text_features", pa.list_(pa.float32()))

@@ -1,0 +1,190 @@
+"""A source to manifest rows: a folder or `s3://` prefix, a Parquet manifest, image Parquet, WebDataset tars.
+
+Labels come from `0_real|1_fake`, `nature|ai`, `real|fake` folders (generator = the folder above) or from `label` and
+`generator` columns. What a listing leaves out is counted by reason, never silent.
+"""
+
+import hashlib
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+import pyarrow.parquet as pq
+
+from jobs import storage
+from nsnet.errors import SourceError
+
+LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1}
+LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
+SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+OTHER_KINDS: Final = frozenset(
+    ".7z .arrow .avi .bin .bz2 .cfg .ckpt .css .csv .db .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini .ipynb "
+    ".js .json .jsonl .lock .log .md .mkv .mov .mp3 .mp4 .npy .npz .ogg .parquet .pdf .pickle .pkl .ppt .pptx .pt .pth .py "
+    ".rar .rst .rtf .safetensors .sh .sha256 .so .sqlite .svg .tar .tgz .toml .tsv .txt .wav .webm .xls .xlsx .xml .xz "
+    ".yaml .yml .zip .zst"
+    .split()
+)  # fmt: skip
+"""Endings of files that are certainly no raster picture. Any other name, known or not, is tried by its content."""
+
+
+def image_id(uri: str, etag: str) -> str:
+    """Identity of a version of an object: 32 hexadecimal digits of SHA-256 over URI and version."""
+    return hashlib.sha256(f"{uri}\0{etag}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def labels_from_path(relative: str, root: str = "") -> tuple[int | None, str | None, str | None]:
+    """(label, generator, split) that the folders of a path below the source say, each None where they say nothing."""
+    folders = PurePosixPath(relative).parts[:-1]
+    split = next((SPLIT_FOLDERS[part.lower()] for part in folders if part.lower() in SPLIT_FOLDERS), None)
+    at = next((i for i in range(len(folders) - 1, -1, -1) if folders[i].lower() in LABEL_FOLDERS), None)
+    if at is None:
+        return None, None, split
+    above = [part for part in folders[:at] if part.lower() not in SPLIT_FOLDERS]
+    return LABEL_FOLDERS[folders[at].lower()], above[-1] if above else (root or None), split
+
+
+class Source:
+    """A stream of manifest rows, and what was left out of it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+        self.left_out: Counter[str] = Counter()
+        """Reason -> number of objects that are no pictures."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Manifest rows (`schema.MANIFEST`). Raises `SourceError` when there is no such source."""
+        uri = self.uri
+        storage.reachable(uri)
+        lowered = uri.lower()
+        if lowered.endswith((".parquet", ".tar")):
+            if not storage.exists(uri):
+                raise SourceError(f"there is no source {uri}")
+            yield from self._parquet(uri) if lowered.endswith(".parquet") else self._tar(storage.describe(uri))
+            return
+        if not storage.is_folder(uri):
+            raise SourceError(f"there is no folder or prefix {uri}" + (" (a single file?)" if storage.exists(uri) else ""))
+        yield from self._folder(uri)
+
+    def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
+        prefix = uri.rstrip("/") + "/"
+        root = PurePosixPath(uri).name
+        for entry in storage.list_files(uri):
+            relative = entry.uri.removeprefix(prefix)
+            name = PurePosixPath(relative).name
+            ending = PurePosixPath(name).suffix.lower()
+            if ending == ".tar":
+                yield from self._tar(entry)
+            elif ending == ".parquet":
+                yield from self._parquet(entry.uri)
+            elif name.startswith("."):
+                self.left_out["hidden file"] += 1
+            elif ending in OTHER_KINDS:
+                self.left_out[f"{ending} is no picture"] += 1
+            elif entry.size_bytes == 0 and not ending:
+                self.left_out["empty marker object"] += 1
+            else:
+                label, generator, split = labels_from_path(relative, root)
+                yield _row(entry.uri, entry.etag, entry.size_bytes, label=label, generator=generator, split=split)
+
+    def _tar(self, entry: storage.Entry) -> Iterator[dict[str, Any]]:
+        """Members of an uncompressed WebDataset tar; `x.cls` or `x.json` beside `x.jpg` may hold the label."""
+        system, path = storage.filesystem(entry.uri)
+        labels: dict[str, int | None] = {}
+        members: list[tuple[str, int, int]] = []
+        try:
+            with system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    ending = PurePosixPath(member.name).suffix.lower()
+                    if not member.isfile():
+                        continue
+                    if ending == ".cls" and member.size < 64:
+                        content = tar.extractfile(member)
+                        labels[_stem(member.name)] = _label(content.read().decode().strip()) if content else None
+                    elif ending in OTHER_KINDS or ending == ".cls":
+                        self.left_out[f"{ending} is no picture"] += 1
+                    else:
+                        members.append((member.name, member.offset_data, member.size))
+        except (tarfile.TarError, UnicodeDecodeError) as error:
+            raise SourceError(f"{entry.uri} is no uncompressed tar: {error}") from error
+        for name, offset, size in members:
+            from_path, generator, split = labels_from_path(name)
+            label = labels.get(_stem(name), from_path)
+            yield _row(
+                f"{entry.uri}#{name}", entry.etag, size,
+                container=entry.uri, position=offset, label=label, generator=generator, split=split,
+            )  # fmt: skip
+
+    def _parquet(self, uri: str) -> Iterator[dict[str, Any]]:
+        """A manifest (`uri` column) or image Parquet (`bytes` column); `label`, `generator`, `split`, `etag` optional."""
+        system, path = storage.arrow_filesystem(uri)
+        try:
+            file = pq.ParquetFile(path, filesystem=system)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{uri} is no Parquet file: {error}") from error
+        columns = set(file.schema_arrow.names)
+        if not columns & {"uri", "bytes"}:
+            raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
+        stored = "bytes" in columns
+        etag = storage.describe(uri).etag if stored else ""
+        wanted = sorted(columns & {"uri", "etag", "size_bytes", "label", "generator", "split"})
+        position = 0
+        for batch in file.iter_batches(batch_size=8192, columns=wanted):
+            for values in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
+                name = values.get("uri")
+                labels = {
+                    "label": _label(values.get("label")),
+                    "generator": values.get("generator"),
+                    "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
+                }
+                if stored:
+                    row_uri = f"{uri}#{position}" if name is None else str(name)
+                    yield _row(row_uri, f"{etag}-{position}", None, container=uri, position=position, **labels)
+                elif name is None:
+                    raise SourceError(f"{uri}: row {position} has no uri")
+                else:
+                    yield _row(
+                        storage.absolute(str(name)), values.get("etag") or "", values.get("size_bytes"), **labels
+                    )
+                position += 1
+
+
+def fetch(row: dict[str, Any], max_bytes: int) -> bytes:
+    """The bytes of a manifest row's picture; at most one byte more than allowed, so that the caller sees the excess."""
+    container, position, size = row["container"], row["position"], row["size_bytes"]
+    if container is None:
+        return storage.read_bytes(row["uri"], 0, max_bytes + 1)
+    if container.lower().endswith(".tar"):
+        return storage.read_bytes(container, position, min(size, max_bytes + 1))
+    system, path = storage.arrow_filesystem(container)
+    file = pq.ParquetFile(path, filesystem=system)
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if position < rows:
+            value = file.read_row_group(group, columns=["bytes"]).column(0)[position].as_py()
+            return bytes(value or b"")[: max_bytes + 1]
+        position -= rows
+    raise FileNotFoundError(f"{container} has no row {row['position']}")
+
+
+def _row(uri: str, etag: str, size_bytes: int | None, **values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(("container", "position", "label", "generator", "split"))
+    return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
+
+
+def _label(value: Any) -> int | None:
+    """0, 1, real, fake (also as text) or nothing; anything else is an error, not a guess."""
+    if value is None or value == "":
+        return None
+    label = LABEL_NAMES.get(str(int(value) if isinstance(value, float | bool) else value).strip().lower())
+    if label is None:
+        raise SourceError(f"label {value!r} is neither 0/real nor 1/fake")
+    return label
+
+
+def _stem(name: str) -> str:
+    """The WebDataset key: the name up to the first dot of its last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"

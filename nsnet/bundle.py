@@ -1,0 +1,147 @@
+"""A trained detector on disk: a folder of JSON, safetensors and a model card. Nothing in it is ever unpickled.
+
+    detector.json            version, configuration, calibration, training record, SHA-256 of every other file
+    MODEL_CARD.md
+    network.safetensors      mapper, head, semantic basis
+    lora/                    the adapters in peft's format
+    clip/                    CLIP in open_clip's format, only where it has no public source or was trained itself
+    captioner/               BLIP in transformers' format, only where it has no public source
+
+`detector.json` is written last: a folder without it is no bundle.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nsnet.errors import BundleError
+
+FORMAT_VERSION: Final = 1
+DESCRIPTION: Final = "detector.json"
+CARD: Final = "MODEL_CARD.md"
+NETWORK: Final = "network.safetensors"
+LORA: Final = "lora"
+CLIP: Final = "clip"
+CAPTIONER: Final = "captioner"
+
+SUFFIXES: Final = {".json", ".safetensors", ".md", ".txt"}
+"""What a bundle may hold; pickled weights, for one, have no place in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The content of `detector.json`."""
+
+    detector_id: str
+    """First 16 hexadecimal digits of the SHA-256 over configuration, calibration and all weights."""
+    config: dict[str, Any]
+    calibration: dict[str, Any]
+    training: dict[str, Any]
+    """Data, split, settings and validation numbers; {} for an untrained detector."""
+    clip_digest: str
+    """`Clip.digest` of the base weights, so that others are not taken for them."""
+    files: dict[str, str]
+    """Path in the bundle -> SHA-256."""
+
+
+def seal(
+    folder: Path, *, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any], clip_digest: str
+) -> Description:
+    """Write the model card and, last, `detector.json` over the files that lie in the folder."""
+    files = {
+        path.relative_to(folder).as_posix(): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (DESCRIPTION, CARD)
+    }
+    strange = [name for name in files if Path(name).suffix not in SUFFIXES]
+    if strange:
+        raise BundleError(f"a bundle holds only {', '.join(sorted(SUFFIXES))} files, found {', '.join(strange)}")
+    identity = json.dumps([config, calibration, clip_digest, _weights(files)], sort_keys=True).encode()
+    description = Description(
+        detector_id=hashlib.sha256(identity).hexdigest()[:16],
+        config=config,
+        calibration=calibration,
+        training=training,
+        clip_digest=clip_digest,
+        files=files,
+    )
+    (folder / CARD).write_text(model_card(description))
+    partial = folder / f".{DESCRIPTION}.partial"
+    partial.write_text(json.dumps({"format_version": FORMAT_VERSION, **vars(description)}, indent=2) + "\n")
+    os.replace(partial, folder / DESCRIPTION)
+    return description
+
+
+def read(folder: Path) -> Description:
+    """Read and verify a bundle. Raises `BundleError`: missing, of another version, or damaged, and in which file."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format_version")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} is a bundle of format version {version!r}; this release reads version {FORMAT_VERSION}: train "
+            "again, or use the release that wrote it"
+        )
+    try:
+        description = Description(**values)
+        files = dict(description.files)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{path} is damaged: {error}") from error
+    root = folder.resolve()
+    for name, expected in files.items():
+        member = (folder / name).resolve()
+        if not member.is_relative_to(root) or member.suffix not in SUFFIXES:
+            raise BundleError(f"{path} names {name!r}, which does not belong in a bundle")
+        if not member.is_file():
+            raise BundleError(f"the bundle {folder} is damaged: {name} is missing")
+        if _sha256(member) != expected:
+            raise BundleError(f"the bundle {folder} is damaged: the SHA-256 of {name} is not the one that was recorded")
+    identity = [description.config, description.calibration, description.clip_digest, _weights(files)]
+    if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] != description.detector_id:
+        raise BundleError(f"the bundle {folder} is damaged: {DESCRIPTION} was changed after it was written")
+    return description
+
+
+def model_card(description: Description) -> str:
+    """The model card, in Markdown."""
+    clip, captioner = description.config["clip"], description.config["captioner"]
+    training = json.dumps(description.training, indent=2, ensure_ascii=False)
+    random_weights = clip["pretrained"] is None
+    return f"""# AI-generated image detector `{description.detector_id}`
+
+Advanced NS-Net: null-space projection of CLIP image features by mapped captions (after arXiv 2508.01248).
+
+| part | |
+|---|---|
+| image and text towers | {clip["model"]}, weights {clip["pretrained"] or "trained from seeded random ones"} |
+| captioner | {captioner["model"] or "tiny BLIP with random weights: its captions mean nothing"} |
+| temperature, threshold | {description.calibration["temperature"]:.4g}, {description.calibration["threshold"]:.4g} \
+(fitted on {description.calibration["fitted_on"]} validation images) |
+
+## Limits
+{"This detector was trained from random weights. It knows the artefacts of its training pictures, nothing more." if random_weights else "Generators that were not in the training data are found less often than the numbers below suggest."}
+A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it alone.
+
+## Training
+```json
+{training}
+```
+"""
+
+
+def _weights(files: dict[str, str]) -> list[list[str]]:
+    """The files that decide a verdict; peft's and transformers' JSON may carry dates and versions."""
+    return [[name, digest] for name, digest in sorted(files.items()) if name.endswith((".safetensors", ".txt"))]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

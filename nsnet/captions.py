@@ -1,0 +1,205 @@
+"""Captions by BLIP (arXiv 2201.12086) through transformers: unconditional, batched, greedy.
+
+Dimensions: B images, S thumbnail side in pixels.
+
+The captioner sees pixels only: file names and paths never reach a model.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nsnet.errors import ConfigError, WeightsError
+
+PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b"}
+"""Hub repository -> commit."""
+
+NEEDED_FILES: Final = ("config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerConfig:
+    """Which captioner, and how it is asked."""
+
+    model: str | None = "Salesforce/blip-image-captioning-base"
+    """Hub repository of a BLIP model in transformers' format; None: a tiny BLIP with seeded random weights."""
+    revision: str | None = None
+    """Commit of the repository; None: the pinned one."""
+    max_new_tokens: int = 40
+    """Longest caption, in tokens."""
+    seed: int = 0
+    """Seed of the tiny BLIP's weights."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path | None:
+    """The transformers folder to load from: as given, or the hub's; None: the tiny BLIP. Nothing is loaded yet.
+
+    Raises `WeightsError` with the command that fetches what is missing.
+    """
+    if folder is not None:
+        missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+        if missing:
+            raise WeightsError(f"--captioner {folder} is no transformers BLIP folder: {', '.join(missing)} missing")
+        return folder
+    if config.model is None:
+        return None
+    import huggingface_hub  # slow to import, and needed only for weights by name
+
+    revision = config.revision or PINNED_REVISIONS.get(config.model)
+    # at the pinned commit the weights are a .bin: transformers opens it with weights_only=True
+    patterns = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
+    try:
+        found = Path(
+            huggingface_hub.snapshot_download(
+                config.model, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+        )
+        if any(found.glob("*.safetensors")) or (found / "pytorch_model.bin").is_file():
+            return found
+    except OSError:
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(config.model, revision=revision, allow_patterns=patterns))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        pin = f" --revision {revision}" if revision else ""
+        raise WeightsError(
+            f"the captioner {config.model} is not in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}); on a machine with access run: hf download {config.model}{pin} and copy its cache "
+            "here, or pass --captioner with a transformers folder"
+        ) from error
+
+
+class Captioner:
+    """A BLIP captioner on one device; build it with `load`."""
+
+    def __init__(self, folder: Path, config: CaptionerConfig, device: str = "cpu") -> None:
+        """Load from a transformers folder. Raises `WeightsError` when it does not hold a whole BLIP."""
+        from transformers import AutoTokenizer, BlipForConditionalGeneration  # seconds to import
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # a bar per model load would bury the job's own progress
+        self.config = config
+        self.device = torch.device(device)
+        self.thumbnail_px = thumbnail_px(folder)
+        try:
+            preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
+            model, report = BlipForConditionalGeneration.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise WeightsError(f"no BLIP could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+        if report["missing_keys"]:
+            raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")
+        self.model = model.to(self.device).eval()
+        self.mean = torch.tensor(preprocessing["image_mean"], device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(preprocessing["image_std"], device=self.device).view(1, 3, 1, 1)
+
+    @classmethod
+    def load(cls, config: CaptionerConfig, folder: Path | None = None, device: str = "cpu") -> Self:
+        """Load the configured captioner; `folder` replaces the hub's."""
+        found = find_captioner(config, folder)
+        if found is not None:
+            return cls(found, config, device)
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as scratch:
+            save_tiny_captioner(Path(scratch), config.seed)
+            return cls(Path(scratch), config, device)
+
+    @torch.inference_mode()
+    def caption(self, thumbnails: npt.NDArray[np.uint8]) -> list[str | None]:
+        """Captions of thumbnails (B, S, S, 3) uint8, S = `thumbnail_px`; None where the model gave no word."""
+        if thumbnails.ndim != 4 or thumbnails.shape[1:] != (self.thumbnail_px, self.thumbnail_px, 3):
+            raise ValueError(
+                f"thumbnails must be (B, {self.thumbnail_px}, {self.thumbnail_px}, 3), got {thumbnails.shape}"
+            )
+        pixels = torch.from_numpy(thumbnails).to(self.device).permute(0, 3, 1, 2).float() / 255.0
+        tokens = self.model.generate(
+            (pixels - self.mean) / self.std, max_new_tokens=self.config.max_new_tokens, do_sample=False, num_beams=1
+        )
+        texts = cast(Sequence[str], self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        return [" ".join(text.split()) or None for text in texts]
+
+    def save(self, folder: Path) -> None:
+        """Write the captioner as a transformers folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        size = {"height": self.thumbnail_px, "width": self.thumbnail_px}
+        _write_preprocessing(folder, size, self.mean.flatten().tolist(), self.std.flatten().tolist())
+
+
+def thumbnail_px(folder: Path | None) -> int:
+    """Side S of the thumbnails that the captioner in `folder` wants; None: the tiny one. Reads no weights."""
+    if folder is None:
+        return TINY_SIDE_PX
+    try:
+        return int(json.loads((folder / "config.json").read_text())["vision_config"]["image_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}/config.json does not describe a BLIP model ({type(error).__name__})") from error
+
+
+TINY_SIDE_PX: Final = 64
+TINY_WORDS: Final = tuple(
+    "a an the of on in with and near under over two three small large old new red blue green white black grey yellow "
+    "tree house field sky road river lake hill wall window door table cup lamp bird dog cat horse fish boat car train "
+    "street bridge tower garden flower stone cloud sun moon star light shadow face hand book clock chair box ball "
+    "standing sitting lying running flying floating growing shining"
+    .split()
+)  # fmt: skip
+"""The whole vocabulary of the tiny BLIP: its captions are words, and mean nothing."""
+
+
+def save_tiny_captioner(folder: Path, seed: int) -> None:
+    """Write a tiny BLIP (about 0.2 million seeded random weights) as a transformers folder.
+
+    It stands in for the real one where no weights can be had: same architecture, same files, captions without meaning.
+    """
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    vocabulary = [*special, *TINY_WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, bos_token="[DEC]")
+    width = {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 32, "num_attention_heads": 4}
+    # A spread of the weights well above transformers' default keeps the scores of two words apart by far more than
+    # rounding: otherwise a caption could depend on the batch it was computed in.
+    text: dict[str, Any] = {
+        **width, "encoder_hidden_size": 64, "vocab_size": len(vocabulary), "num_hidden_layers": 2,
+        "max_position_embeddings": 32, "initializer_range": 0.3, "bos_token_id": 5, "pad_token_id": 0,
+        "sep_token_id": 3, "eos_token_id": 3,
+    }  # fmt: skip
+    vision: dict[str, Any] = {
+        **width, "num_hidden_layers": 2, "image_size": TINY_SIDE_PX, "patch_size": 16, "initializer_range": 0.15,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+        # never an empty caption: the end of the text and the other special tokens cannot win
+        bias = dict(model.named_parameters())["text_decoder.cls.predictions.bias"]
+        with torch.no_grad():
+            bias[: len(special)] = -1e4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": TINY_SIDE_PX, "width": TINY_SIDE_PX}
+    _write_preprocessing(
+        folder, size, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    )
+
+
+def _write_preprocessing(folder: Path, size: dict[str, int], mean: list[float], std: list[float]) -> None:
+    described = {
+        "image_processor_type": "BlipImageProcessor", "do_resize": True, "size": size, "resample": 3,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(described, indent=2) + "\n")

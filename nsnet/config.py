@@ -1,0 +1,55 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown or missing setting is an error, never a guess."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from nsnet.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A nested dataclass as JSON-ready dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: Any, where: str = "") -> T:
+    """Build a dataclass from `to_dict`'s output. Raises `ConfigError` with the place of what does not fit."""
+    where = where or kind.__name__
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
+    if names != set(values):
+        raise ConfigError(
+            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(names - set(values))}"
+        )
+    return kind(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [argument for argument in arguments if argument is not type(None)]
+        return _convert(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} must be one of {arguments}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is dict:
+        hint = dict
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value

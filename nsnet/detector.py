@@ -1,0 +1,354 @@
+"""The detector: composes captioner, CLIP, mapper, projection, head and calibration.
+
+Dimensions: B images, M mosaic side, D embedding.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nsnet import bundle
+from nsnet.calibration import Calibration, Label
+from nsnet.captions import Captioner, CaptionerConfig, find_captioner
+from nsnet.clip import Clip, ClipConfig, LoraSettings, add_lora, find_weights, load_clip, load_lora, merge_lora
+from nsnet.config import from_dict, to_dict
+from nsnet.errors import BundleError, CaptionError, ConfigError, FetchError, ImageError, NsnetError, WeightsError
+from nsnet.head import HeadConfig
+from nsnet.images import DecodeLimits
+from nsnet.losses import LossConfig
+from nsnet.mapper import MapperConfig
+from nsnet.network import Network, ProjectionConfig, residual_energy
+from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
+from nsnet.preparation import PreparationConfig, Prepared, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """Everything that defines a detector but its weights."""
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    patches: PatchConfig = field(default_factory=PatchConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    mapper: MapperConfig = field(default_factory=MapperConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train_backbone: bool = False
+    """Train the whole image tower, not only its adapters: for towers that start from random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is said of one picture. A picture that failed has `status` failed, the error, and no verdict."""
+
+    status: Literal["scored", "failed"]
+    verdict: Label | None = None
+    prob_fake: float | None = None
+    """Calibrated P(fake), in [0, 1]."""
+    logit: float | None = None
+    threshold: float | None = None
+    """`prob_fake` from which the verdict is fake."""
+    caption: str | None = None
+    """What the captioner saw: the semantics that were removed."""
+    residual_energy: float | None = None
+    """‖ũ‖/‖u‖, the share of the image feature that the projection left."""
+    width: int | None = None
+    height: int | None = None
+    format: str | None = None
+    error_stage: str | None = None
+    error_class: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the network says of a batch; arrays (B,) fp64."""
+
+    logit: npt.NDArray[np.float64]
+    prob_fake: npt.NDArray[np.float64]
+    verdict: list[Label]
+    residual_energy: npt.NDArray[np.float64]
+
+
+class Detector:
+    """A detector on one device. `load` one that was trained, or `build` one to train."""
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        clip: Clip,
+        network: Network,
+        *,
+        captioner: Captioner | None = None,
+        calibration: Calibration | None = None,
+        description: bundle.Description | None = None,
+    ) -> None:
+        self.config = config
+        self.clip = clip
+        self.network = network
+        self.captioner = captioner
+        self.calibration = calibration or Calibration()
+        self.description = description
+        self.device = torch.device("cpu")
+
+    @property
+    def detector_id(self) -> str | None:
+        """Identity of the bundle that this detector was loaded from; None for one that was built."""
+        return self.description.detector_id if self.description else None
+
+    @classmethod
+    def build(cls, config: DetectorConfig, clip_weights: Path | None = None, *, seed: int = 0) -> Self:
+        """A detector to train: adapters at zero, mapper and head at random by the seed, no captioner.
+
+        Raises `WeightsError` or `ConfigError` when weights, architecture and configuration do not fit.
+        """
+        clip = load_clip(config.clip, find_weights(config.clip, clip_weights))
+        if clip.image_px != config.patches.mosaic_px:
+            raise ConfigError(
+                f"the mosaic has {config.patches.mosaic_px} px, {config.clip.model} takes {clip.image_px} px: set "
+                f"mosaic_px to {clip.image_px}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            visual = add_lora(clip.visual, config.lora) if config.lora.rank else clip.visual
+            network = Network(visual, clip, config.projection, config.mapper, config.head)
+        if config.train_backbone:
+            network.visual.requires_grad_(True)
+        return cls(config, clip, network)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        clip_weights: Path | None = None,
+        captioner: Path | Literal[False] | None = None,
+    ) -> Self:
+        """Load a bundle for inference: adapters merged, everything frozen.
+
+        `clip_weights`, `captioner`: local paths that replace the hub's; `captioner=False` leaves it out (no `predict`).
+        Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or others).
+        """
+        folder = Path(path)
+        config, description = read_config(folder)
+        try:
+            calibration = from_dict(Calibration, description.calibration)
+        except ConfigError as error:
+            raise BundleError(f"the bundle {folder} is of another version: {error}") from error
+        own = folder / bundle.CLIP
+        clip = load_clip(config.clip, own if own.is_dir() else find_weights(config.clip, clip_weights))
+        if clip.digest() != description.clip_digest:
+            raise WeightsError(
+                f"the CLIP weights are not those that detector {description.detector_id} was trained on "
+                f"(digest {clip.digest()[:16]}, recorded {description.clip_digest[:16]}); pass the right --clip-weights"
+            )
+        try:
+            if (folder / bundle.LORA).is_dir():
+                clip.visual = merge_lora(load_lora(clip.visual, folder / bundle.LORA))
+            network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
+            missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+            raise BundleError(f"the bundle {folder} does not fit its configuration: {error}") from error
+        strange = [name for name in missing.missing_keys if not name.startswith("visual.")] + missing.unexpected_keys
+        if strange:
+            raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(strange)}")
+        speaker = None
+        if captioner is not False:
+            speaker = Captioner.load(config.captioner, captioner_folder(folder, config, captioner), device)
+        loaded = cls(
+            config, clip, network, captioner=speaker, calibration=calibration, description=description
+        )
+        loaded.network.requires_grad_(False).eval()
+        return loaded.to(device)
+
+    def to(self, device: str) -> Self:
+        """Move the towers and heads to a device."""
+        self.device = torch.device(device)
+        self.clip.model.to(self.device)
+        self.network.to(self.device)
+        return self
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        captioner: Path | None = None,
+        training: dict[str, Any] | None = None,
+    ) -> bundle.Description:
+        """Write a bundle; the folder must not exist yet. `captioner`: transformers folder to put inside.
+
+        A pretrained, frozen CLIP is referred to by name and digest; a CLIP of random or trained weights is put inside.
+        """
+        folder = Path(path)
+        if folder.exists() and any(folder.iterdir()):
+            raise BundleError(f"{folder} exists and is not empty; choose another place for the detector")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            partial = Path(scratch) / "bundle"
+            partial.mkdir()
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.heads_state().items()},
+                partial / bundle.NETWORK,
+            )
+            adapted = self.network.visual
+            if isinstance(adapted, PeftModel):
+                adapted.save_pretrained(str(partial / bundle.LORA))
+                (partial / bundle.LORA / "README.md").unlink(missing_ok=True)  # peft's empty template
+            with self._base_towers() as clip:
+                digest = clip.digest()
+                if self.config.train_backbone or self.config.clip.pretrained is None:
+                    clip.save(partial / bundle.CLIP)
+            if captioner is not None:
+                shutil.copytree(captioner, partial / bundle.CAPTIONER)
+            description = bundle.seal(
+                partial,
+                config=to_dict(self.config),
+                calibration=to_dict(self.calibration),
+                training=training or {},
+                clip_digest=digest,
+            )
+            partial.chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        return description
+
+    @contextmanager
+    def _base_towers(self) -> Iterator[Clip]:
+        """CLIP in open_clip's own modules, with the base weights of the image tower (adapters left out)."""
+        adapted = self.network.visual
+        if not isinstance(adapted, PeftModel):
+            yield self.clip
+            return
+        from copy import deepcopy
+
+        from nsnet.clip import fuse_attention
+
+        self.clip.visual = cast(nn.Module, deepcopy(adapted).unload())
+        fuse_attention(self.clip.visual)
+        try:
+            yield self.clip
+        finally:
+            self.clip.visual = adapted
+
+    def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
+        """How pictures are prepared for this detector."""
+        if self.captioner is None:
+            raise ConfigError("this detector was loaded without its captioner")
+        return PreparationConfig(
+            thumbnail_px=self.captioner.thumbnail_px,
+            patches=self.config.patches,
+            limits=limits or DecodeLimits(),
+        )
+
+    @torch.inference_mode()
+    def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str]) -> Scores:
+        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32."""
+        text_features = self.clip.encode_text(captions).to(self.device)
+        out = self.network(torch.from_numpy(mosaics).to(self.device), text_features)
+        logit = out.logit.double().cpu().numpy()
+        prob_fake = self.calibration.probability(logit)
+        return Scores(
+            logit=logit,
+            prob_fake=prob_fake,
+            verdict=[self.calibration.verdict(float(p)) for p in prob_fake],
+            residual_energy=residual_energy(out).double().cpu().numpy(),
+        )
+
+    def predict(
+        self, images: Sequence[str | Path | bytes | Image.Image], *, batch_size: int = 8, limits: DecodeLimits | None = None
+    ) -> list[Verdict]:
+        """Verdicts of pictures given as paths, file bytes or Pillow images, in their order; a bad picture is a failed one.
+
+        Decodes in this process: for files from strangers use `nsnet predict`, which guards against decoders that crash.
+        """
+        config = self.preparation(limits)
+        verdicts: list[Verdict] = []
+        for start in range(0, len(images), batch_size):
+            verdicts += self.predict_prepared([_try_prepare(image, config) for image in images[start : start + batch_size]])
+        return verdicts
+
+    def predict_prepared(self, pictures: Sequence[Prepared | ImageError]) -> list[Verdict]:
+        """Verdicts of prepared pictures, as one batch; errors become failed verdicts in their place."""
+        if self.captioner is None:
+            raise ConfigError("this detector was loaded without its captioner")
+        verdicts = [failed_verdict("decode", picture) if isinstance(picture, ImageError) else None for picture in pictures]
+        good = [(i, picture) for i, picture in enumerate(pictures) if isinstance(picture, Prepared)]
+        if good:
+            captions = self.captioner.caption(np.stack([picture.thumbnail for _, picture in good]))
+            for (i, _), caption in zip(good, captions, strict=True):
+                if caption is None:
+                    verdicts[i] = failed_verdict("caption", CaptionError("the captioner gave no word"))
+            good = [(i, picture) for i, picture in good if verdicts[i] is None]
+            captions = [caption for caption in captions if caption is not None]
+        if good:
+            mosaics = np.stack([assemble_mosaic(picture.patches, SCORING_SEED) for _, picture in good])
+            scores = self.score(mosaics, cast(list[str], captions))
+            for row, (i, picture) in enumerate(good):
+                verdicts[i] = Verdict(
+                    status="scored",
+                    verdict=scores.verdict[row],
+                    prob_fake=float(scores.prob_fake[row]),
+                    logit=float(scores.logit[row]),
+                    threshold=self.calibration.threshold,
+                    caption=captions[row],
+                    residual_energy=float(scores.residual_energy[row]),
+                    width=picture.width,
+                    height=picture.height,
+                    format=picture.format,
+                )
+        return cast(list[Verdict], verdicts)
+
+    def with_calibration(self, calibration: Calibration) -> Self:
+        """Set the calibration; returns the same detector."""
+        self.calibration = calibration
+        return self
+
+
+def captioner_folder(folder: Path, config: DetectorConfig, given: Path | None = None) -> Path | None:
+    """Where the captioner of a bundle lies: as given, in the bundle, or the hub's; None: the tiny one of the recipe."""
+    own = folder / bundle.CAPTIONER
+    return find_captioner(config.captioner, given or (own if own.is_dir() else None))
+
+
+def failed_verdict(stage: str, error: NsnetError) -> Verdict:
+    """The verdict of a picture that failed in a stage."""
+    return Verdict(
+        status="failed", error_stage=stage, error_class=type(error).__name__, error_message=str(error)
+    )
+
+
+def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationConfig) -> Prepared | ImageError:
+    try:
+        if isinstance(image, str | Path):
+            try:
+                image = Path(image).read_bytes()
+            except OSError as error:
+                raise FetchError(f"{image}: {error.strerror or type(error).__name__}") from error
+        return prepare(image, config)
+    except ImageError as error:
+        return error
+
+
+def read_config(folder: Path) -> tuple[DetectorConfig, bundle.Description]:
+    """Configuration and description of a bundle, verified, without loading a weight."""
+    description = bundle.read(folder)
+    try:
+        return from_dict(DetectorConfig, description.config), description
+    except ConfigError as error:
+        raise BundleError(f"the bundle {folder} is of another version: {error}") from error

@@ -1,0 +1,97 @@
+"""The exceptions a caller may meet.
+
+    NsnetError
+    ├── UsageError              the request cannot be carried out as asked (exit code 2)
+    │   ├── ConfigError         a setting is out of its range, or settings contradict each other
+    │   ├── SourceError         no source, an empty source, a source without the labels that are needed
+    │   ├── WeightsError        pretrained weights are missing, or do not fit the architecture
+    │   ├── BundleError         a detector bundle is missing, damaged or of another version
+    │   └── NullSpaceError      the requested semantic basis leaves no null space
+    ├── StorageError            a bucket or path cannot be reached (exit code 1)
+    └── ImageError              one picture failed; jobs turn it into a failed row
+        ├── ImageEmptyError         no bytes
+        ├── ImageTooLargeError      over the limit of bytes or pixels
+        ├── ImageUnidentifiedError  no supported picture format
+        ├── ImageCorruptError       the format is known, the data is damaged
+        ├── ImageTimeoutError       over the limit of seconds
+        ├── DecoderCrashError       the decoder's process died
+        ├── FetchError              the bytes could not be read from storage
+        ├── CaptionError            the captioner gave no caption
+        └── ScoreError              the network gave no finite number
+"""
+
+
+class NsnetError(Exception):
+    """Base of everything raised on purpose. The message is one line that a person can act on."""
+
+    exit_code = 1
+
+
+class UsageError(NsnetError):
+    """The request cannot be carried out as asked."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A setting is out of its range, or settings contradict each other."""
+
+
+class SourceError(UsageError):
+    """No source, an empty source, or a source without the labels that are needed."""
+
+
+class WeightsError(UsageError):
+    """Pretrained weights are missing or do not fit the architecture."""
+
+
+class BundleError(UsageError):
+    """A detector bundle is missing, damaged or of another version."""
+
+
+class NullSpaceError(UsageError):
+    """The requested semantic basis leaves no null space."""
+
+
+class StorageError(NsnetError):
+    """A bucket or path cannot be reached."""
+
+
+class ImageError(NsnetError):
+    """One picture failed. In a job this is a row, not an exception."""
+
+
+class ImageEmptyError(ImageError):
+    """The object holds no bytes."""
+
+
+class ImageTooLargeError(ImageError):
+    """Over the limit of bytes or pixels."""
+
+
+class ImageUnidentifiedError(ImageError):
+    """The bytes are no supported picture format."""
+
+
+class ImageCorruptError(ImageError):
+    """The format is known, the data is damaged."""
+
+
+class ImageTimeoutError(ImageError):
+    """Decoding took longer than allowed."""
+
+
+class DecoderCrashError(ImageError):
+    """The process that decoded this picture died."""
+
+
+class FetchError(ImageError):
+    """The bytes could not be read from storage."""
+
+
+class CaptionError(ImageError):
+    """The captioner gave no caption."""
+
+
+class ScoreError(ImageError):
+    """The network gave no finite number."""

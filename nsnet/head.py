@@ -1,0 +1,44 @@
+"""Projection head and classifier (eq. 17 and 19).
+
+Dimensions: B images, D embedding, F head feature.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nsnet.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Sizes of the projection head."""
+
+    hidden_dim: int = 768
+    """Width of the hidden layer."""
+    feature_dim: int = 512
+    """Dimension d_f of the unit-length feature f."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim < 1 or self.feature_dim < 1:
+            raise ConfigError(f"head sizes must be positive, got {self.hidden_dim} and {self.feature_dim}")
+
+
+class ProjectionHead(nn.Module):
+    """f = H(ũ)/‖H(ũ)‖ with a two-layer H, then logit = w·f + b: (B, D) -> f (B, F) unit length, logit (B,).
+
+    The logit comes from the unit-length f as in eq. 19; the published code took it from the un-normalised feature.
+    """
+
+    def __init__(self, dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.feature_dim)
+        )
+        self.classifier = nn.Linear(config.feature_dim, 1)
+
+    def forward(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        features = functional.normalize(self.layers(projected).float(), dim=1)
+        logit: Tensor = self.classifier(features).squeeze(1)
+        return features, logit

@@ -1,0 +1,228 @@
+"""Bytes to an RGB array, safely.
+
+Dimensions: H height, W width, C = 3 channels (sRGB order R, G, B), uint8.
+
+Hostile input is expected: every limit is checked before the cost is paid, formats that start other programs (EPS) or
+carry no signature (TGA) are not tried, and whatever a decoder raises becomes an `ImageError`. A decoder that hangs or
+crashes the process cannot be stopped from inside it; jobs therefore decode in a guarded child process (`jobs.guard`).
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from nsnet.errors import (
+    ConfigError,
+    ImageCorruptError,
+    ImageEmptyError,
+    ImageError,
+    ImageTooLargeError,
+    ImageUnidentifiedError,
+)
+
+FORMATS: Final = (
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI",
+    "SGI", "TIFF", "WEBP",
+)  # fmt: skip
+"""Pillow's names of the formats that are tried, by content, never by file name. JPEG covers its multi-picture kin MPO."""
+
+BACKGROUND: Final = (255, 255, 255)
+"""Transparent pictures are flattened on white: their hidden colours are not what a viewer sees."""
+
+MIN_SIDE_PX: Final = 32
+"""Patch selection replicates the edge of a shorter side up to this length; the pixel limit counts those pixels too."""
+
+ORIENTATION_TAG: Final = 0x0112
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeLimits:
+    """What one picture may cost."""
+
+    max_bytes: int = 128 * 2**20
+    """Largest file, in bytes."""
+    max_pixels: int = 120_000_000
+    """Largest width × height, in pixels: a 108-megapixel phone photograph passes."""
+    max_seconds: float = 30.0
+    """Longest decoding time, in seconds; enforced where decoding runs in a guarded process."""
+    max_memory_bytes: int = 4 * 2**30
+    """Most address space a guarded decoding process may add to itself, in bytes."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "max_seconds", "max_memory_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedImage:
+    """A picture as a viewer would show it: first frame, upright, on a white background."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(H, W, 3) uint8."""
+    format: str
+    """Pillow's name of the format, from the content."""
+    frames: int
+    """Number of frames or pages in the file; only the first is decoded."""
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, after the EXIF orientation."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, after the EXIF orientation."""
+        return int(self.pixels.shape[0])
+
+
+def decode(data: bytes, limits: DecodeLimits | None = None) -> npt.NDArray[np.uint8]:
+    """Decode a picture file to an (H, W, 3) uint8 array; see `decode_image` for the details and errors."""
+    return decode_image(data, limits).pixels
+
+
+def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImage:
+    """Decode a picture file: first frame, EXIF orientation applied, flattened on white, 8 bits a channel.
+
+    Raises an `ImageError`: `ImageEmptyError`, `ImageTooLargeError`, `ImageUnidentifiedError` or `ImageCorruptError`.
+    """
+    limits = limits or DecodeLimits()
+    if not data:
+        raise ImageEmptyError("the file holds 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(f"{len(data):,} bytes, the limit is {limits.max_bytes:,} (--max-bytes)")
+    with _image_errors():
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageUnidentifiedError(
+                f"not a picture in a supported format (first bytes {data[:8].hex(' ')}); "
+                f"supported: {', '.join(FORMATS)}"
+            ) from error
+        with image:
+            _check_pixels(image.width, image.height, limits)
+            image.load()
+            return DecodedImage(
+                pixels=image_to_rgb(image, limits), format=image.format or "unknown", frames=_count_frames(image)
+            )
+
+
+def image_to_rgb(image: Image.Image, limits: DecodeLimits | None = None) -> npt.NDArray[np.uint8]:
+    """Convert a Pillow image of any mode to an upright (H, W, 3) uint8 array on a white background.
+
+    Raises an `ImageError`, as `decode_image` does.
+    """
+    with _image_errors():
+        _check_pixels(image.width, image.height, limits or DecodeLimits())
+        return _to_rgb(_upright(image), image.format)
+
+
+def thumbnail(pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
+    """Resize (H, W, 3) uint8 to (side_px, side_px, 3) uint8, bicubic, aspect ratio not kept: what BLIP is shown."""
+    image = Image.fromarray(pixels)
+    return np.array(image.resize((side_px, side_px), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Whatever Pillow raises inside becomes an `ImageError`, and its warnings are silent."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, which costs nothing; its bomb warning is about the limit set here.
+            warnings.simplefilter("ignore")
+            yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(_one_line(error)) from error
+    # Decoders raise OSError, SyntaxError, ValueError, TypeError, struct.error, MemoryError and more on damaged data.
+    except Exception as error:
+        raise ImageCorruptError(f"{type(error).__name__}: {_one_line(error)}") from error
+
+
+def _count_frames(image: Image.Image) -> int:
+    """Frames or pages of the file. Counting reads past the first one: damage there must not lose the picture."""
+    try:
+        return max(1, int(getattr(image, "n_frames", 1)))
+    except Exception:  # struct.error, OSError, SyntaxError and more
+        return 1
+
+
+def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
+    padded = max(width, MIN_SIDE_PX) * max(height, MIN_SIDE_PX)
+    if padded > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"{width} × {height} px, the limit is {limits.max_pixels:,} pixels with short sides counted as "
+            f"{MIN_SIDE_PX} px (--max-pixels)"
+        )
+
+
+def _to_rgb(image: Image.Image, image_format: str | None) -> npt.NDArray[np.uint8]:
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        samples = np.asarray(image)
+        grey = _to_8_bits(samples, image_format)
+        if "transparency" in image.info:  # the one grey value that a PNG declares transparent
+            grey[samples == image.info["transparency"]] = BACKGROUND[0]
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode == "LAB":
+        lab_to_rgb = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
+        converted = ImageCms.applyTransform(image, lab_to_rgb)
+        if converted is None:
+            raise ImageCorruptError("the Lab colours could not be converted to RGB")
+        image = converted
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", layer.size, BACKGROUND)
+        image.paste(layer, mask=layer.getchannel("A"))
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation where it can be read; damaged EXIF is not a reason to lose a picture."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # EXIF parsers raise struct.error, SyntaxError, ValueError and more
+        return image
+    if orientation not in range(2, 9):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the tag was readable, but rewriting the damaged block around it failed
+        operation = {
+            2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90,
+        }[orientation]  # fmt: skip
+        return image.transpose(operation)
+
+
+def _to_8_bits(values: npt.NDArray[np.generic], image_format: str | None) -> npt.NDArray[np.uint8]:
+    """Scale an (H, W) array of more than 8 bits to uint8; Pillow's own conversion saturates it to white.
+
+    PNG, PGM and JPEG 2000 use the whole range of 16 bits. A TIFF may hold 10, 12 or 14 bits in 16: there the range is
+    the smallest of the usual depths that holds the brightest sample. Floating point up to 1.0 is taken as [0, 1].
+    """
+    samples = values.astype(np.float64)
+    if not np.isfinite(samples).all():
+        raise ImageCorruptError("the samples hold NaN or infinity")
+    brightest = float(samples.max(initial=0.0))
+    if np.issubdtype(values.dtype, np.floating) and brightest <= 1.0:
+        full = 1.0
+    else:
+        depths = (8, 10, 12, 14, 16, 32) if image_format == "TIFF" else (16, 32)
+        full = float(next((2**bits - 1 for bits in depths if brightest <= 2**bits - 1), brightest))
+    return np.rint(np.clip(samples / full, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or "no message"

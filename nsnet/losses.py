@@ -1,0 +1,145 @@
+"""The objective L = L_ctr + α L_BCE + β L_align (eq. 18 to 21).
+
+Dimensions: B images of this process, G images of all processes (the global batch), F head feature, D embedding.
+
+Every loss is a mean over the global batch. A process of many sees only its own B rows, so it returns its share times
+the number of processes: the mean of those over processes, which is what DDP takes of the gradients, is the global loss.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsnet.errors import ConfigError
+
+MASKED: Final = -1e9
+"""Stands for −∞ in a masked logarithm of a sum: −∞ itself would give NaN gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the objective."""
+
+    temperature: float = 0.07
+    """τ of the contrastive loss."""
+    bce_weight: float = 0.2
+    """α of the binary cross-entropy."""
+    alignment_weight: float = 0.3
+    """β of the alignment."""
+    alignment_reduction: Literal["mean", "sum"] = "mean"
+    """Over D: `mean` is what the published numbers used, `sum` is eq. 20 to the letter, D times larger."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or self.bce_weight < 0 or self.alignment_weight < 0:
+            raise ConfigError(
+                f"need temperature > 0 and weights ≥ 0, got temperature {self.temperature}, bce_weight "
+                f"{self.bce_weight}, alignment_weight {self.alignment_weight}"
+            )
+        if self.alignment_reduction not in ("mean", "sum"):
+            raise ConfigError(f"alignment_reduction must be 'mean' or 'sum', got {self.alignment_reduction!r}")
+
+
+class Gather(Protocol):
+    """How a process sees the rows of all processes."""
+
+    rank: int
+    world_size: int
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Concatenate (B, ...) of every process, in rank order -> (G, ...), with gradient to every process."""
+        ...
+
+
+class SingleProcess:
+    """The only process: its batch is the global batch."""
+
+    rank = 0
+    world_size = 1
+
+    def __call__(self, local: Tensor) -> Tensor:
+        return local
+
+
+SINGLE_PROCESS: Final = SingleProcess()
+
+
+def supervised_contrastive(
+    f: Tensor, y: Tensor, temperature: float = 0.07, valid: Tensor | None = None, gather: Gather = SINGLE_PROCESS
+) -> Tensor:
+    """Supervised contrastive loss over f[B, F] (unit length), labels y[B] -> scalar (eq. 18; Khosla, arXiv 2004.11362).
+
+    For anchor i: −1/|P_i| Σ_{p∈P_i} log( exp(f_i·f_p/τ) / Σ_{j≠i} exp(f_i·f_j/τ) ), P_i all others of its label,
+    then the mean over anchors that have a positive; without any, 0. Positives and negatives come from all processes,
+    with gradient. `valid`[B] bool: rows that count (the rest is padding). Computed in at least fp32.
+    """
+    with torch.autocast(f.device.type, enabled=False):
+        f = f if f.dtype == torch.float64 else f.float()
+        valid = torch.ones_like(y, dtype=torch.bool) if valid is None else valid
+        everyone, labels, counted = gather(f), gather(y), gather(valid)
+        anchor = gather.rank * len(f) + torch.arange(len(f), device=f.device)
+        itself = anchor[:, None] == torch.arange(len(everyone), device=f.device)[None, :]
+        similarity = f @ everyone.T / temperature
+        others = counted[None, :] & ~itself
+        log_sum = torch.logsumexp(similarity.masked_fill(~others, MASKED), dim=1)
+        positive = others & (y[:, None] == labels[None, :])
+        positives = positive.sum(dim=1)
+        per_anchor = -((similarity - log_sum[:, None]) * positive).sum(dim=1) / positives.clamp_min(1)
+        usable = valid & (positives > 0)
+        # Every process knows all labels, so the number of usable anchors needs no further exchange.
+        of_label = (labels[:, None] == labels[None, :]) & counted[None, :]
+        total = (counted & (of_label.sum(dim=1) > 1)).sum().clamp_min(1)
+        return (per_anchor * usable).sum() * gather.world_size / total
+
+
+def binary_cross_entropy(logit: Tensor, y: Tensor, valid: Tensor, total: Tensor) -> Tensor:
+    """Sum of −[y log σ(s) + (1 − y) log(1 − σ(s))] over valid rows of logit[B], divided by total (eq. 19)."""
+    losses = functional.binary_cross_entropy_with_logits(logit, y.to(logit.dtype), reduction="none")
+    return (losses * valid).sum() / total
+
+
+def alignment(v: Tensor, u: Tensor, valid: Tensor, total: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
+    """Sum of ‖M(v) − u.detach()‖² over valid rows of v, u [B, D], divided by total (eq. 20); `mean`: also by D."""
+    squared = (v - u.detach()).square()
+    per_row = squared.mean(dim=1) if reduction == "mean" else squared.sum(dim=1)
+    return (per_row * valid).sum() / total
+
+
+class Losses(NamedTuple):
+    """This process's share of each loss, times the number of processes; scalars."""
+
+    total: Tensor
+    contrastive: Tensor
+    bce: Tensor
+    alignment: Tensor
+
+
+def objective(
+    f: Tensor,
+    logit: Tensor,
+    u: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    config: LossConfig,
+    *,
+    valid: Tensor | None = None,
+    gather: Gather = SINGLE_PROCESS,
+) -> Losses:
+    """L = L_ctr + α L_BCE + β L_align (eq. 21) over f[B, F], logit[B], u[B, D], mapped v[B, D], labels y[B] in {0, 1}.
+
+    v None: no mapper, no alignment. `valid`[B] bool marks the rows that count; B must be the same on every process.
+    """
+    with torch.autocast(f.device.type, enabled=False):
+        u = u if u.dtype == torch.float64 else u.float()
+        logit = logit if logit.dtype == torch.float64 else logit.float()
+        valid = torch.ones_like(y, dtype=torch.bool) if valid is None else valid
+        total = gather(valid).sum().clamp_min(1).to(u.dtype) / gather.world_size
+        contrastive = supervised_contrastive(f, y, config.temperature, valid, gather)
+        bce = binary_cross_entropy(logit, y, valid, total)
+        aligned = (
+            alignment(v.to(u.dtype), u, valid, total, config.alignment_reduction) if v is not None else bce.new_zeros(())
+        )
+        weighted = contrastive + config.bce_weight * bce + config.alignment_weight * aligned
+        return Losses(weighted, contrastive, bce, aligned)
