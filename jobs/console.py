@@ -49,7 +49,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-class ShareType(click.ParamType):
+class ShareType(click.ParamType[float]):
     """A share as `1%` or `0.01`."""
 
     name = "share"
@@ -80,14 +80,16 @@ address_option = click.option(
 
 weights_options = _stack(
     click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's."),
-    click.option("--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."),
+    click.option(
+        "--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."
+    ),
 )
 
 limit_options = _stack(
-    click.option("--max-bytes", type=int, default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
-    click.option("--max-pixels", type=int, default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in pixels."),
-    click.option("--max-seconds", type=float, default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in seconds."),
-)  # fmt: skip
+    click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
+    click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in px."),
+    click.option("--max-seconds", default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in s."),
+)
 
 
 def limits_from(options: dict[str, Any]) -> DecodeLimits:

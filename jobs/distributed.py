@@ -17,7 +17,7 @@ class DistributedGather:
 
     def __call__(self, local: Tensor) -> Tensor:
         if local.requires_grad:
-            return cat(list(differentiable.all_gather(local)))
+            return cat(list(differentiable.all_gather(local)))  # type: ignore[no-untyped-call]
         parts = [local.new_empty(local.shape) for _ in range(self.world_size)]
         dist.all_gather(parts, local.contiguous())
         return cat(parts)

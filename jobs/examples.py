@@ -41,7 +41,7 @@ class Examples:
     """(n,) where in `patches` an example lies."""
 
     def batch(self, rows: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_], shuffle: str | None) -> Batch:
-        """Rows as tensors on the CPU. `shuffle`: what the slot order depends on beside the picture; None: as scoring."""
+        """Rows as tensors on the CPU. `shuffle`: what the slot order depends on beside the picture; None: scoring's."""
         mosaics = np.stack([assemble_mosaic(self.patches[self.place[i]], self._slot_seed(i, shuffle)) for i in rows])
         return Batch(
             mosaics=torch.from_numpy(mosaics),
@@ -75,7 +75,7 @@ def read_labels(folder: str) -> list[dict[str, Any]]:
 
 
 def load(folder: str, validation_ids: set[str], config: PatchConfig, cache: Path, *, write: bool) -> Examples:
-    """Load the examples below a URI. `write`: copy the patches to the file `cache`; else another process has done so."""
+    """Load the examples below a URI. `write`: copy the patches to the file `cache`; else another process has."""
     shape = (config.slots, config.patch_px, config.patch_px, 3)
     ids: list[str] = []
     labels: list[int] = []

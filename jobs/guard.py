@@ -26,7 +26,7 @@ import numpy as np
 from nsnet import errors
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
-from nsnet.preparation import Prepared, PreparationConfig, prepare
+from nsnet.preparation import PreparationConfig, Prepared, prepare
 
 START_SECONDS: Final = 60.0
 """Longest start of a child, imports included."""

@@ -1,8 +1,8 @@
 """Runs on storage: staged, verified, published. A run exists for readers once its record `<out>/runs/<id>.json` does.
 
-    <out>/staging/<run_id>/           manifest and unverified rows, removed after publishing
-    <out>/verdicts/run_date=…/run_id=…/part-*.parquet
-    <out>/runs/<run_id>.json          the commit record, written last
+<out>/staging/<run_id>/           manifest and unverified rows, removed after publishing
+<out>/verdicts/run_date=…/run_id=…/part-*.parquet
+<out>/runs/<run_id>.json          the commit record, written last
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class Run:
         staged = _dataset(self.staged_rows)
         verify_ids(_ids(manifest), staged.to_table(columns=["image_id"]).column(0))
         counts: Counter[str] = Counter()
-        files = []
+        files: list[dict[str, Any]] = []
         writer: _Part | None = None
         for batch in staged.scanner(batch_size=BATCH_ROWS).to_batches():
             table = pa.Table.from_batches([batch]).select(schema.VERDICTS.names).cast(schema.VERDICTS)

@@ -66,7 +66,7 @@ def captioned(
     on_gpu = shares.actor_gpus > 0
     models = Models(**{**vars(models), "device": "cuda" if on_gpu else "cpu", "threads": shares.threads})
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
-    board = progress.Board.options(name=board_name).remote()
+    board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)
     system, path = storage.arrow_filesystem(plan.uri)
     manifest = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.light_task_cpus)

@@ -39,7 +39,6 @@ def write_manifest(source: Source, uri: str, limit: int | None = None) -> Plan:
     seen: set[bytes] = set()
     labels: Counter[int | None] = Counter()
     pending: list[dict[str, Any]] = []
-    writer: pq.ParquetWriter | None = None
     listed = source.rows()
     first = next(listed, None)
     if first is None:

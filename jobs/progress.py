@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import click
 import ray
@@ -36,6 +36,11 @@ class Board:
         """Counts so far, and the lines since the last call."""
         lines, self.lines = self.lines, []
         return dict(self.counts), lines
+
+
+def start_board(name: str) -> Any:
+    """A board that workers find by its name; it lives as long as its handle is held."""
+    return cast(Any, Board).options(name=name).remote()
 
 
 @contextmanager
@@ -80,4 +85,6 @@ def _line(title: str, counts: dict[str, int], total: int, stages: Sequence[str],
     done = min(total, counts.get(stages[-1], 0))
     parts = [f"{stage} {min(total, counts.get(stage, 0))}" for stage in stages[:-1]]
     parts.append(f"failed {counts.get('failed', 0)}")
-    return f"{title}: {stages[-1]} {done}/{total} ({done / total:.0%}), {', '.join(parts)}, {done / seconds:.1f} images/s"
+    return (
+        f"{title}: {stages[-1]} {done}/{total} ({done / total:.0%}), {', '.join(parts)}, {done / seconds:.1f} images/s"
+    )

@@ -15,6 +15,8 @@ OBJECT_STORE_BYTES: Final = 2 * 2**30
 class Shares:
     """Who takes how much, so that no stage can starve another: actors hold their share, tasks come and go."""
 
+    cpus: float
+    """CPUs of the cluster."""
     captioners: int
     """Number of captioning actors."""
     scorers: int
@@ -43,6 +45,7 @@ def shares(cpus: float, gpus: float) -> Shares:
     pairs = max(1, int(gpus))
     actor_cpus = min(1.0, cpus / 8.0 / pairs)
     return Shares(
+        cpus=cpus,
         captioners=pairs,
         scorers=pairs,
         actor_cpus=actor_cpus,
@@ -71,8 +74,7 @@ def connect(address: str | None = None) -> None:
     else:
         ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
     quiet_data()
-    available = ray.cluster_resources()
-    say(f"cluster: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs")
+    say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
 
 
 def quiet_data() -> None:
@@ -83,13 +85,18 @@ def quiet_data() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
+    return shares(*_size())
+
+
+def _size() -> tuple[float, float]:
     import ray
 
-    available = ray.cluster_resources()
-    return shares(float(available.get("CPU", 0)), float(available.get("GPU", 0)))
+    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return available.get("CPU", 0.0), available.get("GPU", 0.0)

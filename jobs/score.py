@@ -22,8 +22,13 @@ RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers",
 @click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
 @click.option("--limit", type=int, default=None, help="Score only the first so many pictures of the listing.")
-@click.option("--max-failed", type=console.ShareType(), default="1%", show_default=True,
-              help="Share of failed pictures above which the exit code is 3; the run is published all the same.")  # fmt: skip
+@click.option(
+    "--max-failed",
+    type=console.ShareType(),
+    default="1%",
+    show_default=True,
+    help="Share of failed pictures above which the exit code is 3; the run is published all the same.",
+)
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -69,13 +74,12 @@ def score(
     storage.reachable(detector)
     storage.reachable(out)
     folder = storage.fetch_bundle(detector, "detector.json")
+    from jobs.stages import Models
     from nsnet.bundle import CLIP
     from nsnet.captions import thumbnail_px
     from nsnet.clip import find_weights
     from nsnet.detector import read_config
     from nsnet.preparation import PreparationConfig
-
-    from jobs.stages import Models
 
     config, description = read_config(folder)
     models = Models(detector=detector, clip_weights=_path(clip_weights), captioner=_path(captioner))
@@ -104,7 +108,12 @@ def score(
             "left_out": plan.left_out,
             "detector_id": description.detector_id,
             "seconds": round(seconds, 1),
-            "settings": {"batch_size": batch_size, "limit": limit, "limits": to_dict(limits), "detector": to_dict(config)},
+            "settings": {
+                "batch_size": batch_size,
+                "limit": limit,
+                "limits": to_dict(limits),
+                "detector": to_dict(config),
+            },
             "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
         },
     )
@@ -117,7 +126,9 @@ def summary(record: dict[str, Any]) -> str:
     """What came out, in a few lines."""
     counts = record["counts"]
     named = ", ".join(f"{number} {verdict}" for verdict, number in counts["verdict"].items()) or "no verdict"
-    lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {named}, {counts['status'].get('failed', 0)} failed"]
+    lines = [
+        f"{record['rows']:,} rows in {record['seconds']:.1f} s: {named}, {counts['status'].get('failed', 0)} failed"
+    ]
     lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
     lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
     return "\n".join(lines)

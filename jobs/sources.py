@@ -21,10 +21,10 @@ LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
 SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 OTHER_KINDS: Final = frozenset(
-    ".7z .arrow .avi .bin .bz2 .cfg .ckpt .css .csv .db .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini .ipynb "
-    ".js .json .jsonl .lock .log .md .mkv .mov .mp3 .mp4 .npy .npz .ogg .parquet .pdf .pickle .pkl .ppt .pptx .pt .pth .py "
-    ".rar .rst .rtf .safetensors .sh .sha256 .so .sqlite .svg .tar .tgz .toml .tsv .txt .wav .webm .xls .xlsx .xml .xz "
-    ".yaml .yml .zip .zst"
+    ".7z .arrow .avi .bin .bz2 .cfg .ckpt .css .csv .db .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini "
+    ".ipynb .js .json .jsonl .lock .log .md .mkv .mov .mp3 .mp4 .npy .npz .ogg .parquet .pdf .pickle .pkl .ppt .pptx "
+    ".pt .pth .py .rar .rst .rtf .safetensors .sh .sha256 .so .sqlite .svg .tar .tgz .toml .tsv .txt .wav .webm .xls "
+    ".xlsx .xml .xz .yaml .yml .zip .zst"
     .split()
 )  # fmt: skip
 """Endings of files that are certainly no raster picture. Any other name, known or not, is tried by its content."""
@@ -65,7 +65,9 @@ class Source:
             yield from self._parquet(uri) if lowered.endswith(".parquet") else self._tar(storage.describe(uri))
             return
         if not storage.is_folder(uri):
-            raise SourceError(f"there is no folder or prefix {uri}" + (" (a single file?)" if storage.exists(uri) else ""))
+            raise SourceError(
+                f"there is no folder or prefix {uri}" + (" (a single file?)" if storage.exists(uri) else "")
+            )
         yield from self._folder(uri)
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
@@ -118,7 +120,7 @@ class Source:
             )  # fmt: skip
 
     def _parquet(self, uri: str) -> Iterator[dict[str, Any]]:
-        """A manifest (`uri` column) or image Parquet (`bytes` column); `label`, `generator`, `split`, `etag` optional."""
+        """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional."""
         system, path = storage.arrow_filesystem(uri)
         try:
             file = pq.ParquetFile(path, filesystem=system)

@@ -131,7 +131,8 @@ class Prepare:
         manifest = table.to_pylist()
         limit = self.config.limits.max_bytes
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = [self._row(row, fetched) for row, fetched in zip(manifest, pool.map(_fetch_with(limit), manifest))]
+            fetched = pool.map(_fetch_with(limit), manifest)
+            rows = [self._row(row, data) for row, data in zip(manifest, fetched, strict=True)]
         self.report.add(prepared=len(rows), failed=sum(row["status"] == "failed" for row in rows))
         return to_table(rows, self.schema)
 

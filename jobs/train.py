@@ -72,8 +72,12 @@ def train(
         raise ConfigError(f"--workers must be at least 1 and --seed at least 0, got {workers} and {seed}")
     out, limits = storage.absolute(out), limits or DecodeLimits()
     chosen = recipes.get(recipe)
-    overrides = {name: value for name, value in (("epochs", epochs), ("batch_size", batch_size)) if value is not None}
-    chosen = replace(chosen, training=replace(chosen.training, **overrides))
+    training = replace(
+        chosen.training,
+        epochs=chosen.training.epochs if epochs is None else epochs,
+        batch_size=chosen.training.batch_size if batch_size is None else batch_size,
+    )
+    chosen = replace(chosen, training=training)
     storage.reachable(out)
     if storage.exists(storage.join(out, "detector.json")):
         raise UsageError(f"{out} already holds a trained detector; choose another --out")
@@ -102,9 +106,9 @@ def train(
 
     resources.connect(address)
     best = _fit(settings, work, examples_uri, split["validation_ids"], workers, resources.cluster_shares())
-    training = {**{key: settings[key] for key in ("source", "recipe", "seed", "workers", "training")}, **plan_note}
-    training |= {"pictures": {key: value for key, value in split.items() if key != "validation_ids"}}
-    return _bundle(best, chosen, models, out, training, seed)
+    record = {**{key: settings[key] for key in ("source", "recipe", "seed", "workers", "training")}, **plan_note}
+    record |= {"pictures": {key: value for key, value in split.items() if key != "validation_ids"}}
+    return _bundle(best, chosen, models, out, record, seed)
 
 
 def _claim(work: str, settings: dict[str, Any]) -> None:
@@ -116,8 +120,8 @@ def _claim(work: str, settings: dict[str, Any]) -> None:
         if found != settings:
             changed = sorted(key for key in settings if found.get(key) != settings[key])
             raise UsageError(
-                f"{work} holds an unfinished training with other settings ({', '.join(changed)}); give the same command "
-                "to continue it, or choose another --out"
+                f"{work} holds an unfinished training with other settings ({', '.join(changed)}); give the same "
+                "command to continue it, or choose another --out"
             )
         say("continuing an unfinished training")
     else:
@@ -140,8 +144,8 @@ def _examples(
     say(f"source: {plan.describe()}")
     if plan.labels.get(None):
         raise SourceError(
-            f"{plan.labels[None]} of {plan.count} pictures have no label: put them below 0_real and 1_fake (or nature and "
-            "ai, real and fake) folders, or give a manifest with a label column"
+            f"{plan.labels[None]} of {plan.count} pictures have no label: put them below 0_real and 1_fake (or nature "
+            "and ai, real and fake) folders, or give a manifest with a label column"
         )
 
     import secrets
@@ -209,18 +213,16 @@ def _fit(
     """Train under Ray Train; returns a local folder with the checkpoint of the best epoch."""
     import uuid
 
-    import ray
-    import ray.train
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from jobs import progress, worker
 
-    on_gpu = shares.actor_gpus > 0
-    cpus = ray.cluster_resources().get("CPU", 1.0)
+    gpus = {"GPU": 1.0} if shares.actor_gpus > 0 else {}
+    cpus = min(1.0, 0.9 * shares.cpus / workers)
     name = hashlib.sha256(work.encode()).hexdigest()[:12]
     board_name = f"nsnet-train-{uuid.uuid4().hex[:8]}"
-    board = progress.Board.options(name=board_name).remote()
+    board = progress.start_board(board_name)
     told = worker.WorkerConfig(
         detector=settings["detector"], training=settings["training"], seed=settings["seed"],
         clip_weights=settings["clip_weights"], examples=examples_uri, validation_ids=validation_ids, run_name=name,
@@ -231,7 +233,7 @@ def _fit(
         worker.run,
         train_loop_config=vars(told),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=on_gpu, resources_per_worker={"CPU": min(1.0, 0.9 * cpus / workers)} | ({"GPU": 1} if on_gpu else {}),
+            num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": cpus, **gpus}
         ),
         run_config=RunConfig(
             name="checkpoints", storage_path=path, storage_filesystem=system,
@@ -250,9 +252,7 @@ def _fit(
     return Path(best.to_directory(tempfile.mkdtemp(prefix="nsnet-best-")))
 
 
-def _bundle(
-    best: Path, recipe: "Recipe", models: Any, out: str, training: dict[str, Any], seed: int
-) -> dict[str, Any]:
+def _bundle(best: Path, recipe: "Recipe", models: Any, out: str, training: dict[str, Any], seed: int) -> dict[str, Any]:
     """Weights of the best epoch, calibrated on validation, as a bundle."""
     import shutil
 

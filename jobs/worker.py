@@ -91,7 +91,9 @@ def run(values: dict[str, Any]) -> None:
             values_of_step = np.array([*(float(value) for value in losses), energy])
             if not np.isfinite(values_of_step).all():
                 pictures = ", ".join(data.image_ids[i] for i in part[valid])
-                raise TrainingDivergedError(f"epoch {epoch + 1}, step {step + 1}: the loss is not finite; pictures {pictures}")
+                raise TrainingDivergedError(
+                    f"epoch {epoch + 1}, step {step + 1}: the loss is not finite; pictures {pictures}"
+                )
             sums += values_of_step
         logits = _validate(model, data, training.batch_size, device, rank, world_size)
         history.append(_epoch_record(epoch, sums / steps, data, logits))
@@ -136,7 +138,9 @@ def _restore(
 def trained_weights(network: Network) -> dict[str, torch.Tensor]:
     """All weights that training changes, by name."""
     trainable = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items() if name in trainable}
+    return {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items() if name in trainable
+    }
 
 
 def load_weights(network: Network, path: Path) -> None:

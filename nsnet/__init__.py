@@ -1,6 +1,7 @@
 """Advanced NS-Net: tells AI-generated images from real ones. One process, one device; no Ray, no storage.
 
-`nsnet.images` and `nsnet.patches` import no torch, so that CPU workers start at once: the names below load on first use.
+`nsnet.images` and `nsnet.patches` import no torch, so that CPU workers start at once: the names below load on first
+use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -114,7 +114,11 @@ def model_card(description: Description) -> str:
     """The model card, in Markdown."""
     clip, captioner = description.config["clip"], description.config["captioner"]
     training = json.dumps(description.training, indent=2, ensure_ascii=False)
-    random_weights = clip["pretrained"] is None
+    limits = (
+        "This detector was trained from random weights: it knows the artefacts of its training pictures, nothing more."
+        if clip["pretrained"] is None
+        else "Generators that were not in the training data are found less often than the numbers below suggest."
+    )
     return f"""# AI-generated image detector `{description.detector_id}`
 
 Advanced NS-Net: null-space projection of CLIP image features by mapped captions (after arXiv 2508.01248).
@@ -127,7 +131,7 @@ Advanced NS-Net: null-space projection of CLIP image features by mapped captions
 (fitted on {description.calibration["fitted_on"]} validation images) |
 
 ## Limits
-{"This detector was trained from random weights. It knows the artefacts of its training pictures, nothing more." if random_weights else "Generators that were not in the training data are found less often than the numbers below suggest."}
+{limits}
 A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it alone.
 
 ## Training

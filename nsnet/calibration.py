@@ -54,6 +54,8 @@ class Calibration:
 def fit(labels: npt.ArrayLike, logits: npt.ArrayLike) -> Calibration:
     """Fit on validation labels (n,) and logits (n,): T by least cross-entropy, threshold by most correct verdicts.
 
+    The targets are Platt's (1999), slightly inside 0 and 1: a validation set that the detector separates without an
+    error is no proof that it never errs, and would drive T to 0.
     Among equally good thresholds, the middle of the widest gap between scores. Without both classes nothing can be
     fitted: the default comes back, with `fitted_on` 0.
     """
@@ -61,9 +63,12 @@ def fit(labels: npt.ArrayLike, logits: npt.ArrayLike) -> Calibration:
     if not 0 < y.sum() < len(y):
         return Calibration()
 
+    fakes_count, reals_count = int(y.sum()), int((1 - y).sum())
+    target = np.where(y == 1, (fakes_count + 1) / (fakes_count + 2), 1 / (reals_count + 2))
+
     def cross_entropy(log_temperature: float) -> float:
         z = s / np.exp(log_temperature)
-        return float(np.mean(np.logaddexp(0.0, z) - y * z))
+        return float(np.mean(np.logaddexp(0.0, z) - target * z))
 
     temperature = float(np.exp(minimize_scalar(cross_entropy, bounds=LOG_TEMPERATURES, method="bounded").x))
     probability = Calibration(temperature=temperature).probability(s)

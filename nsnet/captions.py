@@ -74,8 +74,8 @@ def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path 
         pin = f" --revision {revision}" if revision else ""
         raise WeightsError(
             f"the captioner {config.model} is not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}); on a machine with access run: hf download {config.model}{pin} and copy its cache "
-            "here, or pass --captioner with a transformers folder"
+            f"({type(error).__name__}); on a machine with access run: hf download {config.model}{pin} and copy its "
+            "cache here, or pass --captioner with a transformers folder"
         ) from error
 
 
@@ -87,18 +87,21 @@ class Captioner:
         from transformers import AutoTokenizer, BlipForConditionalGeneration  # seconds to import
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # a bar per model load would bury the job's own progress
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar per model load would bury the job's own progress
         self.config = config
         self.device = torch.device(device)
         self.thumbnail_px = thumbnail_px(folder)
         try:
             preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
-            model, report = BlipForConditionalGeneration.from_pretrained(
+            loaded = BlipForConditionalGeneration.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
+            model, report = cast(tuple[Any, dict[str, Any]], loaded)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise WeightsError(f"no BLIP could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+            raise WeightsError(
+                f"no BLIP could be loaded from {folder}: {' '.join(str(error).split())[:300]}"
+            ) from error
         if report["missing_keys"]:
             raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")
         self.model = model.to(self.device).eval()
@@ -165,7 +168,7 @@ def save_tiny_captioner(folder: Path, seed: int) -> None:
 
     It stands in for the real one where no weights can be had: same architecture, same files, captions without meaning.
     """
-    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration  # type: ignore[attr-defined]
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     vocabulary = [*special, *TINY_WORDS]
@@ -192,9 +195,7 @@ def save_tiny_captioner(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"height": TINY_SIDE_PX, "width": TINY_SIDE_PX}
-    _write_preprocessing(
-        folder, size, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    )
+    _write_preprocessing(folder, size, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
 
 def _write_preprocessing(folder: Path, size: dict[str, int], mean: list[float], std: list[float]) -> None:

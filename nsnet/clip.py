@@ -1,6 +1,6 @@
 """CLIP towers from open_clip, with LoRA from peft on q, k, v of the image tower.
 
-Dimensions: B images or texts, M image side in pixels, L caption tokens, D embedding, T tokens in a block, E block width.
+Dimensions: B images or texts, M image side in pixels, D embedding, T tokens in a block, E block width.
 
 open_clip keeps q, k, v in one fused matrix, which a LoRA adapter cannot target separately; peft's own wrapper for
 `nn.MultiheadAttention` merges and unmerges its weights at every forward. So for training the fused projection is split
@@ -15,17 +15,19 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import open_clip
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nsnet.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +158,9 @@ def split_attention(visual: nn.Module) -> int:
         fused = getattr(parent, name)
         setattr(parent, name, SplitQkv(fused) if isinstance(fused, nn.Linear) else SplitAttention(fused))
     if not slots:
-        raise ConfigError(f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block it can split")
+        raise ConfigError(
+            f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block it can split"
+        )
     return len(slots)
 
 
@@ -166,11 +170,13 @@ def fuse_attention(visual: nn.Module) -> None:
         setattr(parent, name, getattr(parent, name).fuse())
 
 
-def add_lora(visual: nn.Module, settings: LoraSettings) -> PeftModel:
+def add_lora(visual: nn.Module, settings: LoraSettings) -> "PeftModel":
     """Freeze an image tower and put adapters on q, k, v of each block. B starts at zero: features stay equal.
 
     The paper's ViT-L/14 at rank 6: 24 blocks × 3 × 2 × 6 × 1024 = 884,736 trainable parameters.
     """
+    from peft import LoraConfig, get_peft_model  # seconds to import, and not needed for the text tower
+
     split_attention(visual)
     lora = LoraConfig(
         r=settings.rank,
@@ -179,16 +185,23 @@ def add_lora(visual: nn.Module, settings: LoraSettings) -> PeftModel:
         target_modules=list(PROJECTIONS),
         bias="none",
     )
-    return cast(PeftModel, get_peft_model(cast(Any, visual), lora))
+    return cast("PeftModel", get_peft_model(cast(Any, visual), lora))
 
 
-def load_lora(visual: nn.Module, adapter: Path) -> PeftModel:
+def has_lora(visual: nn.Module) -> "TypeGuard[PeftModel]":
+    """Whether an image tower carries adapters."""
+    return hasattr(visual, "peft_config")
+
+
+def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
     """Put saved adapters (peft's format) on an image tower."""
+    from peft import PeftModel
+
     split_attention(visual)
     return PeftModel.from_pretrained(cast(Any, visual), str(adapter), torch_device="cpu")
 
 
-def merge_lora(visual: PeftModel) -> nn.Module:
+def merge_lora(visual: "PeftModel") -> nn.Module:
     """Add the adapters into the weights and return open_clip's own image tower."""
     merged = cast(nn.Module, visual.merge_and_unload())
     fuse_attention(merged)
@@ -285,7 +298,8 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
     repository, _, filename = str(source.get("hf_hub") or "").rpartition("/")  # "owner/name/" or "owner/name/file"
     if not repository:
         raise WeightsError(
-            f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass --clip-weights"
+            f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass "
+            "--clip-weights"
         )
     return fetch_from_hub(repository, filename or WEIGHTS_FILE, PINNED_REVISIONS.get(repository), "--clip-weights")
 
@@ -305,8 +319,8 @@ def fetch_from_hub(repository: str, filename: str, revision: str | None, option:
         command = ["hf", "download", repository, filename, *(["--revision", revision] if revision else [])]
         raise WeightsError(
             f"{filename} of {repository} is not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}); on a machine with access run: {shlex.join(command)} and copy its cache here, or "
-            f"pass {option}"
+            f"({type(error).__name__}); on a machine with access run: {shlex.join(command)} and copy its cache here, "
+            f"or pass {option}"
         ) from error
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,17 @@ from torch import nn
 from nsnet import bundle
 from nsnet.calibration import Calibration, Label
 from nsnet.captions import Captioner, CaptionerConfig, find_captioner
-from nsnet.clip import Clip, ClipConfig, LoraSettings, add_lora, find_weights, load_clip, load_lora, merge_lora
+from nsnet.clip import (
+    Clip,
+    ClipConfig,
+    LoraSettings,
+    add_lora,
+    find_weights,
+    has_lora,
+    load_clip,
+    load_lora,
+    merge_lora,
+)
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import BundleError, CaptionError, ConfigError, FetchError, ImageError, NsnetError, WeightsError
 from nsnet.head import HeadConfig
@@ -170,9 +179,7 @@ class Detector:
         speaker = None
         if captioner is not False:
             speaker = Captioner.load(config.captioner, captioner_folder(folder, config, captioner), device)
-        loaded = cls(
-            config, clip, network, captioner=speaker, calibration=calibration, description=description
-        )
+        loaded = cls(config, clip, network, captioner=speaker, calibration=calibration, description=description)
         loaded.network.requires_grad_(False).eval()
         return loaded.to(device)
 
@@ -206,7 +213,7 @@ class Detector:
                 partial / bundle.NETWORK,
             )
             adapted = self.network.visual
-            if isinstance(adapted, PeftModel):
+            if has_lora(adapted):
                 adapted.save_pretrained(str(partial / bundle.LORA))
                 (partial / bundle.LORA / "README.md").unlink(missing_ok=True)  # peft's empty template
             with self._base_towers() as clip:
@@ -232,7 +239,7 @@ class Detector:
     def _base_towers(self) -> Iterator[Clip]:
         """CLIP in open_clip's own modules, with the base weights of the image tower (adapters left out)."""
         adapted = self.network.visual
-        if not isinstance(adapted, PeftModel):
+        if not has_lora(adapted):
             yield self.clip
             return
         from copy import deepcopy
@@ -271,23 +278,31 @@ class Detector:
         )
 
     def predict(
-        self, images: Sequence[str | Path | bytes | Image.Image], *, batch_size: int = 8, limits: DecodeLimits | None = None
+        self,
+        images: Sequence[str | Path | bytes | Image.Image],
+        *,
+        batch_size: int = 8,
+        limits: DecodeLimits | None = None,
     ) -> list[Verdict]:
-        """Verdicts of pictures given as paths, file bytes or Pillow images, in their order; a bad picture is a failed one.
+        """Verdicts of pictures given as paths, file bytes or Pillow images, in their order; a bad one is a failed row.
 
         Decodes in this process: for files from strangers use `nsnet predict`, which guards against decoders that crash.
         """
         config = self.preparation(limits)
         verdicts: list[Verdict] = []
         for start in range(0, len(images), batch_size):
-            verdicts += self.predict_prepared([_try_prepare(image, config) for image in images[start : start + batch_size]])
+            verdicts += self.predict_prepared(
+                [_try_prepare(image, config) for image in images[start : start + batch_size]]
+            )
         return verdicts
 
     def predict_prepared(self, pictures: Sequence[Prepared | ImageError]) -> list[Verdict]:
         """Verdicts of prepared pictures, as one batch; errors become failed verdicts in their place."""
         if self.captioner is None:
             raise ConfigError("this detector was loaded without its captioner")
-        verdicts = [failed_verdict("decode", picture) if isinstance(picture, ImageError) else None for picture in pictures]
+        verdicts = [
+            failed_verdict("decode", picture) if isinstance(picture, ImageError) else None for picture in pictures
+        ]
         good = [(i, picture) for i, picture in enumerate(pictures) if isinstance(picture, Prepared)]
         if good:
             captions = self.captioner.caption(np.stack([picture.thumbnail for _, picture in good]))
@@ -328,9 +343,7 @@ def captioner_folder(folder: Path, config: DetectorConfig, given: Path | None = 
 
 def failed_verdict(stage: str, error: NsnetError) -> Verdict:
     """The verdict of a picture that failed in a stage."""
-    return Verdict(
-        status="failed", error_stage=stage, error_class=type(error).__name__, error_message=str(error)
-    )
+    return Verdict(status="failed", error_stage=stage, error_class=type(error).__name__, error_message=str(error))
 
 
 def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationConfig) -> Prepared | ImageError:
@@ -339,7 +352,7 @@ def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationCon
             try:
                 image = Path(image).read_bytes()
             except OSError as error:
-                raise FetchError(f"{image}: {error.strerror or type(error).__name__}") from error
+                raise FetchError(f"{image!s}: {error.strerror or type(error).__name__}") from error
         return prepare(image, config)
     except ImageError as error:
         return error

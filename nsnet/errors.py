@@ -1,23 +1,23 @@
 """The exceptions a caller may meet.
 
-    NsnetError
-    ├── UsageError              the request cannot be carried out as asked (exit code 2)
-    │   ├── ConfigError         a setting is out of its range, or settings contradict each other
-    │   ├── SourceError         no source, an empty source, a source without the labels that are needed
-    │   ├── WeightsError        pretrained weights are missing, or do not fit the architecture
-    │   ├── BundleError         a detector bundle is missing, damaged or of another version
-    │   └── NullSpaceError      the requested semantic basis leaves no null space
-    ├── StorageError            a bucket or path cannot be reached (exit code 1)
-    └── ImageError              one picture failed; jobs turn it into a failed row
-        ├── ImageEmptyError         no bytes
-        ├── ImageTooLargeError      over the limit of bytes or pixels
-        ├── ImageUnidentifiedError  no supported picture format
-        ├── ImageCorruptError       the format is known, the data is damaged
-        ├── ImageTimeoutError       over the limit of seconds
-        ├── DecoderCrashError       the decoder's process died
-        ├── FetchError              the bytes could not be read from storage
-        ├── CaptionError            the captioner gave no caption
-        └── ScoreError              the network gave no finite number
+NsnetError
+├── UsageError              the request cannot be carried out as asked (exit code 2)
+│   ├── ConfigError         a setting is out of its range, or settings contradict each other
+│   ├── SourceError         no source, an empty source, a source without the labels that are needed
+│   ├── WeightsError        pretrained weights are missing, or do not fit the architecture
+│   ├── BundleError         a detector bundle is missing, damaged or of another version
+│   └── NullSpaceError      the requested semantic basis leaves no null space
+├── StorageError            a bucket or path cannot be reached (exit code 1)
+└── ImageError              one picture failed; jobs turn it into a failed row
+    ├── ImageEmptyError         no bytes
+    ├── ImageTooLargeError      over the limit of bytes or pixels
+    ├── ImageUnidentifiedError  no supported picture format
+    ├── ImageCorruptError       the format is known, the data is damaged
+    ├── ImageTimeoutError       over the limit of seconds
+    ├── DecoderCrashError       the decoder's process died
+    ├── FetchError              the bytes could not be read from storage
+    ├── CaptionError            the captioner gave no caption
+    └── ScoreError              the network gave no finite number
 """
 
 

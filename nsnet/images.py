@@ -31,7 +31,7 @@ FORMATS: Final = (
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI",
     "SGI", "TIFF", "WEBP",
 )  # fmt: skip
-"""Pillow's names of the formats that are tried, by content, never by file name. JPEG covers its multi-picture kin MPO."""
+"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin."""
 
 BACKGROUND: Final = (255, 255, 255)
 """Transparent pictures are flattened on white: their hidden colours are not what a viewer sees."""

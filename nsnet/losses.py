@@ -139,7 +139,9 @@ def objective(
         contrastive = supervised_contrastive(f, y, config.temperature, valid, gather)
         bce = binary_cross_entropy(logit, y, valid, total)
         aligned = (
-            alignment(v.to(u.dtype), u, valid, total, config.alignment_reduction) if v is not None else bce.new_zeros(())
+            alignment(v.to(u.dtype), u, valid, total, config.alignment_reduction)
+            if v is not None
+            else bce.new_zeros(())
         )
         weighted = contrastive + config.bce_weight * bce + config.alignment_weight * aligned
         return Losses(weighted, contrastive, bce, aligned)

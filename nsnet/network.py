@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from nsnet.clip import Clip
@@ -47,11 +46,11 @@ class Features(NamedTuple):
 
 
 class Network(nn.Module):
-    """Mosaics and caption features to logits. The text tower is not part of it: it is frozen, its features are input."""
+    """Mosaics and caption features to logits. The frozen text tower is not part of it: its features are input."""
 
     def __init__(
         self,
-        visual: nn.Module | PeftModel,
+        visual: nn.Module,
         clip: Clip,
         projection: ProjectionConfig,
         mapper: MapperConfig,
@@ -91,4 +90,6 @@ class Network(nn.Module):
 
 def residual_energy(features: Features) -> Tensor:
     """‖ũ‖/‖u‖ per image -> (B,). Near 0 the projection has removed everything and the verdict means nothing."""
-    return features.projected.detach().float().norm(dim=1) / features.image.detach().float().norm(dim=1).clamp_min(1e-12)
+    before: Tensor = features.image.detach().float().norm(dim=1)
+    after: Tensor = features.projected.detach().float().norm(dim=1)
+    return after / before.clamp_min(1e-12)

@@ -132,7 +132,7 @@ class StreamingSVD:
         """Add a block of caption features (n, D), any floating dtype."""
         if captions.ndim != 2 or captions.shape[1] != self.dim:
             raise ValueError(f"captions must be (n, {self.dim}), got {tuple(captions.shape)}")
-        for block in captions.detach().split(BLOCK_ROWS):
+        for block in torch.split(captions.detach(), BLOCK_ROWS):
             stacked = torch.cat([self._triangle, block.to("cpu", torch.float64)])
             self._triangle = torch.linalg.qr(stacked, mode="r").R
         self.count += len(captions)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nsnet.captions import CaptionerConfig
-from nsnet.clip import ClipConfig, LoraSettings, known_models
+from nsnet.clip import ClipConfig, known_models
 from nsnet.detector import DetectorConfig
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig

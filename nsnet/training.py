@@ -22,7 +22,7 @@ class TrainingConfig:
     epochs: int = 2
     """Passes over the training pictures."""
     batch_size: int = 64
-    """Images per optimisation step, over all processes: positives and negatives of the contrastive loss come from it."""
+    """Images per optimisation step, over all processes: they are each other's positives and negatives."""
     head_lr: float = 2e-4
     """Highest learning rate of mapper and head."""
     backbone_lr: float = 1e-4
@@ -46,7 +46,9 @@ class TrainingConfig:
         if not (self.head_lr > 0 and self.backbone_lr > 0 and self.weight_decay >= 0 and self.clip_norm > 0):
             raise ConfigError("learning rates and clip_norm must be positive, weight_decay at least 0")
         if not 0.0 <= self.warmup < 1.0 or not 0.0 < self.validation_share < 1.0:
-            raise ConfigError(f"need 0 ≤ warmup < 1, 0 < validation_share < 1, got {self.warmup}, {self.validation_share}")
+            raise ConfigError(
+                f"need 0 ≤ warmup < 1, 0 < validation_share < 1, got {self.warmup}, {self.validation_share}"
+            )
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
 

@@ -569,7 +569,12 @@ def test_oversized_picture_in_memory_is_refused() -> None:
         image_to_rgb(Image.new("L", (100, 100)), DecodeLimits(max_pixels=9_999))
 
 
-@pytest.mark.parametrize("mode", "1 L LA P PA RGB RGBA RGBa RGBX CMYK YCbCr HSV LAB I F I;16 I;16B".split())
+MODES = (
+    "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16", "I;16B",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode: str) -> None:
     pixels = image_to_rgb(Image.new(mode, (5, 4)))
     assert pixels.shape == (4, 5, 3) and pixels.dtype == np.uint8

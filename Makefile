@@ -1,0 +1,49 @@
+# Everything runs inside .venv, which `make setup` makes and keeps up to date with requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-unit check format lock help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   install into $(VENV)"
+	@echo "make demo    draw pictures, train, score, evaluate into OUT=$(OUT)"
+	@echo "make test    all tests;  make test-unit: those without Ray, S3 and the real sizes"
+	@echo "make check   ruff, mypy, import rules"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/uv --version >/dev/null 2>&1 || $(RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(RUN) -m jobs.demo --out $(OUT)
+
+test: setup
+	$(RUN) -m tests.swift
+	$(RUN) -m pytest
+
+test-unit: setup
+	$(RUN) -m pytest -m "not cluster and not s3 and not real_sizes"
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest tests/test_imports.py
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Exact versions for every platform; no index address goes into the file.
+lock:
+	$(VENV)/bin/uv pip compile --quiet --universal --extra dev --no-header --no-annotate --no-emit-index-url \
+		--python-version 3.11 -o requirements.lock pyproject.toml

@@ -1,0 +1,54 @@
+"""The console script: `nsnet COMMAND`. Each command is a module, which also runs as `python -m jobs.COMMAND`."""
+
+import importlib
+from typing import Final
+
+import click
+
+from jobs import console
+
+COMMANDS: Final = {
+    "caption": "Caption the pictures of a source.",
+    "train": "Train a detector on labelled pictures.",
+    "score": "Score every picture of a source and publish the verdicts.",
+    "evaluate": "Compare verdicts with labels, per generator.",
+    "predict": "Judge single pictures, without a cluster.",
+    "demo": "Make pictures, train, score and evaluate, on this machine.",
+}
+
+
+class _Group(click.Group):
+    """Loads a command's module only when it is called: `--help` must not wait for Ray and torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"jobs.{name}").command
+        command.name = name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="nsnet")
+def group() -> None:
+    """Tell AI-generated images from real ones, over whole object-store buckets.
+
+    Exit codes: 0 done; 1 a bug or the infrastructure; 2 wrong usage; 3 finished, but more images failed than allowed;
+    4 another run holds the lock.
+    """
+
+
+def main() -> None:
+    """Entry point."""
+    console.run(group, "nsnet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""`nsnet predict`: verdicts on single pictures, in this process, without Ray."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs import console, storage
+from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
+@click.option("--device", default=None, help="cpu or cuda; default: a GPU if there is one.")
+@console.weights_options
+@console.limit_options
+def command(images: tuple[str, ...], **options: Any) -> int:
+    """Judge one or more pictures (paths or s3:// URIs), each with its reasons.
+
+    Exit code 3 when a picture could not be judged.
+    """
+    import torch
+
+    from jobs.guard import GuardedDecoder
+    from nsnet.detector import Detector
+    from nsnet.preparation import Prepared
+
+    limits = console.limits_from(options)
+    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(
+            f"--device {device} is not available here; this machine has cpu" + ("" if device != "cuda" else " only")
+        )
+    uri = storage.absolute(options["detector"])
+    storage.reachable(uri)
+    detector = Detector.load(
+        storage.fetch_bundle(uri, "detector.json"),
+        device=device,
+        clip_weights=_path(options["clip_weights"]),
+        captioner=_path(options["captioner"]),
+    )
+    decoder = GuardedDecoder(detector.preparation(limits))
+    failures = 0
+    try:
+        for image in images:
+            try:
+                picture: Prepared | ImageError = decoder.prepare(_read(image, limits.max_bytes))
+            except ImageError as error:
+                picture = error
+            verdict = detector.predict_prepared([picture])[0]
+            failures += verdict.status == "failed"
+            values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
+            click.echo(json.dumps(values, ensure_ascii=False) if as_json(options) else _text(values))
+    finally:
+        decoder.close()
+    return console.EXIT_TOO_MANY_FAILED if failures else 0
+
+
+def as_json(options: dict[str, Any]) -> bool:
+    """Whether JSON was asked for."""
+    return bool(options["as_json"])
+
+
+def _read(image: str, max_bytes: int) -> bytes:
+    uri = storage.absolute(image)
+    try:
+        size = storage.describe(uri).size_bytes
+        if size > max_bytes:
+            raise ImageTooLargeError(f"{size:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
+        return storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise FetchError(f"there is no file {image}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # the per-picture boundary: stores raise many kinds
+        raise FetchError(f"{image}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _text(values: dict[str, Any]) -> str:
+    """A verdict for people; what comes from the file is shown without control characters."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in str(values["image"]))
+    if values["status"] == "failed":
+        return f"{name}: not judged: {values['error_class']}: {values['error_message']} ({values['error_stage']})"
+    return (
+        f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
+        f"  {values['width']} × {values['height']} px {values['format']}; caption whose meaning was removed: "
+        f"“{values['caption']}”, {values['residual_energy']:.0%} of the image feature was left to judge by"
+    )
+
+
+def _path(path: str | None) -> Path | None:
+    return Path(path).expanduser() if path else None
+
+
+if __name__ == "__main__":
+    console.run(command, "nsnet predict")
