@@ -50,11 +50,13 @@ def caption(
     rows = storage.join(out, "captions")
     if storage.exists(rows):
         raise UsageError(f"{rows} exists; choose another --out")
+    listing = Source(source)
+    listing.check()
     config = recipes.get(recipe).detector
-    models = Models(captioner=storage.absolute(captioner) if captioner else None)
+    models = Models(captioner=storage.model_path(captioner))
     side = thumbnail_px(models.captioner_folder(config.captioner))
     work = storage.join(out, f"staging-{secrets.token_hex(4)}")
-    plan = write_manifest(Source(source), storage.join(work, "manifest.parquet"))
+    plan = write_manifest(listing, storage.join(work, "manifest.parquet"))
     say(f"source: {plan.describe()}")
 
     from jobs import pipeline, resources, schema

@@ -9,13 +9,16 @@ import click
 
 from jobs import console, storage
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
+from nsnet.preparation import Prepared
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
-@click.option("--device", default=None, help="cpu or cuda; default: a GPU if there is one.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default=None, help="cpu or cuda; default: a GPU if there is one."
+)
 @console.weights_options
 @console.limit_options
 def command(images: tuple[str, ...], **options: Any) -> int:
@@ -26,22 +29,26 @@ def command(images: tuple[str, ...], **options: Any) -> int:
     import torch
 
     from jobs.guard import GuardedDecoder
+    from jobs.stages import Models
     from nsnet.detector import Detector
-    from nsnet.preparation import Prepared
 
     limits = console.limits_from(options)
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(
-            f"--device {device} is not available here; this machine has cpu" + ("" if device != "cuda" else " only")
-        )
+    gpu = torch.cuda.is_available()
+    if options["device"] == "cuda" and not gpu:
+        raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
     uri = storage.absolute(options["detector"])
     storage.reachable(uri)
+    models = Models(
+        detector=uri,
+        clip_weights=storage.model_path(options["clip_weights"]),
+        captioner=storage.model_path(options["captioner"]),
+        device=options["device"] or ("cuda" if gpu else "cpu"),
+    )
     detector = Detector.load(
-        storage.fetch_bundle(uri, "detector.json"),
-        device=device,
-        clip_weights=_path(options["clip_weights"]),
-        captioner=_path(options["captioner"]),
+        models.bundle_folder(),
+        device=models.device,
+        clip_weights=models.clip_path(),
+        captioner=Path(models.captioner) if models.captioner else None,
     )
     decoder = GuardedDecoder(detector.preparation(limits))
     failures = 0
@@ -54,15 +61,10 @@ def command(images: tuple[str, ...], **options: Any) -> int:
             verdict = detector.predict_prepared([picture])[0]
             failures += verdict.status == "failed"
             values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
-            click.echo(json.dumps(values, ensure_ascii=False) if as_json(options) else _text(values))
+            click.echo(json.dumps(values, ensure_ascii=False) if options["as_json"] else _text(values))
     finally:
         decoder.close()
     return console.EXIT_TOO_MANY_FAILED if failures else 0
-
-
-def as_json(options: dict[str, Any]) -> bool:
-    """Whether JSON was asked for."""
-    return bool(options["as_json"])
 
 
 def _read(image: str, max_bytes: int) -> bytes:
@@ -84,16 +86,12 @@ def _text(values: dict[str, Any]) -> str:
     """A verdict for people; what comes from the file is shown without control characters."""
     name = "".join(letter if letter.isprintable() else "?" for letter in str(values["image"]))
     if values["status"] == "failed":
-        return f"{name}: not judged: {values['error_class']}: {values['error_message']} ({values['error_stage']})"
+        return f"{name}: not judged: {values['error_class']}: {values['error_message']}"
     return (
         f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
         f"  {values['width']} × {values['height']} px {values['format']}; caption whose meaning was removed: "
         f"“{values['caption']}”, {values['residual_energy']:.0%} of the image feature was left to judge by"
     )
-
-
-def _path(path: str | None) -> Path | None:
-    return Path(path).expanduser() if path else None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import click
 
 from jobs import console, storage
 from jobs.console import say
+from nsnet import bundle
 from nsnet.config import to_dict
-from nsnet.errors import ConfigError, UsageError
+from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
 RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers", "peft", "pillow", "numpy", "scipy")
@@ -39,9 +40,9 @@ def command(source: str, **options: Any) -> int:
     WebDataset tar.
     """
     limits = console.limits_from(options)
+    allowed = options.pop("max_failed")
     record = score(source, limits=limits, **options)
     failed = record["counts"]["status"].get("failed", 0)
-    allowed = options["max_failed"]
     if failed > allowed * record["rows"]:
         say(f"{failed} of {record['rows']} pictures failed, more than the allowed {allowed:.2%}: exit code 3")
         return console.EXIT_TOO_MANY_FAILED
@@ -59,7 +60,6 @@ def score(
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
-    max_failed: float = 0.01,
 ) -> dict[str, Any]:
     """Score a source and publish; returns the run's record. All checks come before Ray or a model is started."""
     from jobs.ledger import Run
@@ -73,21 +73,25 @@ def score(
     detector, out = storage.absolute(detector), storage.absolute(out)
     storage.reachable(detector)
     storage.reachable(out)
-    folder = storage.fetch_bundle(detector, "detector.json")
+    folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
+    bundle.read(folder)
+    listing = Source(source)
+    listing.check()
     from jobs.stages import Models
-    from nsnet.bundle import CLIP
     from nsnet.captions import thumbnail_px
     from nsnet.clip import find_weights
     from nsnet.detector import read_config
     from nsnet.preparation import PreparationConfig
 
     config, description = read_config(folder)
-    models = Models(detector=detector, clip_weights=_path(clip_weights), captioner=_path(captioner))
+    models = Models(
+        detector=detector, clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner)
+    )
     side = thumbnail_px(models.captioner_folder(config.captioner))
-    if not (folder / CLIP).is_dir():
+    if not (folder / bundle.CLIP).is_dir():
         find_weights(config.clip, models.clip_path())
     run = Run(out=out)
-    plan = write_manifest(Source(source), storage.join(run.staging, "manifest.parquet"), limit)
+    plan = write_manifest(listing, storage.join(run.staging, "manifest.parquet"), limit)
     say(f"source: {plan.describe()}")
 
     from jobs import pipeline, resources
@@ -132,12 +136,6 @@ def summary(record: dict[str, Any]) -> str:
     lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
     lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
     return "\n".join(lines)
-
-
-def _path(path: str | None) -> str | None:
-    if path is not None and not storage.is_local(path):
-        raise UsageError(f"{path}: weights must be a local path that every node has")
-    return storage.absolute(path) if path else None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import pyarrow as pa
 from jobs import schema, sources, storage
 from jobs.guard import GuardedDecoder
 from nsnet import bundle
-from nsnet.errors import CaptionError, FetchError, ImageError, ImageTooLargeError, NsnetError, ScoreError
+from nsnet.errors import CaptionError, FetchError, ImageError, ImageTooLargeError, ScoreError
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig
 
@@ -96,12 +96,12 @@ def _board(name: str) -> Any:
     return ray.get_actor(name)
 
 
-def failed(row: dict[str, Any], stage: str, error: NsnetError) -> dict[str, Any]:
+def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
     """The row, marked as failed."""
     return {
         **row,
         "status": "failed",
-        "error_stage": stage,
+        "error_stage": error.stage,
         "error_class": type(error).__name__,
         "error_message": str(error)[:1000],
     }
@@ -136,14 +136,14 @@ class Prepare:
         self.report.add(prepared=len(rows), failed=sum(row["status"] == "failed" for row in rows))
         return to_table(rows, self.schema)
 
-    def _row(self, row: dict[str, Any], fetched: bytes | FetchError | ImageTooLargeError) -> dict[str, Any]:
-        if isinstance(fetched, NsnetError):
-            return failed(row, "fetch", fetched)
+    def _row(self, row: dict[str, Any], fetched: bytes | ImageError) -> dict[str, Any]:
+        if isinstance(fetched, ImageError):
+            return failed(row, fetched)
         row = {**row, "content_hash": hashlib.sha256(fetched).hexdigest(), "size_bytes": len(fetched)}
         try:
             done = _decoder(self.config).prepare(fetched)
         except ImageError as error:
-            return failed(row, "decode", error)
+            return failed(row, error)
         row |= {"width": done.width, "height": done.height, "format": done.format, "frames": done.frames}
         row |= {"status": "scored", "thumbnail": done.thumbnail.tobytes()}
         if "patches" in self.schema.names:
@@ -151,8 +151,8 @@ class Prepare:
         return {**row, "mosaic": assemble_mosaic(done.patches, SCORING_SEED).tobytes()}
 
 
-def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], bytes | FetchError | ImageTooLargeError]:
-    def fetch(row: dict[str, Any]) -> bytes | FetchError | ImageTooLargeError:
+def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], bytes | ImageError]:
+    def fetch(row: dict[str, Any]) -> bytes | ImageError:
         known = row["size_bytes"]
         if known is not None and known > max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
@@ -184,7 +184,7 @@ class Caption:
             for i, caption in zip(some, captions, strict=True):
                 rows[i]["caption"] = caption
                 if caption is None:
-                    rows[i] = failed(rows[i], "caption", CaptionError("the captioner gave no word"))
+                    rows[i] = failed(rows[i], CaptionError("the captioner gave no word"))
         self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
         return _with_heavy(rows, table, self.schema)
 
@@ -232,7 +232,7 @@ class Score:
             scores = self.detector.score(mosaics, [rows[i]["caption"] for i in some])
             for at, i in enumerate(some):
                 if not np.isfinite(scores.logit[at]):
-                    rows[i] = failed(rows[i], "score", ScoreError(f"the logit is {scores.logit[at]}"))
+                    rows[i] = failed(rows[i], ScoreError(f"the logit is {scores.logit[at]}"))
                     continue
                 rows[i] |= {
                     "logit": float(scores.logit[at]),

@@ -47,6 +47,16 @@ def is_local(uri: str) -> bool:
     return "://" not in uri
 
 
+def model_path(path: str | None) -> str | None:
+    """The absolute path of weights given on the command line; they must be local, on every node."""
+    if path is None:
+        return None
+    path = absolute(path)
+    if not is_local(path):
+        raise UsageError(f"{path}: weights must be a local path that every node has")
+    return path
+
+
 def join(uri: str, *parts: str) -> str:
     """A URI below another."""
     return "/".join([uri.rstrip("/"), *parts])

@@ -66,6 +66,7 @@ def train(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Train and write a bundle; returns the record of the best epoch. Checks come before Ray or a model is started."""
+    from jobs.sources import Source
     from nsnet import recipes
 
     if workers < 1 or seed < 0:
@@ -79,6 +80,7 @@ def train(
     )
     chosen = replace(chosen, training=training)
     storage.reachable(out)
+    Source(source).check()
     if storage.exists(storage.join(out, "detector.json")):
         raise UsageError(f"{out} already holds a trained detector; choose another --out")
 
@@ -87,7 +89,7 @@ def train(
     from nsnet.clip import find_weights
     from nsnet.preparation import PreparationConfig
 
-    models = Models(clip_weights=_local(clip_weights), captioner=_local(captioner))
+    models = Models(clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner))
     find_weights(chosen.detector.clip, models.clip_path())
     side = thumbnail_px(models.captioner_folder(chosen.detector.captioner))
     preparation = PreparationConfig(thumbnail_px=side, patches=chosen.detector.patches, limits=limits)
@@ -284,12 +286,6 @@ def _bundle(best: Path, recipe: "Recipe", models: Any, out: str, training: dict[
         f"{fitted.temperature:.3g}, threshold {fitted.threshold:.3g}\nbundle: {out}"
     )
     return record
-
-
-def _local(path: str | None) -> str | None:
-    if path is not None and not storage.is_local(path):
-        raise UsageError(f"{path}: weights must be a local path that every node has")
-    return storage.absolute(path) if path else None
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from nsnet.clip import (
     merge_lora,
 )
 from nsnet.config import from_dict, to_dict
-from nsnet.errors import BundleError, CaptionError, ConfigError, FetchError, ImageError, NsnetError, WeightsError
+from nsnet.errors import BundleError, CaptionError, ConfigError, FetchError, ImageError, WeightsError
 from nsnet.head import HeadConfig
 from nsnet.images import DecodeLimits
 from nsnet.losses import LossConfig
@@ -300,15 +300,13 @@ class Detector:
         """Verdicts of prepared pictures, as one batch; errors become failed verdicts in their place."""
         if self.captioner is None:
             raise ConfigError("this detector was loaded without its captioner")
-        verdicts = [
-            failed_verdict("decode", picture) if isinstance(picture, ImageError) else None for picture in pictures
-        ]
+        verdicts = [failed_verdict(picture) if isinstance(picture, ImageError) else None for picture in pictures]
         good = [(i, picture) for i, picture in enumerate(pictures) if isinstance(picture, Prepared)]
         if good:
             captions = self.captioner.caption(np.stack([picture.thumbnail for _, picture in good]))
             for (i, _), caption in zip(good, captions, strict=True):
                 if caption is None:
-                    verdicts[i] = failed_verdict("caption", CaptionError("the captioner gave no word"))
+                    verdicts[i] = failed_verdict(CaptionError("the captioner gave no word"))
             good = [(i, picture) for i, picture in good if verdicts[i] is None]
             captions = [caption for caption in captions if caption is not None]
         if good:
@@ -341,9 +339,9 @@ def captioner_folder(folder: Path, config: DetectorConfig, given: Path | None = 
     return find_captioner(config.captioner, given or (own if own.is_dir() else None))
 
 
-def failed_verdict(stage: str, error: NsnetError) -> Verdict:
-    """The verdict of a picture that failed in a stage."""
-    return Verdict(status="failed", error_stage=stage, error_class=type(error).__name__, error_message=str(error))
+def failed_verdict(error: ImageError) -> Verdict:
+    """The verdict of a picture that failed."""
+    return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
 
 
 def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationConfig) -> Prepared | ImageError:

@@ -60,6 +60,9 @@ class StorageError(NsnetError):
 class ImageError(NsnetError):
     """One picture failed. In a job this is a row, not an exception."""
 
+    stage = "decode"
+    """Stage in which it failed: fetch, decode, caption or score."""
+
 
 class ImageEmptyError(ImageError):
     """The object holds no bytes."""
@@ -88,10 +91,16 @@ class DecoderCrashError(ImageError):
 class FetchError(ImageError):
     """The bytes could not be read from storage."""
 
+    stage = "fetch"
+
 
 class CaptionError(ImageError):
     """The captioner gave no caption."""
 
+    stage = "caption"
+
 
 class ScoreError(ImageError):
     """The network gave no finite number."""
+
+    stage = "score"

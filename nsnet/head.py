@@ -5,6 +5,7 @@ Dimensions: B images, D embedding, F head feature.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,6 +40,8 @@ class ProjectionHead(nn.Module):
         self.classifier = nn.Linear(config.feature_dim, 1)
 
     def forward(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        features = functional.normalize(self.layers(projected).float(), dim=1)
+        hidden = self.layers(projected)
+        # the length in at least fp32, also under autocast
+        features = functional.normalize(hidden if hidden.dtype == torch.float64 else hidden.float(), dim=1)
         logit: Tensor = self.classifier(features).squeeze(1)
         return features, logit
