@@ -16,9 +16,7 @@ from nsnet.preparation import Prepared
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default=None, help="cpu or cuda; default: a GPU if there is one."
-)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
 @console.weights_options
 @console.limit_options
 def command(images: tuple[str, ...], **options: Any) -> int:

@@ -54,21 +54,28 @@ class Source:
         self.left_out: Counter[str] = Counter()
         """Reason -> number of objects that are no pictures."""
 
+    def check(self) -> None:
+        """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
+        storage.reachable(self.uri)
+        if self._is_file():
+            if not storage.exists(self.uri):
+                raise SourceError(f"there is no source {self.uri}")
+        elif not storage.is_folder(self.uri):
+            hint = "; a source is a folder, for a single picture see nsnet predict" if storage.exists(self.uri) else ""
+            raise SourceError(f"there is no folder or prefix {self.uri}{hint}")
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Manifest rows (`schema.MANIFEST`). Raises `SourceError` when there is no such source."""
-        uri = self.uri
-        storage.reachable(uri)
-        lowered = uri.lower()
-        if lowered.endswith((".parquet", ".tar")):
-            if not storage.exists(uri):
-                raise SourceError(f"there is no source {uri}")
-            yield from self._parquet(uri) if lowered.endswith(".parquet") else self._tar(storage.describe(uri))
-            return
-        if not storage.is_folder(uri):
-            raise SourceError(
-                f"there is no folder or prefix {uri}" + (" (a single file?)" if storage.exists(uri) else "")
-            )
-        yield from self._folder(uri)
+        """Manifest rows (`schema.MANIFEST`). Raises what `check` raises."""
+        self.check()
+        if not self._is_file():
+            yield from self._folder(self.uri)
+        elif self.uri.lower().endswith(".tar"):
+            yield from self._tar(storage.describe(self.uri))
+        else:
+            yield from self._parquet(self.uri)
+
+    def _is_file(self) -> bool:
+        return self.uri.lower().endswith((".parquet", ".tar"))
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
         prefix = uri.rstrip("/") + "/"

@@ -33,7 +33,7 @@ class LossConfig:
     """Over D: `mean` is what the published numbers used, `sum` is eq. 20 to the letter, D times larger."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or self.bce_weight < 0 or self.alignment_weight < 0:
+        if not (self.temperature > 0 and self.bce_weight >= 0 and self.alignment_weight >= 0):
             raise ConfigError(
                 f"need temperature > 0 and weights ≥ 0, got temperature {self.temperature}, bce_weight "
                 f"{self.bce_weight}, alignment_weight {self.alignment_weight}"

@@ -135,12 +135,13 @@ def test_perfect_inverted_and_constant_scores(scores: list[float], ap: float, ar
     assert tpr_at_fpr(y, scores, 0.01) == tpr
 
 
-def test_tpr_counts_a_share_of_reals_that_is_exactly_the_limit() -> None:
-    """3 of 10 reals at 0.3: in binary 0.3 · 10 is not 3, and must still allow three."""
-    y = np.array([0] * 10 + [1] * 2)
-    s = np.array([9.0, 8, 7, 1, 1, 1, 1, 1, 1, 1, 7, 0.5])
-    assert tpr_at_fpr(y, s, 0.3) == 0.5
-    assert tpr_at_fpr(y, s, 0.29) == 0.0
+def test_tpr_allows_a_share_of_reals_that_is_exactly_the_limit() -> None:
+    """29 of 100 reals at 0.29: in binary 0.29 · 100 is a little under 29, and must still allow 29."""
+    assert 0.29 * 100 < 29
+    y = np.array([0] * 100 + [1] * 2)
+    s = np.array([9.0] * 29 + [1.0] * 71 + [9.0, 0.5])
+    assert tpr_at_fpr(y, s, 0.29) == 0.5
+    assert tpr_at_fpr(y, s, 0.28) == 0.0
 
 
 @pytest.mark.parametrize("name", RANKED)

@@ -1,0 +1,186 @@
+"""Configurations to JSON and back: equal, or an error that names the place."""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from nsnet.calibration import Calibration
+from nsnet.captions import CaptionerConfig
+from nsnet.clip import ClipConfig, LoraSettings
+from nsnet.config import from_dict, to_dict
+from nsnet.detector import DetectorConfig
+from nsnet.errors import ConfigError
+from nsnet.head import HeadConfig
+from nsnet.images import DecodeLimits
+from nsnet.losses import LossConfig
+from nsnet.mapper import MapperConfig
+from nsnet.network import ProjectionConfig
+from nsnet.patches import PatchConfig
+from nsnet.recipes import TINY
+from nsnet.training import TrainingConfig
+
+OWN = DetectorConfig(
+    clip=ClipConfig(model="other", pretrained=None, architecture={"embed_dim": 8, "text_cfg": {"layers": [1]}}, seed=9),
+    captioner=CaptionerConfig(model="a/b", revision="c0ffee", max_new_tokens=3, seed=4),
+    patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power"),
+    lora=LoraSettings(rank=2, alpha=0.1, dropout=0.25),
+    projection=ProjectionConfig(kind="global", rank=5),
+    mapper=MapperConfig(hidden_dim=7, dropout=0.0),
+    head=HeadConfig(hidden_dim=5, feature_dim=3),
+    loss=LossConfig(temperature=1 / 3, bce_weight=0.0, alignment_weight=2.0, alignment_reduction="sum"),
+    train_backbone=True,
+)
+"""Every setting differs from its default."""
+
+CONFIGS = {
+    "default": DetectorConfig(),
+    "tiny": TINY.detector,
+    "own": OWN,
+    "no projection": replace(DetectorConfig(), projection=ProjectionConfig(kind="none")),
+    "training": TrainingConfig(epochs=3, precision="bf16", warmup=0.1),
+    "calibration": Calibration(temperature=0.1 + 0.2, threshold=1 / 3, fitted_on=17),
+    "limits": DecodeLimits(max_bytes=5, max_seconds=0.5),
+}
+
+
+def places(values: dict[str, Any], kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every nested configuration, the outermost too."""
+    yield path
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "architecture":
+            yield from places(value, kind, (*path, name))
+
+
+def inside(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for name in path:
+        values = values[name]
+    return values
+
+
+STORED = json.loads(json.dumps(to_dict(OWN)))
+OBJECTS = list(places(STORED, DetectorConfig))
+SETTINGS = [(*path, name) for path in OBJECTS for name in inside(STORED, path) if (*path, name) not in OBJECTS]
+
+
+def dotted(path: tuple[str, ...]) -> str:
+    return ".".join(("DetectorConfig", *path))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_survives_json(name: str) -> None:
+    config = CONFIGS[name]
+    stored = json.dumps(to_dict(config), allow_nan=False)
+    assert from_dict(type(config), json.loads(stored)) == config
+    assert json.dumps(to_dict(from_dict(type(config), json.loads(stored)))) == stored
+
+
+def test_every_setting_of_the_detector_is_covered_here() -> None:
+    default = json.loads(json.dumps(to_dict(DetectorConfig())))
+    same = [path for path in SETTINGS if inside(default, path[:-1])[path[-1]] == inside(STORED, path)]  # type: ignore[comparison-overlap]
+    assert same == []
+    assert len(OBJECTS) == 9 and len(SETTINGS) > 20
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=dotted)
+def test_unknown_setting_is_refused_with_its_place(path: tuple[str, ...]) -> None:
+    values = copy.deepcopy(STORED)
+    inside(values, path)["colour"] = 1
+    with pytest.raises(ConfigError, match=rf"^{dotted(path)}: unknown settings \['colour'\], missing settings \[\]"):
+        from_dict(DetectorConfig, values)
+
+
+@pytest.mark.parametrize("path", [*OBJECTS[1:], *SETTINGS], ids=dotted)
+def test_missing_setting_is_refused_with_its_place(path: tuple[str, ...]) -> None:
+    values = copy.deepcopy(STORED)
+    del inside(values, path[:-1])[path[-1]]
+    with pytest.raises(ConfigError, match=rf"^{dotted(path[:-1])}: .*missing settings \['{path[-1]}'\]"):
+        from_dict(DetectorConfig, values)
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=dotted)
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_object_that_is_none_is_refused_with_its_place(path: tuple[str, ...], value: object) -> None:
+    values = copy.deepcopy(STORED)
+    if path:
+        inside(values, path[:-1])[path[-1]] = value
+    else:
+        values = value  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=f"^{dotted(path)} must be an object, got {type(value).__name__}"):
+        from_dict(DetectorConfig, values)
+
+
+WRONG: dict[type, list[Any]] = {
+    str: [3, 1.5, True, ["text"], {}],
+    int: ["3", 1.5, True, None, []],
+    float: ["0.1", True, None, []],
+    bool: [1, 0.0, "true", None, []],
+    dict: [3, "text", True, []],
+}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=dotted)
+def test_setting_of_a_wrong_type_is_refused_with_its_place(path: tuple[str, ...]) -> None:
+    # one setting of OWN is None where text could be
+    kind = str if path == ("clip", "pretrained") else type(inside(STORED, path))
+    for wrong in WRONG[kind]:
+        values = copy.deepcopy(STORED)
+        inside(values, path[:-1])[path[-1]] = wrong
+        with pytest.raises(ConfigError, match=f"^{dotted(path)} must be "):
+            from_dict(DetectorConfig, values)
+
+
+@pytest.mark.parametrize("path", [("patches", "spectrum"), ("projection", "kind"), ("loss", "alignment_reduction")])
+@pytest.mark.parametrize("value", ["other", "", None, 1])
+def test_choice_outside_its_list_is_refused_with_its_place(path: tuple[str, ...], value: object) -> None:
+    values = copy.deepcopy(STORED)
+    inside(values, path[:-1])[path[-1]] = value
+    with pytest.raises(ConfigError, match=f"^{dotted(path)} must be one of"):
+        from_dict(DetectorConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("patches", "mosaic_px"), 65, r"mosaic_px \(65\)"),
+        (("lora", "dropout"), 1.0, "dropout < 1"),
+        (("projection", "rank"), 0, "rank ≥ 1"),
+        (("loss", "temperature"), 0.0, "temperature > 0"),
+        (("loss", "bce_weight"), float("nan"), "bce_weight nan"),
+        (("head", "feature_dim"), 0, "must be positive"),
+    ],
+)
+def test_value_out_of_range_is_refused_on_reading(path: tuple[str, ...], value: float, message: str) -> None:
+    values = copy.deepcopy(STORED)
+    inside(values, path[:-1])[path[-1]] = value
+    with pytest.raises(ConfigError, match=message):
+        from_dict(DetectorConfig, values)
+
+
+def test_whole_number_is_read_as_a_float_where_one_belongs() -> None:
+    values = copy.deepcopy(STORED)
+    values["lora"]["alpha"] = 6
+    alpha = from_dict(DetectorConfig, values).lora.alpha
+    assert alpha == 6.0 and type(alpha) is float
+
+
+@dataclass(frozen=True)
+class Pair:
+    sizes: tuple[int, ...]
+    limit: float | None
+
+
+def test_list_is_read_as_a_tuple_of_checked_items() -> None:
+    assert from_dict(Pair, {"sizes": [1, 2], "limit": None}) == Pair((1, 2), None)
+    assert from_dict(Pair, json.loads(json.dumps(to_dict(Pair((3,), 0.5))))) == Pair((3,), 0.5)
+    for sizes in (["1"], [1.5], "12", 7, None):
+        with pytest.raises(ConfigError, match=r"^Pair\.sizes must be"):
+            from_dict(Pair, {"sizes": sizes, "limit": None})
+
+
+def test_place_can_be_given_a_name() -> None:
+    with pytest.raises(ConfigError, match="^bundle.json: unknown"):
+        from_dict(Pair, {}, "bundle.json")

@@ -1,0 +1,115 @@
+"""Who may import whom, read from the source, and what the CPU workers' modules really load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).parents[1]
+ELSEWHERE = {"tests", "jobs"}
+
+NOT_IN_THE_LIBRARY = {"ray", "fsspec", "s3fs", "pyarrow", "click", "jobs", "tests"}
+LEAVES = {
+    "errors": set(), "images": {"errors"}, "patches": {"errors"}, "captions": {"errors"}, "clip": {"errors"},
+    "mapper": {"errors"}, "nullspace": {"errors"}, "head": {"errors"}, "losses": {"errors"}, "metrics": {"errors"},
+    "calibration": {"errors", "metrics"},
+}  # fmt: skip
+"""Module of nsnet -> the modules of nsnet that it may import."""
+
+
+def modules(tree: ast.AST, package: str = "") -> set[str]:
+    """Dotted names of everything that a source imports, wherever: also in functions and by name at run time."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            # `from nsnet import bundle` names a module, `from nsnet.bundle import read` does not: both count
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    return modules(ast.parse(path.read_text(encoding="utf-8"), str(path)), path.parent.name)
+
+
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted((REPO_ROOT / folder).rglob("*.py"))
+    assert found, f"{folder} holds no source"
+    return found
+
+
+def of_nsnet(path: Path) -> set[str]:
+    """The modules of nsnet that a source imports, by their own names."""
+    present = {module.stem for module in sources("nsnet")}
+    return {parts[1] for name in imports(path) if (parts := name.split("."))[0] == "nsnet" and len(parts) > 1} & present
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import a.b as c", {"a.b"}),
+        ("from a import b", {"a", "a.b"}),
+        ("from . import b", {"package", "package.b"}),
+        ("from .b import c", {"package.b", "package.b.c"}),
+        ("def f():\n    import a", {"a"}),
+        ("if TYPE_CHECKING:\n    import a", {"a"}),
+        ("importlib.import_module('a.b')", {"a.b"}),
+        ("__import__('a')", {"a"}),
+        ("text = 'import a'", set()),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(source: str, expected: set[str]) -> None:
+    assert modules(ast.parse(source), "package") == expected
+
+
+@pytest.mark.parametrize("path", sources("nsnet"), ids=lambda path: path.stem)
+def test_library_knows_no_cluster_and_no_storage(path: Path) -> None:
+    assert roots(path) & NOT_IN_THE_LIBRARY == set()
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_of_the_library_imports_errors_only(leaf: str) -> None:
+    allowed: set[str] = LEAVES[leaf]
+    assert of_nsnet(REPO_ROOT / "nsnet" / f"{leaf}.py") <= allowed
+
+
+def test_modules_of_the_library_import_each_other_in_no_circle() -> None:
+    graph = {path.stem: of_nsnet(path) - {path.stem} for path in sources("nsnet") if path.stem != "__init__"}
+    while ready := {name for name, needed in graph.items() if not needed & graph.keys()}:
+        graph = {name: needed for name, needed in graph.items() if name not in ready}
+    assert graph == {}
+
+
+def test_nothing_but_jobs_and_tests_imports_jobs() -> None:
+    folders = [path for path in REPO_ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    others = [path for folder in folders if folder.name not in ELSEWHERE for path in folder.rglob("*.py")]
+    others += REPO_ROOT.glob("*.py")
+    assert [str(path.relative_to(REPO_ROOT)) for path in others if "jobs" in roots(path)] == []
+
+
+def test_only_the_storage_module_opens_file_systems() -> None:
+    users = {path.name for path in sources("jobs") if roots(path) & {"fsspec", "s3fs"}}
+    assert users == {"storage.py"}
+
+
+def test_modules_of_the_cpu_workers_load_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "import nsnet, nsnet.images, nsnet.patches, nsnet.preparation\n"
+        "print(sorted({'torch', 'ray', 'open_clip', 'transformers', 'peft', 'pyarrow', 'pandas'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
