@@ -10,6 +10,7 @@ arrays behind a JSON header: nothing is unpickled on either side, since the chil
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import select
@@ -31,6 +32,8 @@ from nsnet.preparation import PreparationConfig, Prepared, prepare
 START_SECONDS: Final = 60.0
 """Longest start of a child, imports included."""
 MAX_HEADER_BYTES: Final = 64 * 1024
+LONGEST_WAIT_SECONDS: Final = 86_400.0
+"""What an endless wait is cut to: poll() counts milliseconds in 31 bits."""
 PR_SET_PDEATHSIG: Final = 1
 
 
@@ -52,6 +55,8 @@ class GuardedDecoder:
         deadline = time.monotonic() + self.config.limits.max_seconds
         try:
             return self._ask(child, picture, deadline)
+        except ImageError:  # a whole answer
+            raise
         except (EOFError, BrokenPipeError) as error:
             code = self._end()
             reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -61,6 +66,12 @@ class GuardedDecoder:
             raise ImageTimeoutError(
                 f"decoding took longer than {self.config.limits.max_seconds:g} s (--max-seconds)"
             ) from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            self._end()
+            raise DecoderCrashError(f"the decoder's answer makes no sense ({type(error).__name__})") from error
+        except BaseException:  # the rest of this answer must not be taken for the next one
+            self._end()
+            raise
 
     def close(self) -> None:
         """End the child."""
@@ -75,7 +86,7 @@ class GuardedDecoder:
         if "error_class" in header:
             kind = getattr(errors, str(header["error_class"]), ImageCorruptError)
             known = isinstance(kind, type) and issubclass(kind, ImageError)
-            raise (kind if known else ImageCorruptError)(str(header["error_message"]))
+            raise (kind if known else ImageCorruptError)(_text(header["error_message"]))
         patches, thumbnail = (
             np.frombuffer(_read(child.stdout, int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
             for shape in (self._patches_shape, self._thumbnail_shape)
@@ -83,19 +94,22 @@ class GuardedDecoder:
         return Prepared(
             patches=patches,
             thumbnail=thumbnail,
-            width=int(header["width"]),
-            height=int(header["height"]),
-            format=str(header["format"]),
-            frames=int(header["frames"]),
+            width=_count(header["width"]),
+            height=_count(header["height"]),
+            format=_text(header["format"]),
+            frames=_count(header["frames"]),
         )
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._child.poll() is not None:
+        if self._child is not None and _ready(self._child.stdout, 0.0, select.POLLIN):
+            self._end()  # it is dead, or says what it was not asked
+        if self._child is None:
             root = str(Path(__file__).resolve().parent.parent)
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             child = subprocess.Popen(
-                [sys.executable, "-m", "jobs.guard", str(os.getpid()), json.dumps(to_dict(self.config))],
+                # -P: nothing is imported from the current folder, which may be the one with the pictures
+                [sys.executable, "-P", "-m", "jobs.guard", str(os.getpid()), json.dumps(to_dict(self.config))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # C decoders write pages about damaged files; errors come as answers
@@ -107,9 +121,12 @@ class GuardedDecoder:
             self._child = child
             try:
                 _read_header(child.stdout, time.monotonic() + START_SECONDS)
-            except (EOFError, TimeoutError) as error:
+            except (EOFError, TimeoutError, ValueError, TypeError) as error:
                 code = self._end()
                 raise RuntimeError(f"the decoding process could not be started (exit code {code})") from error
+            except BaseException:
+                self._end()
+                raise
         return self._child
 
     def _end(self) -> int:
@@ -124,24 +141,41 @@ class GuardedDecoder:
         return code
 
 
-def _wait(pipe: Any, deadline: float, *, write: bool) -> None:
-    left = deadline - time.monotonic()
-    ready = select.select([] if write else [pipe], [pipe] if write else [], [], max(0.0, left))
-    if not (ready[0] or ready[1]):
+def _text(value: Any) -> str:
+    """What the child says, without lone surrogates, which no table can hold."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _count(value: Any) -> int:
+    number = int(value)
+    if not 0 < number < 2**31:
+        raise ValueError(f"{number} is no number of pixels or frames")
+    return number
+
+
+def _ready(pipe: Any, seconds: float, event: int) -> bool:
+    """Wait until a pipe can be read or written, or is broken; False: it took longer than that."""
+    poll = select.poll()  # unlike select(), it takes descriptors above 1023
+    poll.register(pipe, event)
+    return bool(poll.poll(math.ceil(1000 * min(max(0.0, seconds), LONGEST_WAIT_SECONDS))))
+
+
+def _wait(pipe: Any, deadline: float, event: int) -> None:
+    if not _ready(pipe, deadline - time.monotonic(), event):
         raise TimeoutError
 
 
 def _write(pipe: Any, data: bytes, deadline: float) -> None:
     view = memoryview(data)
     while view:
-        _wait(pipe, deadline, write=True)
+        _wait(pipe, deadline, select.POLLOUT)
         view = view[os.write(pipe.fileno(), view) :]
 
 
 def _read(pipe: Any, length: int, deadline: float) -> bytes:
     parts = bytearray()
     while len(parts) < length:
-        _wait(pipe, deadline, write=False)
+        _wait(pipe, deadline, select.POLLIN)
         part = os.read(pipe.fileno(), length - len(parts))
         if not part:
             raise EOFError
@@ -152,10 +186,10 @@ def _read(pipe: Any, length: int, deadline: float) -> bytes:
 def _read_header(pipe: Any, deadline: float) -> dict[str, Any]:
     (length,) = struct.unpack("<I", _read(pipe, 4, deadline))
     if length > MAX_HEADER_BYTES:
-        raise EOFError
+        raise ValueError(f"a header of {length} bytes")
     header = json.loads(_read(pipe, length, deadline))
     if not isinstance(header, dict):
-        raise EOFError
+        raise TypeError("the header is no object")
     return header
 
 

@@ -36,13 +36,13 @@ class Shares:
 def shares(cpus: float, gpus: float) -> Shares:
     """Shares of a cluster with so many CPUs and GPUs.
 
-    Actors hold at most a quarter of the CPUs, so tasks of every stage always find room: on two cores, tasks of 0.5 CPU
-    beside two actors of 0.25. With GPUs each is shared by one captioner and one scorer, captioning having the larger
-    part because it is the slower stage.
+    Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
+    two cores, tasks of 0.5 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there is
+    one pair per 8 CPUs, whose threads use them.
     """
     if cpus <= 0:
         raise StorageError("the cluster has no CPU for decoding: add CPU workers")
-    pairs = max(1, int(gpus))
+    pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
     actor_cpus = min(1.0, cpus / 8.0 / pairs)
     return Shares(
         cpus=cpus,
@@ -52,7 +52,7 @@ def shares(cpus: float, gpus: float) -> Shares:
         actor_gpus=0.5 if gpus >= 1 else 0.0,
         task_cpus=min(1.0, cpus / 4.0),
         light_task_cpus=min(0.5, cpus / 16.0),
-        threads=max(1, int(cpus) // 2),
+        threads=max(1, min(4, int(cpus) // 2)),
     )
 
 
@@ -63,6 +63,8 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's C++ side prints advice on its own actors as errors; failures that matter reach Python.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
@@ -73,21 +75,26 @@ def connect(address: str | None = None) -> None:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {error}") from error
     else:
         ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
-    quiet_data()
+    configure_data()
     say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
 
 
-def quiet_data() -> None:
-    """Ray Data's own bars give way to one line per stage (`jobs.progress`)."""
+def configure_data() -> None:
+    """Settings of Ray Data: no bars of its own beside ours, and its older Parquet reader.
+
+    The newer one starts 32 actors to read the footers of a manifest that is a single file: 32 s on two cores.
+    """
     import logging
 
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    if hasattr(context, "use_datasource_v2"):
+        context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
 
 
 def cluster_shares() -> Shares:

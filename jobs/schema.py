@@ -61,7 +61,7 @@ CAPTIONS: Final = pa.schema(
         *SOURCE,
         *PICTURE,
         *OUTCOME,
-        pa.field("captioner", pa.string(), nullable=False),
+        pa.field("captioner_id", pa.string(), nullable=False),  # digest of the captioner's weights
         *LABELS,
     ]
 )

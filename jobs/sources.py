@@ -4,13 +4,18 @@ Labels come from `0_real|1_fake`, `nature|ai`, `real|fake` folders (generator = 
 `generator` columns. What a listing leaves out is counted by reason, never silent.
 """
 
+import bisect
 import hashlib
+import itertools
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import storage
@@ -75,31 +80,34 @@ class Source:
             yield from self._parquet(self.uri)
 
     def _is_file(self) -> bool:
-        return self.uri.lower().endswith((".parquet", ".tar"))
+        # Spark's and Ray's `x.parquet` is a folder
+        return self.uri.lower().endswith((".parquet", ".tar")) and not storage.is_folder(self.uri)
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
         prefix = uri.rstrip("/") + "/"
         root = PurePosixPath(uri).name
-        for entry in storage.list_files(uri):
+        for entry in storage.list_files(uri, self.left_out):
             relative = entry.uri.removeprefix(prefix)
             name = PurePosixPath(relative).name
             ending = PurePosixPath(name).suffix.lower()
-            if ending == ".tar":
+            if name.startswith("."):
+                self.left_out["hidden file"] += 1
+            elif entry.uri.endswith("/") or (entry.size_bytes == 0 and not ending):
+                self.left_out["empty marker object"] += 1
+            elif _unicode(entry.uri) != entry.uri:
+                self.left_out["name that is no UTF-8"] += 1
+            elif ending == ".tar":
                 yield from self._tar(entry)
             elif ending == ".parquet":
                 yield from self._parquet(entry.uri)
-            elif name.startswith("."):
-                self.left_out["hidden file"] += 1
             elif ending in OTHER_KINDS:
                 self.left_out[f"{ending} is no picture"] += 1
-            elif entry.size_bytes == 0 and not ending:
-                self.left_out["empty marker object"] += 1
             else:
                 label, generator, split = labels_from_path(relative, root)
                 yield _row(entry.uri, entry.etag, entry.size_bytes, label=label, generator=generator, split=split)
 
     def _tar(self, entry: storage.Entry) -> Iterator[dict[str, Any]]:
-        """Members of an uncompressed WebDataset tar; `x.cls` or `x.json` beside `x.jpg` may hold the label."""
+        """Members of an uncompressed WebDataset tar; `x.cls` beside `x.jpg` may hold the label."""
         system, path = storage.filesystem(entry.uri)
         labels: dict[str, int | None] = {}
         members: list[tuple[str, int, int]] = []
@@ -107,17 +115,26 @@ class Source:
             with system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     ending = PurePosixPath(member.name).suffix.lower()
-                    if not member.isfile():
+                    if member.isdir():
                         continue
-                    if ending == ".cls" and member.size < 64:
+                    if not member.isfile():
+                        self.left_out["link or special file in a tar"] += 1
+                    elif PurePosixPath(member.name).name.startswith("."):
+                        self.left_out["hidden file"] += 1
+                    elif ending == ".cls" and member.size < 64:
                         content = tar.extractfile(member)
-                        labels[_stem(member.name)] = _label(content.read().decode().strip()) if content else None
+                        text = content.read().decode().strip() if content else None
+                        labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}")
                     elif ending in OTHER_KINDS or ending == ".cls":
                         self.left_out[f"{ending} is no picture"] += 1
                     else:
-                        members.append((member.name, member.offset_data, member.size))
+                        members.append((_unicode(member.name), member.offset_data, member.size))
+                # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"it is damaged or cut off at byte {tar.offset:,}")
         except (tarfile.TarError, UnicodeDecodeError) as error:
-            raise SourceError(f"{entry.uri} is no uncompressed tar: {error}") from error
+            raise SourceError(f"{entry.uri} is no whole, uncompressed tar: {error}") from error
         for name, offset, size in members:
             from_path, generator, split = labels_from_path(name)
             label = labels.get(_stem(name), from_path)
@@ -144,8 +161,8 @@ class Source:
             for values in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
                 name = values.get("uri")
                 labels = {
-                    "label": _label(values.get("label")),
-                    "generator": values.get("generator"),
+                    "label": _label(values.get("label"), f"{uri}: row {position}"),
+                    "generator": _text(values.get("generator")),
                     "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
                 }
                 if stored:
@@ -154,9 +171,8 @@ class Source:
                 elif name is None:
                     raise SourceError(f"{uri}: row {position} has no uri")
                 else:
-                    yield _row(
-                        storage.absolute(str(name)), values.get("etag") or "", values.get("size_bytes"), **labels
-                    )
+                    etag = _text(values.get("etag")) or ""
+                    yield _row(storage.absolute(str(name)), etag, values.get("size_bytes"), **labels)
                 position += 1
 
 
@@ -167,15 +183,33 @@ def fetch(row: dict[str, Any], max_bytes: int) -> bytes:
         return storage.read_bytes(row["uri"], 0, max_bytes + 1)
     if container.lower().endswith(".tar"):
         return storage.read_bytes(container, position, min(size, max_bytes + 1))
+    with _READING_PARQUET:
+        ends = _group_ends(container)
+        group = bisect.bisect_right(ends, position)
+        if group == len(ends):
+            raise FileNotFoundError(f"{container} has no row {position}")
+        start = ends[group - 1] if group else 0
+        value = _group_bytes(container, group)[position - start].as_py()
+    return bytes(value or b"")[: max_bytes + 1]
+
+
+_READING_PARQUET: Final = threading.Lock()
+"""One thread reads a row group, the others wait for it."""
+
+
+@lru_cache(maxsize=16)
+def _group_ends(container: str) -> list[int]:
+    """Row numbers at which the row groups of a Parquet file end."""
     system, path = storage.arrow_filesystem(container)
-    file = pq.ParquetFile(path, filesystem=system)
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if position < rows:
-            value = file.read_row_group(group, columns=["bytes"]).column(0)[position].as_py()
-            return bytes(value or b"")[: max_bytes + 1]
-        position -= rows
-    raise FileNotFoundError(f"{container} has no row {row['position']}")
+    metadata = pq.read_metadata(path, filesystem=system)
+    return list(itertools.accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+
+
+@lru_cache(maxsize=1)
+def _group_bytes(container: str, group: int) -> pa.ChunkedArray:
+    """The pictures of a row group. Parquet is read by whole groups; neighbours of a picture are asked for next."""
+    system, path = storage.arrow_filesystem(container)
+    return pq.ParquetFile(path, filesystem=system).read_row_group(group, columns=["bytes"]).column(0)
 
 
 def _row(uri: str, etag: str, size_bytes: int | None, **values: Any) -> dict[str, Any]:
@@ -183,14 +217,23 @@ def _row(uri: str, etag: str, size_bytes: int | None, **values: Any) -> dict[str
     return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
 
 
-def _label(value: Any) -> int | None:
+def _label(value: Any, where: str) -> int | None:
     """0, 1, real, fake (also as text) or nothing; anything else is an error, not a guess."""
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # pandas writes NaN for nothing
         return None
-    label = LABEL_NAMES.get(str(int(value) if isinstance(value, float | bool) else value).strip().lower())
+    label = LABEL_NAMES.get(f"{value:g}" if isinstance(value, float | bool) else str(value).strip().lower())
     if label is None:
-        raise SourceError(f"label {value!r} is neither 0/real nor 1/fake")
+        raise SourceError(f"{where}: label {value!r} is neither 0/real nor 1/fake")
     return label
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _unicode(name: str) -> str:
+    """A name with bytes that are no UTF-8 written out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _stem(name: str) -> str:

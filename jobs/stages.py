@@ -174,6 +174,7 @@ class Caption:
 
         models.use_threads()
         self.captioner = Captioner.load(config, models.captioner_folder(config), models.device)
+        self.captioner_id = self.captioner.digest()[:16]
         self.schema, self.batch_size, self.report = schema, batch_size, report
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -186,6 +187,7 @@ class Caption:
                 if caption is None:
                     rows[i] = failed(rows[i], CaptionError("the captioner gave no word"))
         self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
+        rows = [{**row, "captioner_id": self.captioner_id} for row in rows]
         return _with_heavy(rows, table, self.schema)
 
 

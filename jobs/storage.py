@@ -3,23 +3,28 @@
 S3's endpoint and keys come from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
 import fsspec
 import pyarrow.fs
 
-from nsnet.errors import StorageError, UsageError
+from nsnet.errors import BundleError, StorageError, UsageError
 
 SCHEMES: Final = ("file", "s3")
 LISTING_PAGE: Final = 1000
+"""Objects asked for at a time, the most that S3 gives."""
+REACH_SECONDS: Final = 10.0
+"""Longest wait, retries included, for the first answer of a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +38,15 @@ class Entry:
 
 
 def absolute(uri: str) -> str:
-    """`s3://…` as it is; a local path made absolute. Raises `UsageError` for other schemes."""
+    """`s3://…` as it is; a local path made absolute. Raises `UsageError` for other schemes and for no place at all."""
     scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return os.path.abspath(os.path.expanduser(uri))
-    if scheme not in SCHEMES:
+    if separator and scheme not in SCHEMES:
         raise UsageError(f"{uri}: only local paths and s3:// are supported, not {scheme}://")
-    return rest if scheme == "file" else uri.rstrip("/")
+    if not (rest if separator else uri) or (separator and scheme == "s3" and rest.startswith("/")):
+        raise UsageError(f"{uri!r} names no place: give a path, or s3:// and a bucket")
+    if separator and scheme == "s3":
+        return uri.rstrip("/")
+    return os.path.abspath(rest if separator else os.path.expanduser(uri))
 
 
 def is_local(uri: str) -> bool:
@@ -92,10 +99,10 @@ def reachable(uri: str) -> None:
     """Raise `StorageError`, in one line, unless the bucket of a URI answers."""
     if is_local(uri):
         return
-    system, path = filesystem(uri)
-    bucket = path.partition("/")[0]
+    bucket, prefix = _bucket_and_key(uri)
     try:
-        system.ls(bucket, detail=False, refresh=True)
+        # One object of this prefix: a bucket may be huge, and a policy may allow no more than the prefix.
+        _page(uri, prefix, 1, timeout=REACH_SECONDS)
     except FileNotFoundError as error:
         raise StorageError(f"the bucket s3://{bucket} does not exist") from error
     except Exception as error:  # botocore, aiohttp and OS errors share no base
@@ -111,31 +118,68 @@ def exists(uri: str) -> bool:
 
 def is_folder(uri: str) -> bool:
     """Whether a URI is a folder or prefix with something below it."""
-    system, path = filesystem(uri)
-    return bool(system.isdir(path))
-
-
-def list_files(uri: str) -> Iterator[Entry]:
-    """All objects below a folder or prefix, recursively, as they come; order is the store's."""
     if is_local(uri):
-        yield from _list_disk(uri)
+        return os.path.isdir(uri)
+    return bool(_page(uri, _below(uri), 1).get("Contents"))
+
+
+def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry]:
+    """All objects below a folder or prefix, recursively, as they come; order is the store's.
+
+    What cannot be listed is counted in `left_out` by reason. Links to folders are not followed: they may form circles.
+    """
+    if is_local(uri):
+        yield from _list_disk(uri, Counter() if left_out is None else left_out)
         return
-    system, path = filesystem(uri)
-    for _, _, files in system.walk(path, detail=True):
-        for name, info in files.items():
-            if name and not info["name"].endswith("/"):
-                yield Entry(uri=f"s3://{info['name']}", size_bytes=int(info["size"]), etag=_etag(info))
+    bucket, _ = _bucket_and_key(uri)
+    page: dict[str, Any] = {"NextContinuationToken": None}
+    while "NextContinuationToken" in page:
+        page = _page(uri, _below(uri), LISTING_PAGE, page["NextContinuationToken"])
+        for info in page.get("Contents", []):
+            yield Entry(uri=f"s3://{bucket}/{info['Key']}", size_bytes=int(info["Size"]), etag=_etag(info))
 
 
-def _list_disk(folder: str) -> Iterator[Entry]:
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def _below(uri: str) -> str:
+    """The prefix of all keys below a URI."""
+    key = _bucket_and_key(uri)[1]
+    return f"{key}/" if key else ""
+
+
+def _page(uri: str, prefix: str, size: int, token: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+    """One answer of S3's listing. fsspec's own walk loses keys with an empty part, such as `a//b`."""
+    system, _ = filesystem(uri)
+    following = {"ContinuationToken": token} if token else {}
+    return cast(
+        dict[str, Any],
+        system.call_s3(
+            "list_objects_v2", Bucket=_bucket_and_key(uri)[0], Prefix=prefix, MaxKeys=size, timeout=timeout, **following
+        ),
+    )
+
+
+def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[Entry]:
     pending = [folder]
     while pending:
-        with os.scandir(pending.pop()) as items:
-            for item in items:
+        try:
+            items = list(os.scandir(pending.pop()))
+        except OSError as error:
+            left_out[f"folder that cannot be read ({error.strerror})"] += 1
+            continue
+        for item in items:
+            try:
                 if item.is_dir(follow_symlinks=False):
                     pending.append(item.path)
                 elif item.is_file():
                     yield describe_local(item.path, item.stat())
+                else:
+                    left_out["link to a folder" if item.is_dir() else "broken link or special file"] += 1
+            except OSError as error:
+                left_out[f"file that cannot be read ({error.strerror})"] += 1
 
 
 def describe_local(path: str, stat: os.stat_result) -> Entry:
@@ -159,8 +203,15 @@ def _etag(info: dict[str, Any]) -> str:
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """The bytes of an object, or a range of them."""
     system, path = filesystem(uri)
+    if length == 0:
+        return b""  # S3 knows no empty range, and would send everything
     end = None if length is None else start + length
-    return cast(bytes, system.cat_file(path, start=start or None, end=end))
+    try:
+        return cast(bytes, system.cat_file(path, start=start or None, end=end))
+    except OSError as error:
+        if error.errno == errno.EINVAL and system.size(path) <= start:
+            return b""  # as on a disk: there is nothing from there on
+        raise
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -209,11 +260,15 @@ def fetch_bundle(uri: str, description: str) -> Path:
     try:
         described = read_bytes(join(uri, description))
     except FileNotFoundError as error:
-        raise UsageError(f"{uri} is no detector bundle: {description} is missing") from error
+        raise BundleError(f"{uri} is no detector bundle: {description} is missing") from error
     try:
-        files = list(json.loads(described)["files"])
+        files = list(dict(json.loads(described)["files"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{uri}/{description} is damaged: {type(error).__name__}") from error
+        raise BundleError(f"{uri}/{description} is damaged: {type(error).__name__}") from error
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise BundleError(f"{uri}/{description} names {name!r}, which does not belong in a bundle")
     cache = Path(os.environ.get("NSNET_CACHE", Path.home() / ".cache" / "nsnet")) / "detectors"
     folder = cache / hashlib.sha256(described).hexdigest()[:32]
     if (folder / description).is_file():
@@ -222,11 +277,12 @@ def fetch_bundle(uri: str, description: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         partial = Path(scratch) / "bundle"
         for name in files:
-            target = (partial / name).resolve()
-            if not target.is_relative_to(partial.resolve()):
-                raise UsageError(f"{uri}/{description} names {name!r}, which does not belong in a bundle")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(read_bytes(join(uri, name)))
+            try:
+                content = read_bytes(join(uri, name))
+            except FileNotFoundError as error:
+                raise BundleError(f"the bundle {uri} is damaged: {name} is missing") from error
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
         (partial / description).write_bytes(described)
         try:
             partial.rename(folder)
@@ -236,4 +292,4 @@ def fetch_bundle(uri: str, description: str) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no answer in time'}"

@@ -6,6 +6,7 @@ The captioner sees pixels only: file names and paths never reach a model.
 """
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, WeightsError
 
 PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b"}
 """Hub repository -> commit."""
 
-NEEDED_FILES: Final = ("config.json", "preprocessor_config.json")
+NEEDED_FILES: Final = (
+    ("config.json",),
+    ("preprocessor_config.json",),
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    ("tokenizer.json", "vocab.txt"),
+)
+"""What a captioner's folder must hold, each with its alternatives. Without its words transformers makes up a tokenizer."""
+
+HUB_TIMEOUT_SECONDS: Final = 5.0
+"""How long the hub may take to answer before it counts as out of reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +58,7 @@ def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path 
     Raises `WeightsError` with the command that fetches what is missing.
     """
     if folder is not None:
-        missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
-        if missing:
+        if missing := _missing_files(folder):
             raise WeightsError(f"--captioner {folder} is no transformers BLIP folder: {', '.join(missing)} missing")
         return folder
     if config.model is None:
@@ -64,19 +74,26 @@ def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path 
                 config.model, revision=revision, allow_patterns=patterns, local_files_only=True
             )
         )
-        if any(found.glob("*.safetensors")) or (found / "pytorch_model.bin").is_file():
+        if not _missing_files(found):
             return found
     except OSError:
         pass
     try:
+        # One short question first: without network the download would try again and again for minutes.
+        url = huggingface_hub.hf_hub_url(config.model, "config.json", revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_SECONDS)
         return Path(huggingface_hub.snapshot_download(config.model, revision=revision, allow_patterns=patterns))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # those of whichever HTTP library the hub's client is built on
         pin = f" --revision {revision}" if revision else ""
         raise WeightsError(
-            f"the captioner {config.model} is not in the local cache and the hub cannot be reached "
+            f"the captioner {config.model} is not in the local cache and cannot be had from the hub "
             f"({type(error).__name__}); on a machine with access run: hf download {config.model}{pin} and copy its "
             "cache here, or pass --captioner with a transformers folder"
         ) from error
+
+
+def _missing_files(folder: Path) -> list[str]:
+    return [" or ".join(names) for names in NEEDED_FILES if not any((folder / name).is_file() for name in names)]
 
 
 class Captioner:
@@ -91,22 +108,27 @@ class Captioner:
         self.config = config
         self.device = torch.device(device)
         self.thumbnail_px = thumbnail_px(folder)
+        mean, std = _normalisation(folder)
         try:
-            preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
             loaded = BlipForConditionalGeneration.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
             model, report = cast(tuple[Any, dict[str, Any]], loaded)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except pickle.UnpicklingError as error:
             raise WeightsError(
-                f"no BLIP could be loaded from {folder}: {' '.join(str(error).split())[:300]}"
+                f"no BLIP could be loaded from {folder}: its weights hold more than tensors, or are damaged; for safety "
+                "only tensors are read"
+            ) from error
+        except Exception as error:  # a damaged file makes transformers raise almost anything
+            raise WeightsError(
+                f"no BLIP could be loaded from {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
         if report["missing_keys"]:
             raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")
         self.model = model.to(self.device).eval()
-        self.mean = torch.tensor(preprocessing["image_mean"], device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(preprocessing["image_std"], device=self.device).view(1, 3, 1, 1)
+        self.mean = mean.to(self.device)
+        self.std = std.to(self.device)
 
     @classmethod
     def load(cls, config: CaptionerConfig, folder: Path | None = None, device: str = "cpu") -> Self:
@@ -127,12 +149,16 @@ class Captioner:
             raise ValueError(
                 f"thumbnails must be (B, {self.thumbnail_px}, {self.thumbnail_px}, 3), got {thumbnails.shape}"
             )
-        pixels = torch.from_numpy(thumbnails).to(self.device).permute(0, 3, 1, 2).float() / 255.0
+        pixels = torch.tensor(thumbnails).to(self.device).permute(0, 3, 1, 2).float() / 255.0
         tokens = self.model.generate(
             (pixels - self.mean) / self.std, max_new_tokens=self.config.max_new_tokens, do_sample=False, num_beams=1
         )
         texts = cast(Sequence[str], self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
         return [" ".join(text.split()) or None for text in texts]
+
+    def digest(self) -> str:
+        """Identity of the captioner's weights."""
+        return weights_digest(self.model.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write the captioner as a transformers folder."""
@@ -152,6 +178,19 @@ def thumbnail_px(folder: Path | None) -> int:
         raise WeightsError(f"{folder}/config.json does not describe a BLIP model ({type(error).__name__})") from error
 
 
+def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel, (1, 3, 1, 1) each."""
+    path = folder / "preprocessor_config.json"
+    try:
+        described = json.loads(path.read_text())
+        mean, std = (torch.tensor(described[name]).view(1, 3, 1, 1).float() for name in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise WeightsError(
+            f"{path} does not give image_mean and image_std, three numbers each ({type(error).__name__})"
+        ) from error
+    return mean, std
+
+
 TINY_SIDE_PX: Final = 64
 TINY_WORDS: Final = tuple(
     "a an the of on in with and near under over two three small large old new red blue green white black grey yellow "
@@ -169,7 +208,9 @@ def save_tiny_captioner(folder: Path, seed: int) -> None:
     It stands in for the real one where no weights can be had: same architecture, same files, captions without meaning.
     """
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     vocabulary = [*special, *TINY_WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

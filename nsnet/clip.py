@@ -8,9 +8,9 @@ into three linears with the same weights (`split_attention`), and for inference 
 are fused back (`merge_lora`): inference runs open_clip's own modules.
 """
 
-import hashlib
 import json
 import logging
+import pickle
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import open_clip
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet.errors import ConfigError, WeightsError
+from nsnet.digest import weights_digest
+from nsnet.errors import ConfigError, NsnetError, WeightsError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469bb561bf468d76c1d73aa35156c922b"}
 """Hub repository -> commit. Other repositories are taken at `main`, and the digest of their weights is recorded."""
+
+HUB_TIMEOUT_SECONDS: Final = 5.0
+"""How long the hub may take to answer before it counts as out of reach."""
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 CONFIG_FILE: Final = "open_clip_config.json"
@@ -141,13 +144,19 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _attention_slots(visual: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[tuple[nn.Module, str]]:
-    """(parent, attribute) of the self-attention projections of every block; pooling layers are not blocks."""
+    """(parent, attribute) of the self-attention projections of every block; pooling layers are not blocks.
+
+    EVA blocks, which keep the biases of q and v beside `qkv` and read its weight themselves, are left out.
+    """
     return [
         (parent, name)
         for parent in visual.modules()
         for name, child in parent.named_children()
         if isinstance(child, kinds)
-        and ((name == "attn" and hasattr(parent, "mlp")) or (name == "qkv" and isinstance(child, nn.Linear | SplitQkv)))
+        and (
+            (name == "attn" and hasattr(parent, "mlp"))
+            or (name == "qkv" and isinstance(child, nn.Linear | SplitQkv) and getattr(parent, "q_bias", None) is None)
+        )
     ]
 
 
@@ -241,11 +250,7 @@ class Clip:
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and values of all weights: tells equal weights whatever file they came from."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            sha.update(f"{name} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().float().contiguous().numpy().data)
-        return sha.hexdigest()
+        return weights_digest(self.model.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write the model in open_clip's `local-dir` format; the image tower must be merged."""
@@ -257,6 +262,8 @@ class Clip:
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
         state = {name: tensor.detach().contiguous().clone() for name, tensor in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE)
+        if isinstance(self.tokenizer, open_clip.tokenizer.HFTokenizer):  # open_clip looks for it in the folder
+            self.tokenizer.tokenizer.save_pretrained(folder)
 
 
 def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
@@ -307,18 +314,20 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
 def fetch_from_hub(repository: str, filename: str, revision: str | None, option: str) -> Path:
     """A file of a hub repository, from the local cache or else from the network; `WeightsError` if neither has it."""
     import huggingface_hub  # slow to import, and needed only for weights by name
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
+    except OSError:
         log.info("fetching %s of %s", filename, repository)
     try:
+        # One short question first: without network the download would try again and again for minutes.
+        url = huggingface_hub.hf_hub_url(repository, filename, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_SECONDS)
         return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # those of whichever HTTP library the hub's client is built on
         command = ["hf", "download", repository, filename, *(["--revision", revision] if revision else [])]
         raise WeightsError(
-            f"{filename} of {repository} is not in the local cache and the hub cannot be reached "
+            f"{filename} of {repository} is not in the local cache and cannot be had from the hub "
             f"({type(error).__name__}); on a machine with access run: {shlex.join(command)} and copy its cache here, "
             f"or pass {option}"
         ) from error
@@ -344,10 +353,22 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
                     open_clip.load_checkpoint(model, str(weights))
                 context = config.architecture.get("text_cfg", {}).get("context_length")
                 return Clip(model, open_clip.get_tokenizer("ViT-B-32", context_length=context), config)
+            # a file does not say how its model wants pictures normalised; the name of its weights does (SigLIP: 0.5)
+            named = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
             model = open_clip.create_model(
-                config.model, pretrained=str(weights) if weights else None, require_pretrained=weights is not None
+                config.model,
+                pretrained=str(weights) if weights else None,
+                require_pretrained=weights is not None,
+                force_preprocess_cfg={key: named[key] for key in ("mean", "std") if key in named},
             )
         return Clip(model, open_clip.get_tokenizer(config.model), config)
-    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
-        message = " ".join(str(error).split())[:400]
+    except NsnetError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"CLIP {config.model} could not be built from {weights}: the file holds more than tensors, or is damaged; "
+            "for safety only tensors are read"
+        ) from error
+    except Exception as error:  # a damaged file makes torch, safetensors and open_clip raise almost anything
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise WeightsError(f"CLIP {config.model} could not be built from {weights or 'a seed'}: {message}") from error

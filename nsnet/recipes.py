@@ -43,7 +43,7 @@ TINY: Final = Recipe(
         head=HeadConfig(hidden_dim=128, feature_dim=64),
         train_backbone=True,
     ),
-    training=TrainingConfig(epochs=20, batch_size=64, head_lr=1e-3, backbone_lr=1e-3, weight_decay=0.05),
+    training=TrainingConfig(epochs=10, batch_size=64, head_lr=1e-3, backbone_lr=1e-3, weight_decay=0.05),
 )
 """The embedded default: CPU, seeded random weights, everything trainable. Its captions mean nothing."""
 

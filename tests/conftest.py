@@ -1,5 +1,41 @@
 """Fixtures for the whole suite."""
 
-from tests.swift import s3_server
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.swift import SwiftServer, s3_server
 
 __all__ = ["s3_server"]
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",  # no token is left behind on the machine, and none is looked for
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_V2_ENABLED="1",
+    HF_HUB_OFFLINE="1",
+)
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def s3_environment(s3_server: SwiftServer) -> Iterator[SwiftServer]:
+    """The S3 server, named by the usual AWS variables for the whole process and its children."""
+    before = dict(os.environ)
+    os.environ.update(s3_server.environment())
+    yield s3_server
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_environment: SwiftServer) -> Iterator[None]:
+    """An embedded Ray cluster whose workers know the S3 server."""
+    import ray
+
+    from jobs import resources
+
+    resources.connect("local")
+    yield
+    ray.shutdown()

@@ -1,6 +1,7 @@
 """Small real models and pictures, shared by the tests of CLIP, captions, bundle and detector."""
 
 import io
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from nsnet.head import HeadConfig
 from nsnet.mapper import MapperConfig
 from nsnet.patches import PatchConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models gain nothing from more, and lose much where cores are shared
 
 SIDE_PX = 64
 
@@ -193,6 +194,13 @@ def one_line(error: BaseException) -> str:
     message = str(error)
     assert message and "\n" not in message and len(message) < 800, message
     return message
+
+
+def closed_address() -> str:
+    """A local address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 @contextmanager

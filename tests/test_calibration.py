@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,14 @@ def test_logits_far_to_one_side_are_still_told_apart(shift: float) -> None:
     assert correct_at(y, calibration.probability(logits), calibration.threshold) == 40
 
 
+@pytest.mark.parametrize(("logit", "common"), [(-1e6, 1), (1e6, 0)])
+def test_logits_that_are_all_saturated_to_the_wrong_side_give_a_valid_calibration(logit: float, common: int) -> None:
+    y = np.full(20, common)
+    y[0] = 1 - common
+    calibration = fit(y, np.full(20, logit))
+    assert 0 < calibration.threshold < 1 and calibration.fitted_on == 20
+
+
 def test_useless_logits_give_a_valid_calibration() -> None:
     calibration = fit([0, 1] * 10, np.zeros(20))
     assert 0 < calibration.threshold < 1 and calibration.temperature > 0
@@ -185,6 +194,6 @@ def test_temperature_never_changes_the_order(temperature: float) -> None:
         {"threshold": math.nan}, {"uncertain_margin": -0.1}, {"uncertain_margin": 1.0},
     ],
 )  # fmt: skip
-def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(settings.values())))):
         replace(Calibration(), **settings)

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nsnet import clip, recipes
+from nsnet import captions, clip, recipes
 from nsnet.clip import ClipConfig, LoraSettings
 from nsnet.errors import ConfigError, WeightsError
 from tests import models
@@ -40,10 +40,22 @@ def layer_scaled() -> nn.Module:
     return open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=models.ARCHITECTURE["text_cfg"])
 
 
+def vit_b_32() -> nn.Module:
+    """ViT-B/32 of three blocks: its width and heads, at a quarter of its cost."""
+    config = open_clip.get_model_config("ViT-B-32-quickgelu")
+    assert config["vision_cfg"].pop("layers") == 12
+    return open_clip.CLIP(
+        embed_dim=config["embed_dim"],
+        quick_gelu=config["quick_gelu"],
+        vision_cfg={**config["vision_cfg"], "layers": 3},
+        text_cfg=models.ARCHITECTURE["text_cfg"],
+    )
+
+
 TOWERS: dict[str, Callable[[], nn.Module]] = {
     "tiny-recipe": lambda: open_clip.CLIP(**recipes.TINY.detector.clip.architecture),
     "layer-scale": layer_scaled,
-    "ViT-B-32-quickgelu": lambda: open_clip.create_model("ViT-B-32-quickgelu", pretrained=None),
+    "ViT-B-32-quickgelu": vit_b_32,
     "siglip": models.siglip,
 }
 
@@ -142,9 +154,7 @@ def test_only_adapters_get_gradients(stock: nn.Module) -> None:
     expected = {name for name, _ in adapted.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     assert with_gradient == expected
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in expected} == set(clip.PROJECTIONS)
-    assert all(
-        parameter.grad.abs().sum() > 0 for parameter in adapted.parameters() if parameter.grad is not None
-    )
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapted.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(6, 884_736), (1, 147_456)])
@@ -303,7 +313,9 @@ def save_as(kind: str, model: clip.Clip, folder: Path) -> Path:
         save_file(model.model.state_dict(), folder / "weights.safetensors")
         return folder / "weights.safetensors"
     state = model.model.state_dict()
-    torch.save(state if kind == "pt" else {"state_dict": {f"module.{name}": state[name] for name in state}}, folder / kind)
+    torch.save(
+        state if kind == "pt" else {"state_dict": {f"module.{name}": state[name] for name in state}}, folder / kind
+    )
     return folder / kind
 
 
@@ -330,23 +342,27 @@ def test_folder_brings_its_own_architecture_and_normalisation(small: clip.Clip, 
     assert (loaded.embed_dim, loaded.image_px) == (32, 64)
     assert loaded.mean == (0.5, 0.25, 0.125) and loaded.std == (1.0, 0.5, 0.25)
     loaded.save(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / clip.CONFIG_FILE).read_text())["preprocess_cfg"] == described["preprocess_cfg"]
+    assert (
+        json.loads((tmp_path / "again" / clip.CONFIG_FILE).read_text())["preprocess_cfg"] == described["preprocess_cfg"]
+    )
     assert clip.load_clip(by_name, tmp_path / "again").digest() == small.digest()
 
 
-@pytest.mark.parametrize(
-    ("model", "tag", "mean", "std"),
-    [("MobileCLIP2-S0", "dfndr2b", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ("MobileCLIP2-S0", None, None, None)],
-)
-def test_named_weights_from_a_file_keep_the_normalisation_of_their_name(
-    model: str, tag: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, tmp_path: Path
-) -> None:
-    weights = None
-    if tag is not None:
-        weights = tmp_path / "weights.safetensors"
-        save_file(open_clip.create_model(model, pretrained=None).state_dict(), weights)
-    loaded = clip.load_clip(ClipConfig(model=model, pretrained=tag), weights)
-    assert loaded.mean == (mean or open_clip.OPENAI_DATASET_MEAN) and loaded.std == (std or open_clip.OPENAI_DATASET_STD)
+def test_folder_with_a_hugging_face_tokenizer_keeps_it_when_saved(tmp_path: Path) -> None:
+    text = {**models.ARCHITECTURE["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
+    source = clip.load_clip(replace(SMALL, architecture={**models.ARCHITECTURE, "text_cfg": text}))
+    source.save(tmp_path / "first")
+    captions.save_tiny_captioner(tmp_path, seed=0)  # for its tokenizer of few words, unlike open_clip's own
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).rename(tmp_path / "first" / name)
+    by_name = ClipConfig(model="ViT-B-16-SigLIP", pretrained="webli")
+    first = clip.load_clip(by_name, tmp_path / "first")
+    assert isinstance(first.tokenizer, open_clip.tokenizer.HFTokenizer)
+    first.save(tmp_path / "second")
+    second = clip.load_clip(by_name, tmp_path / "second")
+    assert first.tokenizer(CAPTIONS).max() < 200, "the tokenizer of few words must be in use"
+    assert torch.equal(second.tokenizer(CAPTIONS), first.tokenizer(CAPTIONS))
+    assert torch.equal(second.encode_text(CAPTIONS), first.encode_text(CAPTIONS))
 
 
 def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_path: Path) -> None:
@@ -355,7 +371,7 @@ def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_pat
     architecture = {**models.ARCHITECTURE, "quick_gelu": True}
     config = replace(SMALL, architecture=architecture)
     source = clip.load_clip(config)
-    models.randomise(source.model, 11, std=0.05)
+    models.randomise(source.model, 11, std=0.15)
     source.save(tmp_path)
     ours = clip.load_clip(config, tmp_path)
     theirs = CLIPModel(models.huggingface_clip_config(architecture)).eval()
@@ -364,11 +380,11 @@ def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_pat
     with torch.no_grad():
         out = theirs(input_ids=ours.tokenizer(CAPTIONS), pixel_values=images)
     image, text = features(ours.visual, images), ours.encode_text(CAPTIONS)
-    assert models.cosine(image, out.image_embeds) > 0.9999
-    assert models.cosine(text, out.text_embeds) > 0.9999
+    assert models.cosine(image, out.image_embeds) > 0.999999
+    assert models.cosine(text, out.text_embeds) > 0.999999
     assert models.cosine(image[:1], image[1:2]) < 0.999 and models.cosine(text[:1], text[1:2]) < 0.999
     plain = clip.load_clip(replace(config, architecture=models.ARCHITECTURE), tmp_path / clip.WEIGHTS_FILE)
-    assert models.cosine(features(plain.visual, images), out.image_embeds) < 0.9999, "the activation must matter"
+    assert models.cosine(features(plain.visual, images), out.image_embeds) < 0.99999, "the activation must matter"
 
 
 # --- weights that are missing, damaged or others ---------------------------------------------------------------------
@@ -520,13 +536,8 @@ def test_unknown_tag_is_refused_with_the_known_ones() -> None:
     assert "openai" in models.one_line(caught.value) and "dfn2b" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("model", "tag"), [("ViT-L-14", "openai"), ("ViT-B-32", "openai"), ("ViT-B-32-quickgelu", "laion2b_s34b_b79k")]
-)
+@pytest.mark.parametrize(("model", "tag"), [("ViT-L-14", "openai"), ("ViT-B-32", "openai"), ("ViT-H-14-378", "dfn5b")])
 def test_weights_of_another_activation_are_refused(model: str, tag: str) -> None:
-    known = open_clip.get_pretrained_cfg(model, tag)
-    if not known:
-        pytest.skip(f"this open_clip does not list {tag} for {model}")
     with pytest.raises(ConfigError, match="quick_gelu") as caught:
         clip.find_weights(ClipConfig(model=model, pretrained=tag))
     assert model in models.one_line(caught.value) and tag in str(caught.value)
@@ -598,31 +609,29 @@ def hub_failure(config: ClipConfig) -> str:
     started = time.monotonic()
     with pytest.raises(WeightsError) as caught:
         clip.find_weights(config)
-    assert time.monotonic() - started < 8, "a machine without network must not wait"
+    assert time.monotonic() - started < 5, "a machine without network must not wait"
     return models.one_line(caught.value)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_hub_out_of_reach_gives_the_pinned_download_command_at_once(tmp_path: Path) -> None:
-    with models.hub_at(f"http://127.0.0.1:{free_port()}", tmp_path):
+    with models.hub_at(models.closed_address(), tmp_path):
         message = hub_failure(PAPERS)
     assert f"hf download {REPOSITORY} open_clip_model.safetensors --revision {REVISION}" in message
     assert "--clip-weights" in message
 
 
-def test_hub_that_never_answers_is_given_up_soon(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with models.hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path):
-            assert f"hf download {REPOSITORY}" in hub_failure(PAPERS)
+def address_of(server: socket.socket) -> str:
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_hub_that_never_answers_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "HUB_TIMEOUT_SECONDS", clip.HUB_TIMEOUT_SECONDS / 10)
+    with socket.create_server(("127.0.0.1", 0)) as silent, models.hub_at(address_of(silent), tmp_path):
+        assert f"hf download {REPOSITORY}" in hub_failure(PAPERS)
 
 
 def test_weights_without_a_pinned_revision_name_the_repository(tmp_path: Path) -> None:
-    with models.hub_at(f"http://127.0.0.1:{free_port()}", tmp_path):
+    with models.hub_at(models.closed_address(), tmp_path):
         message = hub_failure(ClipConfig(model="ViT-B-32", pretrained="laion2b_s34b_b79k"))
     assert "hf download laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in message and "--revision" not in message
 

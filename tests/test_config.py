@@ -80,7 +80,7 @@ def test_configuration_survives_json(name: str) -> None:
 
 def test_every_setting_of_the_detector_is_covered_here() -> None:
     default = json.loads(json.dumps(to_dict(DetectorConfig())))
-    same = [path for path in SETTINGS if inside(default, path[:-1])[path[-1]] == inside(STORED, path)]  # type: ignore[comparison-overlap]
+    same = [path for path in SETTINGS if inside(default, path[:-1])[path[-1]] == inside(STORED, path)]
     assert same == []
     assert len(OBJECTS) == 9 and len(SETTINGS) > 20
 
@@ -108,7 +108,7 @@ def test_object_that_is_none_is_refused_with_its_place(path: tuple[str, ...], va
     if path:
         inside(values, path[:-1])[path[-1]] = value
     else:
-        values = value  # type: ignore[assignment]
+        values = value
     with pytest.raises(ConfigError, match=f"^{dotted(path)} must be an object, got {type(value).__name__}"):
         from_dict(DetectorConfig, values)
 
@@ -184,3 +184,9 @@ def test_list_is_read_as_a_tuple_of_checked_items() -> None:
 def test_place_can_be_given_a_name() -> None:
     with pytest.raises(ConfigError, match="^bundle.json: unknown"):
         from_dict(Pair, {}, "bundle.json")
+
+
+@pytest.mark.parametrize("settings", [("global", 0), ("none", 3), ("per_sample", 1), ("global", -1), ("other", 0)])
+def test_projection_and_rank_that_contradict_each_other_are_refused(settings: tuple[Any, int]) -> None:
+    with pytest.raises(ConfigError, match=f"rank ≥ 1, any other rank 0; got {settings[0]}, {settings[1]}"):
+        ProjectionConfig(kind=settings[0], rank=settings[1])

@@ -39,7 +39,7 @@ def naive_mapper(v: Array, w: dict[str, Array]) -> Array:
     residual = v + hidden @ w["outer.weight"].T + w["outer.bias"]
     centred = residual - residual.mean(axis=1, keepdims=True)
     scaled = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
-    return scaled * w["norm.weight"] + w["norm.bias"]
+    return np.asarray(scaled * w["norm.weight"] + w["norm.bias"])
 
 
 def naive_head(u: Array, w: dict[str, Array]) -> tuple[Array, Array]:
@@ -175,7 +175,9 @@ def test_without_dropout_training_and_inference_agree() -> None:
     assert torch.equal(mapper.train()(v), mapper.eval()(v))
 
 
-@pytest.mark.parametrize("settings", [{"hidden_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"hidden_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}]
+)
 def test_mapper_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="hidden_dim ≥ 1 and 0 ≤ dropout < 1"):
         MapperConfig(**settings)  # type: ignore[arg-type]

@@ -255,9 +255,10 @@ def test_tiff_of_fewer_bits_in_16_uses_its_own_range(bits: int, big_endian: bool
     np.testing.assert_array_equal(decode(data), np.repeat(expected[:, :, None], 3, axis=2))
 
 
-def test_dark_16_bit_png_stays_dark() -> None:
-    decoded = decode(encode(np.full((8, 8), 2000, np.uint16), "PNG"))
-    assert (decoded == round(2000 / 65535 * 255)).all()
+@pytest.mark.parametrize("level", [200, 2000])
+def test_dark_16_bit_png_stays_dark(level: int) -> None:
+    decoded = decode(encode(np.full((8, 8), level, np.uint16), "PNG"))
+    assert (decoded == round(level / 65535 * 255)).all()
 
 
 def test_pgm_of_odd_maximum_is_scaled_by_it() -> None:

@@ -32,7 +32,9 @@ def explicit_per_sample(u: Tensor, v: Tensor, eps: float = 1e-8) -> Tensor:
     """Eq. 16, one D×D matrix per row."""
     rows = []
     for row, direction in zip(u, v, strict=True):
-        matrix = torch.eye(len(row), dtype=u.dtype) - torch.outer(direction, direction) / max(direction @ direction, eps)
+        matrix = torch.eye(len(row), dtype=u.dtype) - torch.outer(direction, direction) / max(
+            direction @ direction, eps
+        )
         rows.append(row @ matrix)
     return torch.stack(rows)
 
@@ -48,7 +50,8 @@ def explicit_span(u: Tensor, directions: Tensor) -> Tensor:
 
 
 def orthonormal(dim: int, rank: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(randn(dim, rank, seed=seed)).Q
+    basis: Tensor = torch.linalg.qr(randn(dim, rank, seed=seed)).Q
+    return basis
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -138,7 +141,7 @@ def test_direction_below_epsilon_is_divided_by_epsilon() -> None:
 def test_projection_runs_in_fp32_under_bf16_autocast(kind: str) -> None:
     u, v = randn(16, 256, seed=1, dtype=torch.float32), randn(16, 256, seed=2, dtype=torch.float32)
     basis = orthonormal(256, 5).float()
-    project = {
+    project: Callable[[], Tensor] = {
         "per sample": lambda: project_per_sample(u, v),
         "rank k": lambda: project_rank_k(u, torch.stack([v, v.roll(1, 0)], dim=1)),
         "global": lambda: project_global(u, basis),
@@ -178,7 +181,8 @@ def test_rank_k_gradients_equal_those_of_the_span(seed: int) -> None:
     def by_solving(u: Tensor, directions: Tensor) -> Tensor:
         gram = directions @ directions.transpose(1, 2)
         weights = torch.linalg.solve(gram, (directions @ u[:, :, None]))
-        return u - (directions.transpose(1, 2) @ weights)[:, :, 0]
+        removed: Tensor = (directions.transpose(1, 2) @ weights)[:, :, 0]
+        return u - removed
 
     for left, right in zip(gradients(project_rank_k, u, directions), gradients(by_solving, u, directions), strict=True):
         assert (left - right).abs().max() < 1e-9
@@ -388,7 +392,7 @@ def assert_same_spectrum(svd: StreamingSVD, captions: Tensor) -> None:
 def test_stream_in_blocks_equals_the_svd_in_one_go(count: int, block: int) -> None:
     captions = randn(count, 24, seed=count)
     svd = StreamingSVD(24)
-    for part in captions.split(block):
+    for part in torch.split(captions, block):
         assert svd.update(part) is svd
     assert_same_spectrum(svd, captions)
 
@@ -402,7 +406,7 @@ def test_blocks_larger_than_the_limit_are_split(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("sizes", [[100, 100], [3, 200], [200, 3], [0, 50], [50, 0], [5, 6, 7], [40, 1, 90, 0, 2]])
 def test_merged_shards_equal_one_pass(sizes: list[int]) -> None:
     captions = randn(sum(sizes), 24, seed=1)
-    shards = [StreamingSVD(24).update(part) for part in captions.split(sizes)]
+    shards = [StreamingSVD(24).update(part) for part in torch.split(captions, sizes)]
     merged = StreamingSVD(24)
     for shard in reversed(shards):
         before = shard.count

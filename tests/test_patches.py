@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_entropy_has_its_known_values(patch: NDArray[np.float64], spectrum: Spec
 @pytest.mark.parametrize("side", [2, 3, 8, 15, 28, 32])
 @pytest.mark.parametrize("spectrum", ["magnitude", "power"])
 def test_entropy_equals_the_full_transform(side: int, dtype: type, spectrum: Spectrum) -> None:
-    batch = np.random.default_rng(side).integers(0, 256, (6, side, side)).astype(dtype)
+    batch: NDArray[Any] = np.random.default_rng(side).integers(0, 256, (6, side, side)).astype(dtype)
     expected = [naive_entropy(patch, spectrum) for patch in batch]
     np.testing.assert_allclose(spectral_entropy(batch, spectrum), expected, rtol=0, atol=1e-9)
 
@@ -229,6 +230,19 @@ def test_flat_patches_tie_whatever_their_level() -> None:
     levels = np.random.default_rng(5).permutation(np.arange(60)).astype(np.uint8)
     image = np.tile(levels.repeat(32)[None, :, None], (32, 1, 3))
     assert select_patches(image)[:, 0, 0, 0].tolist() == [*levels[:25], *levels[-24:]]
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_many_ties_of_two_kinds_keep_their_order(count: int) -> None:
+    """Flat patches among checkerboards, each marked by its level: an unstable sort would mix them."""
+    rng = np.random.default_rng(6)
+    flat = rng.random(count) < 0.5
+    pattern = (np.add.outer(np.arange(32), np.arange(32)) % 2).astype(np.uint8)
+    levels = rng.integers(1, 256, count).astype(np.uint8)
+    row = [np.full((32, 32), level) if even else pattern * level for even, level in zip(flat, levels, strict=True)]
+    image = np.repeat(np.concatenate(row, axis=1)[..., None], 3, axis=2)
+    expected = [*levels[~flat][:25], *levels[flat][-24:]]
+    assert select_patches(image)[:, 0, 1, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 48])

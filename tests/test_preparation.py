@@ -126,7 +126,9 @@ def test_thumbnail_keeps_the_sides_apart() -> None:
 
 
 def test_importing_loads_no_torch() -> None:
-    code = "import sys, nsnet.preparation; print(sorted({'torch', 'ray', 'transformers', 'open_clip'} & {*sys.modules}))"
+    code = (
+        "import sys, nsnet.preparation; print(sorted({'torch', 'ray', 'transformers', 'open_clip'} & {*sys.modules}))"
+    )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

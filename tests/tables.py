@@ -1,0 +1,73 @@
+"""Small pictures, sources, manifest rows and verdict tables, shared by the tests of the jobs."""
+
+import io
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from jobs import schema, storage
+from jobs.sources import image_id
+
+
+def picture_file(seed: int = 0, file_format: str = "PNG", width: int = 56, height: int = 40, **options: Any) -> bytes:
+    """The content of a picture file, one of its own for every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@cache
+def big_picture_file(side_px: int = 8000) -> bytes:
+    """A small file that keeps a decoder busy for seconds: a square of one grey."""
+    buffer = io.BytesIO()
+    Image.new("L", (side_px, side_px), 128).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def new_bucket() -> str:
+    """The URI of a new, empty bucket on the S3 server of the environment."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    system, _ = storage.filesystem(f"s3://{name}")
+    system.mkdir(name)
+    return f"s3://{name}"
+
+
+def put(place: str, files: Mapping[str, bytes]) -> str:
+    """Write files below a folder or bucket; returns the place."""
+    for name, content in files.items():
+        storage.write_bytes(storage.join(place, name), content)
+    return place
+
+
+def manifest_row(uri: str | Path, **values: Any) -> dict[str, Any]:
+    """A row of a manifest."""
+    row = dict.fromkeys(schema.MANIFEST.names) | {"uri": str(uri), "etag": ""} | values
+    return row | {"image_id": values.get("image_id", image_id(row["uri"], row["etag"]))}
+
+
+def manifest_table(*rows: dict[str, Any]) -> pa.Table:
+    """Manifest rows as the table that a stage is given."""
+    return pa.Table.from_pylist(list(rows), schema=schema.MANIFEST)
+
+
+def verdict_row(uri: str, prob_fake: float | None, **values: Any) -> dict[str, Any]:
+    """A row of published verdicts; without a probability it is one that failed."""
+    failed = {"error_stage": "decode", "error_class": "ImageCorruptError", "error_message": "cut off"}
+    scored: dict[str, Any] = {"prob_fake": prob_fake, "verdict": "fake" if (prob_fake or 0.0) >= 0.5 else "real"}
+    outcome = {"status": "failed", **failed} if prob_fake is None else {"status": "scored", **scored}
+    constant = {"detector_id": "d" * 16, "run_id": "r", "scored_at": datetime(2026, 1, 2, tzinfo=UTC), "threshold": 0.5}
+    identity = {"image_id": image_id(uri, ""), "uri": uri, "etag": ""}
+    return dict.fromkeys(schema.VERDICTS.names) | identity | constant | outcome | values
+
+
+def verdict_table(*rows: dict[str, Any]) -> pa.Table:
+    """Verdict rows as a table."""
+    return pa.Table.from_pylist(list(rows), schema=schema.VERDICTS)

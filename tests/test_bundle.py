@@ -1,0 +1,419 @@
+"""A detector on disk: what is written is what is read, and whatever was tampered with is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nsnet import bundle, captions
+from nsnet.calibration import Calibration
+from nsnet.detector import Detector
+from nsnet.errors import BundleError
+from tests import models
+
+TRAINING = {"epochs": 3, "ap": 0.75, "data": "pictures of a café"}
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioner")
+    captions.save_tiny_captioner(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return models.as_if_trained()
+
+
+@pytest.fixture(scope="module")
+def saved(detector: Detector, captioner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with everything that a bundle can hold; do not change it."""
+    folder = tmp_path_factory.mktemp("bundles") / "detector"
+    detector.save(folder, captioner=captioner, training=TRAINING)
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def refused(folder: Path) -> str:
+    """The message with which a bundle is refused: one line that names the place, by `read` and by `Detector.load`."""
+    messages = set()
+    for use in (bundle.read, Detector.load):
+        with pytest.raises(BundleError) as caught:
+            use(folder)
+        assert caught.value.exit_code == 2
+        messages.add(models.one_line(caught.value))
+    (message,) = messages
+    assert str(folder) in message
+    return message
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / bundle.DESCRIPTION
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def sealed_again(folder: Path, **changed: Any) -> bundle.Description:
+    """Seal a folder anew, as a release with other settings would have."""
+    old = json.loads((folder / bundle.DESCRIPTION).read_text())
+    kept = {name: old[name] for name in ("config", "calibration", "training", "clip_digest")}
+    return bundle.seal(folder, **{**kept, **changed})
+
+
+def test_description_is_read_as_it_was_written(saved: Path, detector: Detector) -> None:
+    description = bundle.read(saved)
+    assert description == Detector.load(saved).description
+    assert description.training == TRAINING
+    assert description.calibration == {
+        "temperature": 0.5, "threshold": 0.4, "uncertain_margin": 0.0, "fitted_on": 10
+    }  # fmt: skip
+    on_disk = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    assert set(description.files) == on_disk - {bundle.DESCRIPTION, bundle.CARD}
+    assert {name.partition("/")[0] for name in description.files} == {
+        bundle.NETWORK, bundle.LORA, bundle.CLIP, bundle.CAPTIONER
+    }  # fmt: skip
+    assert all(Path(name).suffix in bundle.SUFFIXES for name in on_disk)
+
+
+def test_bundle_is_readable_by_others(saved: Path) -> None:
+    """`TemporaryDirectory` makes folders for the owner alone; a bundle is for a cluster."""
+    for path in (saved, *saved.rglob("*")):
+        wanted = 0o555 if path.is_dir() else 0o444
+        assert path.stat().st_mode & wanted == wanted, path
+
+
+def test_card_states_identity_threshold_and_training(saved: Path) -> None:
+    card = (saved / bundle.CARD).read_text(encoding="utf-8")
+    description = bundle.read(saved)
+    assert f"`{description.detector_id}`" in card and "| temperature, threshold | 0.5, 0.4 (fitted on 10" in card
+    assert json.dumps(TRAINING, indent=2, ensure_ascii=False) in card
+    assert "trained from random weights" in card and "captions mean nothing" in card and "no proof" in card
+
+
+def test_card_of_named_weights_claims_no_random_ones() -> None:
+    config = {"clip": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}, "captioner": {"model": "some/blip"}}
+    description = bundle.Description(
+        detector_id="0123456789abcdef", config=config, calibration=vars(Calibration()), training={}, clip_digest="",
+        files={},
+    )  # fmt: skip
+    card = bundle.model_card(description)
+    assert "ViT-L-14-quickgelu, weights openai" in card and "some/blip" in card and "random" not in card
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_that_of_weights_configuration_and_calibration(
+    detector: Detector, captioner: Path, tmp_path: Path
+) -> None:
+    first = detector.save(tmp_path / "first", captioner=captioner, training=TRAINING)
+    again = detector.save(tmp_path / "again", captioner=captioner, training={"another": "record"})
+    assert first.detector_id == again.detector_id
+    assert len(first.detector_id) == 16 and int(first.detector_id, 16) >= 0
+    ids = {first.detector_id}
+    for i, calibration in enumerate(
+        [
+            replace(detector.calibration, threshold=0.41),
+            replace(detector.calibration, temperature=0.51),
+            replace(detector.calibration, uncertain_margin=0.01),
+        ]
+    ):
+        other = models.as_if_trained().with_calibration(calibration)
+        ids.add(other.save(tmp_path / f"calibration{i}", captioner=captioner).detector_id)
+    assert len(ids) == 4
+    longer = replace(models.FROZEN, captioner=replace(models.FROZEN.captioner, max_new_tokens=7))
+    ids.add(models.as_if_trained(longer).save(tmp_path / "longer", captioner=captioner).detector_id)
+    ids.add(models.as_if_trained().save(tmp_path / "without").detector_id)
+    assert len(ids) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.base_model.model.transformer.resblocks.1.attn.k_proj.lora_A.default.weight",
+        "visual.base_model.model.transformer.resblocks.0.attn.v_proj.lora_B.default.weight",
+        "visual.base_model.model.transformer.resblocks.0.attn.q_proj.base_layer.weight",
+        "visual.base_model.model.ln_post.bias",
+        "mapper.outer.bias",
+        "head.classifier.bias",
+    ],
+)
+def test_identity_changes_with_any_weight_of_the_network(name: str, detector: Detector, tmp_path: Path) -> None:
+    before = detector.save(tmp_path / "before").detector_id
+    other = models.as_if_trained()
+    with torch.no_grad():
+        weight = dict(other.network.named_parameters())[name].view(-1)
+        weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
+    assert other.save(tmp_path / "after").detector_id != before
+
+
+@pytest.mark.parametrize("folder", [bundle.CLIP, bundle.CAPTIONER])
+def test_identity_changes_with_the_weights_of_text_tower_and_captioner(folder: str, copied: Path) -> None:
+    before = bundle.read(copied).detector_id
+    (path,) = (copied / folder).glob("*.safetensors")
+    state = load_file(path)
+    name = next(name for name in state if name.startswith(("transformer.", "text_decoder.")))
+    state[name] += 0.01
+    save_file(state, path, metadata={"format": "pt"})
+    assert sealed_again(copied).detector_id != before
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int | None = None, mask: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= mask
+    path.write_bytes(content)
+
+
+def test_whole_bundle_is_accepted(copied: Path) -> None:
+    assert bundle.read(copied).detector_id
+
+
+def test_missing_folder_or_description_is_no_bundle(tmp_path: Path) -> None:
+    assert "detector.json is missing" in refused(tmp_path / "nowhere")
+    assert "detector.json is missing" in refused(tmp_path)
+
+
+def test_every_missing_file_is_named(saved: Path, tmp_path: Path) -> None:
+    for name in bundle.read(saved).files:
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(saved, folder)
+        (folder / name).unlink()
+        assert f"{name} is missing" in refused(folder)
+        shutil.rmtree(folder)
+
+
+def test_one_flipped_bit_in_any_file_is_found(saved: Path, tmp_path: Path) -> None:
+    for name in bundle.read(saved).files:
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(saved, folder)
+        flip(folder / name)
+        assert f"the SHA-256 of {name}" in refused(folder)
+        shutil.rmtree(folder)
+
+
+def test_one_flipped_bit_anywhere_in_the_description_is_found(copied: Path) -> None:
+    path = copied / bundle.DESCRIPTION
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.choice(len(whole), 150, replace=False):
+        flip(path, int(position), mask=1 << int(rng.integers(8)))
+        with pytest.raises(BundleError) as caught:
+            bundle.read(copied)
+        assert str(copied) in models.one_line(caught.value)
+        path.write_bytes(whole)
+    bundle.read(copied)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_description_cut_short_is_damaged(share: float, copied: Path) -> None:
+    path = copied / bundle.DESCRIPTION
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    assert "damaged" in refused(copied)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'"text"', b"{}", b"\xff\xfe", b'{"format_version": 1}'])
+def test_description_of_another_shape_is_damaged(content: bytes, copied: Path) -> None:
+    (copied / bundle.DESCRIPTION).write_bytes(content)
+    assert "damaged" in refused(copied)
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "threshold": lambda values: values["calibration"].update(threshold=0.9),
+    "temperature": lambda values: values["calibration"].update(temperature=5.0),
+    "projection": lambda values: values["config"]["projection"].update(kind="none"),
+    "clip-digest": lambda values: values.update(clip_digest="0" * 64),
+    "detector-id": lambda values: values.update(detector_id="0" * 16),
+    "training-record": lambda values: values["training"].update(ap=0.99),
+    "file-left-out": lambda values: values["files"].pop(f"{bundle.LORA}/adapter_config.json"),
+    "unknown-key": lambda values: values.update(colour="red"),
+    "missing-key": lambda values: values.pop("training"),
+    "files-is-a-list": lambda values: values.update(files=[[1, "a"]]),
+    "config-is-null": lambda values: values.update(config=None),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edited_description_is_refused(kind: str, copied: Path) -> None:
+    edit(copied, EDITS[kind])
+    assert "damaged" in refused(copied)
+
+
+def test_adapter_settings_edited_together_with_their_hash_are_refused(copied: Path) -> None:
+    path = copied / bundle.LORA / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 600.0'))
+    assert '"lora_alpha": 600.0' in path.read_text()
+    edit(copied, lambda values: values["files"].update({f"{bundle.LORA}/adapter_config.json": bundle._sha256(path)}))
+    assert "damaged" in refused(copied)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+def test_bundle_of_another_version_is_refused_with_what_to_do(version: Any, copied: Path) -> None:
+    edit(copied, lambda values: values.update(format_version=version))
+    message = refused(copied)
+    assert f"format version {version!r}" in message and "reads version 1" in message and "train again" in message
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "lora/../../outside.json", "{tmp}/outside.json", "link.json"])
+def test_file_outside_the_bundle_is_refused(name: str, copied: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_text("{}")
+    (copied / "link.json").symlink_to(outside)
+    name = name.replace("{tmp}", str(tmp_path))
+    edit(copied, lambda values: values["files"].update({name: bundle._sha256(outside)}))
+    refused(copied)
+    with pytest.raises(BundleError):  # even where whoever wrote it computed every hash anew
+        sealed_again(copied)
+
+
+@pytest.mark.parametrize("name", ["weights.pkl", "lora/adapter_model.bin", "clip/open_clip_pytorch_model.bin", "a.pt"])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "unlisted"])
+def test_pickle_in_the_folder_is_refused(name: str, listed: bool, copied: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, copied / name)
+    if listed:
+        edit(copied, lambda values: values["files"].update({name: bundle._sha256(copied / name)}))
+    assert name in refused(copied)
+    with pytest.raises(BundleError, match="a bundle holds only"):
+        sealed_again(copied)
+
+
+@pytest.mark.parametrize("name", ["captioner/generation_config2.json", "clip/model.safetensors", "lora/README.md"])
+def test_file_that_the_description_does_not_know_is_refused(name: str, copied: Path) -> None:
+    (copied / name).write_text("{}")
+    assert name in refused(copied)
+
+
+def test_hidden_files_and_an_edited_card_do_no_harm(copied: Path) -> None:
+    (copied / ".DS_Store").write_bytes(b"\x00")
+    (copied / bundle.CARD).write_text("# Ours\n")
+    assert bundle.read(copied) == Detector.load(copied).description
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda config: config.update(colour="red"), "colour"),
+        (lambda config: config["clip"].update(colour="red"), "colour"),
+        (lambda config: config.pop("loss"), "loss"),
+        (lambda config: config["lora"].update(rank="six"), "rank"),
+        (lambda config: config["head"].update(feature_dim=0), "head"),
+        (lambda config: config["projection"].update(kind="sideways"), "kind"),
+    ],
+    ids=["unknown", "unknown-inside", "missing", "wrong-type", "out-of-range", "unknown-choice"],
+)
+def test_setting_that_this_release_does_not_know_is_refused(
+    change: Callable[[dict[str, Any]], None], place: str, copied: Path
+) -> None:
+    config = json.loads((copied / bundle.DESCRIPTION).read_text())["config"]
+    change(config)
+    sealed_again(copied, config=config)
+    with pytest.raises(BundleError, match="of another version") as caught:
+        Detector.load(copied)
+    assert place in models.one_line(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"threshold": "half"}, {"extra": 1}])
+def test_calibration_that_makes_no_sense_is_refused(wrong: dict[str, Any], copied: Path) -> None:
+    calibration = json.loads((copied / bundle.DESCRIPTION).read_text())["calibration"]
+    sealed_again(copied, calibration={**calibration, **wrong})
+    with pytest.raises(BundleError, match="of another version") as caught:
+        Detector.load(copied)
+    models.one_line(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unknown", "other-size", "other-rank", "no-safetensors"])
+def test_weights_that_do_not_fit_the_configuration_are_refused(kind: str, copied: Path) -> None:
+    path = copied / bundle.NETWORK
+    state = load_file(path)
+    if kind == "missing":
+        del state["head.classifier.bias"]
+    elif kind == "unknown":
+        state["head.colour"] = torch.zeros(1)
+    elif kind == "other-size":
+        state["mapper.inner.weight"] = torch.zeros(4, 32)
+    if kind == "other-rank":
+        adapters = copied / bundle.LORA / "adapter_model.safetensors"
+        save_file({name: tensor[:1] for name, tensor in load_file(adapters).items()}, adapters)
+    elif kind == "no-safetensors":
+        path.write_bytes(b"not weights")
+    else:
+        save_file(state, path)
+    sealed_again(copied)
+    with pytest.raises(BundleError, match="does not fit its configuration") as caught:
+        Detector.load(copied)
+    models.one_line(caught.value)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_saving_onto_a_folder_with_content_is_refused_and_leaves_it_alone(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(BundleError, match="not empty") as caught:
+        detector.save(tmp_path)
+    assert str(tmp_path) in models.one_line(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_saving_onto_a_file_is_refused(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BundleError) as caught:
+        detector.save(tmp_path / "file")
+    models.one_line(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_saving_into_an_empty_or_a_deep_new_folder_leaves_only_the_bundle(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "a" / "b" / "new"):
+        detector.save(folder)
+        assert bundle.read(folder) and [path.name for path in folder.parent.iterdir() if path.name != "a"] == [
+            folder.name
+        ]
+
+
+def test_save_that_fails_leaves_nothing(detector: Detector, captioner: Path, tmp_path: Path) -> None:
+    shutil.copytree(captioner, tmp_path / "captioner")
+    torch.save({}, tmp_path / "captioner" / "pytorch_model.bin")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BundleError, match="pytorch_model.bin") as caught:
+        detector.save(tmp_path / "out" / "detector", captioner=tmp_path / "captioner")
+    models.one_line(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_folder_without_description_is_no_bundle_at_any_time_of_writing(detector: Detector, tmp_path: Path) -> None:
+    """`detector.json` comes last: sealing sees every other file, and itself is replaced in one go."""
+    detector.save(tmp_path / "one")
+    description = bundle.read(tmp_path / "one")
+    (tmp_path / "one" / bundle.DESCRIPTION).unlink()
+    assert "detector.json is missing" in refused(tmp_path / "one")
+    assert sealed_again_from(description, tmp_path / "one") == description
+    assert not [path for path in (tmp_path / "one").iterdir() if path.name.startswith(".")]
+
+
+def sealed_again_from(description: bundle.Description, folder: Path) -> bundle.Description:
+    return bundle.seal(
+        folder,
+        config=description.config,
+        calibration=description.calibration,
+        training=description.training,
+        clip_digest=description.clip_digest,
+    )

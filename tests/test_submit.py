@@ -1,0 +1,78 @@
+"""The same `score` through `ray job submit` on a local cluster."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import ledger, pictures
+from nsnet import recipes
+from nsnet.captions import save_tiny_captioner
+from nsnet.detector import Detector
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def job_server(tmp_path: Path) -> Iterator[str]:
+    """Address of the job server of a cluster of this machine, ended by its own process group."""
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    # Ray's sockets live below its temporary folder, whose path must be short
+    folder = Path("/tmp") / f"nsnet-job-{os.getpid()}"
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--temp-dir={folder}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = (tmp_path / "head.log").open("wb")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(120):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
+                break
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait(timeout=30)
+        log.close()
+        subprocess.run(["rm", "-rf", str(folder)], check=False)
+
+
+def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
+    source, bundle, out = tmp_path / "pictures", tmp_path / "detector", tmp_path / "scored"
+    pictures.write_bucket(source, range(4), seed=0, size_px=128, processes=1)
+    (tmp_path / "captioner").mkdir()
+    save_tiny_captioner(tmp_path / "captioner", seed=0)
+    Detector.build(recipes.TINY.detector).save(bundle, captioner=tmp_path / "captioner")
+    command = [
+        str(BIN / "ray"), "job", "submit", "--address", job_server, "--submission-id", "night-1", "--working-dir", ".",
+        "--", "python", "-m", "jobs.score", str(source), "--detector", str(bundle), "--out", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = ledger.verdicts(str(out)).to_table().to_pylist()
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"scored"}
