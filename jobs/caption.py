@@ -46,7 +46,7 @@ def caption(
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     out = storage.absolute(out)
-    storage.reachable(out)
+    storage.check_output(out)
     rows = storage.join(out, "captions")
     if storage.exists(rows):
         raise UsageError(f"{rows} exists; choose another --out")

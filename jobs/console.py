@@ -30,13 +30,18 @@ def run(command: click.Command, name: str) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 
 def say(message: str) -> None:
-    """A line for the person who runs the command, on stderr: stdout is for results."""
-    click.echo(message, err=True)
+    """Lines for the person who runs the command, on stderr: stdout is for results."""
+    click.echo("\n".join(printable(line) for line in message.split("\n")), err=True)
+
+
+def printable(text: str) -> str:
+    """Text that may hold names from a source, without what a terminal would take for commands."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def quiet_libraries() -> None:

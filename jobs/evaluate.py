@@ -48,6 +48,7 @@ def evaluate(
     """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
     uri, out = storage.absolute(verdicts_or_source), storage.absolute(out)
     storage.reachable(uri)
+    storage.check_output(out)
     table = _verdicts(uri)
     if table is None:
         if detector is None:
@@ -60,6 +61,8 @@ def evaluate(
         assert table is not None
     if detector_id is not None:
         table = table.filter(pc.equal(table.column("detector_id"), detector_id))
+        if table.num_rows == 0:
+            raise ConfigError(f"{uri} holds no verdict of detector {detector_id}")
     detectors = sorted(set(table.column("detector_id").to_pylist()))
     if len(detectors) > 1:
         raise ConfigError(f"verdicts of several detectors ({', '.join(detectors)}): choose one with --detector-id")
@@ -122,7 +125,7 @@ def as_text(result: dict[str, Any]) -> str:
     """The table for people, worst accuracy first."""
     heading = ["generator", "real", "fake", "acc", "real_acc", "fake_acc", "AP", "AUROC", "TPR@1%FPR"]
     groups = sorted(result["generators"].items(), key=lambda item: (item[1]["acc"] is None, item[1]["acc"], item[0]))
-    rows = [[_printable(name), str(group["real"]), str(group["fake"]), *_cells(group)] for name, group in groups]
+    rows = [[console.printable(name), str(group["real"]), str(group["fake"]), *_cells(group)] for name, group in groups]
     rows.append(["macro mean", "", "", *_cells(result["macro_mean"])])
     widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
     lines = [
@@ -148,19 +151,21 @@ def _cells(group: dict[str, Any]) -> list[str]:
     return [UNDEFINED if group[column] is None else f"{group[column]:.4f}" for column in COLUMNS]
 
 
-def _printable(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
-
-
 def _verdicts(uri: str) -> pa.Table | None:
-    """Verdict rows of a published output, a run's folder or a Parquet file; None if it holds none."""
+    """Verdict rows of a published output or a Parquet file; None if it holds none.
+
+    A picture that several runs have judged counts once, as the newest run has it.
+    """
     from jobs import ledger
 
     if uri.lower().endswith(".parquet"):
         system, path = storage.arrow_filesystem(uri)
         if not storage.exists(uri):
             raise SourceError(f"there is no {uri}")
-        names = set(pq.read_schema(path, filesystem=system).names)
+        try:
+            names = set(pq.read_schema(path, filesystem=system).names)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{uri} is no Parquet file: {error}") from error
         if not set(NEEDED) <= names:
             return None
         return pq.read_table(path, columns=list(NEEDED), filesystem=system)
@@ -168,7 +173,10 @@ def _verdicts(uri: str) -> pa.Table | None:
         raise SourceError(f"there is no {uri}")
     if not ledger.runs(uri):
         return None
-    return ledger.verdicts(uri).to_table(columns=list(NEEDED))
+    table = ledger.verdicts(uri).to_table(columns=[*NEEDED, "image_id"])
+    pictures = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
+    newest = {picture: row for row, picture in enumerate(pictures)}  # the oldest run comes first
+    return table.take(list(newest.values()))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,10 @@ def read_labels(folder: str) -> list[dict[str, Any]]:
 
 
 def load(folder: str, validation_ids: set[str], config: PatchConfig, cache: Path, *, write: bool) -> Examples:
-    """Load the examples below a URI. `write`: copy the patches to the file `cache`; else another process has."""
+    """Load the examples below a URI, but for failed ones and those kept for testing (split `test`).
+
+    `write`: copy the patches to the file `cache`; else another process has.
+    """
     shape = (config.slots, config.patch_px, config.patch_px, 3)
     ids: list[str] = []
     labels: list[int] = []
@@ -83,10 +86,10 @@ def load(folder: str, validation_ids: set[str], config: PatchConfig, cache: Path
     with open(cache if write else os.devnull, "wb") as file:
         for entry in _files(folder):
             system, path = storage.arrow_filesystem(entry)
-            columns = ["image_id", "label", "status", "text_features", *(["patches"] if write else [])]
+            columns = ["image_id", "label", "split", "status", "text_features", *(["patches"] if write else [])]
             for batch in pq.ParquetFile(path, filesystem=system).iter_batches(batch_size=256, columns=columns):
                 for row in range(batch.num_rows):
-                    if batch.column("status")[row].as_py() != "scored":
+                    if batch.column("status")[row].as_py() != "scored" or batch.column("split")[row].as_py() == "test":
                         continue
                     ids.append(batch.column("image_id")[row].as_py())
                     labels.append(batch.column("label")[row].as_py())

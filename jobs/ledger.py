@@ -62,6 +62,8 @@ class Run:
 
         Raises `VerificationError` when rows are missing, surplus or doubled; then nothing is published.
         """
+        if not storage.is_folder(self.staged_rows):
+            raise VerificationError(f"no row of run {self.run_id} was staged; nothing was published")
         staged = _dataset(self.staged_rows)
         verify_ids(_ids(manifest), staged.to_table(columns=["image_id"]).column(0))
         counts: Counter[str] = Counter()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from jobs import schema, storage
 from jobs.sources import Source
-from nsnet.errors import SourceError
+from nsnet.errors import SourceError, UsageError
 
 BATCH_ROWS: Final = 8192
 FILE: Final = "manifest.parquet"
@@ -36,6 +36,8 @@ class Plan:
 
 def write_manifest(source: Source, uri: str, limit: int | None = None) -> Plan:
     """List a source into a manifest. Raises `SourceError` when it holds no picture; nothing is left behind then."""
+    if uri.startswith(source.uri.rstrip("/") + "/"):
+        raise UsageError(f"--out lies inside the source {source.uri}, which would list it: choose a place beside it")
     seen: set[bytes] = set()
     labels: Counter[int | None] = Counter()
     pending: list[dict[str, Any]] = []

@@ -59,7 +59,7 @@ def command(images: tuple[str, ...], **options: Any) -> int:
             verdict = detector.predict_prepared([picture])[0]
             failures += verdict.status == "failed"
             values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
-            click.echo(json.dumps(values, ensure_ascii=False) if options["as_json"] else _text(values))
+            click.echo(json.dumps(values) if options["as_json"] else _text(values))
     finally:
         decoder.close()
     return console.EXIT_TOO_MANY_FAILED if failures else 0
@@ -82,7 +82,8 @@ def _read(image: str, max_bytes: int) -> bytes:
 
 def _text(values: dict[str, Any]) -> str:
     """A verdict for people; what comes from the file is shown without control characters."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in str(values["image"]))
+    values = {key: console.printable(value) if isinstance(value, str) else value for key, value in values.items()}
+    name = values["image"]
     if values["status"] == "failed":
         return f"{name}: not judged: {values['error_class']}: {values['error_message']}"
     return (

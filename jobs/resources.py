@@ -37,7 +37,7 @@ def shares(cpus: float, gpus: float) -> Shares:
     """Shares of a cluster with so many CPUs and GPUs.
 
     Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
-    two cores, tasks of 0.5 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there is
+    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there is
     one pair per 8 CPUs, whose threads use them.
     """
     if cpus <= 0:
@@ -50,7 +50,7 @@ def shares(cpus: float, gpus: float) -> Shares:
         scorers=pairs,
         actor_cpus=actor_cpus,
         actor_gpus=0.5 if gpus >= 1 else 0.0,
-        task_cpus=min(1.0, cpus / 4.0),
+        task_cpus=min(1.0, 0.375 * cpus),
         light_task_cpus=min(0.5, cpus / 16.0),
         threads=max(1, min(4, int(cpus) // 2)),
     )

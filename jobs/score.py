@@ -72,7 +72,7 @@ def score(
     limits = limits or DecodeLimits()
     detector, out = storage.absolute(detector), storage.absolute(out)
     storage.reachable(detector)
-    storage.reachable(out)
+    storage.check_output(out)
     folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
     bundle.read(folder)
     listing = Source(source)

@@ -157,9 +157,12 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], bytes | ImageError
         if known is not None and known > max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
-            return sources.fetch(row, max_bytes)
+            data = sources.fetch(row, max_bytes)
         except Exception as error:  # the per-row boundary: stores raise OSError, botocore's, aiohttp's and more
             return FetchError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        if len(data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
+            return ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
+        return data
 
     return fetch
 

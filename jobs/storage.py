@@ -110,6 +110,17 @@ def reachable(uri: str) -> None:
         raise StorageError(f"the bucket s3://{bucket} at {endpoint} cannot be reached: {_reason(error)}") from error
 
 
+def check_output(uri: str) -> None:
+    """Raise `StorageError` or `UsageError` where nothing could be written: before the work, not after it."""
+    reachable(uri)
+    if is_local(uri):
+        there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+        if not there.is_dir():
+            raise UsageError(f"{uri} cannot be a folder: {there} is a file")
+        if not os.access(there, os.W_OK):
+            raise StorageError(f"{uri} cannot be written: {there} does not allow it")
+
+
 def exists(uri: str) -> bool:
     """Whether an object or folder is there."""
     system, path = filesystem(uri)
@@ -253,7 +264,7 @@ def remove_folder(uri: str) -> None:
 def fetch_bundle(uri: str, description: str) -> Path:
     """A detector bundle as a local folder: a local one as it is, a remote one through a cache named by its content.
 
-    `description` is the bundle's file that lists all others.
+    `description` is the bundle's file that lists all others, each with its SHA-256.
     """
     if is_local(uri):
         return Path(uri)
@@ -262,7 +273,7 @@ def fetch_bundle(uri: str, description: str) -> Path:
     except FileNotFoundError as error:
         raise BundleError(f"{uri} is no detector bundle: {description} is missing") from error
     try:
-        files = list(dict(json.loads(described)["files"]))
+        files = dict(json.loads(described)["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{uri}/{description} is damaged: {type(error).__name__}") from error
     for name in files:
@@ -276,11 +287,16 @@ def fetch_bundle(uri: str, description: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         partial = Path(scratch) / "bundle"
-        for name in files:
+        partial.mkdir()
+        for name, digest in files.items():
             try:
                 content = read_bytes(join(uri, name))
             except FileNotFoundError as error:
                 raise BundleError(f"the bundle {uri} is damaged: {name} is missing") from error
+            if hashlib.sha256(content).hexdigest() != digest:  # the cache must not keep it
+                raise BundleError(
+                    f"the bundle {uri} is damaged: the SHA-256 of {name} is not the one that was recorded"
+                )
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         (partial / description).write_bytes(described)

@@ -79,7 +79,7 @@ def train(
         batch_size=chosen.training.batch_size if batch_size is None else batch_size,
     )
     chosen = replace(chosen, training=training)
-    storage.reachable(out)
+    storage.check_output(out)
     Source(source).check()
     if storage.exists(storage.join(out, "detector.json")):
         raise UsageError(f"{out} already holds a trained detector; choose another --out")
@@ -149,6 +149,9 @@ def _examples(
             f"{plan.labels[None]} of {plan.count} pictures have no label: put them below 0_real and 1_fake (or nature "
             "and ai, real and fake) folders, or give a manifest with a label column"
         )
+    if len(plan.labels) < 2:
+        real, fake = plan.labels.get(0, 0), plan.labels.get(1, 0)
+        raise SourceError(f"the source has {real} real and {fake} fake pictures; both are needed")
 
     import secrets
 

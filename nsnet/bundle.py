@@ -1,13 +1,14 @@
 """A trained detector on disk: a folder of JSON, safetensors and a model card. Nothing in it is ever unpickled.
 
-    detector.json            version, configuration, calibration, training record, SHA-256 of every other file
+    detector.json            version, configuration, calibration, training record, SHA-256 of every file and of itself
     MODEL_CARD.md
     network.safetensors      mapper, head, semantic basis
     lora/                    the adapters in peft's format
     clip/                    CLIP in open_clip's format, only where it has no public source or was trained itself
     captioner/               BLIP in transformers' format, only where it has no public source
 
-`detector.json` is written last: a folder without it is no bundle.
+`detector.json` is written last: a folder without it is no bundle. A file that it does not list is refused, since a
+loader might prefer it to a listed one; the card is for people to edit, and hidden files are nobody's business.
 """
 
 import hashlib
@@ -51,11 +52,7 @@ def seal(
     folder: Path, *, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any], clip_digest: str
 ) -> Description:
     """Write the model card and, last, `detector.json` over the files that lie in the folder."""
-    files = {
-        path.relative_to(folder).as_posix(): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (DESCRIPTION, CARD)
-    }
+    files = {name: _sha256(folder / name) for name in _members(folder)}
     strange = [name for name in files if Path(name).suffix not in SUFFIXES]
     if strange:
         raise BundleError(f"a bundle holds only {', '.join(sorted(SUFFIXES))} files, found {', '.join(strange)}")
@@ -68,9 +65,10 @@ def seal(
         clip_digest=clip_digest,
         files=files,
     )
-    (folder / CARD).write_text(model_card(description))
+    (folder / CARD).write_text(model_card(description), encoding="utf-8")
     partial = folder / f".{DESCRIPTION}.partial"
-    partial.write_text(json.dumps({"format_version": FORMAT_VERSION, **vars(description)}, indent=2) + "\n")
+    values = json.loads(json.dumps({"format_version": FORMAT_VERSION, **vars(description)}))  # as `read` will see it
+    partial.write_text(json.dumps({**values, "sha256": _seal_of(values)}, indent=2) + "\n")
     os.replace(partial, folder / DESCRIPTION)
     return description
 
@@ -82,7 +80,7 @@ def read(folder: Path) -> Description:
         raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("format_version")
+        version = values["format_version"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
@@ -90,13 +88,15 @@ def read(folder: Path) -> Description:
             f"{folder} is a bundle of format version {version!r}; this release reads version {FORMAT_VERSION}: train "
             "again, or use the release that wrote it"
         )
+    if values.pop("sha256", None) != _seal_of(values):
+        raise BundleError(f"{path} is damaged: it was changed after it was written")
+    del values["format_version"]
     try:
         description = Description(**values)
-        files = dict(description.files)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     root = folder.resolve()
-    for name, expected in files.items():
+    for name, expected in description.files.items():
         member = (folder / name).resolve()
         if not member.is_relative_to(root) or member.suffix not in SUFFIXES:
             raise BundleError(f"{path} names {name!r}, which does not belong in a bundle")
@@ -104,9 +104,8 @@ def read(folder: Path) -> Description:
             raise BundleError(f"the bundle {folder} is damaged: {name} is missing")
         if _sha256(member) != expected:
             raise BundleError(f"the bundle {folder} is damaged: the SHA-256 of {name} is not the one that was recorded")
-    identity = [description.config, description.calibration, description.clip_digest, _weights(files)]
-    if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16] != description.detector_id:
-        raise BundleError(f"the bundle {folder} is damaged: {DESCRIPTION} was changed after it was written")
+    if strange := [name for name in _members(folder) if name not in description.files]:
+        raise BundleError(f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(strange[:9])}")
     return description
 
 
@@ -144,6 +143,16 @@ A verdict is a probability with errors in both directions: it is no proof, and n
 def _weights(files: dict[str, str]) -> list[list[str]]:
     """The files that decide a verdict; peft's and transformers' JSON may carry dates and versions."""
     return [[name, digest] for name, digest in sorted(files.items()) if name.endswith((".safetensors", ".txt"))]
+
+
+def _members(folder: Path) -> list[str]:
+    """Paths in the bundle, sorted, of all files but the description, the card and hidden ones."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if name not in (DESCRIPTION, CARD) and not f"/{name}".count("/.")]
+
+
+def _seal_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -28,7 +28,7 @@ NEEDED_FILES: Final = (
     ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ("tokenizer.json", "vocab.txt"),
 )
-"""What a captioner's folder must hold, each with its alternatives. Without its words transformers makes up a tokenizer."""
+"""What a captioner's folder must hold, each with its alternatives. Without words transformers makes up a tokenizer."""
 
 HUB_TIMEOUT_SECONDS: Final = 5.0
 """How long the hub may take to answer before it counts as out of reach."""
@@ -117,8 +117,8 @@ class Captioner:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except pickle.UnpicklingError as error:
             raise WeightsError(
-                f"no BLIP could be loaded from {folder}: its weights hold more than tensors, or are damaged; for safety "
-                "only tensors are read"
+                f"no BLIP could be loaded from {folder}: its weights hold more than tensors, or are damaged; for "
+                "safety only tensors are read"
             ) from error
         except Exception as error:  # a damaged file makes transformers raise almost anything
             raise WeightsError(

@@ -104,9 +104,11 @@ class SplitAttention(nn.Module):
     def fuse(self) -> nn.MultiheadAttention:
         """The stock module with the same weights."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        fused = nn.MultiheadAttention(
-            self.q_proj.in_features, self.num_heads, bias=self.q_proj.bias is not None, batch_first=True
-        ).to(self.q_proj.weight)
+        weight = self.q_proj.weight
+        fused = nn.MultiheadAttention(  # on "meta": random weights would cost seconds and disturb other random numbers
+            weight.shape[1], self.num_heads, bias=self.q_proj.bias is not None, batch_first=True,
+            device="meta", dtype=weight.dtype,
+        ).to_empty(device=weight.device)  # fmt: skip
         with torch.no_grad():
             fused.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
             if self.q_proj.bias is not None:
@@ -336,14 +338,14 @@ def fetch_from_hub(repository: str, filename: str, revision: str | None, option:
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     """Build the towers on the CPU in fp32 with the weights that `find_weights` names, or seeded random ones."""
     try:
-        if weights is not None and weights.is_dir():
-            name = f"local-dir:{weights}"
-            model = open_clip.create_model(name, require_pretrained=True)
-            described = json.loads((weights / CONFIG_FILE).read_text())
-            model.nsnet_architecture = described["model_cfg"]
-            return Clip(model, open_clip.get_tokenizer(name), config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
+            if weights is not None and weights.is_dir():
+                name = f"local-dir:{weights}"
+                model = open_clip.create_model(name, require_pretrained=True)
+                described = json.loads((weights / CONFIG_FILE).read_text())
+                model.nsnet_architecture = described["model_cfg"]
+                return Clip(model, open_clip.get_tokenizer(name), config)
             if config.architecture is not None:
                 model = open_clip.CLIP(**config.architecture)
                 open_clip.set_model_preprocess_cfg(

@@ -34,7 +34,15 @@ from nsnet.clip import (
     merge_lora,
 )
 from nsnet.config import from_dict, to_dict
-from nsnet.errors import BundleError, CaptionError, ConfigError, FetchError, ImageError, WeightsError
+from nsnet.errors import (
+    BundleError,
+    CaptionError,
+    ConfigError,
+    FetchError,
+    ImageCorruptError,
+    ImageError,
+    WeightsError,
+)
 from nsnet.head import HeadConfig
 from nsnet.images import DecodeLimits
 from nsnet.losses import LossConfig
@@ -167,12 +175,14 @@ class Detector:
                 f"(digest {clip.digest()[:16]}, recorded {description.clip_digest[:16]}); pass the right --clip-weights"
             )
         try:
-            if (folder / bundle.LORA).is_dir():
-                clip.visual = merge_lora(load_lora(clip.visual, folder / bundle.LORA))
-            network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
+            with torch.random.fork_rng(devices=[]):  # modules start at random; the caller's random numbers are not ours
+                if (folder / bundle.LORA).is_dir():
+                    clip.visual = merge_lora(load_lora(clip.visual, folder / bundle.LORA))
+                network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
             missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-            raise BundleError(f"the bundle {folder} does not fit its configuration: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise BundleError(f"the bundle {folder} does not fit its configuration: {reason}") from error
         strange = [name for name in missing.missing_keys if not name.startswith("visual.")] + missing.unexpected_keys
         if strange:
             raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(strange)}")
@@ -202,7 +212,7 @@ class Detector:
         A pretrained, frozen CLIP is referred to by name and digest; a CLIP of random or trained weights is put inside.
         """
         folder = Path(path)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise BundleError(f"{folder} exists and is not empty; choose another place for the detector")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -229,7 +239,8 @@ class Detector:
                 training=training or {},
                 clip_digest=digest,
             )
-            partial.chmod(0o755)
+            for path in (partial, *partial.rglob("*")):  # safetensors and tempfile write for the owner alone
+                path.chmod(0o755 if path.is_dir() else 0o644)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
@@ -246,12 +257,13 @@ class Detector:
 
         from nsnet.clip import fuse_attention
 
+        split = self.clip.visual
         self.clip.visual = cast(nn.Module, deepcopy(adapted).unload())
         fuse_attention(self.clip.visual)
         try:
             yield self.clip
         finally:
-            self.clip.visual = adapted
+            self.clip.visual = split
 
     def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
         """How pictures are prepared for this detector."""
@@ -267,7 +279,7 @@ class Detector:
     def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str]) -> Scores:
         """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32."""
         text_features = self.clip.encode_text(captions).to(self.device)
-        out = self.network(torch.from_numpy(mosaics).to(self.device), text_features)
+        out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # a copy: batches may be read-only
         logit = out.logit.double().cpu().numpy()
         prob_fake = self.calibration.probability(logit)
         return Scores(
@@ -349,11 +361,13 @@ def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationCon
         if isinstance(image, str | Path):
             try:
                 image = Path(image).read_bytes()
-            except OSError as error:
-                raise FetchError(f"{image!s}: {error.strerror or type(error).__name__}") from error
+            except (OSError, ValueError) as error:  # ValueError: a null character in the path
+                raise FetchError(f"{image!s}: {getattr(error, 'strerror', None) or error}") from error
         return prepare(image, config)
     except ImageError as error:
         return error
+    except Exception as error:  # an opened Pillow image is decoded only now, and raises whatever its decoder raises
+        return ImageCorruptError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def read_config(folder: Path) -> tuple[DetectorConfig, bundle.Description]:

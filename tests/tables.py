@@ -1,8 +1,12 @@
 """Small pictures, sources, manifest rows and verdict tables, shared by the tests of the jobs."""
 
 import io
+import logging
+import sys
 import uuid
+import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from jobs import schema, storage
@@ -71,3 +76,41 @@ def verdict_row(uri: str, prob_fake: float | None, **values: Any) -> dict[str, A
 def verdict_table(*rows: dict[str, Any]) -> pa.Table:
     """Verdict rows as a table."""
     return pa.Table.from_pylist(list(rows), schema=schema.VERDICTS)
+
+
+def save_bundle(folder: Path) -> Path:
+    """A small detector with a captioner of its own, as a bundle; its weights are random and its scores differ."""
+    from nsnet.captions import save_tiny_captioner  # torch and transformers take seconds, which many tests can spare
+    from tests.models import as_if_trained
+
+    captioner = folder / "captioner"
+    captioner.mkdir(parents=True)
+    save_tiny_captioner(captioner, seed=0)
+    as_if_trained().save(folder / "bundle", captioner=captioner)
+    return folder / "bundle"
+
+
+def run_command(*arguments: str) -> tuple[int, str, str]:
+    """`nsnet` with these arguments, in this process -> (exit code, stdout, stderr), which must be UTF-8."""
+    from jobs import cli, console
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    loggers = [logging.getLogger(name) for name in (None, *logging.Logger.manager.loggerDict)]
+    before = [(logger, logger.level, logger.filters[:]) for logger in loggers]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        redirect_stdout(streams[0]),
+        redirect_stderr(streams[1]),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["nsnet", *arguments])
+        console.run(cli.group, "nsnet")
+    for logger, level, filters in before:
+        logger.setLevel(level)
+        logger.filters[:] = filters
+    for stream in streams:
+        stream.seek(0)
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, streams[0].read(), streams[1].read()

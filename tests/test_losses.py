@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -402,7 +403,7 @@ def of(parameter: Tensor) -> Tensor:
 def run_rank(rank: int, folder: Path) -> None:
     """One process: every case of two processes, then every case of three."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     for world_size, cases in CASES.items():
         if rank >= world_size:
             continue

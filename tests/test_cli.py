@@ -1,0 +1,292 @@
+"""The command line: what is wrong with its arguments is one line and an exit code, before anything is started."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from jobs import cli, console, resources, storage
+from nsnet import bundle as bundles
+from nsnet.errors import NsnetError, StorageError, UsageError
+from tests.tables import picture_file, put, run_command, save_bundle
+
+REPO_ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_bundle(tmp_path_factory.mktemp("detector")))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    files = {f"{label}/{i}.png": picture_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
+    return put(str(tmp_path / "pictures"), files)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting or joining a cluster ends the test."""
+
+    def refuse(*_: Any) -> None:
+        pytest.fail("a cluster was asked for")
+
+    monkeypatch.setattr(resources, "connect", refuse)
+
+
+def complaint(*arguments: str, code: int = 2) -> str:
+    """The one line that a command ends with, without its `error: `."""
+    ended, out, err = run_command(*arguments)
+    lines = err.splitlines()
+    assert ended == code, err
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:], err
+    assert out == "" and "Traceback" not in err
+    return lines[-1].removeprefix("error: ")
+
+
+def usage_error(*arguments: str) -> str:
+    """What click says of wrong usage."""
+    ended, out, err = run_command(*arguments)
+    assert ended == 2 and out == "" and "Traceback" not in err
+    assert err.startswith("Usage: nsnet")
+    return err.splitlines()[-1]
+
+
+# What every command refuses.
+
+
+def test_missing_arguments_are_named() -> None:
+    assert "Missing argument 'SOURCE'" in usage_error("score", "--detector", "d", "--out", "o")
+    assert "Missing option '--detector'" in usage_error("score", "s", "--out", "o")
+    assert "Missing option '--out'" in usage_error("train", "s")
+    assert "Missing argument 'IMAGE...'" in usage_error("predict", "--detector", "d")
+    assert "No such command 'scoer'" in usage_error("scoer")
+    assert "No such option" in usage_error("score", "--speed", "fast")
+
+
+@pytest.mark.parametrize("value", ["lots", "1%%", "", "%", "101%", "-1%", "1.01", "nan", "inf%"])
+def test_share_that_is_none_is_refused(value: str) -> None:
+    message = usage_error("score", "s", "--detector", "d", "--out", "o", "--max-failed", value)
+    assert "Invalid value for '--max-failed'" in message and repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("value", "share"), [("1%", 0.01), ("0.01", 0.01), (" 0% ", 0.0), ("100%", 1.0), ("2.5%", 0.025)]
+)
+def test_share_is_read_as_percent_or_fraction(value: str, share: float) -> None:
+    assert console.ShareType().convert(value, None, None) == pytest.approx(share)
+
+
+LIMITS = [("--max-bytes", "0"), ("--max-pixels", "-1"), ("--max-seconds", "0"), ("--max-seconds", "nan")]
+
+
+@pytest.mark.parametrize(("option", "value"), LIMITS)
+@pytest.mark.parametrize("command", ["score", "caption", "train", "predict"])
+def test_limit_below_the_least_is_refused(
+    command: str, option: str, value: str, bundle: str, pictures: str, tmp_path: Path
+) -> None:
+    given = ["--detector", bundle] if command in ("score", "predict") else []
+    given += ["--out", str(tmp_path / "out")] if command != "predict" else []
+    message = complaint(command, pictures, *given, option, value)
+    assert message.startswith(f"{option[2:].replace('-', '_')} must be positive, got {value}")
+    assert not (tmp_path / "out").exists()
+
+
+SOURCE_COMMANDS = {"score": ["--detector", "BUNDLE"], "caption": [], "train": []}
+
+
+@pytest.mark.parametrize("command", SOURCE_COMMANDS)
+def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+    given = [bundle if word == "BUNDLE" else word for word in SOURCE_COMMANDS[command]]
+    (tmp_path / "empty").mkdir()
+    put(str(tmp_path / "texts"), {"a.txt": b"text"})
+    (tmp_path / "text.parquet").write_text("text")
+    pq.write_table(pa.table({"url": ["a"]}), tmp_path / "urls.parquet")
+    expected = {
+        "absent": "there is no folder or prefix",
+        "empty": "holds no pictures",
+        "texts": r"holds no pictures \(1: \.txt is no picture\)",
+        "text.parquet": "is no Parquet file",
+        "urls.parquet": "neither a `uri` nor a `bytes` column",
+        "pictures/0_real/0.png": "see nsnet predict",
+    }
+    for name, reason in expected.items():
+        out = str(tmp_path / "out" / name.partition("/")[0])
+        assert re.search(reason, complaint(command, str(tmp_path / name), *given, "--out", out)), name
+    for source, reason in (("gs://bucket/x", "not gs://"), ("", "names no place"), ("s3://", "names no place")):
+        assert reason in complaint(command, source, *given, "--out", str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("manifest.parquet"))
+
+
+@pytest.mark.parametrize("command", SOURCE_COMMANDS)
+def test_output_that_cannot_be_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+    given = [bundle if word == "BUNDLE" else word for word in SOURCE_COMMANDS[command]]
+    (tmp_path / "file").write_text("")
+    for out, reason in {
+        "gs://bucket/x": "not gs://",
+        "": "names no place",
+        str(tmp_path / "file"): "is a file",
+        str(tmp_path / "file" / "deeper" / "out"): "is a file",
+        f"{pictures}/out": "lies inside the source",
+    }.items():
+        assert reason in complaint(command, pictures, *given, "--out", out)
+
+
+@pytest.mark.parametrize("command", ["score", "caption", "train", "evaluate", "predict"])
+def test_store_that_cannot_be_reached_is_one_line_and_an_exit_code_of_its_own(
+    command: str, bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-s3cret")
+    monkeypatch.setattr(storage, "REACH_SECONDS", 0.5)
+    given = {"score": ["--detector", bundle], "predict": ["--detector", "s3://bucket/detector"]}.get(command, [])
+    given += ["--out", str(tmp_path / "out")] if command != "predict" else []
+    message = complaint(command, "s3://bucket/x", *given, code=1)
+    assert message.startswith("the bucket s3://bucket at http://127.0.0.1:9 cannot be reached")
+    assert "a-s3cret" not in message
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+# What single commands refuse.
+
+
+@pytest.mark.parametrize("command", ["score", "predict"])
+def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+    def tell(detector: str) -> str:
+        given = ["--out", str(tmp_path / "out")] if command == "score" else []
+        source = pictures if command == "score" else f"{pictures}/0_real/0.png"
+        return complaint(command, source, "--detector", detector, *given)
+
+    assert "is no detector bundle: detector.json is missing" in tell(str(tmp_path / "absent"))
+    assert "is no detector bundle: detector.json is missing" in tell(pictures)
+    assert "not gs://" in tell("gs://bucket/detector")
+    original = Path(bundle, bundles.DESCRIPTION).read_bytes()
+    weights = Path(bundle, bundles.NETWORK).read_bytes()
+    for name, content, reason in (
+        (bundles.DESCRIPTION, b"{", "is damaged"),
+        (bundles.DESCRIPTION, original.replace(b'"format_version": 1', b'"format_version": 99'), "format version 99"),
+        (bundles.NETWORK, weights[:-1], "the SHA-256 of network.safetensors"),
+        (bundles.NETWORK, None, "network.safetensors is missing"),
+    ):
+        copy = tmp_path / f"{reason} {len(content or b'')}"
+        put(str(copy), {path.relative_to(bundle).as_posix(): path.read_bytes() for path in Path(bundle).rglob("*.*")})
+        (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+        assert reason in tell(str(copy))
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_below_the_least_are_refused(bundle: str, pictures: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "--batch-size" in complaint("score", pictures, "--detector", bundle, *out, "--batch-size", "0")
+    assert "--limit" in complaint("score", pictures, "--detector", bundle, *out, "--limit", "0")
+    assert "--batch-size" in complaint("caption", pictures, *out, "--batch-size", "-3")
+    assert "--workers" in complaint("train", pictures, *out, "--workers", "0")
+    assert "--seed" in complaint("train", pictures, *out, "--seed", "-1")
+    assert "epochs" in complaint("train", pictures, *out, "--epochs", "0")
+    assert "batch_size" in complaint("train", pictures, *out, "--batch-size", "1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["caption", "train"])
+def test_unknown_recipe_is_refused_with_what_is_close(command: str, pictures: str, tmp_path: Path) -> None:
+    message = complaint(command, pictures, "--out", str(tmp_path / "out"), "--recipe", "ViT-L-41")
+    assert "unknown recipe 'ViT-L-41'" in message and "did you mean" in message and "ViT-L-14" in message
+
+
+def test_weights_that_are_not_there_are_refused(bundle: str, pictures: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "is no transformers BLIP folder" in complaint("caption", pictures, *out, "--captioner", pictures)
+    message = complaint("score", pictures, "--detector", bundle, *out, "--clip-weights", "s3://bucket/clip.pt")
+    assert "must be a local path" in message
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("0_real", "b"), ("0_real", "nature"), ("1_fake", "ai")])
+def test_training_without_both_labels_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    files = {f"{folder}/{i}.png": picture_file(i) for folder in folders for i in range(3)}
+    source = put(str(tmp_path / "pictures"), files)
+    message = complaint("train", source, "--out", str(tmp_path / "out"))
+    if folders[1] == "b":
+        count = 6 if folders[0] == "a" else 3
+        assert message.startswith(f"{count} of 6 pictures have no label: put them below 0_real and 1_fake")
+    else:
+        counts = (6, 0) if folders[0] == "0_real" else (0, 6)
+        assert message == "the source has {} real and {} fake pictures; both are needed".format(*counts)
+
+
+def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> None:
+    put(str(tmp_path / "trained"), {"detector.json": b"{}"})
+    message = complaint("train", pictures, "--out", str(tmp_path / "trained"))
+    assert "already holds a trained detector; choose another --out" in message
+    put(str(tmp_path / "described"), {"captions/0.parquet": b""})
+    assert "exists; choose another --out" in complaint("caption", pictures, "--out", str(tmp_path / "described"))
+
+
+def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:
+    put(str(tmp_path / "out"), {"training/settings.json": b'{"seed": 7}'})
+    message = complaint("train", pictures, "--out", str(tmp_path / "out"))
+    assert "unfinished training with other settings (" in message and "seed" in message
+
+
+def test_evaluation_without_verdicts_is_refused(pictures: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "there is no" in complaint("evaluate", str(tmp_path / "absent"), *out)
+    assert "give --detector" in complaint("evaluate", pictures, *out)
+
+
+# The program itself.
+
+
+def test_escape_codes_in_messages_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    message = complaint("score", str(tmp_path / "\x1b[2J\x9b31m\nx"), "--detector", "d", "--out", str(tmp_path / "out"))
+    assert message.isprintable()
+
+
+def test_exit_codes_of_errors_are_those_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command_raising(error: BaseException) -> int:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(cli.group, "invoke", fail)
+        ended, out, err = run_command("score")
+        assert out == "" and "Traceback" not in err and len(err.strip().splitlines()) == 1
+        return ended
+
+    for error, code in ((NsnetError("a\n b"), 1), (StorageError("x"), 1), (UsageError("x"), 2)):
+        assert command_raising(error) == code
+    assert command_raising(KeyboardInterrupt()) == 130
+
+
+def test_program_answers_quickly_and_starts_no_library_for_its_help() -> None:
+    code = (
+        "import sys, jobs.cli\ntry:\n    jobs.cli.main()\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'ray', 'transformers'} & {*sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 []" and done.stderr == ""
+    for name in cli.COMMANDS:
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("module", ["jobs.cli score", "jobs.score"])
+def test_program_ends_in_one_line_with_its_code(module: str, tmp_path: Path) -> None:
+    arguments = [*module.split(), "absent", "--detector", "absent", "--out", str(tmp_path / "out")]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*absent is no detector bundle: detector\.json is missing\n", done.stderr)
+    assert time.monotonic() - started < 30

@@ -1,0 +1,470 @@
+"""Sources: what becomes a row, with which label, and what is left out and counted; on disk and on S3."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import schema, sources, storage
+from jobs.sources import Source, fetch, image_id, labels_from_path
+from nsnet.errors import SourceError, StorageError, UsageError
+from tests.swift import SwiftServer
+from tests.tables import manifest_row, new_bucket, picture_file, put
+
+Rows = list[dict[str, Any]]
+PICTURE = picture_file()
+LARGE = 10**9
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder on disk, and a prefix in a bucket."""
+    if request.param == "disk":
+        return str(tmp_path / "sdv1.4")
+    request.getfixturevalue("s3_environment")
+    return new_bucket() + "/sdv1.4"
+
+
+def rows_of(uri: str | Path) -> Rows:
+    rows = list(Source(str(uri)).rows())
+    pa.Table.from_pylist(rows, schema=schema.MANIFEST)  # every row fits
+    return rows
+
+
+def by_name(place: str, rows: Rows) -> dict[str, dict[str, Any]]:
+    return {row["uri"].removeprefix(place).lstrip("/#"): row for row in rows}
+
+
+def tar_bytes(files: dict[str, bytes], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=options.pop("mode", "w"), **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def parquet_bytes(columns: dict[str, Any], **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, **options)
+    return bytes(sink.getvalue())
+
+
+def identities(rows: Rows) -> set[str]:
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {row["image_id"] for row in rows}
+
+
+# Labels of folders.
+
+LAYOUTS: dict[str, tuple[int | None, str | None, str | None]] = {
+    # AIGIBench
+    "train/car/0_real/1.png": (0, "car", "train"),
+    "val/sdv1.4/1_fake/1.png": (1, "sdv1.4", "val"),
+    "test/Midjourney-V6/1_fake/1.png": (1, "Midjourney-V6", "test"),
+    # GenImage
+    "ADM/train/nature/1.JPEG": (0, "ADM", "train"),
+    "ADM/val/ai/1.PNG": (1, "ADM", "val"),
+    # UniversalFakeDetect, ForenSynths
+    "progan/airplane/1_fake/1.png": (1, "airplane", None),
+    "biggan/0_real/1.png": (0, "biggan", None),
+    # DALLE Recognition and its namesake
+    "real/1.jpg": (0, "root", None),
+    "fake/deeper/fake-v2/1.jpg": (1, "root", None),
+    "test/fake/1.jpg": (1, "root", "test"),
+    "validation/REAL/1.jpg": (0, "root", "val"),
+    "Valid/0_Real/1.jpg": (0, "root", "val"),
+    "Nature/AI/1.jpg": (1, "Nature", None),  # the nearest folder decides
+    # nothing said
+    "1.jpg": (None, None, None),
+    "train/cat/1.jpg": (None, None, "train"),
+    "fakeV2/1.jpg": (None, None, None),
+    "1_fake": (None, None, None),  # a file
+    "a/real.jpg": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("path", LAYOUTS)
+def test_folders_say_label_generator_and_split(path: str) -> None:
+    assert labels_from_path(path, "root") == LAYOUTS[path]
+
+
+def test_label_folders_without_a_root_have_no_generator() -> None:
+    assert labels_from_path("real/1.jpg") == (0, None, None)
+
+
+# Folders and prefixes.
+
+
+def test_folder_gives_a_row_per_picture_with_its_labels(place: str) -> None:
+    files = ["train/0_real/a.jpg", "train/1_fake/b.PNG", "val/Glide/1_fake/ü #1?.webp", "c.jpg"]
+    put(place, {name: PICTURE + bytes(i) for i, name in enumerate(files)})
+    rows = by_name(place, rows_of(place))
+    expected = [(0, "sdv1.4", "train"), (1, "sdv1.4", "train"), (1, "Glide", "val"), (None, None, None)]
+    for i, (name, labels) in enumerate(zip(files, expected, strict=True)):
+        row = rows.pop(name)
+        assert (row["label"], row["generator"], row["split"]) == labels
+        assert row["uri"] == f"{place}/{name}" and row["size_bytes"] == len(PICTURE) + i
+        assert row["etag"] == storage.describe(row["uri"]).etag != ""
+        assert row["image_id"] == image_id(row["uri"], row["etag"])
+        assert (row["container"], row["position"]) == (None, None)
+        assert fetch(row, LARGE) == PICTURE + bytes(i)
+    assert rows == {}
+
+
+KEPT = [
+    "photo.final.v2.JPEG", "x.jfif", "y.avif", "z.heic", "unknown.xyz", "no ending", "_underscore.png", "_", "a.b/c",
+    "empty.png", "trailing dot.", "spaces  .jpg", "a/_b/c.tif", "tar", "x.tar.jpg", "README.png",
+]  # fmt: skip
+LEFT_OUT = {
+    ".DS_Store": "hidden file", ".hidden.png": "hidden file", "a/._x.jpg": "hidden file", "._x.tar": "hidden file",
+    ".part-0.parquet.crc": "hidden file", "_SUCCESS": "empty marker object", "README.md": ".md is no picture",
+    "a/list.CSV": ".csv is no picture", "model.safetensors": ".safetensors is no picture",
+    "shard.tar.gz": ".gz is no picture", "more.tgz": ".tgz is no picture", "labels.json": ".json is no picture",
+}  # fmt: skip
+
+
+def test_every_file_is_a_row_or_is_counted_by_reason(place: str) -> None:
+    empty = {"empty.png", "_SUCCESS"}
+    put(place, {name: b"" if name in empty else b"content" for name in [*KEPT, *LEFT_OUT]})
+    source = Source(place)
+    rows = by_name(place, list(source.rows()))
+    assert sorted(rows) == sorted(KEPT)
+    assert rows["empty.png"]["size_bytes"] == 0 and fetch(rows["empty.png"], 10) == b""
+    reasons = list(LEFT_OUT.values())
+    assert source.left_out == {reason: reasons.count(reason) for reason in reasons}
+
+
+@pytest.mark.s3
+def test_folder_markers_and_odd_keys_of_a_bucket(s3_environment: SwiftServer) -> None:
+    bucket = new_bucket()
+    system, _ = storage.filesystem(bucket)
+    for key in ("p/", "p/a/", "p/x.tar/", "p/y.parquet/", "p/a//twice.jpg", "p/a/b.jpg", "pq.jpg"):
+        system.call_s3("put_object", Bucket=bucket[5:], Key=key, Body=b"" if key.endswith("/") else b"x")
+    source = Source(f"{bucket}/p")
+    rows = list(source.rows())
+    assert sorted(row["uri"] for row in rows) == [f"{bucket}/p/a//twice.jpg", f"{bucket}/p/a/b.jpg"]
+    assert all(fetch(row, 10) == b"x" for row in rows)
+    assert source.left_out == {"empty marker object": 4}
+
+
+def test_links_are_counted(tmp_path: Path) -> None:
+    put(str(tmp_path / "source"), {"a.jpg": b"x"})
+    (tmp_path / "source" / "loop").symlink_to(tmp_path)
+    (tmp_path / "source" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    source = Source(str(tmp_path / "source"))
+    assert len(list(source.rows())) == 1
+    assert source.left_out == {"link to a folder": 1, "broken link or special file": 1}
+
+
+def test_name_that_is_no_text_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(b"x")
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this filesystem takes UTF-8 names only")
+    source = Source(str(tmp_path))
+    assert [row["uri"] for row in source.rows()] == [str(tmp_path / "good.jpg")]
+    assert source.left_out == {"name that is no UTF-8": 1}
+
+
+def test_identity_follows_uri_and_version(place: str) -> None:
+    put(place, {"a.jpg": b"one", "b.jpg": b"one"})
+    first = rows_of(place)
+    assert identities(first) == identities(rows_of(place))
+    put(place, {"a.jpg": b"two"})
+    second = rows_of(place)
+    assert len(identities(first) & identities(second)) == 1
+    assert image_id("a", "bc") != image_id("ab", "c")
+    assert len(image_id("s3://ü/图", "")) == 32
+
+
+def test_fetch_reads_one_byte_more_than_allowed(place: str) -> None:
+    put(place, {"a.jpg": bytes(1000), "b.tar": tar_bytes({"x.png": bytes(1000)})})
+    put(place, {"c.parquet": parquet_bytes({"bytes": [bytes(1000)]})})
+    rows = rows_of(place)
+    assert len(rows) == 3
+    for row in rows:
+        assert [len(fetch(row, limit)) for limit in (10, 999, 1000, 1001)] == [11, 1000, 1000, 1000]
+
+
+# Sources that are none.
+
+
+def test_missing_source_is_said(place: str) -> None:
+    put(place, {"a.jpg": b"x"})
+    for name, message in (("absent", "there is no folder or prefix"), ("absent.parquet", "there is no source")):
+        with pytest.raises(SourceError, match=message):
+            Source(f"{place}/{name}").check()
+        with pytest.raises(SourceError, match=message):
+            next(Source(f"{place}/{name}").rows())
+    with pytest.raises(SourceError, match="for a single picture see nsnet predict"):
+        Source(f"{place}/a.jpg").check()
+
+
+def test_folder_without_pictures_gives_no_row(place: str, tmp_path: Path) -> None:
+    put(place, {"README.md": b"x"})
+    assert rows_of(place) == []
+    (tmp_path / "empty").mkdir()
+    assert rows_of(tmp_path / "empty") == []
+
+
+def test_other_scheme_is_refused() -> None:
+    with pytest.raises(UsageError, match="only local paths and s3://"):
+        Source("https://example.org/pictures")
+
+
+@pytest.mark.s3
+def test_missing_bucket_is_said(s3_environment: SwiftServer) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        Source("s3://there-is-no-such-bucket/x").check()
+
+
+# Manifests.
+
+
+def test_manifest_says_uri_label_generator_and_split(place: str) -> None:
+    put(place, {f"{i}.jpg": bytes([i]) for i in range(4)})
+    columns = {
+        "uri": [f"{place}/{i}.jpg" for i in range(4)],
+        "label": ["real", "FAKE", "1", None],
+        "generator": ["g", None, "ü", ""],
+        "split": ["train", "Validation", "test", "other"],
+        "etag": ["v1", None, "", "v2"],
+        "size_bytes": pa.array([1, 1, None, 1], pa.int64()),
+        "more": [1, 2, 3, 4],
+    }
+    put(place, {"manifest.parquet": parquet_bytes(columns, row_group_size=2)})
+    rows = rows_of(f"{place}/manifest.parquet")
+    assert [row["label"] for row in rows] == [0, 1, 1, None]
+    assert [row["generator"] for row in rows] == ["g", None, "ü", ""]
+    assert [row["split"] for row in rows] == ["train", "val", "test", None]
+    assert [row["etag"] for row in rows] == ["v1", "", "", "v2"]
+    assert [row["size_bytes"] for row in rows] == [1, 1, None, 1]
+    assert [fetch(row, LARGE) for row in rows] == [bytes([i]) for i in range(4)]
+    assert rows[0]["image_id"] == image_id(f"{place}/0.jpg", "v1")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([0, 1, None], pa.int64()), [0, 1, None]),
+        (pa.array([0, 1], pa.uint8()), [0, 1]),
+        (pa.array([0.0, 1.0, float("nan")]), [0, 1, None]),
+        (pa.array([False, True]), [0, 1]),
+        (["0", " Real ", "fake", ""], [0, 0, 1, None]),
+        (pa.array(["real", "fake"]).dictionary_encode(), [0, 1]),
+    ],
+)
+def test_labels_of_every_type_are_understood(values: Any, expected: list[int | None], tmp_path: Path) -> None:
+    uris = [f"/{i}" for i in range(len(expected))]
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": uris, "label": values})})
+    assert [row["label"] for row in rows_of(tmp_path / "m.parquet")] == expected
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5, 1.5, "ai?", "0.0x", "true", b"real"])
+def test_other_label_is_an_error_that_says_where(value: Any, tmp_path: Path) -> None:
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "label": [None, value]})})
+    with pytest.raises(SourceError, match=r"m\.parquet: row 1: label .* is neither 0/real nor 1/fake"):
+        rows_of(tmp_path / "m.parquet")
+
+
+def test_generators_that_are_numbers_become_text(tmp_path: Path) -> None:
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "generator": [7, None], "etag": [1, 2]})})
+    rows = rows_of(tmp_path / "m.parquet")
+    assert [row["generator"] for row in rows] == ["7", None] and [row["etag"] for row in rows] == ["1", "2"]
+
+
+def test_relative_uri_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(
+        str(tmp_path), {"a/x.jpg": b"x", "m.parquet": parquet_bytes({"uri": ["a/x.jpg", f"file://{tmp_path}/a/x.jpg"]})}
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = rows_of("m.parquet")
+    assert [row["uri"] for row in rows] == [f"{tmp_path}/a/x.jpg"] * 2
+    assert fetch(rows[0], LARGE) == b"x"
+
+
+def test_manifest_without_a_column_of_pictures_is_refused(place: str) -> None:
+    put(place, {"m.parquet": parquet_bytes({"url": ["a"], "label": [1]})})
+    message = r"m\.parquet has neither a `uri` nor a `bytes` column, only label, url"
+    with pytest.raises(SourceError, match=message):
+        rows_of(f"{place}/m.parquet")
+    with pytest.raises(SourceError, match=message):
+        rows_of(place)
+
+
+def test_manifest_with_a_null_or_a_foreign_uri_is_refused(tmp_path: Path) -> None:
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", None]})})
+    with pytest.raises(SourceError, match=r"m\.parquet: row 1 has no uri"):
+        rows_of(tmp_path / "m.parquet")
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["https://x/y.jpg"]})})
+    with pytest.raises(UsageError, match="only local paths and s3://"):
+        rows_of(tmp_path / "m.parquet")
+
+
+def test_file_that_is_no_parquet_is_refused(place: str) -> None:
+    whole = parquet_bytes({"uri": ["a"]})
+    for content in (b"", b"text", whole[:-20], bytes(5000)):
+        put(place, {"m.parquet": content})
+        with pytest.raises(SourceError, match=r"m\.parquet is no Parquet file"):
+            rows_of(f"{place}/m.parquet")
+
+
+def test_folder_named_like_a_file_is_a_folder(place: str) -> None:
+    """What Spark and Ray write."""
+    put(place, {"m.parquet/part-0.parquet": parquet_bytes({"uri": ["/a"]}), "m.parquet/_SUCCESS": b""})
+    put(place, {"m.parquet/part-1.parquet": parquet_bytes({"uri": ["/b"]})})
+    assert sorted(row["uri"] for row in rows_of(f"{place}/m.parquet")) == ["/a", "/b"]
+
+
+# Pictures inside Parquet.
+
+
+def test_parquet_holds_pictures(place: str) -> None:
+    pictures = [bytes([i]) * (i + 1) for i in range(25)]
+    pictures[7] = None  # type: ignore[call-overload]
+    columns = {"bytes": pictures, "label": [i % 2 for i in range(25)], "generator": ["g"] * 25}
+    put(place, {"shard.parquet": parquet_bytes(columns, row_group_size=10)})
+    rows = rows_of(place)
+    assert [row["uri"] for row in rows] == [f"{place}/shard.parquet#{i}" for i in range(25)]
+    assert [row["position"] for row in rows] == list(range(25)) and {row["size_bytes"] for row in rows} == {None}
+    assert [row["label"] for row in rows] == columns["label"]
+    identities(rows)
+    for i in (24, 0, 10, 9, 7, 19, 20):
+        assert fetch(rows[i], LARGE) == (pictures[i] or b"")
+    with pytest.raises(FileNotFoundError, match="no row 25"):
+        fetch({**rows[0], "position": 25}, LARGE)
+
+
+def test_pictures_of_one_uri_are_told_apart(tmp_path: Path) -> None:
+    columns = {"bytes": [b"1", b"2", b"3"], "uri": ["http://x/a.jpg", "http://x/a.jpg", None]}
+    put(str(tmp_path), {"shard.parquet": parquet_bytes(columns)})
+    rows = rows_of(tmp_path / "shard.parquet")
+    assert [row["uri"] for row in rows] == ["http://x/a.jpg"] * 2 + [f"{tmp_path}/shard.parquet#2"]
+    identities(rows)
+    assert [fetch(row, LARGE) for row in rows] == [b"1", b"2", b"3"]
+
+
+def test_neighbours_in_a_row_group_are_read_once(tmp_path: Path) -> None:
+    put(str(tmp_path), {"shard.parquet": parquet_bytes({"bytes": [os.urandom(50_000) for _ in range(100)]})})
+    rows = rows_of(tmp_path / "shard.parquet")
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read_so_far()
+    assert sum(len(fetch(row, LARGE)) for row in rows) == 5_000_000
+    assert read_so_far() - before < 15_000_000
+
+
+# WebDataset tars.
+
+
+def test_tar_gives_a_row_per_member(place: str) -> None:
+    files = {
+        "0_real/a.jpg": b"AAA", "train/Glide/1_fake/b.c.png": b"BB", "c.jpg": b"CCCC", "c.cls": b"1\n", "d.jpg": b"D",
+        "d.cls": b"", "e/f.webp": b"", "c.json": b"{}", ".DS_Store": b"x", "e/._f.webp": b"x", "e/f.cls": b"real",
+    }  # fmt: skip
+    put(place, {"shard-000.tar": tar_bytes(files)})
+    source = Source(place)
+    rows = by_name(f"{place}/shard-000.tar", list(source.rows()))
+    labels = {name: (row["label"], row["generator"], row["split"]) for name, row in rows.items()}
+    assert labels == {
+        "0_real/a.jpg": (0, None, None), "train/Glide/1_fake/b.c.png": (1, "Glide", "train"), "c.jpg": (1, None, None),
+        "d.jpg": (None, None, None), "e/f.webp": (0, None, None),
+    }  # fmt: skip
+    for name, row in rows.items():
+        assert fetch(row, LARGE) == files[name] and row["size_bytes"] == len(files[name])
+        assert row["container"] == f"{place}/shard-000.tar"
+    assert source.left_out == {".json is no picture": 1, "hidden file": 2}
+    assert identities(list(rows.values())) == identities(rows_of(f"{place}/shard-000.tar"))
+
+
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_member_names_of_any_kind_are_only_names(layout: int, tmp_path: Path) -> None:
+    files = {"../../etc/passwd": b"1", "/absolute.jpg": b"2", "ü 图.png": b"3", f"{'d/' * 45}long.jpg": b"4"}
+    put(str(tmp_path), {"x.tar": tar_bytes(files, format=layout)})
+    rows = by_name(f"{tmp_path}/x.tar#", rows_of(tmp_path / "x.tar"))
+    assert {name: fetch(row, LARGE) for name, row in rows.items()} == {k.lstrip("/"): v for k, v in files.items()}
+    assert os.listdir(tmp_path) == ["x.tar"]
+
+
+def test_member_names_that_are_no_text_stay_apart(tmp_path: Path) -> None:
+    files = {os.fsdecode(b"caf\xe9.jpg"): b"1", os.fsdecode(b"caf\xe8.jpg"): b"2"}
+    put(str(tmp_path), {"x.tar": tar_bytes(files, format=tarfile.GNU_FORMAT, errors="surrogateescape")})
+    rows = rows_of(tmp_path / "x.tar")
+    identities(rows)
+    assert [fetch(row, LARGE) for row in rows] == [b"1", b"2"]
+
+
+def test_links_in_a_tar_are_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a", tarfile.DIRTYPE), ("s.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        member = tarfile.TarInfo("a/x.jpg")
+        tar.addfile(member)
+    source = Source(str(tmp_path))
+    assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/x.tar#a/x.jpg"]
+    assert source.left_out == {"link or special file in a tar": 2}
+
+
+def test_tar_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = tar_bytes({"a.jpg": bytes(700), "b.jpg": bytes(100), "c.jpg": bytes(10)}, format=tarfile.USTAR_FORMAT)
+    put(str(tmp_path), {"x.tar": whole})
+    assert len(rows_of(tmp_path / "x.tar")) == 3
+    # in a header, in a body, between two members, and before the end mark
+    for length in (100, 600, 1536, 1700, 2100, 2560, 3584 - 1, 3584):
+        put(str(tmp_path), {"x.tar": whole[:length]})
+        with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+            rows_of(tmp_path / "x.tar")
+
+
+def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(tar_bytes({"a.jpg": bytes(10), "b.jpg": bytes(10), "c.jpg": bytes(10)}))
+    whole[1024 + 20] ^= 0xFF
+    put(str(tmp_path), {"x.tar": bytes(whole)})
+    with pytest.raises(SourceError, match="damaged or cut off at byte 1,024"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text" * 1000, tar_bytes({"a.jpg": b"x"}, mode="w:gz")])
+def test_other_content_or_compressed_tar_is_refused(content: bytes, place: str) -> None:
+    put(place, {"x.tar": content})
+    with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+        rows_of(f"{place}/x.tar")
+
+
+def test_other_class_in_a_tar_is_an_error_that_says_where(tmp_path: Path) -> None:
+    put(str(tmp_path), {"x.tar": tar_bytes({"a.jpg": b"x", "a.cls": b"281"})})
+    with pytest.raises(SourceError, match=r"x\.tar#a\.cls: label '281' is neither"):
+        rows_of(tmp_path)
+
+
+def test_fetch_of_what_is_gone_is_not_found(place: str) -> None:
+    put(place, {"a.jpg": b"x"})
+    for row in (
+        manifest_row(f"{place}/b.jpg"),
+        manifest_row("x", container=f"{place}/b.tar", position=512, size_bytes=3),
+        manifest_row("x", container=f"{place}/b.parquet", position=0),
+    ):
+        with pytest.raises(FileNotFoundError):
+            fetch(row, LARGE)
+
+
+def test_kinds_that_pillow_opens_are_not_left_out() -> None:
+    from PIL import Image
+
+    from nsnet.images import FORMATS
+
+    Image.init()
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    assert endings and not endings & sources.OTHER_KINDS
