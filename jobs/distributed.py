@@ -1,23 +1,38 @@
-"""Rows of all training processes, with gradient: what `nsnet.losses` asks of a `Gather`."""
+"""Rows of all training processes, with gradient: what `nsnet.losses` asks of a `Gather`.
 
+Dimensions: B rows of one process, G rows of all.
+"""
+
+from typing import Any, cast
+
+import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
-from torch import Tensor, cat
+from torch import Tensor
 
 
 class DistributedGather:
-    """All-gather over the default process group, in rank order; every process passes the same number of rows.
-
-    Backward sums the gradients that all processes have for a row and hands them to the process that owns it.
-    """
+    """All-gather over the default process group, in rank order; every process passes the same number of rows."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
     def __call__(self, local: Tensor) -> Tensor:
-        if local.requires_grad:
-            return cat(list(differentiable.all_gather(local)))  # type: ignore[no-untyped-call]
-        parts = [local.new_empty(local.shape) for _ in range(self.world_size)]
+        return cast(Tensor, _AllGather.apply(local))
+
+
+class _AllGather(torch.autograd.Function):
+    """(B, ...) of every process -> (G, ...). A row's gradient is the sum of those that all processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = len(local)
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local.contiguous())
-        return cat(parts)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)

@@ -37,8 +37,8 @@ def shares(cpus: float, gpus: float) -> Shares:
     """Shares of a cluster with so many CPUs and GPUs.
 
     Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
-    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there is
-    one pair per 8 CPUs, whose threads use them.
+    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there
+    is one pair per 8 CPUs, whose threads use them.
     """
     if cpus <= 0:
         raise StorageError("the cluster has no CPU for decoding: add CPU workers")

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nsnet.errors import (
     ConfigError,
@@ -40,6 +40,8 @@ MIN_SIDE_PX: Final = 32
 """Patch selection replicates the edge of a shorter side up to this length; the pixel limit counts those pixels too."""
 
 ORIENTATION_TAG: Final = 0x0112
+WHOLE_RANGE: Final = ("PNG", "PPM", "JPEG2000")
+"""Formats whose 16-bit samples use all 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
         raise ImageEmptyError("the file holds 0 bytes")
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(f"{len(data):,} bytes, the limit is {limits.max_bytes:,} (--max-bytes)")
-    with _image_errors():
+    with _image_errors(), _pillow_limit(limits.max_pixels):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
@@ -147,6 +149,17 @@ def _image_errors() -> Iterator[None]:
         raise ImageCorruptError(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Pillow's own limit of pixels, which also guards inner frames, where a larger one than its default is wanted."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(before or 0, max_pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 def _count_frames(image: Image.Image) -> int:
     """Frames or pages of the file. Counting reads past the first one: damage there must not lose the picture."""
     try:
@@ -172,15 +185,7 @@ def _to_rgb(image: Image.Image, image_format: str | None) -> npt.NDArray[np.uint
         if "transparency" in image.info:  # the one grey value that a PNG declares transparent
             grey[samples == image.info["transparency"]] = BACKGROUND[0]
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if mode == "LAB":
-        lab_to_rgb = ImageCms.buildTransform(
-            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
-        )
-        converted = ImageCms.applyTransform(image, lab_to_rgb)
-        if converted is None:
-            raise ImageCorruptError("the Lab colours could not be converted to RGB")
-        image = converted
-    elif image.has_transparency_data:
+    if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, BACKGROUND)
         image.paste(layer, mask=layer.getchannel("A"))
@@ -209,19 +214,21 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: npt.NDArray[np.generic], image_format: str | None) -> npt.NDArray[np.uint8]:
     """Scale an (H, W) array of more than 8 bits to uint8; Pillow's own conversion saturates it to white.
 
-    PNG, PGM and JPEG 2000 use the whole range of 16 bits. A TIFF may hold 10, 12 or 14 bits in 16: there the range is
-    the smallest of the usual depths that holds the brightest sample. Floating point up to 1.0 is taken as [0, 1].
+    PNG, PGM and JPEG 2000 use the whole range of 16 bits. A TIFF, or an array in memory, may hold fewer bits in 16:
+    there the range is the smallest of the usual depths that holds the brightest sample. Floating point up to 1.0 is
+    taken as [0, 1].
     """
-    samples = values.astype(np.float64)
+    samples = values.astype(np.float32)
     if not np.isfinite(samples).all():
         raise ImageCorruptError("the samples hold NaN or infinity")
     brightest = float(samples.max(initial=0.0))
     if np.issubdtype(values.dtype, np.floating) and brightest <= 1.0:
         full = 1.0
     else:
-        depths = (8, 10, 12, 14, 16, 32) if image_format == "TIFF" else (16, 32)
+        depths = (16, 32) if image_format in WHOLE_RANGE else (8, 10, 12, 14, 16, 32)
         full = float(next((2**bits - 1 for bits in depths if brightest <= 2**bits - 1), brightest))
-    return np.rint(np.clip(samples / full, 0.0, 1.0) * 255.0).astype(np.uint8)
+    samples *= 255.0 / full
+    return np.rint(np.clip(samples, 0.0, 255.0, out=samples), out=samples).astype(np.uint8)
 
 
 def _one_line(error: BaseException) -> str:

@@ -120,4 +120,6 @@ def training_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     optimizer.step()
-    return Losses(*(value.detach() for value in losses)), float(residual_energy(out).mean())
+    # a process whose rows are all padding has no mean: 0, not NaN
+    energy = (residual_energy(out) * batch.valid).sum() / batch.valid.sum().clamp_min(1)
+    return Losses(*(value.detach() for value in losses)), float(energy)
