@@ -98,7 +98,7 @@ def train(
         "clip_weights": models.clip_weights, "captioner": models.captioner,
         "detector": to_dict(chosen.detector), "training": to_dict(chosen.training), "preparation": to_dict(preparation),
     }  # fmt: skip
-    work = storage.join(out, "training")
+    work = f"{out}.training"
     _claim(work, settings)
     examples_uri, plan_note = _examples(source, work, chosen, preparation, models, address)
     split = _split(examples_uri, seed, chosen.training.validation_share, workers)
@@ -110,7 +110,9 @@ def train(
     best = _fit(settings, work, examples_uri, split["validation_ids"], workers, resources.cluster_shares())
     record = {**{key: settings[key] for key in ("source", "recipe", "seed", "workers", "training")}, **plan_note}
     record |= {"pictures": {key: value for key, value in split.items() if key != "validation_ids"}}
-    return _bundle(best, chosen, models, out, record, seed)
+    best_epoch = _bundle(best, chosen, models, out, record, seed)
+    storage.remove_folder(examples_uri)
+    return best_epoch
 
 
 def _claim(work: str, settings: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 Dimensions: B images, M mosaic side, D embedding.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -230,8 +229,8 @@ class Detector:
                 digest = clip.digest()
                 if self.config.train_backbone or self.config.clip.pretrained is None:
                     clip.save(partial / bundle.CLIP)
-            if captioner is not None:
-                shutil.copytree(captioner, partial / bundle.CAPTIONER)
+            if captioner is not None:  # loaded and written again: what is public as a pickle becomes safetensors
+                Captioner(captioner, self.config.captioner).save(partial / bundle.CAPTIONER)
             description = bundle.seal(
                 partial,
                 config=to_dict(self.config),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nsnet import bundle, captions
 from nsnet.calibration import Calibration
 from nsnet.detector import Detector
-from nsnet.errors import BundleError
+from nsnet.errors import BundleError, WeightsError
 from tests import models
 
 TRAINING = {"epochs": 3, "ap": 0.75, "data": "pictures of a café"}
@@ -409,11 +409,28 @@ def test_saving_into_an_empty_or_a_deep_new_folder_leaves_only_the_bundle(detect
         ]
 
 
-def test_save_that_fails_leaves_nothing(detector: Detector, captioner: Path, tmp_path: Path) -> None:
-    shutil.copytree(captioner, tmp_path / "captioner")
-    torch.save({}, tmp_path / "captioner" / "pytorch_model.bin")
+def test_captioner_with_pickled_weights_is_put_inside_as_safetensors(
+    detector: Detector, captioner: Path, tmp_path: Path
+) -> None:
+    """The public BLIP comes as `pytorch_model.bin`, with files beside it that have no place in a bundle."""
+    public = tmp_path / "public"
+    shutil.copytree(captioner, public)
+    torch.save(load_file(public / "model.safetensors"), public / "pytorch_model.bin")
+    (public / "model.safetensors").unlink()
+    (public / ".gitattributes").write_text("*.bin filter=lfs\n")
+    (public / "tf_model.h5").write_bytes(b"weights of another library")
+    detector.save(tmp_path / "bundle", captioner=public)
+    given, inside = (Detector.load(tmp_path / "bundle", captioner=folder) for folder in (captioner, None))
+    pictures = [models.picture(seed) for seed in range(4)]
+    assert inside.predict(pictures) == given.predict(pictures)
+    inside_folder = tmp_path / "bundle" / bundle.CAPTIONER
+    assert not {path.suffix for path in inside_folder.iterdir()} - bundle.SUFFIXES
+
+
+def test_save_that_fails_leaves_nothing(detector: Detector, tmp_path: Path) -> None:
+    (tmp_path / "captioner").mkdir()
     (tmp_path / "out").mkdir()
-    with pytest.raises(BundleError, match="pytorch_model.bin") as caught:
+    with pytest.raises(WeightsError) as caught:
         detector.save(tmp_path / "out" / "detector", captioner=tmp_path / "captioner")
     models.one_line(caught.value)
     assert not list((tmp_path / "out").iterdir())

@@ -279,9 +279,8 @@ def test_program_answers_quickly_and_starts_no_library_for_its_help() -> None:
         assert f"  {name} " in done.stdout
 
 
-@pytest.mark.parametrize("module", ["jobs.cli score", "jobs.score"])
-def test_program_ends_in_one_line_with_its_code(module: str, tmp_path: Path) -> None:
-    arguments = [*module.split(), "absent", "--detector", "absent", "--out", str(tmp_path / "out")]
+def test_program_ends_in_one_line_with_its_code(tmp_path: Path) -> None:
+    arguments = ["jobs.score", "absent", "--detector", "absent", "--out", str(tmp_path / "out")]
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60,

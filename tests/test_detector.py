@@ -130,6 +130,17 @@ def test_mosaic_that_the_tower_does_not_take_is_refused() -> None:
     models.one_line(caught.value)
 
 
+def test_mosaics_are_normalised_as_the_tower_was_trained() -> None:
+    built = Detector.build(models.FROZEN)
+    mosaics = models.mosaics(3)
+    pixels = np.moveaxis(mosaics.astype(np.float64) / 255, 3, 1)
+    for channel, (mean, std) in enumerate(zip(built.clip.mean, built.clip.std, strict=True)):
+        pixels[:, channel] = (pixels[:, channel] - mean) / std
+    with torch.no_grad():
+        expected = clip.load_clip(models.FROZEN.clip).visual(torch.from_numpy(pixels).float())
+    torch.testing.assert_close(forward(built, 3).image, expected, atol=1e-5, rtol=1e-5)
+
+
 # --- projections -----------------------------------------------------------------------------------------------------
 
 

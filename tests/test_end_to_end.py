@@ -43,12 +43,28 @@ def bucket(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     return "s3://end-to-end"
 
 
+class Stopped(Exception):
+    """Stands for a driver that is stopped after the last epoch, before the bundle is written."""
+
+
 @pytest.fixture(scope="module")
 def detector(bucket: str) -> str:
-    """A bundle in S3, trained there by two workers."""
+    """A bundle in S3, trained there by two workers, in a training that was stopped once and continued."""
     out = f"{bucket}/detector"
-    train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.train._bundle", stop)
+        with pytest.raises(Stopped):
+            train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16)
+    with pytest.raises(UsageError, match="unfinished training with other settings .seed."):
+        train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.plan.write_manifest", stop)  # what was prepared is not prepared again
+        train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16)
     return out
+
+
+def stop(*_: object, **__: object) -> None:
+    raise Stopped
 
 
 def by_uri(out: str) -> dict[str, dict[str, object]]:

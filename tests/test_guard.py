@@ -186,7 +186,7 @@ def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_picture(ha
         started = time.monotonic()
         with pytest.raises(ImageTimeoutError, match=r"longer than 1 s \(--max-seconds\)"):
             decoder.prepare(bytes(900_000) if hangs else big_picture_file())
-        assert 0.9 < time.monotonic() - started < 2.0
+        assert 0.9 < time.monotonic() - started < 2.5
         assert is_dead(pid)
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 

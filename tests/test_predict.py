@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import torch
 
 from nsnet.detector import Detector, Verdict
 from tests.swift import SwiftServer
-from tests.tables import new_bucket, picture_file, put, run_command, save_bundle
+from tests.tables import new_bucket, one_thread, picture_file, put, run_command, save_bundle
 
 REPO_ROOT = Path(__file__).parents[1]
 FILES = {
@@ -24,6 +25,12 @@ FILES = {
     "b.webp": picture_file(4, "WEBP"),
 }
 GOOD = ["a.png", "ü 图.jpg", "b.webp"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +172,10 @@ def test_program_judges_without_ray(bundle: str, folder: str, expected: dict[str
         "    print(end.code, 'ray' in sys.modules, 'torch' in sys.modules)"
     )
     arguments = [f"{folder}/a.png", f"{folder}/text.png", "--json", "--device", "cpu", "--detector", bundle]
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPO_ROOT, capture_output=True, text=True, timeout=120, check=True
+        command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     first, second, last = done.stdout.splitlines()
     assert last == "3 False True" and done.stderr == ""

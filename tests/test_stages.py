@@ -18,7 +18,7 @@ from nsnet.images import DecodeLimits
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
 from tests.models import FROZEN
-from tests.tables import manifest_row, manifest_table, picture_file, put, save_bundle
+from tests.tables import manifest_row, manifest_table, one_thread, picture_file, put, save_bundle
 
 REPORT = StageReport()
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
@@ -54,7 +54,8 @@ GOOD = [name for name, outcome in OUTCOMES.items() if outcome == (None, None)]
 @pytest.fixture(scope="module", autouse=True)
 def decoders() -> Iterator[None]:
     """The decoding children end with this module."""
-    yield
+    with one_thread():
+        yield
     stages._decoder(CONFIG).close()
     stages._decoder.cache_clear()
 
@@ -83,7 +84,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(bundle: Path) -> Models:
-    return Models(detector=str(bundle), threads=2)
+    return Models(detector=str(bundle), threads=1)
 
 
 @pytest.fixture(scope="module")
