@@ -232,7 +232,7 @@ def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> N
 
 
 def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:
-    put(str(tmp_path / "out"), {"training/settings.json": b'{"seed": 7}'})
+    put(str(tmp_path / "out.training"), {"settings.json": b'{"seed": 7}'})
     message = complaint("train", pictures, "--out", str(tmp_path / "out"))
     assert "unfinished training with other settings (" in message and "seed" in message
 
