@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -98,9 +99,9 @@ def train(
         "clip_weights": models.clip_weights, "captioner": models.captioner,
         "detector": to_dict(chosen.detector), "training": to_dict(chosen.training), "preparation": to_dict(preparation),
     }  # fmt: skip
-    work = f"{out}.training"
-    _claim(work, settings)
-    examples_uri, plan_note = _examples(source, work, chosen, preparation, models, address)
+    work = _work_place(out)
+    _check_unfinished(work, settings)
+    examples_uri, plan_note = _examples(source, work, chosen, preparation, models, address, settings)
     split = _split(examples_uri, seed, chosen.training.validation_share, workers)
     say(f"split: {split['training']} training and {split['validation']} validation pictures")
 
@@ -115,25 +116,36 @@ def train(
     return best_epoch
 
 
-def _claim(work: str, settings: dict[str, Any]) -> None:
-    """Record the settings, or make sure that an unfinished training here has the same ones."""
+def _work_place(out: str) -> str:
+    """Where examples and checkpoints lie: beside the bundle, which holds nothing but itself."""
+    if not storage.is_local(out) and "/" not in storage.arrow_path(out):
+        raise UsageError(f"--out {out} is a whole bucket; name a place in it for the detector")
+    return f"{out}.training"
+
+
+def _check_unfinished(work: str, settings: dict[str, Any]) -> None:
+    """Make sure that an unfinished training at this place, if there is one, has the same settings."""
     uri = storage.join(work, SETTINGS)
-    settings = json.loads(json.dumps(settings))
-    if storage.exists(uri):
-        found = storage.read_json(uri)
-        if found != settings:
-            changed = sorted(key for key in settings if found.get(key) != settings[key])
-            raise UsageError(
-                f"{work} holds an unfinished training with other settings ({', '.join(changed)}); give the same "
-                "command to continue it, or choose another --out"
-            )
-        say("continuing an unfinished training")
-    else:
-        storage.write_json(uri, settings)
+    if not storage.exists(uri):
+        return
+    found, given = storage.read_json(uri), json.loads(json.dumps(settings))
+    if found != given:
+        changed = sorted(key for key in given if found.get(key) != given[key])
+        raise UsageError(
+            f"{work} holds an unfinished training with other settings ({', '.join(changed)}); give the same "
+            "command to continue it, or choose another --out"
+        )
+    say("continuing an unfinished training")
 
 
 def _examples(
-    source: str, work: str, recipe: "Recipe", preparation: Any, models: Any, address: str | None
+    source: str,
+    work: str,
+    recipe: "Recipe",
+    preparation: Any,
+    models: Any,
+    address: str | None,
+    settings: dict[str, Any],
 ) -> tuple[str, dict[str, Any]]:
     """Prepare the examples, or find them prepared; returns their folder and what is worth recording."""
     from jobs import schema
@@ -155,7 +167,7 @@ def _examples(
         real, fake = plan.labels.get(0, 0), plan.labels.get(1, 0)
         raise SourceError(f"the source has {real} real and {fake} fake pictures; both are needed")
 
-    import secrets
+    storage.write_json(storage.join(work, SETTINGS), settings)  # from here on the place belongs to this training
 
     from jobs import pipeline, resources
     from jobs.stages import Embed
