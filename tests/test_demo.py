@@ -1,0 +1,25 @@
+"""The embedded default, as `make demo` runs it: it must learn, not only run."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.demo import demo
+from nsnet.errors import UsageError
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.s3,  # the cluster of this suite knows the S3 server
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def test_demo_tells_held_out_fakes_from_their_real_twins(cluster: None, tmp_path: Path) -> None:
+    result = demo(tmp_path, seed=0)
+    group = result["generators"]["upsampler"]
+    assert (group["real"], group["fake"], result["failed"]) == (150, 150, 0)
+    assert group["ap"] >= 0.95
+    assert group["acc"] >= 0.90
+    with pytest.raises(UsageError, match="already holds a finished demo"):
+        demo(tmp_path, seed=0)
