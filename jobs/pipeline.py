@@ -1,11 +1,10 @@
 """The stream of pictures through Ray Data: manifest → decoding tasks → captioning actors → further actors → Parquet."""
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
@@ -25,6 +24,7 @@ class Stream:
     shares: Shares
     models: Models
     batch_size: int
+    """Pictures per model call."""
     report: StageReport
     board: Any
     """The progress board; it lives as long as somebody holds it."""
@@ -35,13 +35,13 @@ class Stream:
             actor,
             fn_constructor_args=arguments,
             batch_format="pyarrow",
-            batch_size=None,
+            batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray wants a number where there are GPUs
             zero_copy_batch=True,
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             num_cpus=self.shares.actor_cpus,
             num_gpus=self.shares.actor_gpus,
         )
-        return Stream(**{**vars(self), "dataset": dataset})
+        return replace(self, dataset=dataset)
 
     def write(self, folder: str, title: str, total: int, stages: tuple[str, ...]) -> None:
         """Run the pipeline into Parquet files, showing its progress."""
@@ -64,7 +64,7 @@ def captioned(
     """The pipeline up to the captions. `keep`: columns after captioning, thumbnails are dropped there."""
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
-    models = Models(**{**vars(models), "device": "cuda" if on_gpu else "cpu", "threads": shares.threads})
+    models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)

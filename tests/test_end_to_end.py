@@ -9,12 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ledger, pictures, schema, storage
+from jobs import ledger, pictures, pipeline, resources, schema, storage
 from jobs.caption import caption
 from jobs.evaluate import evaluate
+from jobs.plan import write_manifest
 from jobs.score import score
+from jobs.sources import Source
+from jobs.stages import Models, Score
 from jobs.train import train
+from nsnet.captions import CaptionerConfig
 from nsnet.errors import SourceError, UsageError
+from nsnet.preparation import PreparationConfig
 
 pytestmark = [
     pytest.mark.cluster,
@@ -167,6 +172,24 @@ def test_every_hostile_picture_gets_its_row(detector: str, tmp_path: Path) -> No
     upright, turned = rows["85_Landscape_1.jpg"], rows["87_Landscape_8.jpg"]
     assert (upright["width"], upright["height"]) == (turned["width"], turned["height"]) == (1800, 1200)
     assert abs(upright["prob_fake"] - turned["prob_fake"]) < 0.05  # type: ignore[operator]
+
+
+def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # only built: there may be no GPU to run it on
+    pictures.write_bucket(tmp_path / "pictures", range(1), seed=0, size_px=64, processes=1)
+    plan = write_manifest(Source(str(tmp_path / "pictures")), str(tmp_path / "manifest.parquet"))
+    monkeypatch.setattr(pipeline, "cluster_shares", lambda: resources.shares(cpus=16, gpus=2))
+    stream = pipeline.captioned(
+        plan,
+        PreparationConfig(thumbnail_px=64),
+        CaptionerConfig(model=None),
+        Models(),
+        keep=pipeline.SCORING_COLUMNS,
+        batch_size=256,
+    )
+    stream = stream.through(Score, stream.shares.scorers, stream.models, "run", 256, stream.report)
+    assert stream.models.device == "cuda"
+    assert stream.shares.scorers == 2
 
 
 def test_training_refuses_a_source_without_both_classes(bucket: str, tmp_path: Path) -> None:
