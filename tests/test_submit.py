@@ -60,6 +60,17 @@ def job_server(tmp_path: Path) -> Iterator[str]:
         subprocess.run(["rm", "-rf", str(folder)], check=False)
 
 
+def submit(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Submit a job. The job server answers some seconds before the node's agent, without which it takes no job."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    for _ in range(30):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(2)
+    return done
+
+
 def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
     source, bundle, out = tmp_path / "pictures", tmp_path / "detector", tmp_path / "scored"
     pictures.write_bucket(source, range(4), seed=0, size_px=128, processes=1)
@@ -70,8 +81,7 @@ def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
         str(BIN / "ray"), "job", "submit", "--address", job_server, "--submission-id", "night-1", "--working-dir", ".",
         "--", "python", "-m", "jobs.score", str(source), "--detector", str(bundle), "--out", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = submit(command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = ledger.verdicts(str(out)).to_table().to_pylist()
     assert len(rows) == 8
