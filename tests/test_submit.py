@@ -33,13 +33,15 @@ def free_port() -> int:
 @pytest.fixture
 def job_server(tmp_path: Path) -> Iterator[str]:
     """Address of the job server of a cluster of this machine, ended by its own process group."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     # Ray's sockets live below its temporary folder, whose path must be short
     folder = Path("/tmp") / f"nsnet-job-{os.getpid()}"
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        # an embedded cluster of other tests may hold the agent's usual port: the node would then never take a job
+        f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder}", "--disable-usage-stats",
     ]  # fmt: skip
     log = (tmp_path / "head.log").open("wb")
@@ -63,7 +65,7 @@ def job_server(tmp_path: Path) -> Iterator[str]:
 def submit(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Submit a job. The job server answers some seconds before the node's agent, without which it takes no job."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    for _ in range(30):
+    for _ in range(10):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         if "No available agent" not in done.stdout + done.stderr:
             break
