@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nsnet import hub
 from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, WeightsError
 
@@ -29,9 +30,6 @@ NEEDED_FILES: Final = (
     ("tokenizer.json", "vocab.txt"),
 )
 """What a captioner's folder must hold, each with its alternatives. Without words transformers makes up a tokenizer."""
-
-HUB_TIMEOUT_SECONDS: Final = 5.0
-"""How long the hub may take to answer before it counts as out of reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,33 +61,25 @@ def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path 
         return folder
     if config.model is None:
         return None
-    import huggingface_hub  # slow to import, and needed only for weights by name
+    model, revision = config.model, config.revision or PINNED_REVISIONS.get(config.model)
 
-    revision = config.revision or PINNED_REVISIONS.get(config.model)
-    # at the pinned commit the weights are a .bin: transformers opens it with weights_only=True
-    patterns = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
-    try:
+    def download(local_files_only: bool) -> Path:
+        import huggingface_hub  # slow to import, and needed only for weights by name
+
+        # at the pinned commit the weights are a .bin: transformers opens it with weights_only=True
+        patterns = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
         found = Path(
             huggingface_hub.snapshot_download(
-                config.model, revision=revision, allow_patterns=patterns, local_files_only=True
+                model, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
             )
         )
-        if not _missing_files(found):
-            return found
-    except OSError:
-        pass
-    try:
-        # One short question first: without network the download would try again and again for minutes.
-        url = huggingface_hub.hf_hub_url(config.model, "config.json", revision=revision)
-        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_SECONDS)
-        return Path(huggingface_hub.snapshot_download(config.model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # those of whichever HTTP library the hub's client is built on
-        pin = f" --revision {revision}" if revision else ""
-        raise WeightsError(
-            f"the captioner {config.model} is not in the local cache and cannot be had from the hub "
-            f"({type(error).__name__}); on a machine with access run: hf download {config.model}{pin} and copy its "
-            "cache here, or pass --captioner with a transformers folder"
-        ) from error
+        if missing := _missing_files(found):
+            raise FileNotFoundError(f"{', '.join(missing)} missing")
+        return found
+
+    return hub.fetch(
+        download, model, revision, probe="config.json", wanted="", option="--captioner with a transformers folder"
+    )
 
 
 def _missing_files(folder: Path) -> list[str]:

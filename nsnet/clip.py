@@ -9,9 +9,7 @@ are fused back (`merge_lora`): inference runs open_clip's own modules.
 """
 
 import json
-import logging
 import pickle
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nsnet import hub
 from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-log = logging.getLogger(__name__)
-
 PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469bb561bf468d76c1d73aa35156c922b"}
 """Hub repository -> commit. Other repositories are taken at `main`, and the digest of their weights is recorded."""
-
-HUB_TIMEOUT_SECONDS: Final = 5.0
-"""How long the hub may take to answer before it counts as out of reach."""
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 CONFIG_FILE: Final = "open_clip_config.json"
@@ -282,6 +276,12 @@ def known_models() -> list[str]:
     return list(open_clip.list_models())
 
 
+def activation_fits(model: str, tag: str) -> bool:
+    """Whether weights were trained with the activation of an architecture (quick_gelu or not); else features differ."""
+    wanted = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
+    return bool(wanted) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
+
+
 def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None:
     """The file or folder to load weights from: as given, or from the hub's cache or the hub; None: seeded random.
 
@@ -299,7 +299,7 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
     if not source:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
         raise ConfigError(f"open_clip has no weights {config.pretrained!r} for {config.model}; its tags: {tags}")
-    if bool(source.get("quick_gelu")) != bool((open_clip.get_model_config(config.model) or {}).get("quick_gelu")):
+    if not activation_fits(config.model, config.pretrained):
         raise ConfigError(
             f"the weights {config.pretrained!r} and the architecture {config.model} differ in their activation "
             f"(quick_gelu): features would silently be others; choose the model with or without '-quickgelu'"
@@ -310,29 +310,16 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
             f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass "
             "--clip-weights"
         )
-    return fetch_from_hub(repository, filename or WEIGHTS_FILE, PINNED_REVISIONS.get(repository), "--clip-weights")
+    revision, wanted = PINNED_REVISIONS.get(repository), filename or WEIGHTS_FILE
 
+    def download(local_files_only: bool) -> Path:
+        import huggingface_hub  # slow to import, and needed only for weights by name
 
-def fetch_from_hub(repository: str, filename: str, revision: str | None, option: str) -> Path:
-    """A file of a hub repository, from the local cache or else from the network; `WeightsError` if neither has it."""
-    import huggingface_hub  # slow to import, and needed only for weights by name
+        return Path(
+            huggingface_hub.hf_hub_download(repository, wanted, revision=revision, local_files_only=local_files_only)
+        )
 
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision, local_files_only=True))
-    except OSError:
-        log.info("fetching %s of %s", filename, repository)
-    try:
-        # One short question first: without network the download would try again and again for minutes.
-        url = huggingface_hub.hf_hub_url(repository, filename, revision=revision)
-        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_SECONDS)
-        return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
-    except Exception as error:  # those of whichever HTTP library the hub's client is built on
-        command = ["hf", "download", repository, filename, *(["--revision", revision] if revision else [])]
-        raise WeightsError(
-            f"{filename} of {repository} is not in the local cache and cannot be had from the hub "
-            f"({type(error).__name__}); on a machine with access run: {shlex.join(command)} and copy its cache here, "
-            f"or pass {option}"
-        ) from error
+    return hub.fetch(download, repository, revision, probe=wanted, wanted=wanted, option="--clip-weights with the file")
 
 
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:

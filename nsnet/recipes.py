@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nsnet.captions import CaptionerConfig
-from nsnet.clip import ClipConfig, known_models
+from nsnet.clip import ClipConfig, activation_fits, known_models
 from nsnet.detector import DetectorConfig
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig
@@ -55,7 +55,8 @@ _NAMED: Final = {recipe.name: recipe for recipe in (TINY, VIT_L_14)}
 def get(name: str) -> Recipe:
     """A recipe by name, or for `MODEL` or `MODEL:TAG` of open_clip: that model with the paper's settings.
 
-    The mosaic takes the model's input size; without a tag, the first that open_clip lists is taken.
+    The mosaic takes the model's input size; without a tag, the first that open_clip lists and whose
+    activation is the model's is taken.
     Raises `ConfigError` for an unknown name.
     """
     if name in _NAMED:
@@ -68,7 +69,9 @@ def get(name: str) -> Recipe:
         close = difflib.get_close_matches(model, [*_NAMED, *known_models()], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"unknown recipe {name!r}: choose {', '.join(_NAMED)} or an open_clip model name{hint}")
-    tags = open_clip.list_pretrained_tags_by_model(model)
+    listed = open_clip.list_pretrained_tags_by_model(model)
+    # where none fits, `find_weights` says so; -quickgelu names are models of their own
+    tags = [one for one in listed if activation_fits(model, one)] or listed
     side = config["vision_cfg"].get("image_size", 224)
     side = int(side[0] if isinstance(side, list | tuple) else side)
     return Recipe(

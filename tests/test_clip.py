@@ -510,8 +510,13 @@ def test_pickle_with_code_is_refused_and_not_run(place: str, small: clip.Clip, t
     assert str(path) in message and "write_text" not in message.split(":")[0]
     assert "weights_only" not in message, "the message must not teach how to run the code"
     assert not target.exists()
-    torch.load(tmp_path / "weights.pt", weights_only=False) if place == "file" else target.touch()
-    assert target.exists(), "the file was harmless, the test proves nothing"
+
+
+def test_pickle_of_the_test_above_is_armed(small: clip.Clip, tmp_path: Path) -> None:
+    """The only place that unpickles: were the file harmless, its refusal would prove nothing."""
+    torch.save(Harm(tmp_path / "harmed"), tmp_path / "weights.pt")
+    torch.load(tmp_path / "weights.pt", weights_only=False)
+    assert (tmp_path / "harmed").exists()
 
 
 def test_missing_path_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -625,7 +630,7 @@ def address_of(server: socket.socket) -> str:
 
 
 def test_hub_that_never_answers_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip, "HUB_TIMEOUT_SECONDS", clip.HUB_TIMEOUT_SECONDS / 10)
+    monkeypatch.setattr("nsnet.hub.TIMEOUT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, models.hub_at(address_of(silent), tmp_path):
         assert f"hf download {REPOSITORY}" in hub_failure(PAPERS)
 

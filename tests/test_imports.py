@@ -12,8 +12,8 @@ ELSEWHERE = {"tests", "jobs"}
 
 NOT_IN_THE_LIBRARY = {"ray", "fsspec", "s3fs", "pyarrow", "click", "jobs", "tests"}
 LEAVES: dict[str, set[str]] = {
-    "errors": set(), "images": {"errors"}, "patches": {"errors"}, "digest": set(), "captions": {"errors", "digest"},
-    "clip": {"errors", "digest"},
+    "errors": set(), "images": {"errors"}, "patches": {"errors"}, "digest": set(), "hub": {"errors"},
+    "captions": {"errors", "digest", "hub"}, "clip": {"errors", "digest", "hub"},
     "mapper": {"errors"}, "nullspace": {"errors"}, "head": {"errors"}, "losses": {"errors"}, "metrics": {"errors"},
     "calibration": {"errors", "metrics"},
 }  # fmt: skip

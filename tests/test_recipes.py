@@ -6,6 +6,7 @@ import open_clip
 import pytest
 
 from nsnet import recipes
+from nsnet.clip import activation_fits
 from nsnet.config import from_dict, to_dict
 from nsnet.detector import DetectorConfig
 from nsnet.errors import ConfigError
@@ -68,11 +69,20 @@ def test_every_model_that_open_clip_knows_makes_a_recipe() -> None:
         assert recipes.get(name).detector.patches.mosaic_px >= 64, name
 
 
-def test_tag_is_taken_as_given_and_else_the_first_of_the_list() -> None:
-    assert recipes.get("ViT-B-16:laion2b_s34b_b88k").detector.clip.pretrained == "laion2b_s34b_b88k"
-    assert recipes.get("ViT-B-16:laion2b_s34b_b88k").detector.clip.model == "ViT-B-16"
-    first = open_clip.list_pretrained_tags_by_model("ViT-B-16")[0]
-    assert recipes.get("ViT-B-16").detector.clip.pretrained == first
+def test_tag_is_taken_as_given() -> None:
+    clip = recipes.get("ViT-B-16:laion2b_s34b_b88k").detector.clip
+    assert (clip.model, clip.pretrained) == ("ViT-B-16", "laion2b_s34b_b88k")
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("ViT-B-32", "laion2b_e16"), ("ViT-B-32-quickgelu", "openai"), ("ViT-L-14", "laion400m_e31"), ("RN50", "openai")],
+)
+def test_without_a_tag_the_first_with_the_models_activation_is_taken(name: str, tag: str) -> None:
+    """OpenAI's weights come first, and were trained with quick_gelu. RN50 alone has no others: refused by name."""
+    clip = recipes.get(name).detector.clip
+    assert clip.pretrained == tag
+    assert activation_fits(name, tag) == (name != "RN50")
 
 
 def test_model_without_public_weights_starts_from_random_ones() -> None:
