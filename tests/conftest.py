@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,17 @@ def s3_environment(s3_server: SwiftServer) -> Iterator[SwiftServer]:
     yield s3_server
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a test may write: a folder on disk that does not exist yet, then a prefix in a bucket of its own."""
+    if request.param == "disk":
+        return str(tmp_path / "place")
+    request.getfixturevalue("s3_environment")
+    from tests.tables import new_bucket
+
+    return new_bucket() + "/place"
 
 
 @pytest.fixture(scope="session")

@@ -14,17 +14,14 @@ import pytest
 from jobs import ledger, schema, storage
 from jobs.ledger import Run, VerificationError
 from nsnet.errors import SourceError
-from tests.tables import manifest_row, manifest_table, new_bucket, verdict_row, verdict_table
+from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
 URIS = [f"/pictures/{i}.jpg" for i in range(10)]
 
 
-@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
-def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "disk":
-        return str(tmp_path / "out")
-    request.getfixturevalue("s3_environment")
-    return new_bucket() + "/out"
+@pytest.fixture
+def out(place: str) -> str:
+    return place
 
 
 @pytest.fixture

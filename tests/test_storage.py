@@ -21,17 +21,6 @@ from nsnet.errors import BundleError, StorageError, UsageError
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, put
 
-ON_S3 = pytest.param("s3", marks=pytest.mark.s3)
-
-
-@pytest.fixture(params=["disk", ON_S3])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder on disk, and a prefix in a bucket."""
-    if request.param == "disk":
-        return str(tmp_path / "place")
-    request.getfixturevalue("s3_environment")
-    return new_bucket() + "/place"
-
 
 @pytest.fixture
 def bucket(s3_environment: SwiftServer) -> str:
