@@ -1,12 +1,14 @@
 """`nsnet caption`: a source of pictures to captions in Parquet."""
 
 import secrets
+import time
 from typing import Any
 
 import click
 
 from jobs import console, storage
 from jobs.console import say
+from nsnet.config import to_dict
 from nsnet.errors import ConfigError, UsageError
 from nsnet.images import DecodeLimits
 
@@ -17,12 +19,17 @@ from nsnet.images import DecodeLimits
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner is asked.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
 @click.option("--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's.")
+@console.max_failed_option
 @console.limit_options
 @console.address_option
 def command(source: str, **options: Any) -> int:
-    """Caption every picture of SOURCE: one row each, a caption or the reason why there is none."""
-    caption(source, limits=console.limits_from(options), **options)
-    return 0
+    """Caption every picture of SOURCE: one row each, a caption or the reason why there is none.
+
+    The rows count once OUT/captions.json is there, which is written last.
+    """
+    allowed = options.pop("max_failed")
+    record = caption(source, limits=console.limits_from(options), **options)
+    return console.exit_code(record["counts"], record["rows"], allowed)
 
 
 def caption(
@@ -34,8 +41,9 @@ def caption(
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
-) -> int:
-    """Caption a source; returns the number of rows."""
+) -> dict[str, Any]:
+    """Caption a source; returns the record of what was written."""
+    from jobs import ledger
     from jobs.plan import write_manifest
     from jobs.sources import Source
     from jobs.stages import Models
@@ -45,11 +53,13 @@ def caption(
 
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
-    out = storage.absolute(out)
+    started = time.monotonic()
+    out, limits = storage.absolute(out), limits or DecodeLimits()
     storage.check_output(out)
-    rows = storage.join(out, "captions")
+    rows, record_uri = storage.join(out, "captions"), storage.join(out, "captions.json")
     if storage.exists(rows):
-        raise UsageError(f"{rows} exists; choose another --out")
+        stopped = "" if storage.exists(record_uri) else ", left unfinished by a run that was stopped: remove it, or"
+        raise UsageError(f"{rows} exists{stopped or ';'} choose another --out")
     listing = Source(source)
     listing.check()
     config = recipes.get(recipe).detector
@@ -64,16 +74,32 @@ def caption(
     resources.connect(address)
     stream = pipeline.captioned(
         plan,
-        PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits or DecodeLimits()),
+        PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits),
         config.captioner,
         models,
         keep=schema.CAPTIONS,
         batch_size=batch_size,
     )
     stream.write(rows, "caption", plan.count, ("prepared", "captioned"))
+    table = ledger.staged(rows, schema.CAPTIONS).to_table(columns=["image_id", "status", "error_class"])
+    ledger.verify_ids(ledger.ids(plan.uri), table.column("image_id"))
+    record = {
+        "source": listing.uri,
+        "rows": table.num_rows,
+        "counts": ledger.by_column(ledger.count_values(table)),
+        "left_out": plan.left_out,
+        "seconds": round(time.monotonic() - started, 1),
+        "settings": {
+            "recipe": recipe,
+            "batch_size": batch_size,
+            "limits": to_dict(limits),
+            "captioner": to_dict(config.captioner),
+        },
+    }
+    storage.write_json(record_uri, record)
     storage.remove_folder(work)
-    say(f"captions: {rows}")
-    return plan.count
+    say(f"{ledger.summary(record)}\ncaptions: {rows}\nrecord:   {record_uri}")
+    return record
 
 
 if __name__ == "__main__":

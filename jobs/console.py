@@ -97,6 +97,24 @@ limit_options = _stack(
 )
 
 
+max_failed_option = click.option(
+    "--max-failed",
+    type=ShareType(),
+    default="1%",
+    show_default=True,
+    help="Share of failed pictures above which the exit code is 3; what came out is written all the same.",
+)
+
+
+def exit_code(counts: dict[str, dict[str, int]], rows: int, allowed: float) -> int:
+    """0, or 3 with a line that says so where more pictures failed than allowed."""
+    failed = counts["status"].get("failed", 0)
+    if failed <= allowed * rows:
+        return 0
+    say(f"{failed} of {rows} pictures failed, more than the allowed {allowed:.2%}: exit code {EXIT_TOO_MANY_FAILED}")
+    return EXIT_TOO_MANY_FAILED
+
+
 def limits_from(options: dict[str, Any]) -> DecodeLimits:
     """Take the limit options out of a command's keyword arguments."""
     names = ("max_bytes", "max_pixels", "max_seconds")

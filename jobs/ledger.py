@@ -23,6 +23,8 @@ from nsnet.errors import NsnetError, SourceError
 ROWS_PER_FILE: Final = 500_000
 """About 100 MB of verdicts: what query engines like to read."""
 BATCH_ROWS: Final = 32_768
+COUNTED: Final = ("status", "verdict", "error_class")
+"""Columns whose values a record counts."""
 
 
 class VerificationError(NsnetError):
@@ -64,17 +66,14 @@ class Run:
         """
         if not storage.is_folder(self.staged_rows):
             raise VerificationError(f"no row of run {self.run_id} was staged; nothing was published")
-        staged = _dataset(self.staged_rows)
-        verify_ids(_ids(manifest), staged.to_table(columns=["image_id"]).column(0))
-        counts: Counter[str] = Counter()
+        rows = staged(self.staged_rows, schema.VERDICTS)
+        verify_ids(ids(manifest), rows.to_table(columns=["image_id"]).column(0))
+        counts: Counter[tuple[str, str]] = Counter()
         files: list[dict[str, Any]] = []
         writer: _Part | None = None
-        for batch in staged.scanner(batch_size=BATCH_ROWS).to_batches():
+        for batch in rows.scanner(batch_size=BATCH_ROWS).to_batches():
             table = pa.Table.from_batches([batch]).select(schema.VERDICTS.names).cast(schema.VERDICTS)
-            for name in ("status", "verdict", "error_class"):
-                for value in pc.value_counts(table.column(name)).to_pylist():
-                    if value["values"] is not None:
-                        counts[f"{name}:{value['values']}"] += value["counts"]
+            counts += count_values(table)
             writer = writer or _Part(storage.join(self.final, f"part-{len(files):05d}.parquet"))
             writer.write(table)
             if writer.rows >= ROWS_PER_FILE:
@@ -86,10 +85,7 @@ class Run:
             "run_id": self.run_id,
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": sum(file["rows"] for file in files),
-            "counts": {
-                name: {key.partition(":")[2]: n for key, n in sorted(counts.items()) if key.startswith(f"{name}:")}
-                for name in ("status", "verdict", "error_class")
-            },
+            "counts": by_column(counts),
             "files": [{**file, "path": file["path"].removeprefix(self.out + "/")} for file in files],
             **details,
         }
@@ -113,6 +109,32 @@ def verify_ids(planned: pa.ChunkedArray, staged: pa.ChunkedArray) -> None:
             f"{len(planned)} pictures were planned and {len(staged)} rows came: {missing} missing, {surplus} surplus, "
             f"{doubled} doubled; nothing was published, run the same command again"
         )
+
+
+def count_values(table: pa.Table) -> Counter[tuple[str, str]]:
+    """(column, value) -> rows, for the columns that say how it went and that the table has."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in [name for name in COUNTED if name in table.column_names]:
+        for value in pc.value_counts(table.column(name)).to_pylist():
+            if value["values"] is not None:
+                counts[name, value["values"]] += value["counts"]
+    return counts
+
+
+def by_column(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Column -> value -> rows."""
+    return {name: {value: n for (column, value), n in sorted(counts.items()) if column == name} for name in COUNTED}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """What came out, in a few lines."""
+    counts = record["counts"]
+    parts = [f"{number} {verdict}" for verdict, number in counts["verdict"].items()]
+    parts.append(f"{counts['status'].get('failed', 0)} failed")
+    lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
+    lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
+    lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
+    return "\n".join(lines)
 
 
 def runs(out: str) -> list[dict[str, Any]]:
@@ -156,11 +178,13 @@ class _Part:
         }  # fmt: skip
 
 
-def _dataset(folder: str) -> pads.Dataset:
+def staged(folder: str, columns: pa.Schema) -> pads.Dataset:
+    """The rows that a pipeline wrote into a folder."""
     system, path = storage.arrow_filesystem(folder)
-    return pads.dataset(path, schema=schema.VERDICTS, filesystem=system, format="parquet")
+    return pads.dataset(path, schema=columns, filesystem=system, format="parquet")
 
 
-def _ids(manifest: str) -> pa.ChunkedArray:
+def ids(manifest: str) -> pa.ChunkedArray:
+    """The image ids of a manifest."""
     system, path = storage.arrow_filesystem(manifest)
     return pq.read_table(path, columns=["image_id"], filesystem=system).column(0)

@@ -23,13 +23,7 @@ RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers",
 @click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
 @click.option("--limit", type=int, default=None, help="Score only the first so many pictures of the listing.")
-@click.option(
-    "--max-failed",
-    type=console.ShareType(),
-    default="1%",
-    show_default=True,
-    help="Share of failed pictures above which the exit code is 3; the run is published all the same.",
-)
+@console.max_failed_option
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -42,11 +36,7 @@ def command(source: str, **options: Any) -> int:
     limits = console.limits_from(options)
     allowed = options.pop("max_failed")
     record = score(source, limits=limits, **options)
-    failed = record["counts"]["status"].get("failed", 0)
-    if failed > allowed * record["rows"]:
-        say(f"{failed} of {record['rows']} pictures failed, more than the allowed {allowed:.2%}: exit code 3")
-        return console.EXIT_TOO_MANY_FAILED
-    return 0
+    return console.exit_code(record["counts"], record["rows"], allowed)
 
 
 def score(
@@ -62,6 +52,7 @@ def score(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Score a source and publish; returns the run's record. All checks come before Ray or a model is started."""
+    from jobs import ledger
     from jobs.ledger import Run
     from jobs.plan import write_manifest
     from jobs.sources import Source
@@ -74,16 +65,16 @@ def score(
     storage.reachable(detector)
     storage.check_output(out)
     folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
-    bundle.read(folder)
+    description = bundle.read(folder)
     listing = Source(source)
     listing.check()
     from jobs.stages import Models
     from nsnet.captions import thumbnail_px
     from nsnet.clip import find_weights
-    from nsnet.detector import read_config
+    from nsnet.detector import config_of
     from nsnet.preparation import PreparationConfig
 
-    config, description = read_config(folder)
+    config = config_of(description)
     models = Models(
         detector=detector, clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner)
     )
@@ -121,21 +112,9 @@ def score(
             "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
         },
     )
-    say(summary(record))
+    say(ledger.summary(record))
     say(f"verdicts: {run.final}\nrecord:   {run.record}")
     return record
-
-
-def summary(record: dict[str, Any]) -> str:
-    """What came out, in a few lines."""
-    counts = record["counts"]
-    named = ", ".join(f"{number} {verdict}" for verdict, number in counts["verdict"].items()) or "no verdict"
-    lines = [
-        f"{record['rows']:,} rows in {record['seconds']:.1f} s: {named}, {counts['status'].get('failed', 0)} failed"
-    ]
-    lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
-    lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,8 @@ class Models:
         """The captioner's folder: as given, in the bundle, or the hub's; None: the tiny one."""
         from nsnet.captions import find_captioner
 
-        own = self.bundle_folder() / bundle.CAPTIONER if self.detector is not None else None
-        given = Path(self.captioner) if self.captioner else None
-        return find_captioner(config, given or (own if own is not None and own.is_dir() else None))
+        own = bundle.captioner_of(self.bundle_folder()) if self.detector is not None else None
+        return find_captioner(config, Path(self.captioner) if self.captioner else own)
 
     def clip_path(self) -> Path | None:
         """The given CLIP weights."""

@@ -109,6 +109,12 @@ def read(folder: Path) -> Description:
     return description
 
 
+def captioner_of(folder: Path) -> Path | None:
+    """The captioner inside a bundle, if it holds one."""
+    own = folder / CAPTIONER
+    return own if own.is_dir() else None
+
+
 def model_card(description: Description) -> str:
     """The model card, in Markdown."""
     clip, captioner = description.config["clip"], description.config["captioner"]

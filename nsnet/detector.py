@@ -20,7 +20,7 @@ from torch import nn
 
 from nsnet import bundle
 from nsnet.calibration import Calibration, Label
-from nsnet.captions import Captioner, CaptionerConfig, find_captioner
+from nsnet.captions import Captioner, CaptionerConfig
 from nsnet.clip import (
     Clip,
     ClipConfig,
@@ -161,7 +161,8 @@ class Detector:
         Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or others).
         """
         folder = Path(path)
-        config, description = read_config(folder)
+        description = bundle.read(folder)
+        config = config_of(description)
         try:
             calibration = from_dict(Calibration, description.calibration)
         except ConfigError as error:
@@ -187,7 +188,7 @@ class Detector:
             raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(strange)}")
         speaker = None
         if captioner is not False:
-            speaker = Captioner.load(config.captioner, captioner_folder(folder, config, captioner), device)
+            speaker = Captioner.load(config.captioner, captioner or bundle.captioner_of(folder), device)
         loaded = cls(config, clip, network, captioner=speaker, calibration=calibration, description=description)
         loaded.network.requires_grad_(False).eval()
         return loaded.to(device)
@@ -276,7 +277,8 @@ class Detector:
 
     @torch.inference_mode()
     def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str]) -> Scores:
-        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32."""
+        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32, without dropout."""
+        self.network.eval()  # a detector that was built comes ready for training
         text_features = self.clip.encode_text(captions).to(self.device)
         out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # a copy: batches may be read-only
         logit = out.logit.double().cpu().numpy()
@@ -299,6 +301,8 @@ class Detector:
 
         Decodes in this process: for files from strangers use `nsnet predict`, which guards against decoders that crash.
         """
+        if isinstance(images, str | bytes):
+            raise TypeError("predict takes a list of pictures; for one picture: predict([picture])")
         config = self.preparation(limits)
         verdicts: list[Verdict] = []
         for start in range(0, len(images), batch_size):
@@ -344,12 +348,6 @@ class Detector:
         return self
 
 
-def captioner_folder(folder: Path, config: DetectorConfig, given: Path | None = None) -> Path | None:
-    """Where the captioner of a bundle lies: as given, in the bundle, or the hub's; None: the tiny one of the recipe."""
-    own = folder / bundle.CAPTIONER
-    return find_captioner(config.captioner, given or (own if own.is_dir() else None))
-
-
 def failed_verdict(error: ImageError) -> Verdict:
     """The verdict of a picture that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
@@ -369,10 +367,9 @@ def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationCon
         return ImageCorruptError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def read_config(folder: Path) -> tuple[DetectorConfig, bundle.Description]:
-    """Configuration and description of a bundle, verified, without loading a weight."""
-    description = bundle.read(folder)
+def config_of(description: bundle.Description) -> DetectorConfig:
+    """The configuration of a bundle that was read. Raises `BundleError` where it is of another version."""
     try:
-        return from_dict(DetectorConfig, description.config), description
+        return from_dict(DetectorConfig, description.config)
     except ConfigError as error:
-        raise BundleError(f"the bundle {folder} is of another version: {error}") from error
+        raise BundleError(f"the bundle of detector {description.detector_id} is of another version: {error}") from error

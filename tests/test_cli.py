@@ -228,7 +228,15 @@ def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> N
     message = complaint("train", pictures, "--out", str(tmp_path / "trained"))
     assert "already holds a trained detector; choose another --out" in message
     put(str(tmp_path / "described"), {"captions/0.parquet": b""})
-    assert "exists; choose another --out" in complaint("caption", pictures, "--out", str(tmp_path / "described"))
+    message = complaint("caption", pictures, "--out", str(tmp_path / "described"))
+    assert "captions exists, left unfinished by a run that was stopped: remove it, or choose another --out" in message
+    put(str(tmp_path / "described"), {"captions.json": b"{}"})
+    assert "captions exists; choose another" in complaint("caption", pictures, "--out", str(tmp_path / "described"))
+
+
+@pytest.mark.parametrize(("failed", "code"), [(0, 0), (1, 0), (2, 3)])
+def test_more_failures_than_allowed_are_exit_code_3(failed: int, code: int) -> None:
+    assert console.exit_code({"status": {"failed": failed, "scored": 100 - failed}}, 100, 0.01) == code
 
 
 def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:

@@ -266,6 +266,19 @@ def test_mapper_dropout_does_not_act_when_scoring(detector: Detector) -> None:
     assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
 
 
+def test_detector_that_was_built_scores_without_dropout_too() -> None:
+    built = Detector.build(models.FROZEN)
+    assert built.config.mapper.dropout > 0 and built.network.training
+    scores = [built.score(models.mosaics(3), WORDS[:3]).logit for _ in range(3)]
+    assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize("picture", ["a.png", b"bytes"])
+def test_single_picture_instead_of_a_list_is_refused(picture: Any, detector: Detector) -> None:
+    with pytest.raises(TypeError, match=r"takes a list of pictures; for one picture: predict\(\[picture\]\)"):
+        detector.predict(picture)
+
+
 # --- weights with a name ---------------------------------------------------------------------------------------------
 
 

@@ -119,13 +119,21 @@ def test_evaluation_of_published_verdicts_is_written(bucket: str, detector: str,
     assert set(result["generators"]) == {"upsampler"}
 
 
-def test_captions_are_one_row_per_picture(bucket: str, tmp_path: Path) -> None:
-    assert caption(f"{bucket}/held out", out=str(tmp_path)) == 25
+def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Path) -> None:
+    record = caption(f"{bucket}/held out", out=str(tmp_path))
     table = pq.read_table(tmp_path / "captions")
-    assert table.num_rows == 25
+    assert table.num_rows == record["rows"] == 25
     words = table.filter(pa.compute.equal(table.column("status"), "scored")).column("caption").to_pylist()
     assert all(words) and len(words) == 24
-    with pytest.raises(UsageError, match="choose another --out"):
+    assert record["counts"]["status"] == {"failed": 1, "scored": 24}
+    assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
+    assert record["left_out"] == {".txt is no picture": 1}
+    assert json.loads((tmp_path / "captions.json").read_text()) == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions", "captions.json"]
+    with pytest.raises(UsageError, match="captions exists; choose another --out"):
+        caption(f"{bucket}/held out", out=str(tmp_path))
+    (tmp_path / "captions.json").unlink()
+    with pytest.raises(UsageError, match="left unfinished by a run that was stopped"):
         caption(f"{bucket}/held out", out=str(tmp_path))
 
 
