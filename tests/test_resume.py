@@ -62,8 +62,9 @@ def test_killed_training_continues_and_gives_the_same_weights(tmp_path: Path) ->
     assert list(run_training(source, killed, kill_at=KILL_AT)) == list(range(1, KILL_AT + 1))
     assert not (killed / bundle.DESCRIPTION).exists()
     rest = run_training(source, killed)
-    # the checkpoint of the epoch that was told of last may be lost with the process, earlier ones must not
-    assert min(rest) in (KILL_AT, KILL_AT + 1)
+    # Ray Train holds one report in its queue and one waiting for it, so two checkpoints may be lost with the process;
+    # never the first, for starting over is what this test is about
+    assert 1 < KILL_AT - 1 <= min(rest) <= KILL_AT + 1
     # losses and validation of every epoch: weights, optimiser, order and schedule are those of the undisturbed training
     assert rest == {epoch: whole[epoch] for epoch in range(min(rest), EPOCHS + 1)}
 
