@@ -26,7 +26,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command continues", 130)
+        _fail("stopped", 130)
 
 
 def _fail(message: str, code: int) -> NoReturn:
