@@ -4,7 +4,7 @@ from typing import Final
 
 import pyarrow as pa
 
-MANIFEST: Final = pa.schema(
+LISTED: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),  # hash of URI and version
         pa.field("uri", pa.string(), nullable=False),
@@ -12,12 +12,23 @@ MANIFEST: Final = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("container", pa.string()),  # file that holds the picture, where it is not the URI itself
         pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
+        pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's own: what is fetched must have it
         pa.field("label", pa.int8()),  # 0 real, 1 fake
         pa.field("generator", pa.string()),
         pa.field("split", pa.string()),
     ]
 )
-"""What is to be done: one row per picture."""
+"""A source's listing: one row per picture."""
+
+KNOWN_CAPTION: Final = [
+    pa.field("known_caption", pa.string()),
+    pa.field("known_hash", pa.string()),  # SHA-256 of the file that was captioned
+    pa.field("known_run_id", pa.string()),  # run that captioned it
+]
+
+MANIFEST: Final = pa.schema([*LISTED, *KNOWN_CAPTION])
+"""What is to be done: one row per picture, with the caption that was published for it, which holds if the content is
+still the same."""
 
 OUTCOME: Final = [
     pa.field("status", pa.string(), nullable=False),  # scored, failed
@@ -33,10 +44,13 @@ PICTURE: Final = [
     pa.field("frames", pa.int32()),  # of which the first is judged
     pa.field("content_hash", pa.string()),  # SHA-256 of the file
     pa.field("caption", pa.string()),
+    pa.field("caption_id", pa.string()),  # captioner and content: equal ids, equal captions
+    pa.field("caption_run_id", pa.string()),  # run that asked the captioner; another one where it was reused
+    pa.field("requests", pa.int32()),  # that fetching the file took; more than 1: the store had to be asked again
 ]
 
-SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
-LABELS: Final = [MANIFEST.field(name) for name in ("label", "generator")]
+SOURCE: Final = [LISTED.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
+LABELS: Final = [LISTED.field(name) for name in ("label", "generator")]
 
 VERDICTS: Final = pa.schema(
     [
@@ -61,7 +75,6 @@ CAPTIONS: Final = pa.schema(
         *SOURCE,
         *PICTURE,
         *OUTCOME,
-        pa.field("captioner_id", pa.string(), nullable=False),  # digest of the captioner's weights
         *LABELS,
     ]
 )

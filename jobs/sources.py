@@ -5,12 +5,14 @@ Labels come from `0_real|1_fake`, `nature|ai`, `real|fake` folders (generator = 
 """
 
 import bisect
+import fnmatch
 import hashlib
 import itertools
+import re
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -18,7 +20,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import storage
+from jobs import faults, storage
+from jobs.storage import Fetched
 from nsnet.errors import SourceError
 
 LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1}
@@ -52,10 +55,15 @@ def labels_from_path(relative: str, root: str = "") -> tuple[int | None, str | N
 
 
 class Source:
-    """A stream of manifest rows, and what was left out of it."""
+    """A stream of manifest rows, and what was left out of it.
 
-    def __init__(self, uri: str) -> None:
+    `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
+    matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`.
+    """
+
+    def __init__(self, uri: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         self.uri = storage.absolute(uri)
+        self._include, self._exclude = _globs(include), _globs(exclude)
         self.left_out: Counter[str] = Counter()
         """Reason -> number of objects that are no pictures."""
 
@@ -70,14 +78,25 @@ class Source:
             raise SourceError(f"there is no folder or prefix {self.uri}{hint}")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Manifest rows (`schema.MANIFEST`). Raises what `check` raises."""
+        """Manifest rows (`schema.LISTED`). Raises what `check` raises."""
         self.check()
         if not self._is_file():
-            yield from self._folder(self.uri)
+            rows = self._folder(self.uri)
         elif self.uri.lower().endswith(".tar"):
-            yield from self._tar(storage.describe(self.uri))
+            rows = self._tar(storage.describe(self.uri))
         else:
-            yield from self._parquet(self.uri)
+            rows = self._parquet(self.uri)
+        return filter(self._wanted, rows) if self._include or self._exclude else rows
+
+    def _wanted(self, row: dict[str, Any]) -> bool:
+        path = row["uri"].removeprefix(self.uri).lstrip("/#")
+        if self._exclude and self._exclude.fullmatch(path):
+            self.left_out["excluded"] += 1
+            return False
+        if self._include and not self._include.fullmatch(path):
+            self.left_out["not included"] += 1
+            return False
+        return True
 
     def _is_file(self) -> bool:
         # Spark's and Ray's `x.parquet` is a folder
@@ -104,7 +123,8 @@ class Source:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
                 label, generator, split = labels_from_path(relative, root)
-                yield _row(entry.uri, entry.etag, entry.size_bytes, label=label, generator=generator, split=split)
+                labels = {"label": label, "generator": generator, "split": split}
+                yield _row(entry.uri, entry.etag, entry.size_bytes, listed=True, **labels)
 
     def _tar(self, entry: storage.Entry) -> Iterator[dict[str, Any]]:
         """Members of an uncompressed WebDataset tar; `x.cls` beside `x.jpg` may hold the label."""
@@ -139,7 +159,7 @@ class Source:
             from_path, generator, split = labels_from_path(name)
             label = labels.get(_stem(name), from_path)
             yield _row(
-                f"{entry.uri}#{name}", entry.etag, size,
+                f"{entry.uri}#{name}", entry.etag, size, listed=True,
                 container=entry.uri, position=offset, label=label, generator=generator, split=split,
             )  # fmt: skip
 
@@ -167,7 +187,9 @@ class Source:
                 }
                 if stored:
                     row_uri = f"{uri}#{position}" if name is None else str(name)
-                    yield _row(row_uri, f"{etag}-{position}", None, container=uri, position=position, **labels)
+                    yield _row(
+                        row_uri, f"{etag}-{position}", None, listed=True, container=uri, position=position, **labels
+                    )
                 elif name is None:
                     raise SourceError(f"{uri}: row {position} has no uri")
                 else:
@@ -176,44 +198,59 @@ class Source:
                 position += 1
 
 
-def fetch(row: dict[str, Any], max_bytes: int) -> bytes:
-    """The bytes of a manifest row's picture; at most one byte more than allowed, so that the caller sees the excess."""
+def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
+    """The bytes of a manifest row's picture; at most one byte more than allowed, so that the caller sees the excess.
+
+    Raises a `FetchError`; a picture that was replaced since it was listed is one.
+    """
     container, position, size = row["container"], row["position"], row["size_bytes"]
+    etag = row["etag"] if row["listed"] else None
     if container is None:
-        return storage.read_bytes(row["uri"], 0, max_bytes + 1)
+        return storage.fetch(row["uri"], 0, max_bytes + 1, etag)
     if container.lower().endswith(".tar"):
-        return storage.read_bytes(container, position, min(size, max_bytes + 1))
-    with _READING_PARQUET:
-        ends = _group_ends(container)
-        group = bisect.bisect_right(ends, position)
-        if group == len(ends):
-            raise FileNotFoundError(f"{container} has no row {position}")
-        start = ends[group - 1] if group else 0
-        value = _group_bytes(container, group)[position - start].as_py()
-    return bytes(value or b"")[: max_bytes + 1]
+        return storage.fetch(container, position, min(size, max_bytes + 1), etag)
+    try:
+        return Fetched(data=_from_parquet(container, position, row["etag"])[: max_bytes + 1], requests=1)
+    except Exception as error:  # pyarrow's errors, and those of the file system below it
+        raise faults.fetch_error(error, 1) from error
 
 
 _READING_PARQUET: Final = threading.Lock()
 """One thread reads a row group, the others wait for it."""
 
 
+def _from_parquet(container: str, position: int, etag: str) -> bytes:
+    version = etag.rpartition("-")[0]
+    with _READING_PARQUET:
+        ends = _group_ends(container, version)
+        group = bisect.bisect_right(ends, position)
+        start = ends[group - 1] if group else 0
+        return bytes(_group_bytes(container, version, group)[position - start].as_py() or b"")
+
+
 @lru_cache(maxsize=16)
-def _group_ends(container: str) -> list[int]:
-    """Row numbers at which the row groups of a Parquet file end."""
-    system, path = storage.arrow_filesystem(container)
-    metadata = pq.read_metadata(path, filesystem=system)
+def _group_ends(container: str, version: str) -> list[int]:
+    """Row numbers at which the row groups of a version of a Parquet file end."""
+    metadata = _open_parquet(container, version).metadata
     return list(itertools.accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
 
 
 @lru_cache(maxsize=1)
-def _group_bytes(container: str, group: int) -> pa.ChunkedArray:
+def _group_bytes(container: str, version: str, group: int) -> pa.ChunkedArray:
     """The pictures of a row group. Parquet is read by whole groups; neighbours of a picture are asked for next."""
+    return _open_parquet(container, version).read_row_group(group, columns=["bytes"]).column(0)
+
+
+def _open_parquet(container: str, version: str) -> pq.ParquetFile:
+    if storage.describe(container).etag != version:
+        raise faults.ChangedError(f"{container} was replaced since it was listed")
     system, path = storage.arrow_filesystem(container)
-    return pq.ParquetFile(path, filesystem=system).read_row_group(group, columns=["bytes"]).column(0)
+    return pq.ParquetFile(path, filesystem=system)
 
 
-def _row(uri: str, etag: str, size_bytes: int | None, **values: Any) -> dict[str, Any]:
-    row = dict.fromkeys(("container", "position", "label", "generator", "split"))
+def _row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"listed": listed}
+    row |= dict.fromkeys(("container", "position", "label", "generator", "split"))
     return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
 
 
@@ -225,6 +262,11 @@ def _label(value: Any, where: str) -> int | None:
     if label is None:
         raise SourceError(f"{where}: label {value!r} is neither 0/real nor 1/fake")
     return label
+
+
+def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """One expression for paths that match any of the patterns."""
+    return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)) if patterns else None
 
 
 def _text(value: Any) -> str | None:

@@ -3,28 +3,51 @@
 S3's endpoint and keys come from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 """
 
+import asyncio
+import email.utils
 import errno
 import hashlib
 import json
 import os
+import queue
 import shutil
 import tempfile
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
 import fsspec
+import fsspec.asyn
 import pyarrow.fs
+from botocore.exceptions import ClientError
 
-from nsnet.errors import BundleError, StorageError, UsageError
+from jobs import faults
+from jobs.faults import Fault
+from nsnet.errors import BundleError, FetchError, StorageError, UsageError
 
 SCHEMES: Final = ("file", "s3")
 LISTING_PAGE: Final = 1000
 """Objects asked for at a time, the most that S3 gives."""
+LISTING_THREADS: Final = 16
+"""Folders or prefixes that are listed at a time."""
+FAN_OUT: Final = 64
+"""Most sub-prefixes of an S3 prefix that are listed each by itself: one request per tiny folder would be slower than
+one request per thousand keys."""
+FAN_OUT_LEVELS: Final = 3
 REACH_SECONDS: Final = 10.0
 """Longest wait, retries included, for the first answer of a store."""
+CONNECT_SECONDS: Final = 10
+READ_SECONDS: Final = 30
+"""Longest silence of a store in the middle of an answer."""
+SLOWEST_BYTES_PER_SECOND: Final = 256 * 1024
+"""A body that comes more slowly than this, after `READ_SECONDS`, is asked for again."""
+REFRESH_SECONDS: Final = 30.0
+"""Least time between two looks for new credentials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +97,13 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         return fsspec.filesystem("file"), uri
     # Listings are not cached: what another process wrote must be seen.
-    return fsspec.filesystem("s3", use_listings_cache=False), uri.partition("://")[2]
+    settings = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "max_pool_connections": 4 * LISTING_THREADS,
+        "retries": {"mode": "standard", "max_attempts": 4},
+    }
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=settings), uri.partition("://")[2]
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -135,19 +164,87 @@ def is_folder(uri: str) -> bool:
 
 
 def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry]:
-    """All objects below a folder or prefix, recursively, as they come; order is the store's.
+    """All objects below a folder or prefix, recursively, as they come, in no order; many folders are listed at a time.
 
     What cannot be listed is counted in `left_out` by reason. Links to folders are not followed: they may form circles.
     """
+    left_out = Counter() if left_out is None else left_out
     if is_local(uri):
-        yield from _list_disk(uri, Counter() if left_out is None else left_out)
-        return
+        yield from _walk(uri, lambda folder: _list_disk(folder, left_out))
+    else:
+        yield from _walk((_below(uri), 0), lambda item: _list_s3(uri, *item))
+
+
+def subfolders(uri: str) -> list[str]:
+    """Names of the folders directly below a folder or prefix, sorted; none where there is nothing."""
+    if is_local(uri):
+        return sorted(item.name for item in os.scandir(uri) if item.is_dir()) if os.path.isdir(uri) else []
+    prefix = _below(uri)
+    pages = _pages(uri, prefix, Delimiter="/")
+    found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
+    return sorted(name.removeprefix(prefix).rstrip("/") for name in found)
+
+
+def _walk(root: Any, listing: Callable[[Any], Iterator[tuple[list[Entry], list[Any]]]]) -> Iterator[Entry]:
+    """Entries below `root`. `listing(folder)` gives pages: entries, and further folders to list.
+
+    Threads run ahead of the consumer by a bounded number of pages.
+    """
+    pages: queue.Queue[tuple[list[Entry], int] | BaseException] = queue.Queue(maxsize=4 * LISTING_THREADS)
+    stop = threading.Event()
+
+    def put(item: tuple[list[Entry], int] | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                pages.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work(folder: Any) -> None:
+        try:
+            for entries, further in listing(folder):
+                if stop.is_set():
+                    return
+                for item in further:
+                    pool.submit(work, item)
+                put((entries, len(further)))
+            put(([], -1))
+        except BaseException as error:
+            put(error)
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        pool.submit(work, root)
+        open_folders = 1
+        try:
+            while open_folders:
+                page = pages.get()
+                if isinstance(page, BaseException):
+                    raise page
+                open_folders += page[1]
+                yield from page[0]
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _list_s3(uri: str, prefix: str, level: int) -> Iterator[tuple[list[Entry], list[tuple[str, int]]]]:
     bucket, _ = _bucket_and_key(uri)
-    page: dict[str, Any] = {"NextContinuationToken": None}
-    while "NextContinuationToken" in page:
-        page = _page(uri, _below(uri), LISTING_PAGE, page["NextContinuationToken"])
-        for info in page.get("Contents", []):
-            yield Entry(uri=f"s3://{bucket}/{info['Key']}", size_bytes=int(info["Size"]), etag=_etag(info))
+
+    def entries(page: dict[str, Any]) -> list[Entry]:
+        return [
+            Entry(uri=f"s3://{bucket}/{info['Key']}", size_bytes=int(info["Size"]), etag=_etag(info))
+            for info in page.get("Contents", [])
+        ]
+
+    if level < FAN_OUT_LEVELS:
+        page = _page(uri, prefix, LISTING_PAGE, Delimiter="/")
+        below = [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        if "NextContinuationToken" not in page and len(below) <= FAN_OUT:
+            yield entries(page), [(item, level + 1) for item in below]
+            return
+    for page in _pages(uri, prefix):
+        yield entries(page), []
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
@@ -161,10 +258,9 @@ def _below(uri: str) -> str:
     return f"{key}/" if key else ""
 
 
-def _page(uri: str, prefix: str, size: int, token: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+def _page(uri: str, prefix: str, size: int, timeout: float | None = None, **following: Any) -> dict[str, Any]:
     """One answer of S3's listing. fsspec's own walk loses keys with an empty part, such as `a//b`."""
     system, _ = filesystem(uri)
-    following = {"ContinuationToken": token} if token else {}
     return cast(
         dict[str, Any],
         system.call_s3(
@@ -173,24 +269,36 @@ def _page(uri: str, prefix: str, size: int, token: str | None = None, timeout: f
     )
 
 
-def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[Entry]:
-    pending = [folder]
-    while pending:
-        try:
-            items = list(os.scandir(pending.pop()))
-        except OSError as error:
-            left_out[f"folder that cannot be read ({error.strerror})"] += 1
-            continue
-        for item in items:
-            try:
-                if item.is_dir(follow_symlinks=False):
-                    pending.append(item.path)
-                elif item.is_file():
-                    yield describe_local(item.path, item.stat())
-                else:
-                    left_out["link to a folder" if item.is_dir() else "broken link or special file"] += 1
-            except OSError as error:
-                left_out[f"file that cannot be read ({error.strerror})"] += 1
+def _pages(uri: str, prefix: str, **settings: Any) -> Iterator[dict[str, Any]]:
+    """All answers of S3's listing of a prefix."""
+    page = _page(uri, prefix, LISTING_PAGE, **settings)
+    yield page
+    while "NextContinuationToken" in page:
+        page = _page(uri, prefix, LISTING_PAGE, ContinuationToken=page["NextContinuationToken"], **settings)
+        yield page
+
+
+def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry], list[str]]]:
+    entries: list[Entry] = []
+    below: list[str] = []
+    try:
+        with os.scandir(folder) as items:
+            for item in items:
+                try:
+                    if item.is_dir(follow_symlinks=False):
+                        below.append(item.path)
+                    elif item.is_file():
+                        entries.append(describe_local(item.path, item.stat()))
+                    else:
+                        left_out["link to a folder" if item.is_dir() else "broken link or special file"] += 1
+                except OSError as error:
+                    left_out[f"file that cannot be read ({error.strerror})"] += 1
+                if len(entries) == LISTING_PAGE:
+                    yield entries, below
+                    entries, below = [], []
+    except OSError as error:
+        left_out[f"folder that cannot be read ({error.strerror})"] += 1
+    yield entries, below
 
 
 def describe_local(path: str, stat: os.stat_result) -> Entry:
@@ -211,18 +319,104 @@ def _etag(info: dict[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """Bytes of an object."""
+
+    data: bytes
+    requests: int
+    """How many requests it took."""
+
+
+def fetch(uri: str, start: int = 0, length: int | None = None, etag: str | None = None) -> Fetched:
+    """The bytes of an object, or a range of them, asked for again with back-off where that helps.
+
+    `etag`: the version that must come. Raises a `FetchError`.
+    """
+    requests = 0
+    while True:
+        requests += 1
+        try:
+            data, retries = _read(uri, start, length, etag)
+            return Fetched(data=data, requests=requests + retries)
+        except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+            fault = faults.kind(error)
+            requests += _retries(getattr(error, "response", None))
+            if fault is Fault.CREDENTIALS:
+                _refresh(uri)
+            elif fault is not Fault.TRANSIENT:
+                raise faults.fetch_error(error, requests) from error
+            if requests >= faults.ATTEMPTS:
+                raise faults.fetch_error(error, requests) from error
+        time.sleep(faults.wait_seconds(requests))
+
+
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """The bytes of an object, or a range of them."""
-    system, path = filesystem(uri)
-    if length == 0:
-        return b""  # S3 knows no empty range, and would send everything
-    end = None if length is None else start + length
+    """The bytes of an object, or a range of them, with retries. Raises what the store raises."""
     try:
-        return cast(bytes, system.cat_file(path, start=start or None, end=end))
-    except OSError as error:
-        if error.errno == errno.EINVAL and system.size(path) <= start:
-            return b""  # as on a disk: there is nothing from there on
-        raise
+        return fetch(uri, start, length).data
+    except FetchError as error:
+        cause = error.__cause__
+        assert isinstance(cause, Exception)
+        if faults.kind(cause) is Fault.MISSING:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+        raise cause from None
+
+
+def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
+    """One attempt: the bytes, and how often botocore asked again by itself."""
+    if length == 0:
+        return b"", 0  # S3 knows no empty range, and would send everything
+    if not is_local(uri):
+        system, _ = filesystem(uri)
+        return cast(tuple[bytes, int], fsspec.asyn.sync(system.loop, _get_object, system, uri, start, length, etag))
+    with open(uri, "rb") as file:
+        if etag and describe_local(uri, os.fstat(file.fileno())).etag != etag:
+            raise faults.ChangedError("it was changed since it was listed")
+        file.seek(start)
+        return file.read(-1 if length is None else length), 0
+
+
+async def _get_object(system: Any, uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
+    bucket, key = _bucket_and_key(uri)
+    await system.set_session()
+    client = await system.get_s3(bucket)
+    last = "" if length is None else start + length - 1
+    part = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
+    patience = READ_SECONDS + (length or 0) / SLOWEST_BYTES_PER_SECOND
+    try:
+        async with asyncio.timeout(patience if length is not None else None):
+            answer = await client.get_object(Bucket=bucket, Key=key, **part)
+            if etag and _etag(answer) != etag:
+                answer["Body"].close()
+                raise faults.ChangedError(f"it was replaced since it was listed (ETag {_etag(answer)}, not {etag})")
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") != "InvalidRange":
+            raise
+        return b"", _retries(error.response)  # as on a disk: there is nothing from there on
+    if len(data) != answer["ContentLength"]:
+        raise faults.CutError(f"{len(data)} of {answer['ContentLength']} bytes came")
+    return data, _retries(answer)
+
+
+def _retries(answer: Any) -> int:
+    """How often botocore asked again before this answer."""
+    return int(((answer or {}).get("ResponseMetadata") or {}).get("RetryAttempts", 0))
+
+
+_refreshing: Final = threading.Lock()
+_refreshed_at = float("-inf")
+
+
+def _refresh(uri: str) -> None:
+    """Look for new credentials where they come from: they expire in the middle of long runs."""
+    global _refreshed_at
+    with _refreshing:
+        if not is_local(uri) and time.monotonic() - _refreshed_at > REFRESH_SECONDS:
+            filesystem(uri)[0].connect(refresh=True)
+            _refreshed_at = time.monotonic()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -235,6 +429,73 @@ def write_bytes(uri: str, data: bytes) -> None:
     partial = f"{path}.partial-{os.getpid()}"
     Path(partial).write_bytes(data)
     os.replace(partial, path)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write an object only where there is none; False: there is one already. Of several creators one succeeds.
+
+    S3: conditional put. Disks: a hard link to a written file, which exists whole or not at all.
+    """
+    if not is_local(uri):
+        system, path = filesystem(uri)
+        try:
+            bucket, key = _bucket_and_key(uri)
+            system.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return True
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", None) or {}
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status not in (409, 412):
+                raise
+            # an answer that was lost on its way makes the client ask again: then it meets its own object
+            return status == 412 and _same(uri, data)
+    os.makedirs(os.path.dirname(uri), exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(uri), prefix=".creating-") as file:
+        file.write(data)
+        file.flush()
+        try:
+            os.link(file.name, uri)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _same(uri: str, data: bytes) -> bool:
+    try:
+        return read_bytes(uri) == data
+    except FileNotFoundError:
+        return False
+
+
+def age_seconds(uri: str) -> float:
+    """Seconds since an object was written, by the clock of its store. Raises `FileNotFoundError`."""
+    if is_local(uri):
+        return time.time() - os.stat(uri).st_mtime
+    bucket, key = _bucket_and_key(uri)
+    answer = filesystem(uri)[0].call_s3("head_object", Bucket=bucket, Key=key)
+    now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float((now - answer["LastModified"]).total_seconds())
+
+
+def remove_file(uri: str) -> None:
+    """Remove an object that this program made for its own use; harmless where there is none."""
+    system, path = filesystem(uri)
+    try:
+        system.rm_file(path)
+    except FileNotFoundError:
+        return
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy a local file to a URI: a reader sees all of it or nothing."""
+    system, target = filesystem(uri)
+    if not is_local(uri):
+        system.put_file(str(path), target)
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    partial = f"{target}.partial-{os.getpid()}"
+    shutil.copyfile(path, partial)
+    os.replace(partial, target)
 
 
 def read_json(uri: str) -> Any:

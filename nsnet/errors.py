@@ -8,6 +8,8 @@ NsnetError
 │   ├── BundleError         a detector bundle is missing, damaged or of another version
 │   └── NullSpaceError      the requested semantic basis leaves no null space
 ├── StorageError            a bucket or path cannot be reached (exit code 1)
+│   └── OutageError         the store of the pictures stopped answering; the run can be continued
+├── LockedError             another run holds the lock of an output (exit code 4)
 └── ImageError              one picture failed; jobs turn it into a failed row
     ├── ImageEmptyError         no bytes
     ├── ImageTooLargeError      over the limit of bytes or pixels
@@ -16,6 +18,9 @@ NsnetError
     ├── ImageTimeoutError       over the limit of seconds
     ├── DecoderCrashError       the decoder's process died
     ├── FetchError              the bytes could not be read from storage
+    │   ├── ObjectMissingError      gone since it was listed
+    │   ├── ObjectChangedError      replaced since it was listed
+    │   └── ObjectDeniedError       the store does not allow reading it
     ├── CaptionError            the captioner gave no caption
     └── ScoreError              the network gave no finite number
 """
@@ -57,6 +62,16 @@ class StorageError(NsnetError):
     """A bucket or path cannot be reached."""
 
 
+class OutageError(StorageError):
+    """The store of the pictures stopped answering while a run read from it."""
+
+
+class LockedError(NsnetError):
+    """Another run holds the lock of an output."""
+
+    exit_code = 4
+
+
 class ImageError(NsnetError):
     """One picture failed. In a job this is a row, not an exception."""
 
@@ -92,6 +107,18 @@ class FetchError(ImageError):
     """The bytes could not be read from storage."""
 
     stage = "fetch"
+
+
+class ObjectMissingError(FetchError):
+    """The object is gone since it was listed."""
+
+
+class ObjectChangedError(FetchError):
+    """The object was replaced since it was listed; the next run lists the new one."""
+
+
+class ObjectDeniedError(FetchError):
+    """The store does not allow reading this object."""
 
 
 class CaptionError(ImageError):
