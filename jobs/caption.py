@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -43,12 +44,12 @@ def caption(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Caption a source; returns the record of what was written."""
-    from jobs import ledger
+    from jobs import ledger, parquet
     from jobs.plan import write_manifest
     from jobs.sources import Source
     from jobs.stages import Models
     from nsnet import recipes
-    from nsnet.captions import thumbnail_px
+    from nsnet.captions import captioner_id, thumbnail_px
     from nsnet.preparation import PreparationConfig
 
     if batch_size < 1:
@@ -60,20 +61,22 @@ def caption(
     if storage.exists(rows):
         stopped = "" if storage.exists(record_uri) else ", left unfinished by a run that was stopped: remove it, or"
         raise UsageError(f"{rows} exists{stopped or ';'} choose another --out")
-    listing = Source(source)
-    listing.check()
+    source = storage.absolute(source)
+    Source(source).check()
     config = recipes.get(recipe).detector
     models = Models(captioner=storage.model_path(captioner))
-    side = thumbnail_px(models.captioner_folder(config.captioner))
+    folder = models.captioner_folder(config.captioner)
+    models, side = replace(models, captioner_id=captioner_id(config.captioner, folder)), thumbnail_px(folder)
     work = storage.join(out, f"staging-{secrets.token_hex(4)}")
-    plan = write_manifest(listing, storage.join(work, "manifest.parquet"))
+    plan = write_manifest(source, storage.join(work, "manifest.parquet"))
     say(f"source: {plan.describe()}")
 
     from jobs import pipeline, resources, schema
 
     resources.connect(address)
     stream = pipeline.captioned(
-        plan,
+        plan.uri,
+        source,
         PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits),
         config.captioner,
         models,
@@ -81,12 +84,17 @@ def caption(
         batch_size=batch_size,
     )
     stream.write(rows, "caption", plan.count, ("prepared", "captioned"))
-    table = ledger.staged(rows, schema.CAPTIONS).to_table(columns=["image_id", "status", "error_class"])
-    ledger.verify_ids(ledger.ids(plan.uri), table.column("image_id"))
+    files = [entry.uri for entry in storage.list_files(rows)]
+    counts = ledger.Counts()
+    ledger.verify_ids(
+        parquet.read(plan.uri, ledger.IDS), counts.watch(parquet.read_small(files, schema.CAPTIONS))
+    )  # fmt: skip
     record = {
-        "source": listing.uri,
-        "rows": table.num_rows,
-        "counts": ledger.by_column(ledger.count_values(table)),
+        "source": source,
+        "rows": counts.rows,
+        "counts": counts.by_column(),
+        "store": counts.store(),
+        "captioner_id": models.captioner_id,
         "left_out": plan.left_out,
         "seconds": round(time.monotonic() - started, 1),
         "settings": {

@@ -97,6 +97,16 @@ limit_options = _stack(
 )
 
 
+selection_options = _stack(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
+    click.option("--limit", type=int, default=None, help="Most pictures: the first that are found, in no order."),
+    click.option("--shuffle-seed", type=int, default=None, help="A random order; with --limit, a random sample."),
+    click.option("--retry-failed", is_flag=True, help="Do again what failed before."),
+    click.option("--rescore", is_flag=True, help="Do everything again."),
+)
+
+
 max_failed_option = click.option(
     "--max-failed",
     type=ShareType(),

@@ -15,11 +15,46 @@ THREADS: Final = 2
 BATCH_ROWS: Final = 8192
 
 
+class Database:
+    """A connection to a database of its own."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._selected: dict[str, str] = {}
+
+    def create(self, table: str, columns: str, schema: pa.Schema) -> None:
+        """A table of what `select <columns> from rows` gives, where `rows` are Arrow batches of the schema."""
+        self._selected[table] = f"select {columns} from rows"
+        self._connection.register("rows", schema.empty_table())
+        self._connection.execute(f"create table {table} as {self._selected[table]}")
+
+    def insert(self, table: str, batches: Iterable[pa.RecordBatch]) -> None:
+        """Insert Arrow batches into a table that `create` made, as they come."""
+        self._connection.begin()
+        for batch in batches:
+            self._connection.register("rows", pa.Table.from_batches([batch]))
+            self._connection.execute(f"insert into {table} {self._selected[table]}")
+        self._connection.commit()
+
+    def execute(self, sql: str) -> list[tuple[Any, ...]]:
+        """Run a statement; returns its rows, which must be few."""
+        rows: list[tuple[Any, ...]] = self._connection.execute(sql).fetchall()
+        return rows
+
+    def number(self, sql: str) -> int:
+        """The one number that a query gives; 0 for null."""
+        return int(self.execute(sql)[0][0] or 0)
+
+    def select(self, sql: str) -> Iterator[pa.RecordBatch]:
+        """The rows of a query, as Arrow batches."""
+        yield from self._connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+
+
 @contextmanager
-def database() -> Iterator[Any]:
-    """A connection to an empty database, which is removed afterwards."""
+def database() -> Iterator[Database]:
+    """An empty database, which is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="nsnet-database-") as folder:
-        settings = {
+        settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY_LIMIT,
             "threads": THREADS,
             "temp_directory": folder,
@@ -27,18 +62,4 @@ def database() -> Iterator[Any]:
             "autoload_known_extensions": "false",
         }
         with duckdb.connect(str(Path(folder) / "rows.duckdb"), config=settings) as connection:
-            yield connection
-
-
-def insert(connection: Any, sql: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Run an `insert … from rows`, where `rows` are Arrow batches of the schema, read as they come."""
-    connection.register("rows", pa.RecordBatchReader.from_batches(schema, iter(batches)))
-    try:
-        connection.execute(sql)
-    finally:
-        connection.unregister("rows")
-
-
-def select(connection: Any, sql: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a query, as Arrow batches."""
-    yield from connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+            yield Database(connection)

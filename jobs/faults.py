@@ -98,18 +98,22 @@ def _kind_of_answer(response: Any) -> Fault:
 
 
 def wait_seconds(attempt: int) -> float:
-    """How long to wait after the `attempt`-th failure (1, 2, …): doubling, with full jitter, so that many workers do not
-    come back at the same moment.
+    """How long to wait after the `attempt`-th failure (1, 2, …): doubling, with full jitter, so that many workers do
+    not come back at the same moment.
     """
     return random.uniform(0.0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
 
 
 def fetch_error(error: Exception, requests: int) -> FetchError:
     """The error of a picture whose bytes could not be had with so many requests."""
+    fault = kind(error)
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no answer in time'}"
     which = {
         Fault.MISSING: ObjectMissingError,
         Fault.CHANGED: ObjectChangedError,
         Fault.DENIED: ObjectDeniedError,
-    }.get(kind(error), FetchError)
-    return which(reason if requests == 1 else f"{reason} (asked {requests} times)")
+    }.get(fault, FetchError)
+    result = which(reason if requests == 1 else f"{reason} (asked {requests} times)")
+    result.requests = requests
+    result.may_be_outage = fault in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
+    return result

@@ -9,6 +9,7 @@ arrays behind a JSON header: nothing is unpickled on either side, since the chil
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -34,6 +35,10 @@ START_SECONDS: Final = 60.0
 MAX_HEADER_BYTES: Final = 64 * 1024
 LONGEST_WAIT_SECONDS: Final = 86_400.0
 """What an endless wait is cut to: poll() counts milliseconds in 31 bits."""
+PIPE_BYTES: Final = 1 << 20
+"""Size of the pipes: at the usual 64 KiB the two processes wait for each other many times per picture."""
+POISON_VARIABLE: Final = "NSNET_TEST_POISON"
+"""Environment variable that only tests set: pictures that begin with a marker then do to the decoder what it says."""
 PR_SET_PDEATHSIG: Final = 1
 
 
@@ -118,6 +123,9 @@ class GuardedDecoder:
             )
             assert child.stdout is not None and child.stdin is not None
             os.set_blocking(child.stdin.fileno(), False)
+            for pipe in (child.stdin, child.stdout):
+                with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self._child = child
             try:
                 _read_header(child.stdout, time.monotonic() + START_SECONDS)
@@ -198,6 +206,8 @@ def serve(requests: BinaryIO, answers: BinaryIO, config: PreparationConfig) -> N
     _answer(answers, {"ready": True})
     while length := requests.read(8):
         picture = requests.read(struct.unpack("<Q", length)[0])
+        if POISON_VARIABLE in os.environ:
+            _poison(picture)
         try:
             done = prepare(picture, config)
         except ImageError as error:
@@ -205,6 +215,18 @@ def serve(requests: BinaryIO, answers: BinaryIO, config: PreparationConfig) -> N
             continue
         header = {"width": done.width, "height": done.height, "format": done.format, "frames": done.frames}
         _answer(answers, header, done.patches.data, done.thumbnail.data)
+
+
+def _poison(picture: bytes) -> None:
+    """Do what a broken decoder might do. No picture format begins like this."""
+    if picture.startswith(b"POISON segfault"):
+        ctypes.string_at(0)
+    elif picture.startswith(b"POISON sleep"):
+        signal.pause()
+    elif picture.startswith(b"POISON memory"):
+        hoard = []
+        while True:
+            hoard.append(bytearray(1 << 24))
 
 
 def _answer(answers: BinaryIO, header: dict[str, Any], *payload: memoryview) -> None:

@@ -1,30 +1,35 @@
 """Runs on storage: staged, verified, published. A run exists for readers once its record `<out>/runs/<id>.json` does.
 
-<out>/staging/<run_id>/           manifest and unverified rows, removed after publishing
+<out>/locks/                      who writes here now (`jobs.lock`)
+<out>/staging/<run_id>/           manifest and unverified rows (`jobs.attempts`), removed after publishing
 <out>/verdicts/run_date=…/run_id=…/part-*.parquet
 <out>/runs/<run_id>.json          the commit record, written last
 """
 
-import hashlib
+import itertools
 import secrets
+import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 
-from jobs import schema, storage
-from nsnet.errors import NsnetError, SourceError
+from jobs import parquet, schema, storage
+from jobs.database import database
+from nsnet.digest import file_digest
+from nsnet.errors import NsnetError, SourceError, StorageError
 
 ROWS_PER_FILE: Final = 500_000
 """About 100 MB of verdicts: what query engines like to read."""
-BATCH_ROWS: Final = 32_768
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""
+IDS: Final = pa.schema([schema.MANIFEST.field("image_id")])
 
 
 class VerificationError(NsnetError):
@@ -44,11 +49,6 @@ class Run:
         return storage.join(self.out, "staging", self.run_id)
 
     @property
-    def staged_rows(self) -> str:
-        """Folder of unverified verdict rows."""
-        return storage.join(self.staging, "rows")
-
-    @property
     def final(self) -> str:
         """Folder of the published files."""
         date = datetime.strptime(self.run_id[:8], "%Y%m%d").date()
@@ -59,39 +59,72 @@ class Run:
         """The commit record."""
         return storage.join(self.out, "runs", f"{self.run_id}.json")
 
-    def publish(self, manifest: str, details: dict[str, Any]) -> dict[str, Any]:
-        """Verify the staged rows against the manifest, write the final files, then the record; returns the record.
+    def publish(self, manifest: str, staged: Sequence[str], details: dict[str, Any]) -> dict[str, Any]:
+        """Verify staged files of verdicts against the manifest, write the final files, then the record; returns it.
 
-        Raises `VerificationError` when rows are missing, surplus or doubled; then nothing is published.
+        Raises `VerificationError` when rows are missing, surplus or doubled; then nothing is published. What a
+        publication left that was cut short is written anew.
         """
-        if not storage.is_folder(self.staged_rows):
-            raise VerificationError(f"no row of run {self.run_id} was staged; nothing was published")
-        rows = staged(self.staged_rows, schema.VERDICTS)
-        verify_ids(ids(manifest), rows.to_table(columns=["image_id"]).column(0))
-        counts: Counter[tuple[str, str]] = Counter()
-        files: list[dict[str, Any]] = []
-        writer: _Part | None = None
-        for batch in rows.scanner(batch_size=BATCH_ROWS).to_batches():
-            table = pa.Table.from_batches([batch]).select(schema.VERDICTS.names).cast(schema.VERDICTS)
-            counts += count_values(table)
-            writer = writer or _Part(storage.join(self.final, f"part-{len(files):05d}.parquet"))
-            writer.write(table)
-            if writer.rows >= ROWS_PER_FILE:
-                files.append(writer.close())
-                writer = None
-        if writer is not None:
-            files.append(writer.close())
+        verify_ids(parquet.read(manifest, IDS), parquet.read_small(staged, IDS))
+        storage.remove_folder(self.final)
+        counts = Counts()
+        files = [
+            {**file, "path": file["path"].removeprefix(self.out + "/")}
+            for file in _write_parts(counts.watch(parquet.read_small(staged, schema.VERDICTS)), self.final)
+        ]
         record = {
             "run_id": self.run_id,
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rows": sum(file["rows"] for file in files),
-            "counts": by_column(counts),
-            "files": [{**file, "path": file["path"].removeprefix(self.out + "/")} for file in files],
+            "rows": counts.rows,
+            "counts": counts.by_column(),
+            "store": counts.store(),
+            "captions": counts.captions(self.run_id),
+            "files": files,
             **details,
         }
         storage.write_json(self.record, record)
-        storage.remove_folder(self.staging)
         return record
+
+
+class Counts:
+    """What a record says of the rows that go by."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._values: Counter[tuple[str, str]] = Counter()
+        self._requests = self._asked_again = 0
+        self._captioned_by: Counter[str] = Counter()
+
+    def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Count batches on their way."""
+        for batch in batches:
+            self.rows += batch.num_rows
+            for name in [name for name in COUNTED if name in batch.schema.names]:
+                self._values.update({(name, value): n for value, n in _value_counts(batch.column(name))})
+            self._captioned_by.update(dict(_value_counts(batch.column("caption_run_id"))))
+            self._requests += pc.sum(batch.column("requests")).as_py() or 0
+            self._asked_again += pc.sum(pc.greater(batch.column("requests"), 1)).as_py() or 0
+            yield batch
+
+    def by_column(self) -> dict[str, dict[str, int]]:
+        """Column -> value -> rows, for the columns of `COUNTED`."""
+        return {
+            name: {value: n for (column, value), n in sorted(self._values.items()) if column == name}
+            for name in COUNTED
+        }
+
+    def store(self) -> dict[str, int]:
+        """Requests for pictures that the store was sent, and pictures for which it was asked more than once."""
+        return {"requests": self._requests, "asked_again": self._asked_again}
+
+    def captions(self, run_id: str) -> dict[str, int]:
+        """Rows with a caption that this run made, and with one of an earlier run."""
+        made = self._captioned_by[run_id]
+        return {"made": made, "reused": self._captioned_by.total() - made}
+
+
+def _value_counts(column: pa.Array) -> list[tuple[str, int]]:
+    return [(value["values"], value["counts"]) for value in pc.value_counts(column.drop_null()).to_pylist()]
 
 
 def new_run_id() -> str:
@@ -99,31 +132,22 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
-def verify_ids(planned: pa.ChunkedArray, staged: pa.ChunkedArray) -> None:
-    """Raise `VerificationError` unless both hold the same ids, each once."""
-    doubled = len(staged) - pc.count_distinct(staged).as_py()
-    missing = pc.sum(pc.invert(pc.is_in(planned, value_set=staged))).as_py() or 0
-    surplus = pc.sum(pc.invert(pc.is_in(staged, value_set=planned))).as_py() or 0
+def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]) -> None:
+    """Raise `VerificationError` unless both hold the same ids, each once. Works on disk, for any number of ids."""
+    with database() as rows:
+        for table, batches in (("planned", planned), ("came", came)):
+            rows.create(table, "image_id::uuid as image_id", IDS)
+            rows.insert(table, batches)
+        number = rows.number("select count(*) from came")
+        doubled = number - rows.number("select count(distinct image_id) from came")
+        missing = rows.number("select count(*) from planned anti join came using (image_id)")
+        surplus = rows.number("select count(*) from came anti join planned using (image_id)")
+        total = rows.number("select count(*) from planned")
     if doubled or missing or surplus:
         raise VerificationError(
-            f"{len(planned)} pictures were planned and {len(staged)} rows came: {missing} missing, {surplus} surplus, "
-            f"{doubled} doubled; nothing was published, run the same command again"
+            f"{total} pictures were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
+            "doubled; nothing was published, run the same command again"
         )
-
-
-def count_values(table: pa.Table) -> Counter[tuple[str, str]]:
-    """(column, value) -> rows, for the columns that say how it went and that the table has."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for name in [name for name in COUNTED if name in table.column_names]:
-        for value in pc.value_counts(table.column(name)).to_pylist():
-            if value["values"] is not None:
-                counts[name, value["values"]] += value["counts"]
-    return counts
-
-
-def by_column(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Column -> value -> rows."""
-    return {name: {value: n for (column, value), n in sorted(counts.items()) if column == name} for name in COUNTED}
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -133,6 +157,10 @@ def summary(record: dict[str, Any]) -> str:
     parts.append(f"{counts['status'].get('failed', 0)} failed")
     lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
     lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
+    if asked_again := record["store"]["asked_again"]:
+        lines.append(f"  the store had to be asked again for {asked_again} pictures")
+    if reused := record.get("captions", {}).get("reused"):
+        lines.append(f"  captions of earlier runs: {reused}")
     lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
     return "\n".join(lines)
 
@@ -140,7 +168,7 @@ def summary(record: dict[str, Any]) -> str:
 def runs(out: str) -> list[dict[str, Any]]:
     """Records of all published runs below an output, oldest first."""
     folder = storage.join(storage.absolute(out), "runs")
-    if not storage.exists(folder):
+    if storage.is_local(folder) and not storage.exists(folder):
         return []
     records = [storage.read_json(entry.uri) for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
     return sorted(records, key=lambda record: str(record["run_id"]))
@@ -152,39 +180,47 @@ def verdicts(out: str) -> pads.Dataset:
     paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
         raise SourceError(f"{out} holds no published run")
-    system, _ = storage.arrow_filesystem(out)
-    names = [storage.arrow_path(path) for path in paths]
-    return pads.dataset(names, schema=schema.VERDICTS, filesystem=system, format="parquet")
+    return _dataset(paths, schema.VERDICTS)
 
 
-class _Part:
-    """One published file."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri, self.rows = uri, 0
-        self._sink = pa.BufferOutputStream()
-        self._writer = pq.ParquetWriter(self._sink, schema.VERDICTS, compression="zstd")
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table)
-        self.rows += table.num_rows
-
-    def close(self) -> dict[str, Any]:
-        self._writer.close()
-        data = self._sink.getvalue().to_pybytes()
-        storage.write_bytes(self.uri, data)
-        return {
-            "path": self.uri, "rows": self.rows, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-        }  # fmt: skip
+def published(
+    out: str, columns: pa.Schema, *, detector_id: str | None = None, captioner_id: str | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of the published runs of a detector, or of a captioner, oldest first, as a stream."""
+    for record in runs(out):
+        if detector_id not in (None, record["detector_id"]) or captioner_id not in (None, record.get("captioner_id")):
+            continue
+        for file in record["files"]:
+            uri = storage.join(storage.absolute(out), file["path"])
+            try:
+                yield from _dataset([uri], columns).to_batches(batch_size=parquet.BATCH_ROWS, fragment_readahead=1)
+            except FileNotFoundError as error:
+                raise StorageError(
+                    f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
+                ) from error
 
 
-def staged(folder: str, columns: pa.Schema) -> pads.Dataset:
-    """The rows that a pipeline wrote into a folder."""
-    system, path = storage.arrow_filesystem(folder)
-    return pads.dataset(path, schema=columns, filesystem=system, format="parquet")
+def _dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
+    system, _ = storage.arrow_filesystem(uris[0])
+    names = [storage.arrow_path(uri) for uri in uris]
+    return pads.dataset(names, schema=columns, filesystem=system, format="parquet")
 
 
-def ids(manifest: str) -> pa.ChunkedArray:
-    """The image ids of a manifest."""
-    system, path = storage.arrow_filesystem(manifest)
-    return pq.read_table(path, columns=["image_id"], filesystem=system).column(0)
+def _write_parts(batches: Iterator[pa.RecordBatch], folder: str) -> Iterator[dict[str, Any]]:
+    """Write `part-*.parquet`, each first to a local file; yields path, rows, size and SHA-256 of each."""
+    for number in itertools.count():
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "part.parquet"
+            rows = parquet.write(_first(batches, ROWS_PER_FILE), schema.VERDICTS, str(path))
+            if rows == 0:
+                return
+            uri = storage.join(folder, f"part-{number:05d}.parquet")
+            storage.upload_file(path, uri)
+            yield {"path": uri, "rows": rows, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _first(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of at least so many rows together, or all that are left."""
+    while rows > 0 and (batch := next(batches, None)) is not None:
+        rows -= batch.num_rows
+        yield batch

@@ -8,11 +8,11 @@ import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from jobs import progress, schema, storage
-from jobs.plan import Plan
+from jobs import progress, resources, schema, storage
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
 from nsnet.captions import CaptionerConfig
+from nsnet.errors import OutageError
 from nsnet.preparation import PreparationConfig
 
 
@@ -43,36 +43,51 @@ class Stream:
         )
         return replace(self, dataset=dataset)
 
-    def write(self, folder: str, title: str, total: int, stages: tuple[str, ...]) -> None:
-        """Run the pipeline into Parquet files, showing its progress."""
+    def write(
+        self, folder: str, title: str, total: int, stages: tuple[str, ...], rows_per_file: int | None = None
+    ) -> None:
+        """Run the pipeline into Parquet files, showing its progress. Raises `OutageError`."""
         system, path = storage.arrow_filesystem(folder)
         with progress.watch(self.board, title, total, stages):
-            self.dataset.write_parquet(
-                path, filesystem=system, ray_remote_args={"num_cpus": self.shares.light_task_cpus}
-            )
+            try:
+                self.dataset.write_parquet(
+                    path,
+                    filesystem=system,
+                    min_rows_per_file=rows_per_file,
+                    ray_remote_args={"num_cpus": self.shares.light_task_cpus},
+                )
+            except OutageError as error:  # Ray's copy of it carries a remote traceback
+                cause = getattr(error, "cause", error)
+                raise OutageError(str(cause)) from None
 
 
 def captioned(
-    plan: Plan,
+    manifest: str,
+    source: str,
     preparation: PreparationConfig,
     captioner: CaptionerConfig,
     models: Models,
     *,
     keep: pa.Schema,
     batch_size: int,
+    checkpoint: str | None = None,
 ) -> Stream:
-    """The pipeline up to the captions. `keep`: columns after captioning, thumbnails are dropped there."""
+    """The pipeline up to the captions, over a manifest of a source.
+
+    `keep`: columns after captioning, thumbnails are dropped there. `checkpoint`: folder of Ray Data's job checkpoint.
+    """
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
     models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)
-    system, path = storage.arrow_filesystem(plan.uri)
-    manifest = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.light_task_cpus)
+    resources.use_checkpoint(checkpoint)
+    system, path = storage.arrow_filesystem(manifest)
+    pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.light_task_cpus)
     with_thumbnail = keep.append(pa.field("thumbnail", pa.binary()))
-    dataset = manifest.repartition(target_num_rows_per_block=ROWS_PER_BLOCK).map_batches(
-        Prepare(config=preparation, schema=with_thumbnail, report=report),
+    dataset = pictures.repartition(target_num_rows_per_block=ROWS_PER_BLOCK).map_batches(
+        Prepare(config=preparation, schema=with_thumbnail, report=report, source=source),
         batch_format="pyarrow",
         batch_size=ROWS_PER_BLOCK,
         zero_copy_batch=True,

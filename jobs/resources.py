@@ -97,6 +97,22 @@ def configure_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
 
 
+def use_checkpoint(uri: str | None) -> None:
+    """Let the datasets that are made from now on commit what they write to a job checkpoint in this folder, or not."""
+    import ray.data
+    from ray.data.checkpoint import CheckpointConfig
+
+    from jobs import storage
+
+    config = None
+    if uri is not None:
+        system, path = storage.arrow_filesystem(uri)
+        config = CheckpointConfig(
+            id_column="image_id", checkpoint_path=path, override_filesystem=system, delete_checkpoint_on_success=False
+        )
+    ray.data.DataContext.get_current().checkpoint_config = config
+
+
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
     return shares(*_size())

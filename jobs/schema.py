@@ -4,12 +4,13 @@ from typing import Final
 
 import pyarrow as pa
 
-LISTED: Final = pa.schema(
+MANIFEST: Final = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),  # hash of URI and version
         pa.field("uri", pa.string(), nullable=False),
         pa.field("etag", pa.string()),
         pa.field("size_bytes", pa.int64()),
+        pa.field("modified_at", pa.timestamp("us", tz="UTC")),  # the store's time of the last change
         pa.field("container", pa.string()),  # file that holds the picture, where it is not the URI itself
         pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
         pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's own: what is fetched must have it
@@ -18,7 +19,7 @@ LISTED: Final = pa.schema(
         pa.field("split", pa.string()),
     ]
 )
-"""A source's listing: one row per picture."""
+"""What is planned: one row per picture."""
 
 KNOWN_CAPTION: Final = [
     pa.field("known_caption", pa.string()),
@@ -26,9 +27,9 @@ KNOWN_CAPTION: Final = [
     pa.field("known_run_id", pa.string()),  # run that captioned it
 ]
 
-MANIFEST: Final = pa.schema([*LISTED, *KNOWN_CAPTION])
-"""What is to be done: one row per picture, with the caption that was published for it, which holds if the content is
-still the same."""
+TODO: Final = pa.schema([*MANIFEST, *KNOWN_CAPTION])
+"""What an attempt has to do: rows of the manifest, each with a caption that was published for what may be the same
+content; it holds if the content's hash says so."""
 
 OUTCOME: Final = [
     pa.field("status", pa.string(), nullable=False),  # scored, failed
@@ -49,8 +50,8 @@ PICTURE: Final = [
     pa.field("requests", pa.int32()),  # that fetching the file took; more than 1: the store had to be asked again
 ]
 
-SOURCE: Final = [LISTED.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
-LABELS: Final = [LISTED.field(name) for name in ("label", "generator")]
+SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
+LABELS: Final = [MANIFEST.field(name) for name in ("label", "generator")]
 
 VERDICTS: Final = pa.schema(
     [
@@ -69,6 +70,17 @@ VERDICTS: Final = pa.schema(
     ]
 )
 """Published verdicts: one row per planned picture."""
+
+DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status")])
+"""What a plan asks of published verdicts."""
+
+CAPTIONED: Final = pa.schema(
+    [
+        VERDICTS.field(name)
+        for name in ("image_id", "uri", "size_bytes", "caption", "content_hash", "caption_id", "caption_run_id")
+    ]
+)
+"""What can be known of captions from published verdicts."""
 
 CAPTIONS: Final = pa.schema(
     [

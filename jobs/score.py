@@ -1,18 +1,29 @@
-"""`nsnet score`: a source of pictures to published verdicts."""
+"""`nsnet score`: a source of pictures to published verdicts, exactly once per version of a picture and detector."""
 
+import json
 import platform
 import time
+from dataclasses import fields, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import console, storage
+from jobs import attempts, console, ledger, lock, schema, storage
+from jobs.attempts import Attempt
 from jobs.console import say
+from jobs.ledger import Run
+from jobs.plan import Selection, write_manifest
+from jobs.sources import Source
 from nsnet import bundle
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
+
+if TYPE_CHECKING:
+    from jobs.stages import Models
+    from nsnet.detector import DetectorConfig
+    from nsnet.preparation import PreparationConfig
 
 RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers", "peft", "pillow", "numpy", "scipy")
 
@@ -22,20 +33,26 @@ RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers",
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@click.option("--limit", type=int, default=None, help="Score only the first so many pictures of the listing.")
+@console.selection_options
+@click.option(
+    "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
+)
+@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
 @console.max_failed_option
 @console.weights_options
 @console.limit_options
 @console.address_option
 def command(source: str, **options: Any) -> int:
-    """Score every picture of SOURCE: one published row each, a verdict or the reason why there is none.
+    """Score the pictures of SOURCE that this detector has not judged yet: one published row each, a verdict or the
+    reason why there is none. The same command continues a run that was stopped.
 
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a
     WebDataset tar.
     """
     limits = console.limits_from(options)
+    selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed = options.pop("max_failed")
-    record = score(source, limits=limits, **options)
+    record = score(source, limits=limits, selection=selection, **options)
     return console.exit_code(record["counts"], record["rows"], allowed)
 
 
@@ -44,77 +61,137 @@ def score(
     *,
     detector: str,
     out: str,
+    selection: Selection | None = None,
     batch_size: int = 32,
-    limit: int | None = None,
+    reuse: bool = True,
+    wait: bool = False,
     clip_weights: str | None = None,
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Score a source and publish; returns the run's record. All checks come before Ray or a model is started."""
-    from jobs import ledger
-    from jobs.ledger import Run
-    from jobs.plan import write_manifest
-    from jobs.sources import Source
+    """Score a source and publish; returns the run's record, or one of 0 rows where there was nothing to do.
 
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ConfigError(f"--batch-size and --limit must be at least 1, got {batch_size} and {limit}")
+    A run with the same settings that was not published is continued. Whatever is wrong with the request is found
+    before Ray or a model is started; before torch is, where there is nothing to do.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     started = time.monotonic()
-    limits = limits or DecodeLimits()
-    detector, out = storage.absolute(detector), storage.absolute(out)
+    selection, limits = selection or Selection(), limits or DecodeLimits()
+    source, detector, out = storage.absolute(source), storage.absolute(detector), storage.absolute(out)
+    clip_weights, captioner = storage.model_path(clip_weights), storage.model_path(captioner)
     storage.reachable(detector)
     storage.check_output(out)
-    folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
-    description = bundle.read(folder)
-    listing = Source(source)
-    listing.check()
-    from jobs.stages import Models
-    from nsnet.captions import thumbnail_px
-    from nsnet.clip import find_weights
-    from nsnet.detector import config_of
-    from nsnet.preparation import PreparationConfig
+    description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
+    Source(source).check()
+    settings = {
+        "source": source,
+        "detector_id": description.detector_id,
+        "selection": to_dict(selection),
+        "limits": to_dict(limits),
+        "clip_weights": clip_weights,
+        "captioner": captioner,
+    }
+    with lock.hold(out, wait=wait) as held:
+        run = _unfinished(out, settings) or _plan(out, settings, selection)
+        if run is None:
+            return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
+        plan = storage.read_json(storage.join(run.staging, attempts.SETTINGS))["plan"]
 
-    config = config_of(description)
-    models = Models(
-        detector=detector, clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner)
-    )
-    side = thumbnail_px(models.captioner_folder(config.captioner))
-    if not (folder / bundle.CLIP).is_dir():
-        find_weights(config.clip, models.clip_path())
+        from jobs.stages import Models  # what follows needs torch, which takes seconds to import
+        from nsnet.captions import captioner_id, thumbnail_px
+        from nsnet.clip import find_weights
+        from nsnet.detector import config_of
+        from nsnet.preparation import PreparationConfig
+
+        config = config_of(description)
+        models = Models(
+            detector=detector, clip_weights=clip_weights, captioner=captioner, run_id=run.run_id, reuse=reuse
+        )
+        if not (models.bundle_folder() / bundle.CLIP).is_dir():
+            find_weights(config.clip, models.clip_path())
+        folder = models.captioner_folder(config.captioner)
+        models = replace(models, captioner_id=captioner_id(config.captioner, folder))
+        preparation = PreparationConfig(thumbnail_px=thumbnail_px(folder), patches=config.patches, limits=limits)
+        known = ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if reuse else ()
+        attempt = attempts.begin(run.staging, known)
+        if attempt.accepted:
+            say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
+        if attempt.count:
+            _stream(attempt, source, preparation, config, models, batch_size, address)
+        held.check()
+        record = run.publish(
+            storage.join(run.staging, attempts.MANIFEST),
+            attempt.files(),
+            {
+                "source": source,
+                "left_out": plan["left_out"],
+                "listing": plan["states"],
+                "detector_id": description.detector_id,
+                "captioner_id": models.captioner_id,
+                "attempts": attempt.number,
+                "seconds": round(time.monotonic() - started, 1),  # of the last attempt
+                "settings": {**settings, "batch_size": batch_size, "reuse": reuse, "detector": to_dict(config)},
+                "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+            },
+        )
+        storage.remove_folder(run.staging)
+    say(ledger.summary(record))
+    say(f"verdicts: {run.final}\nrecord:   {run.record}")
+    return record
+
+
+def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
+    """A run with these settings that was planned and not published; remains of published ones are removed."""
+    found = None
+    for run_id, told in attempts.unfinished(out).items():
+        run = Run(out=out, run_id=run_id)
+        if storage.exists(run.record):
+            storage.remove_folder(run.staging)
+        elif told["settings"] == json.loads(json.dumps(settings)):
+            found = run
+        else:
+            differing = sorted(name for name in settings if told["settings"].get(name) != settings[name])
+            say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
+    return found
+
+
+def _plan(out: str, settings: dict[str, Any], selection: Selection) -> Run | None:
+    """Plan a new run; None: there is nothing to do."""
     run = Run(out=out)
-    plan = write_manifest(listing, storage.join(run.staging, "manifest.parquet"), limit)
+    done = ledger.published(out, schema.DONE, detector_id=settings["detector_id"])
+    plan = write_manifest(settings["source"], storage.join(run.staging, attempts.MANIFEST), selection, done)
     say(f"source: {plan.describe()}")
+    if not plan.count:
+        storage.remove_folder(run.staging)
+        return None
+    told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
+    storage.write_json(storage.join(run.staging, attempts.SETTINGS), {"settings": settings, "plan": told})
+    return run
 
+
+def _stream(
+    attempt: Attempt,
+    source: str,
+    preparation: "PreparationConfig",
+    config: "DetectorConfig",
+    models: "Models",
+    batch_size: int,
+    address: str | None,
+) -> None:
+    """Run the pipeline over what the attempt has to do."""
     from jobs import pipeline, resources
     from jobs.stages import Score
 
     resources.connect(address)
-    preparation = PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits)
     stream = pipeline.captioned(
-        plan, preparation, config.captioner, models, keep=pipeline.SCORING_COLUMNS, batch_size=batch_size
-    )
-    stream = stream.through(Score, stream.shares.scorers, stream.models, run.run_id, batch_size, stream.report)
-    stream.write(run.staged_rows, "score", plan.count, ("prepared", "captioned", "scored"))
-    seconds = time.monotonic() - started
-    record = run.publish(
-        plan.uri,
-        {
-            "source": storage.absolute(source),
-            "left_out": plan.left_out,
-            "detector_id": description.detector_id,
-            "seconds": round(seconds, 1),
-            "settings": {
-                "batch_size": batch_size,
-                "limit": limit,
-                "limits": to_dict(limits),
-                "detector": to_dict(config),
-            },
-            "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
-        },
-    )
-    say(ledger.summary(record))
-    say(f"verdicts: {run.final}\nrecord:   {run.record}")
-    return record
+        attempt.todo, source, preparation, config.captioner, models,
+        keep=pipeline.SCORING_COLUMNS, batch_size=batch_size, checkpoint=attempt.checkpoint,
+    )  # fmt: skip
+    stream = stream.through(Score, stream.shares.scorers, stream.models, batch_size, stream.report)
+    stages = ("prepared", "captioned", "scored")
+    stream.write(attempt.rows, "score", attempt.count, stages, attempts.commit_rows(attempt.count))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Source:
             raise SourceError(f"there is no folder or prefix {self.uri}{hint}")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Manifest rows (`schema.LISTED`). Raises what `check` raises."""
+        """Manifest rows (`schema.MANIFEST`). Raises what `check` raises."""
         self.check()
         if not self._is_file():
             rows = self._folder(self.uri)
@@ -123,8 +123,10 @@ class Source:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
                 label, generator, split = labels_from_path(relative, root)
-                labels = {"label": label, "generator": generator, "split": split}
-                yield _row(entry.uri, entry.etag, entry.size_bytes, listed=True, **labels)
+                yield _row(
+                    entry.uri, entry.etag, entry.size_bytes, listed=True, modified_at=entry.modified_at,
+                    label=label, generator=generator, split=split,
+                )  # fmt: skip
 
     def _tar(self, entry: storage.Entry) -> Iterator[dict[str, Any]]:
         """Members of an uncompressed WebDataset tar; `x.cls` beside `x.jpg` may hold the label."""
@@ -159,7 +161,7 @@ class Source:
             from_path, generator, split = labels_from_path(name)
             label = labels.get(_stem(name), from_path)
             yield _row(
-                f"{entry.uri}#{name}", entry.etag, size, listed=True,
+                f"{entry.uri}#{name}", entry.etag, size, listed=True, modified_at=entry.modified_at,
                 container=entry.uri, position=offset, label=label, generator=generator, split=split,
             )  # fmt: skip
 
@@ -174,22 +176,23 @@ class Source:
         if not columns & {"uri", "bytes"}:
             raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
         stored = "bytes" in columns
-        etag = storage.describe(uri).etag if stored else ""
+        own = storage.describe(uri) if stored else None
         wanted = sorted(columns & {"uri", "etag", "size_bytes", "label", "generator", "split"})
         position = 0
         for batch in file.iter_batches(batch_size=8192, columns=wanted):
             for values in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
                 name = values.get("uri")
-                labels = {
+                labels: dict[str, Any] = {
                     "label": _label(values.get("label"), f"{uri}: row {position}"),
                     "generator": _text(values.get("generator")),
                     "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
                 }
-                if stored:
+                if own is not None:
                     row_uri = f"{uri}#{position}" if name is None else str(name)
                     yield _row(
-                        row_uri, f"{etag}-{position}", None, listed=True, container=uri, position=position, **labels
-                    )
+                        row_uri, f"{own.etag}-{position}", None, listed=True, modified_at=own.modified_at,
+                        container=uri, position=position, **labels,
+                    )  # fmt: skip
                 elif name is None:
                     raise SourceError(f"{uri}: row {position} has no uri")
                 else:
@@ -250,7 +253,7 @@ def _open_parquet(container: str, version: str) -> pq.ParquetFile:
 
 def _row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"listed": listed}
-    row |= dict.fromkeys(("container", "position", "label", "generator", "split"))
+    row |= dict.fromkeys(("modified_at", "container", "position", "label", "generator", "split"))
     return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
 
 

@@ -5,11 +5,12 @@ as soon as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mo
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,19 +20,25 @@ import pyarrow as pa
 
 from jobs import schema, sources, storage
 from jobs.guard import GuardedDecoder
+from jobs.storage import Fetched
 from nsnet import bundle
-from nsnet.errors import CaptionError, FetchError, ImageError, ImageTooLargeError, ScoreError
+from nsnet.errors import CaptionError, FetchError, ImageError, ImageTooLargeError, OutageError, ScoreError
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers must not wait for
-    from nsnet.captions import CaptionerConfig
+    from nsnet.captions import Captioner, CaptionerConfig
     from nsnet.clip import ClipConfig
 
 ROWS_PER_BLOCK: Final = 32
 """Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
+OUTAGE_SECONDS: Final = 120.0
+"""How long the store of the pictures may be away before a run stops."""
+OUTAGE_POLL_SECONDS: Final = 5.0
+REMEMBERED: Final = 65_536
+"""Contents whose results an actor remembers."""
 HEAVY: Final = ("mosaic", "patches", "thumbnail")
 """Columns of pixels, as bytes."""
 
@@ -51,6 +58,16 @@ class Models:
     device: str = "cpu"
     threads: int = 1
     """Threads of an actor that computes on the CPU."""
+    run_id: str | None = None
+    """Run that the rows are marked with."""
+    captioner_id: str | None = None
+    """Identity of the captioner."""
+    reuse: bool = True
+    """Compute repeated bytes once."""
+
+    def key(self, row: dict[str, Any]) -> str:
+        """Rows of the same key have the same results."""
+        return str(row["content_hash"] if self.reuse else row["image_id"])
 
     def bundle_folder(self) -> Path:
         """The bundle as a local folder."""
@@ -119,78 +136,161 @@ def _decoder(config: PreparationConfig) -> GuardedDecoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Fetch, hash, decode, select patches, make the thumbnail: one pass over the bytes, CPU only, no torch."""
+    """Fetch, hash, decode, select patches, make the thumbnail: one pass over the bytes, CPU only, no torch.
+
+    A row whose known caption is of these very bytes gets no thumbnail. Raises `OutageError` when the store of the
+    pictures is away for longer than `outage_seconds`: rows that fail for no fault of theirs would be worse.
+    """
 
     config: PreparationConfig
     schema: pa.Schema
     """Columns to keep of the manifest and to add; `mosaic` or `patches`, and `thumbnail`, are binary."""
     report: StageReport = field(default_factory=StageReport)
+    source: str = ""
+    """URI of the source, which must be there for a missing picture to be taken for one."""
+    outage_seconds: float = OUTAGE_SECONDS
 
     def __call__(self, table: pa.Table) -> pa.Table:
         manifest = table.to_pylist()
-        limit = self.config.limits.max_bytes
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            fetched = pool.map(_fetch_with(limit), manifest)
-            rows = [self._row(row, data) for row, data in zip(manifest, fetched, strict=True)]
-        self.report.add(prepared=len(rows), failed=sum(row["status"] == "failed" for row in rows))
+        rows = [self._row(row, data) for row, data in zip(manifest, self._fetch(manifest), strict=True)]
+        again = sum((row["requests"] or 0) > 1 for row in rows)
+        self.report.add(
+            prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
+        )  # fmt: skip
         return to_table(rows, self.schema)
 
-    def _row(self, row: dict[str, Any], fetched: bytes | ImageError) -> dict[str, Any]:
+    def _fetch(self, manifest: Rows) -> list[Fetched | ImageError]:
+        """Bytes or the reason why there are none, of each row; once more where the store was away and came back."""
+        fetch = _fetch_with(self.config.limits.max_bytes)
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            fetched = list(pool.map(fetch, manifest))
+            lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
+            if lost and self._came_back(manifest[lost[0]]):
+                for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
+                    fetched[i] = result
+        return fetched
+
+    def _came_back(self, row: dict[str, Any]) -> bool:
+        """Whether the store of a row was away and answers again; raises `OutageError` when it does not for long."""
+        uri = row["container"] or row["uri"]
+        if storage.answers(uri, self.source):
+            return False
+        end = time.monotonic() + self.outage_seconds
+        while time.monotonic() < end:
+            time.sleep(min(OUTAGE_POLL_SECONDS, self.outage_seconds))
+            if storage.answers(uri, self.source):
+                return True
+        raise OutageError(
+            f"the store of the pictures has not answered for {self.outage_seconds:g} s ({uri}): what was finished is "
+            "kept, run the same command again once it is back"
+        )
+
+    def _row(self, row: dict[str, Any], fetched: Fetched | ImageError) -> dict[str, Any]:
+        row = {**row, "requests": getattr(fetched, "requests", None)}
         if isinstance(fetched, ImageError):
             return failed(row, fetched)
-        row = {**row, "content_hash": hashlib.sha256(fetched).hexdigest(), "size_bytes": len(fetched)}
+        content_hash = hashlib.sha256(fetched.data).hexdigest()
+        row |= {"content_hash": content_hash, "size_bytes": len(fetched.data)}
         try:
-            done = _decoder(self.config).prepare(fetched)
+            done = _decoder(self.config).prepare(fetched.data)
         except ImageError as error:
             return failed(row, error)
         row |= {"width": done.width, "height": done.height, "format": done.format, "frames": done.frames}
-        row |= {"status": "scored", "thumbnail": done.thumbnail.tobytes()}
+        if row.get("known_hash") == content_hash:
+            row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
+        else:
+            row["thumbnail"] = done.thumbnail.tobytes()
+        row["status"] = "scored"
         if "patches" in self.schema.names:
             return {**row, "patches": done.patches.tobytes()}
         return {**row, "mosaic": assemble_mosaic(done.patches, SCORING_SEED).tobytes()}
 
 
-def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], bytes | ImageError]:
-    def fetch(row: dict[str, Any]) -> bytes | ImageError:
+def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageError]:
+    def fetch(row: dict[str, Any]) -> Fetched | ImageError:
         known = row["size_bytes"]
         if known is not None and known > max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
-            data = sources.fetch(row, max_bytes)
-        except Exception as error:  # the per-row boundary: stores raise OSError, botocore's, aiohttp's and more
-            return FetchError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        if len(data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
+            fetched = sources.fetch(row, max_bytes)
+        except FetchError as error:
+            return error
+        if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
             return ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
-        return data
+        return fetched
 
     return fetch
 
 
+class Memory:
+    """Results by content, so that bytes which repeat are computed once; the oldest give way."""
+
+    def __init__(self, entries: int = REMEMBERED) -> None:
+        self.entries = entries
+        self._values: dict[str, Any] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._values[key] = value
+
+    def trim(self) -> None:
+        """Forget what is too much; between batches, so that a batch finds all that it put there."""
+        while len(self._values) > self.entries:
+            del self._values[next(iter(self._values))]
+
+
 class Caption:
-    """Thumbnails to captions, in an actor with the captioner; drops the thumbnail."""
+    """Thumbnails to captions, in an actor with the captioner; drops the thumbnail.
+
+    The captioner is loaded for the first row without a known caption. Every call has the same number of pictures: a
+    caption does then not depend, in its last bits, on the neighbours that a block happened to have.
+    """
 
     def __init__(
         self, models: Models, config: "CaptionerConfig", schema: pa.Schema, batch_size: int, report: StageReport
     ) -> None:
+        self.models, self.config = models, config
+        self.schema, self.batch_size, self.report = schema, batch_size, report
+        self.memory = Memory()
+
+    @cached_property
+    def captioner(self) -> "Captioner":
+        """The model."""
         from nsnet.captions import Captioner
 
-        models.use_threads()
-        self.captioner = Captioner.load(config, models.captioner_folder(config), models.device)
-        self.captioner_id = self.captioner.digest()[:16]
-        self.schema, self.batch_size, self.report = schema, batch_size, report
+        self.models.use_threads()
+        return Captioner.load(self.config, self.models.captioner_folder(self.config), self.models.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, alive = _light_rows(table)
-        side = self.captioner.thumbnail_px
-        for some in _batches(alive, self.batch_size):
-            captions = self.captioner.caption(_pixels(table, "thumbnail", some, (side, side, 3)))
-            for i, caption in zip(some, captions, strict=True):
-                rows[i]["caption"] = caption
+        wanting = [i for i in alive if rows[i].get("caption") is None]
+        for some in _batches(_first_of_each(rows, wanting, self.models, self.memory), self.batch_size):
+            side = self.captioner.thumbnail_px
+            thumbnails = _pixels(table, "thumbnail", some, (side, side, 3))
+            captions = self.captioner.caption(_padded(thumbnails, self.batch_size))
+            for i, caption in zip(some, captions, strict=False):
+                self.memory[self.models.key(rows[i])] = caption
+        for i in alive:
+            if rows[i].get("caption") is None:
+                caption = self.memory[self.models.key(rows[i])]
+                rows[i] |= {"caption": caption, "caption_run_id": self.models.run_id}
                 if caption is None:
                     rows[i] = failed(rows[i], CaptionError("the captioner gave no word"))
+                    continue
+            rows[i]["caption_id"] = caption_id(self.models.captioner_id, rows[i]["content_hash"])
+        self.memory.trim()
         self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
-        rows = [{**row, "captioner_id": self.captioner_id} for row in rows]
         return _with_heavy(rows, table, self.schema)
+
+
+def caption_id(captioner_id: str | None, content_hash: str) -> str:
+    """Identity of a caption: the captioner's, and the first 16 hexadecimal digits of the content's SHA-256."""
+    return f"{captioner_id}-{content_hash[:16]}"
 
 
 class Embed:
@@ -217,41 +317,65 @@ class Embed:
 
 
 class Score:
-    """Mosaics and captions to verdicts, in an actor with the detector; drops the mosaic."""
+    """Mosaics and captions to verdicts, in an actor with the detector; drops the mosaic.
 
-    def __init__(self, models: Models, run_id: str, batch_size: int, report: StageReport) -> None:
+    Every call has the same number of pictures, as in `Caption`: a continued run gives the same bits as a whole one.
+    """
+
+    def __init__(self, models: Models, batch_size: int, report: StageReport) -> None:
         from nsnet.detector import Detector
 
         models.use_threads()
         self.detector = Detector.load(
             models.bundle_folder(), device=models.device, clip_weights=models.clip_path(), captioner=False
         )
-        self.run_id, self.batch_size, self.report = run_id, batch_size, report
+        self.models, self.batch_size, self.report = models, batch_size, report
+        self.memory = Memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, alive = _light_rows(table)
         side = self.detector.config.patches.mosaic_px
-        for some in _batches(alive, self.batch_size):
-            mosaics = _pixels(table, "mosaic", some, (side, side, 3))
-            scores = self.detector.score(mosaics, [rows[i]["caption"] for i in some])
+        for some in _batches(_first_of_each(rows, alive, self.models, self.memory), self.batch_size):
+            mosaics = _padded(_pixels(table, "mosaic", some, (side, side, 3)), self.batch_size)
+            captions = [rows[i]["caption"] for i in some]
+            scores = self.detector.score(mosaics, captions + captions[:1] * (self.batch_size - len(some)))
             for at, i in enumerate(some):
-                if not np.isfinite(scores.logit[at]):
-                    rows[i] = failed(rows[i], ScoreError(f"the logit is {scores.logit[at]}"))
-                    continue
-                rows[i] |= {
+                self.memory[self.models.key(rows[i])] = {
                     "logit": float(scores.logit[at]),
                     "prob_fake": float(scores.prob_fake[at]),
                     "verdict": scores.verdict[at],
                     "residual_energy": float(scores.residual_energy[at]),
                 }
+        for i in alive:
+            result = self.memory[self.models.key(rows[i])]
+            if np.isfinite(result["logit"]):
+                rows[i] |= result
+            else:
+                rows[i] = failed(rows[i], ScoreError(f"the logit is {result['logit']}"))
+        self.memory.trim()
         constant = {
             "threshold": self.detector.calibration.threshold,
             "detector_id": self.detector.detector_id,
-            "run_id": self.run_id,
+            "run_id": self.models.run_id,
             "scored_at": datetime.now(UTC),
         }
         self.report.add(scored=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
         return to_table([{**row, **constant} for row in rows], schema.VERDICTS)
+
+
+def _first_of_each(rows: Rows, positions: list[int], models: Models, memory: Memory) -> list[int]:
+    """Of the rows at these positions, the first of each content that is not remembered yet."""
+    first: dict[str, int] = {}
+    for i in positions:
+        key = models.key(rows[i])
+        if key not in memory:
+            first.setdefault(key, i)
+    return list(first.values())
+
+
+def _padded(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """A batch filled up to a fixed size with its first picture."""
+    return np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
 
 
 def _light_rows(table: pa.Table) -> tuple[Rows, list[int]]:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
 
@@ -58,6 +59,8 @@ class Entry:
     size_bytes: int
     etag: str
     """The store's version of the content: S3's ETag; on disks, size and time of change."""
+    modified_at: datetime
+    """The store's time of the last change."""
 
 
 def absolute(uri: str) -> str:
@@ -137,6 +140,24 @@ def reachable(uri: str) -> None:
     except Exception as error:  # botocore, aiohttp and OS errors share no base
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
         raise StorageError(f"the bucket s3://{bucket} at {endpoint} cannot be reached: {_reason(error)}") from error
+
+
+def answers(uri: str, source: str) -> bool:
+    """Whether the store of an object answers, whatever it says of the object itself.
+
+    A disk answers if the source is there and holds anything: where it is no longer mounted, an empty folder may stand.
+    """
+    try:
+        if not is_local(uri):
+            _page(uri, _bucket_and_key(uri)[1], 1, timeout=REACH_SECONDS)
+        elif is_local(source) and os.path.isdir(source):
+            with os.scandir(source) as items:
+                return next(items, None) is not None
+        elif is_local(source):
+            os.stat(source)
+    except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+        return faults.kind(error) not in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
+    return True
 
 
 def check_output(uri: str) -> None:
@@ -233,7 +254,12 @@ def _list_s3(uri: str, prefix: str, level: int) -> Iterator[tuple[list[Entry], l
 
     def entries(page: dict[str, Any]) -> list[Entry]:
         return [
-            Entry(uri=f"s3://{bucket}/{info['Key']}", size_bytes=int(info["Size"]), etag=_etag(info))
+            Entry(
+                uri=f"s3://{bucket}/{info['Key']}",
+                size_bytes=int(info["Size"]),
+                etag=_etag(info),
+                modified_at=info["LastModified"],
+            )
             for info in page.get("Contents", [])
         ]
 
@@ -303,7 +329,8 @@ def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry
 
 def describe_local(path: str, stat: os.stat_result) -> Entry:
     """A file on disk as an entry."""
-    return Entry(uri=path, size_bytes=stat.st_size, etag=f"{stat.st_size:x}-{stat.st_mtime_ns:x}")
+    changed = datetime.fromtimestamp(stat.st_mtime, UTC)
+    return Entry(uri=path, size_bytes=stat.st_size, etag=f"{stat.st_size:x}-{stat.st_mtime_ns:x}", modified_at=changed)
 
 
 def describe(uri: str) -> Entry:
@@ -312,7 +339,7 @@ def describe(uri: str) -> Entry:
         return describe_local(uri, os.stat(uri))
     system, path = filesystem(uri)
     info = system.info(path)
-    return Entry(uri=uri, size_bytes=int(info["size"]), etag=_etag(info))
+    return Entry(uri=uri, size_bytes=int(info["size"]), etag=_etag(info), modified_at=info["LastModified"])
 
 
 def _etag(info: dict[str, Any]) -> str:
@@ -470,7 +497,8 @@ def _same(uri: str, data: bytes) -> bool:
 def age_seconds(uri: str) -> float:
     """Seconds since an object was written, by the clock of its store. Raises `FileNotFoundError`."""
     if is_local(uri):
-        return time.time() - os.stat(uri).st_mtime
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(uri), prefix=".now-") as probe:
+            return os.stat(probe.name).st_mtime - os.stat(uri).st_mtime
     bucket, key = _bucket_and_key(uri)
     answer = filesystem(uri)[0].call_s3("head_object", Bucket=bucket, Key=key)
     now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

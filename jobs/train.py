@@ -150,13 +150,13 @@ def _examples(
     """Prepare the examples, or find them prepared; returns their folder and what is worth recording."""
     from jobs import schema
     from jobs.plan import write_manifest
-    from jobs.sources import Source
 
     done = storage.join(work, EXAMPLES_DONE)
     if storage.exists(done):
         note = storage.read_json(done)
         return storage.join(work, note.pop("folder")), note
-    plan = write_manifest(Source(source), storage.join(work, "manifest.parquet"))
+    source = storage.absolute(source)
+    plan = write_manifest(source, storage.join(work, "manifest.parquet"))
     say(f"source: {plan.describe()}")
     if plan.labels.get(None):
         raise SourceError(
@@ -178,7 +178,13 @@ def _examples(
     # A fresh folder each time: rows of a preparation that was stopped are not mixed with these.
     name = f"examples-{secrets.token_hex(4)}"
     stream = pipeline.captioned(
-        plan, preparation, recipe.detector.captioner, models, keep=keep, batch_size=recipe.training.batch_size
+        plan.uri,
+        source,
+        preparation,
+        recipe.detector.captioner,
+        models,
+        keep=keep,
+        batch_size=recipe.training.batch_size,
     )
     with_features = keep.append(schema.text_features())
     stream = stream.through(

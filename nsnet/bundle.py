@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nsnet.digest import file_digest
 from nsnet.errors import BundleError
 
 FORMAT_VERSION: Final = 1
@@ -52,7 +53,7 @@ def seal(
     folder: Path, *, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any], clip_digest: str
 ) -> Description:
     """Write the model card and, last, `detector.json` over the files that lie in the folder."""
-    files = {name: _sha256(folder / name) for name in _members(folder)}
+    files = {name: file_digest(folder / name) for name in _members(folder)}
     strange = [name for name in files if Path(name).suffix not in SUFFIXES]
     if strange:
         raise BundleError(f"a bundle holds only {', '.join(sorted(SUFFIXES))} files, found {', '.join(strange)}")
@@ -102,7 +103,7 @@ def read(folder: Path) -> Description:
             raise BundleError(f"{path} names {name!r}, which does not belong in a bundle")
         if not member.is_file():
             raise BundleError(f"the bundle {folder} is damaged: {name} is missing")
-        if _sha256(member) != expected:
+        if file_digest(member) != expected:
             raise BundleError(f"the bundle {folder} is damaged: the SHA-256 of {name} is not the one that was recorded")
     if strange := [name for name in _members(folder) if name not in description.files]:
         raise BundleError(f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(strange[:9])}")
@@ -159,8 +160,3 @@ def _members(folder: Path) -> list[str]:
 
 def _seal_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,12 +1,21 @@
-"""Identity of weights: equal weights have one digest, whatever file they came from."""
+"""Identity of files, and of weights: equal weights have one digest, whatever file they came from."""
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # reading a bundle must not wait for torch
+    from torch import Tensor
 
 
-def weights_digest(state: Mapping[str, Tensor]) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(state: Mapping[str, "Tensor"]) -> str:
     """SHA-256 (hexadecimal) over names, shapes and values, as fp32, of a model's state; about 1 s per GB."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):

@@ -107,6 +107,10 @@ class FetchError(ImageError):
     """The bytes could not be read from storage."""
 
     stage = "fetch"
+    requests = 1
+    """How often the store was asked."""
+    may_be_outage = False
+    """Whether the store may be to blame, rather than this object."""
 
 
 class ObjectMissingError(FetchError):

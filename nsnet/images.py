@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 
 from nsnet.errors import (
     ConfigError,
@@ -28,10 +29,13 @@ from nsnet.errors import (
 )
 
 FORMATS: Final = (
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI",
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI",
     "SGI", "TIFF", "WEBP",
 )  # fmt: skip
-"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin."""
+"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin; HEIF
+is HEIC."""
+
+register_heif_opener(thumbnails=False)
 
 BACKGROUND: Final = (255, 255, 255)
 """Transparent pictures are flattened on white: their hidden colours are not what a viewer sees."""

@@ -1,0 +1,175 @@
+"""The lock of an output: one run at a time writes there, and a dead holder's lock expires.
+
+`<out>/locks/<number>.json` names a holder; the highest number counts. Its holder writes the file again every
+`HEARTBEAT_SECONDS`; released, or older than `EXPIRY_SECONDS` by the store's own clock, it may be taken over by
+creating the next number, which only one can do. Whoever created a number looks again before believing it: a slow
+competitor may have gone ahead, and not every store makes conditional puts atomic.
+"""
+
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from jobs import storage
+from jobs.console import say
+from nsnet.errors import LockedError
+
+HEARTBEAT_SECONDS: Final = 15.0
+EXPIRY_SECONDS: Final = 60.0
+SETTLE_SECONDS: Final = 1.0
+"""Between creating a lock in an object store and believing it."""
+POLL_SECONDS: Final = 5.0
+"""Between two looks at a lock that is waited for."""
+
+
+@contextmanager
+def hold(out: str, *, wait: bool = False) -> Iterator["Lock"]:
+    """Hold the lock of an output. Raises `LockedError` while another run has it, unless `wait`."""
+    lock = Lock(out)
+    lock.acquire(wait)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+class Lock:
+    """The lock of an output; use `hold`."""
+
+    def __init__(self, out: str) -> None:
+        self.folder = storage.join(out, "locks")
+        self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), **_process(os.getpid())}
+        self._number = 0
+        self._stop = threading.Event()
+        self._lost: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, wait: bool = False) -> None:
+        """Take the lock and keep it by a heartbeat."""
+        told = False
+        while not self._try():
+            holder = self._read(self._highest())
+            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            if not wait:
+                raise LockedError(
+                    f"another run writes to {self.folder.removesuffix('/locks')} ({who}); wait for it with --wait. "
+                    f"The lock of a run that died expires after {EXPIRY_SECONDS:g} s"
+                )
+            if not told:
+                say(f"waiting for another run ({who})")
+                told = True
+            time.sleep(POLL_SECONDS)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise `LockedError` if another run has taken the lock over: then nothing may be published any more."""
+        if self._lost is None and not self._is_ours():
+            self._lost = "it was taken over by another run"
+        if self._lost is not None:
+            raise LockedError(f"the lock {self._uri(self._number)} was lost: {self._lost}; nothing was published")
+
+    def release(self) -> None:
+        """Let the lock go. The file stays, so that numbers only grow."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            if self._is_ours():
+                storage.write_bytes(self._uri(self._number), _encoded({"released": True}))
+        except Exception as error:  # the store is away: the lock expires by itself
+            say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({type(error).__name__})")
+
+    def _try(self) -> bool:
+        highest = self._highest()
+        if highest and not self._is_free(highest):
+            return False
+        number = highest + 1
+        if not storage.create(self._uri(number), _encoded(self._holder)):
+            return False
+        if not storage.is_local(self.folder):
+            time.sleep(SETTLE_SECONDS)
+        self._number = number
+        if not self._is_ours():
+            return False
+        for older in self._numbers():
+            if older < number:
+                storage.remove_file(self._uri(older))
+        return True
+
+    def _is_free(self, number: int) -> bool:
+        holder = self._read(number)
+        if holder.get("released") or _is_dead(holder):
+            return True
+        try:
+            return storage.age_seconds(self._uri(number)) > EXPIRY_SECONDS
+        except FileNotFoundError:
+            return False  # taken over at this moment
+
+    def _is_ours(self) -> bool:
+        return self._highest() == self._number and self._read(self._number).get("token") == self._holder["token"]
+
+    def _beat(self) -> None:
+        """Write the lock again and again. An outage of the store is waited for; only another holder ends it."""
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                if not self._is_ours():
+                    self._lost = "another run took it over, since this one was not heard of for a while"
+                    return
+                storage.write_bytes(self._uri(self._number), _encoded(self._holder))
+            except Exception:  # botocore, aiohttp and OS errors share no base
+                continue
+
+    def _uri(self, number: int) -> str:
+        return storage.join(self.folder, f"{number:08d}.json")
+
+    def _numbers(self) -> list[int]:
+        if storage.is_local(self.folder) and not os.path.isdir(self.folder):
+            return []
+        names = (entry.uri.rpartition("/")[2] for entry in storage.list_files(self.folder))
+        return [int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name)]
+
+    def _highest(self) -> int:
+        return max(self._numbers(), default=0)
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            value = json.loads(storage.read_bytes(self._uri(number))) if number else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+
+def _encoded(holder: dict[str, Any]) -> bytes:
+    return json.dumps(holder).encode()
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """What identifies a process for ever: machine, since its start; pid namespace; pid and its start. {}: not there."""
+    try:
+        return {
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "namespace": os.readlink("/proc/self/ns/pid"),
+            "pid": pid,
+            # after the name, which may hold anything: state is the 3rd field of the line, starttime the 22nd
+            "started": int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]),
+        }
+    except OSError:
+        return {"pid": pid}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine and is gone, so that nobody needs to wait for the expiry."""
+    here = _process(os.getpid())
+    if not all(name in here and here[name] == holder.get(name) for name in ("boot", "namespace")):
+        return False
+    now = _process(int(holder["pid"]))
+    return now.get("started") != holder.get("started")
