@@ -3,7 +3,7 @@
 <out>/staging/<run_id>/manifest.parquet          what was planned
                        run.json                  settings of the run; without it planning was not finished
                        attempt-<n>/accepted.json files with finished rows of earlier attempts, frozen
-                                   todo.parquet  the rest of the manifest, with captions that are known
+                                   todo/         the rest of the manifest, with captions that are known
                                    rows/         verdict rows, as Ray Data writes them
                                    checkpoint/   Ray Data's job checkpoint: a file of rows counts once it is there
 
@@ -14,7 +14,7 @@ actors, never starts.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -29,10 +29,14 @@ MANIFEST: Final = "manifest.parquet"
 SETTINGS: Final = "run.json"
 ID: Final = "image_id"
 IDS: Final = pa.schema([schema.MANIFEST.field(ID)])
-LEAST_COMMIT_ROWS: Final = 256
-MOST_COMMIT_ROWS: Final = 4096
-COMMITS: Final = 4096
+LEAST_COMMIT_ROWS: Final = 64
+MOST_COMMIT_ROWS: Final = 8192
+COMMITS: Final = 1024
 """About how many files of rows a run should write at most."""
+LEAST_TASK_ROWS: Final = 32
+MOST_TASK_ROWS: Final = 1024
+TASKS: Final = 2048
+"""About how many tasks a run should have at most: Ray reads as many files, and a task lost is a task done again."""
 COMMITTED: Final = re.compile(r"(?P<task>.+_\d{6})\.parquet")
 DATA_FILE: Final = re.compile(r"(?P<task>.+_\d{6})-\d+\.parquet")
 
@@ -51,8 +55,8 @@ class Attempt:
 
     @property
     def todo(self) -> str:
-        """Manifest of what is left (`schema.TODO`)."""
-        return storage.join(self.folder, "todo.parquet")
+        """Folder of what is left (`schema.TODO`), a file per task."""
+        return storage.join(self.folder, "todo")
 
     @property
     def rows(self) -> str:
@@ -109,7 +113,7 @@ def begin(staging: str, known: Iterable[pa.RecordBatch]) -> Attempt:
         break
     number = max((int(name.removeprefix("attempt-")) for name in storage.subfolders(staging)), default=0) + 1
     attempt = Attempt(folder=storage.join(staging, f"attempt-{number:04d}"), number=number, accepted=accepted)
-    count = _write_todo(storage.join(staging, MANIFEST), accepted, known, attempt.todo)
+    count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known)
     storage.write_json(
         storage.join(attempt.folder, "accepted.json"), [name.removeprefix(f"{staging}/") for name in accepted]
     )
@@ -121,8 +125,8 @@ def commit_rows(count: int) -> int:
     return min(MOST_COMMIT_ROWS, max(LEAST_COMMIT_ROWS, count // COMMITS))
 
 
-def _write_todo(manifest: str, accepted: list[str], known: Iterable[pa.RecordBatch], uri: str) -> int:
-    """Write the rows of the manifest that no accepted file has, in their order; returns their number.
+def write_todo(manifest: str, folder: str, accepted: Sequence[str] = (), known: Iterable[pa.RecordBatch] = ()) -> int:
+    """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
 
     A known caption is taken over from the same version of the picture, else from one of the same file name and size:
     a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched.
@@ -151,7 +155,9 @@ def _write_todo(manifest: str, accepted: list[str], known: Iterable[pa.RecordBat
             f"left join alike on hash({_file_name('m.uri')}) = alike.name and m.size_bytes = alike.size_bytes "
             "order by n"
         )
-        return parquet.write(batches, schema.TODO, uri)
+        left = rows.number(f"select count(*) from manifest anti join done using ({ID})")
+        task_rows = min(MOST_TASK_ROWS, max(LEAST_TASK_ROWS, left // TASKS))
+        return parquet.write_many(batches, schema.TODO, folder, task_rows)[0]
 
 
 def _number(rows: Database, manifest: str) -> None:

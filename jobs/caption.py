@@ -44,7 +44,7 @@ def caption(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Caption a source; returns the record of what was written."""
-    from jobs import ledger, parquet
+    from jobs import attempts, ledger, parquet
     from jobs.plan import write_manifest
     from jobs.sources import Source
     from jobs.stages import Models
@@ -70,12 +70,14 @@ def caption(
     work = storage.join(out, f"staging-{secrets.token_hex(4)}")
     plan = write_manifest(source, storage.join(work, "manifest.parquet"))
     say(f"source: {plan.describe()}")
+    todo = storage.join(work, "todo")
+    attempts.write_todo(plan.uri, todo)
 
     from jobs import pipeline, resources, schema
 
     resources.connect(address)
     stream = pipeline.captioned(
-        plan.uri,
+        todo,
         source,
         PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits),
         config.captioner,

@@ -63,8 +63,9 @@ def kind(error: BaseException) -> Fault:
     """What an error of botocore, aiohttp or the operating system means."""
     if isinstance(error, ChangedError):
         return Fault.CHANGED
-    if isinstance(error, ClientError):
-        return _kind_of_answer(error.response)
+    answer = error.__cause__ if isinstance(error, OSError) else error  # s3fs makes an OSError of it, and loses a part
+    if isinstance(answer, ClientError):
+        return _kind_of_answer(answer.response)
     if isinstance(error, NoCredentialsError | CredentialRetrievalError):
         return Fault.CREDENTIALS
     if isinstance(error, ParamValidationError):

@@ -1,7 +1,8 @@
 """Parquet on storage, read and written as a stream of batches."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ GROUP_ROWS: Final = 65_536
 """Rows of a row group."""
 READERS: Final = 8
 """Files that are read at a time."""
+WRITERS: Final = 8
+"""Files that are written at a time."""
 
 
 def read(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -47,6 +50,33 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
             writer.write_table(table)
             count += table.num_rows
     return count
+
+
+def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> tuple[int, int]:
+    """Write small files of so many rows each, several at a time; returns the numbers of rows and of files."""
+    count = files = 0
+    with ThreadPoolExecutor(WRITERS) as pool:
+        pending: deque[Future[int]] = deque()
+        for part in _portions(batches, rows):
+            pending.append(pool.submit(write, [part], schema, storage.join(folder, f"part-{files:06d}.parquet")))
+            files += 1
+            if len(pending) > 2 * WRITERS:
+                count += pending.popleft().result()
+        count += sum(written.result() for written in pending)
+    return count, files
+
+
+def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows as batches of exactly so many, the last one aside."""
+    rest: pa.Table | None = None
+    for batch in batches:
+        table = pa.Table.from_batches([batch])
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while rest.num_rows >= rows:
+            yield from rest.slice(0, rows).combine_chunks().to_batches()
+            rest = rest.slice(rows)
+    if rest is not None and rest.num_rows:
+        yield from rest.combine_chunks().to_batches()
 
 
 def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:

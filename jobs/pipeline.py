@@ -62,7 +62,7 @@ class Stream:
 
 
 def captioned(
-    manifest: str,
+    todo: str,
     source: str,
     preparation: PreparationConfig,
     captioner: CaptionerConfig,
@@ -72,7 +72,7 @@ def captioned(
     batch_size: int,
     checkpoint: str | None = None,
 ) -> Stream:
-    """The pipeline up to the captions, over a manifest of a source.
+    """The pipeline up to the captions, over a folder of work that `attempts.write_todo` made from a source's manifest.
 
     `keep`: columns after captioning, thumbnails are dropped there. `checkpoint`: folder of Ray Data's job checkpoint.
     """
@@ -83,13 +83,16 @@ def captioned(
     board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)
     resources.use_checkpoint(checkpoint)
-    system, path = storage.arrow_filesystem(manifest)
-    pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.light_task_cpus)
+    system, path = storage.arrow_filesystem(todo)
+    tasks = len(list(storage.list_files(todo)))
+    # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
+    # would hold a whole CPU as long as the run lasts, which small nodes do not have.
+    pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.task_cpus, override_num_blocks=tasks)
     with_thumbnail = keep.append(pa.field("thumbnail", pa.binary()))
-    dataset = pictures.repartition(target_num_rows_per_block=ROWS_PER_BLOCK).map_batches(
-        Prepare(config=preparation, schema=with_thumbnail, report=report, source=source),
+    dataset = pictures.map_batches(
+        Prepare(config=preparation, schema=with_thumbnail, report=report, source=source).in_blocks,
         batch_format="pyarrow",
-        batch_size=ROWS_PER_BLOCK,
+        batch_size=None,  # a whole file; with a number Ray would not put reading and preparing together
         zero_copy_batch=True,
         compute=TaskPoolStrategy(),
         num_cpus=shares.task_cpus,

@@ -10,6 +10,9 @@ from nsnet.errors import StorageError
 OBJECT_STORE_BYTES: Final = 2 * 2**30
 """Object store of an embedded cluster: pictures stream through it, they do not collect there."""
 
+BLOCK_BYTES: Final = 16 * 2**20
+"""Largest block between stages: some 32 pictures with BLIP's thumbnails, small enough to stream."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
@@ -33,25 +36,27 @@ class Shares:
     """Threads of an actor that computes on the CPU."""
 
 
-def shares(cpus: float, gpus: float) -> Shares:
-    """Shares of a cluster with so many CPUs and GPUs.
+def shares(cpus: float, gpus: float, node_cpus: float | None = None) -> Shares:
+    """Shares of a cluster with so many CPUs and GPUs, whose smallest node with CPUs has `node_cpus` (None: all).
 
     Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
-    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A captioner and a scorer share a GPU; without GPUs there
-    is one pair per 8 CPUs, whose threads use them.
+    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A pair of actors and a task fit on any node, so that
+    work goes on where one node is left. A captioner and a scorer share a GPU; without GPUs there is one pair per 8
+    CPUs, whose threads use them.
     """
+    node_cpus = cpus if node_cpus is None else node_cpus
     if cpus <= 0:
         raise StorageError("the cluster has no CPU for decoding: add CPU workers")
     pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
-    actor_cpus = min(1.0, cpus / 8.0 / pairs)
+    actor_cpus = min(1.0, cpus / 8.0 / pairs, node_cpus / 8.0)
     return Shares(
         cpus=cpus,
         captioners=pairs,
         scorers=pairs,
         actor_cpus=actor_cpus,
         actor_gpus=0.5 if gpus >= 1 else 0.0,
-        task_cpus=min(1.0, 0.375 * cpus),
-        light_task_cpus=min(0.5, cpus / 16.0),
+        task_cpus=min(1.0, 0.375 * node_cpus),
+        light_task_cpus=min(0.5, node_cpus / 16.0),
         threads=max(1, min(4, int(cpus) // 2)),
     )
 
@@ -63,6 +68,8 @@ def connect(address: str | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The share of the cluster that a killed driver asked for is kept from its successor for so long, instead of 180 s.
+    os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
     # Ray's C++ side prints advice on its own actors as errors; failures that matter reach Python.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
@@ -90,6 +97,7 @@ def configure_data() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
     if hasattr(context, "use_datasource_v2"):
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
@@ -115,7 +123,11 @@ def use_checkpoint(uri: str | None) -> None:
 
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
-    return shares(*_size())
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    sizes = [node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]]
+    return shares(*_size(), min(filter(None, sizes), default=None))
 
 
 def _size() -> tuple[float, float]:

@@ -6,7 +6,7 @@ as soon as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mo
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -146,7 +146,7 @@ class Prepare:
     schema: pa.Schema
     """Columns to keep of the manifest and to add; `mosaic` or `patches`, and `thumbnail`, are binary."""
     report: StageReport = field(default_factory=StageReport)
-    source: str = ""
+    source: str | None = None
     """URI of the source, which must be there for a missing picture to be taken for one."""
     outage_seconds: float = OUTAGE_SECONDS
 
@@ -158,6 +158,11 @@ class Prepare:
             prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
         )  # fmt: skip
         return to_table(rows, self.schema)
+
+    def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
+        """The same for a long table, in blocks that leave as they are done."""
+        for start in range(0, table.num_rows, ROWS_PER_BLOCK):
+            yield self(table.slice(start, ROWS_PER_BLOCK))
 
     def _fetch(self, manifest: Rows) -> list[Fetched | ImageError]:
         """Bytes or the reason why there are none, of each row; once more where the store was away and came back."""

@@ -142,7 +142,7 @@ def reachable(uri: str) -> None:
         raise StorageError(f"the bucket s3://{bucket} at {endpoint} cannot be reached: {_reason(error)}") from error
 
 
-def answers(uri: str, source: str) -> bool:
+def answers(uri: str, source: str | None) -> bool:
     """Whether the store of an object answers, whatever it says of the object itself.
 
     A disk answers if the source is there and holds anything: where it is no longer mounted, an empty folder may stand.
@@ -150,10 +150,10 @@ def answers(uri: str, source: str) -> bool:
     try:
         if not is_local(uri):
             _page(uri, _bucket_and_key(uri)[1], 1, timeout=REACH_SECONDS)
-        elif is_local(source) and os.path.isdir(source):
+        elif source and os.path.isdir(source):
             with os.scandir(source) as items:
                 return next(items, None) is not None
-        elif is_local(source):
+        elif source and is_local(source):
             os.stat(source)
     except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
         return faults.kind(error) not in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
@@ -227,9 +227,9 @@ def _walk(root: Any, listing: Callable[[Any], Iterator[tuple[list[Entry], list[A
             for entries, further in listing(folder):
                 if stop.is_set():
                     return
+                put((entries, len(further)))  # before they are begun: the count must not fall to 0 meanwhile
                 for item in further:
                     pool.submit(work, item)
-                put((entries, len(further)))
             put(([], -1))
         except BaseException as error:
             put(error)
@@ -422,6 +422,8 @@ async def _get_object(system: Any, uri: str, start: int, length: int | None, eta
     except ClientError as error:
         if error.response.get("Error", {}).get("Code") != "InvalidRange":
             raise
+        if etag and (now := _etag(await client.head_object(Bucket=bucket, Key=key))) != etag:
+            raise faults.ChangedError(f"it was replaced since it was listed (ETag {now}, not {etag})") from None
         return b"", _retries(error.response)  # as on a disk: there is nothing from there on
     if len(data) != answer["ContentLength"]:
         raise faults.CutError(f"{len(data)} of {answer['ContentLength']} bytes came")

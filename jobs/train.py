@@ -169,7 +169,7 @@ def _examples(
 
     storage.write_json(storage.join(work, SETTINGS), settings)  # from here on the place belongs to this training
 
-    from jobs import pipeline, resources
+    from jobs import attempts, pipeline, resources
     from jobs.stages import Embed
 
     resources.connect(address)
@@ -177,8 +177,10 @@ def _examples(
     keep = pipeline.with_pixels(columns, "patches")
     # A fresh folder each time: rows of a preparation that was stopped are not mixed with these.
     name = f"examples-{secrets.token_hex(4)}"
+    todo = storage.join(work, f"{name}-todo")
+    attempts.write_todo(plan.uri, todo)
     stream = pipeline.captioned(
-        plan.uri,
+        todo,
         source,
         preparation,
         recipe.detector.captioner,

@@ -44,7 +44,7 @@ MIN_SIDE_PX: Final = 32
 """Patch selection replicates the edge of a shorter side up to this length; the pixel limit counts those pixels too."""
 
 ORIENTATION_TAG: Final = 0x0112
-WHOLE_RANGE: Final = ("PNG", "PPM", "JPEG2000")
+WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 """Formats whose 16-bit samples use all 16 bits."""
 
 
@@ -218,9 +218,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: npt.NDArray[np.generic], image_format: str | None) -> npt.NDArray[np.uint8]:
     """Scale an (H, W) array of more than 8 bits to uint8; Pillow's own conversion saturates it to white.
 
-    PNG, PGM and JPEG 2000 use the whole range of 16 bits. A TIFF, or an array in memory, may hold fewer bits in 16:
-    there the range is the smallest of the usual depths that holds the brightest sample. Floating point up to 1.0 is
-    taken as [0, 1].
+    PNG, PGM, JPEG 2000 and HEIC (as pillow-heif gives it) use the whole range of 16 bits. A TIFF, or an array in
+    memory, may hold fewer bits in 16: there the range is the smallest of the usual depths that holds the brightest
+    sample. Floating point up to 1.0 is taken as [0, 1].
     """
     samples = values.astype(np.float32)
     if not np.isfinite(samples).all():

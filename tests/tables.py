@@ -5,15 +5,17 @@ import logging
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -54,13 +56,38 @@ def put(place: str, files: Mapping[str, bytes]) -> str:
 
 def manifest_row(uri: str | Path, **values: Any) -> dict[str, Any]:
     """A row of a manifest."""
-    row = dict.fromkeys(schema.MANIFEST.names) | {"uri": str(uri), "etag": ""} | values
+    row = dict.fromkeys(schema.MANIFEST.names) | {"uri": str(uri), "etag": "", "listed": False} | values
     return row | {"image_id": values.get("image_id", image_id(row["uri"], row["etag"]))}
 
 
 def manifest_table(*rows: dict[str, Any]) -> pa.Table:
-    """Manifest rows as the table that a stage is given."""
+    """Manifest rows as a table."""
     return pa.Table.from_pylist(list(rows), schema=schema.MANIFEST)
+
+
+def todo_row(uri: str | Path, **values: Any) -> dict[str, Any]:
+    """A row of what an attempt has to do: a manifest row, without a known caption unless it is given."""
+    return dict.fromkeys(schema.TODO.names) | manifest_row(uri, **values)
+
+
+def todo_table(*rows: dict[str, Any]) -> pa.Table:
+    """Rows of what an attempt has to do as the table that a stage is given."""
+    return pa.Table.from_pylist(list(rows), schema=schema.TODO)
+
+
+def batches(rows: Iterable[Mapping[str, Any]], columns: pa.Schema, size: int = 1000) -> Iterator[pa.RecordBatch]:
+    """Rows as a stream of Arrow batches of this schema; keys that it does not have are dropped."""
+    left = iter(rows)
+    while some := [dict(row) for row in islice(left, size)]:
+        yield pa.RecordBatch.from_pylist(some, schema=columns)
+
+
+def read_rows(uri: str) -> list[dict[str, Any]]:
+    """All rows of a Parquet file, on a disk or in a bucket."""
+    system, path = storage.arrow_filesystem(uri)
+    with pq.ParquetFile(path, filesystem=system) as file:  # a folder `run_id=...` above it is no column
+        rows: list[dict[str, Any]] = file.read().to_pylist()
+    return rows
 
 
 def verdict_row(uri: str, prob_fake: float | None, **values: Any) -> dict[str, Any]:

@@ -62,7 +62,6 @@ def test_tiny_captioner_survives_a_round_trip_through_a_folder(
     captioner.save(tmp_path)
     loaded = Captioner.load(TINY, tmp_path)
     assert loaded.caption(thumbnails) == captioner.caption(thumbnails)
-    assert loaded.digest() == captioner.digest()
     assert loaded.thumbnail_px == captioner.thumbnail_px == captions.thumbnail_px(tmp_path) == captions.TINY_SIDE_PX
     assert torch.equal(loaded.mean, captioner.mean) and torch.equal(loaded.std, captioner.std)
 
@@ -72,7 +71,6 @@ def test_tiny_captioner_is_a_function_of_its_seed(captioner: Captioner, thumbnai
     same, other = Captioner.load(TINY), Captioner.load(replace(TINY, seed=1))
     assert torch.equal(torch.random.get_rng_state(), state), "loading must not disturb other random numbers"
     assert same.caption(thumbnails) == captioner.caption(thumbnails) != other.caption(thumbnails)
-    assert same.digest() == captioner.digest() != other.digest()
 
 
 def test_loading_the_tiny_captioner_leaves_nothing_behind(
@@ -195,6 +193,49 @@ def test_wrong_thumbnail_shape_is_refused(shape: tuple[int, ...], captioner: Cap
 def test_caption_length_out_of_range_is_refused(wrong: int) -> None:
     with pytest.raises(ConfigError, match=f"max_new_tokens must be at least 1, got {wrong}"):
         CaptionerConfig(max_new_tokens=wrong)
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_that_of_the_files_wherever_they_lie(folder: Path, copied: Path) -> None:
+    first = captions.captioner_id(TINY, folder)
+    assert len(first) == 16 and set(first) <= set("0123456789abcdef")
+    assert captions.captioner_id(TINY, copied) == first
+    (copied / "README.md").write_text("how it was trained")  # no caption depends on it
+    assert captions.captioner_id(TINY, copied) == first
+
+
+def test_identity_follows_every_weight(folder: Path, copied: Path) -> None:
+    def nudge(state: dict[str, torch.Tensor]) -> None:
+        state["vision_model.post_layernorm.bias"][7] += 1e-6
+
+    rewrite(copied, nudge)
+    assert captions.captioner_id(TINY, copied) != captions.captioner_id(TINY, folder)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "vocab.txt", "tokenizer.json", "config.json"])
+def test_identity_follows_the_files_around_the_weights(name: str, folder: Path, copied: Path) -> None:
+    with (copied / name).open("a") as file:
+        file.write("\n")
+    assert captions.captioner_id(TINY, copied) != captions.captioner_id(TINY, folder)
+
+
+def test_identity_follows_the_name_of_a_file(folder: Path, copied: Path) -> None:
+    (copied / WEIGHTS).rename(copied / "other.safetensors")
+    assert captions.captioner_id(TINY, copied) != captions.captioner_id(TINY, folder)
+
+
+def test_identity_follows_the_length_of_captions(folder: Path) -> None:
+    ids = {captions.captioner_id(replace(TINY, max_new_tokens=n), where) for n in (7, 8, 9) for where in (folder, None)}
+    assert len(ids) == 6
+
+
+def test_identity_of_the_tiny_captioner_is_its_seed(folder: Path) -> None:
+    first, other = (captions.captioner_id(replace(TINY, seed=seed), None) for seed in (0, 1))
+    assert first == captions.captioner_id(TINY, None) != other
+    # a folder's own weights count, not the seed with which the configuration would make others
+    assert captions.captioner_id(TINY, folder) == captions.captioner_id(replace(TINY, seed=1), folder)
 
 
 # --- what is missing or damaged --------------------------------------------------------------------------------------

@@ -56,10 +56,11 @@ def expected_metrics(rows: Rows) -> dict[str, float]:
 
 def publish(out: Path, rows: Rows, run_id: str | None = None) -> Run:
     run = Run(out=str(out), **({"run_id": run_id} if run_id else {}))
-    Path(run.staged_rows).mkdir(parents=True)
-    pq.write_table(verdict_table(*({**row, "run_id": run.run_id} for row in rows)), f"{run.staged_rows}/0.parquet")
-    pq.write_table(manifest_table(*(manifest_row(row["uri"]) for row in rows)), f"{run.staging}/manifest.parquet")
-    run.publish(f"{run.staging}/manifest.parquet", {})
+    Path(run.staging).mkdir(parents=True)
+    manifest, staged = f"{run.staging}/manifest.parquet", f"{run.staging}/rows.parquet"
+    pq.write_table(manifest_table(*(manifest_row(row["uri"]) for row in rows)), manifest)
+    pq.write_table(verdict_table(*({**row, "run_id": run.run_id} for row in rows)), staged)
+    run.publish(manifest, [staged], {})
     return run
 
 

@@ -11,12 +11,13 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ledger, schema, storage
+from jobs import ledger, parquet, schema, storage
 from jobs.ledger import Run, VerificationError
-from nsnet.errors import SourceError
+from nsnet.errors import SourceError, StorageError
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
 URIS = [f"/pictures/{i}.jpg" for i in range(10)]
+DETAILS = {"detector_id": "d" * 16, "captioner_id": "c" * 16}
 
 
 @pytest.fixture
@@ -36,14 +37,20 @@ def write(uri: str, table: pa.Table, **options: Any) -> None:
     pq.write_table(table, path, filesystem=system, **options)
 
 
-def stage(run: Run, *parts: list[dict[str, Any]], planned: list[str] = URIS) -> str:
-    """Stage rows, one file per part, as the pipeline does; returns the manifest."""
+def stage(run: Run, *parts: list[dict[str, Any]], planned: list[str] = URIS) -> tuple[str, list[str]]:
+    """Stage rows, one file per part, as the pipeline does; returns the manifest and those files."""
     manifest = f"{run.staging}/manifest.parquet"
     write(manifest, manifest_table(*(manifest_row(uri) for uri in planned)))
-    for i, rows in enumerate(parts):
-        rows = [{**row, "run_id": run.run_id} for row in rows]
-        write(f"{run.staged_rows}/part-{i}.parquet", verdict_table(*rows))
-    return manifest
+    files = [f"{run.staging}/rows/{i}.parquet" for i in range(len(parts))]
+    for uri, rows in zip(files, parts, strict=True):
+        write(uri, verdict_table(*({**row, "run_id": run.run_id} for row in rows)))
+    return manifest, files
+
+
+def publish(out: str, run_id: str, rows: list[dict[str, Any]], **details: Any) -> dict[str, Any]:
+    """A published run of these rows; returns its record."""
+    run = Run(out=out, run_id=run_id)
+    return run.publish(*stage(run, rows, planned=[row["uri"] for row in rows]), {**DETAILS, **details})
 
 
 def rows_for(uris: list[str], failed: int = 0) -> list[dict[str, Any]]:
@@ -59,10 +66,11 @@ def files_below(place: str) -> list[str]:
 
 def test_published_run_is_its_staged_rows(out: str) -> None:
     run = Run(out=out, run_id="20260102T030405Z-abcdef")
-    manifest = stage(run, rows_for(URIS[:4], failed=2), rows_for(URIS[4:]))
-    record = run.publish(manifest, {"seconds": 1.5, "source": "s"})
+    manifest, staged = stage(run, rows_for(URIS[:4], failed=2), rows_for(URIS[4:]))
+    before = files_below(out)
+    record = run.publish(manifest, staged, {"seconds": 1.5, "source": "s"})
     part = "verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef/part-00000.parquet"
-    assert files_below(out) == ["runs/20260102T030405Z-abcdef.json", part]
+    assert set(files_below(out)) == {*before, "runs/20260102T030405Z-abcdef.json", part}  # staging is still there
     assert storage.read_json(run.record) == record
     assert record["run_id"] == run.run_id and (record["seconds"], record["source"]) == (1.5, "s")
     assert record["rows"] == 10
@@ -83,7 +91,7 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
 def test_files_lie_where_query_engines_look_for_them(tmp_path: Path) -> None:
     run = Run(out=str(tmp_path), run_id="20260102T030405Z-abcdef")
     assert run.final == f"{tmp_path}/verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef"
-    run.publish(stage(run, rows_for(URIS)), {})
+    run.publish(*stage(run, rows_for(URIS)), {})
     assert files_below(str(tmp_path / "verdicts")) == [
         "run_date=2026-01-02/run_id=20260102T030405Z-abcdef/part-00000.parquet"
     ]
@@ -102,7 +110,7 @@ def test_run_ids_are_utc_times_that_differ() -> None:
 
 def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
     rows = [{**row, "caption": None, "format": None} for row in rows_for(URIS, failed=10)]
-    run.publish(stage(run, rows), {})
+    run.publish(*stage(run, rows), {})
     written = pq.read_schema(f"{run.final}/part-00000.parquet")
     assert written.names == schema.VERDICTS.names and written.types == schema.VERDICTS.types
     assert written.field("logit").type == pa.float64() and written.field("label").type == pa.int8()
@@ -110,8 +118,8 @@ def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
 
 def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "ROWS_PER_FILE", 4)
-    monkeypatch.setattr(ledger, "BATCH_ROWS", 2)
-    record = run.publish(stage(run, rows_for(URIS[:5]), rows_for(URIS[5:])), {})
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
+    record = run.publish(*stage(run, rows_for(URIS[:5]), rows_for(URIS[5:])), {})
     sizes = [file["rows"] for file in record["files"]]
     assert sum(sizes) == 10 and len(sizes) >= 2 and all(4 <= size < 6 for size in sizes[:-1])
     names = [f"part-{i:05d}.parquet" for i in range(len(sizes))]
@@ -138,10 +146,10 @@ def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatc
 )
 def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str], message: str, out: str) -> None:
     run = Run(out=out)
-    manifest = stage(run, rows_for(staged[:6]), rows_for(staged[6:]))
+    manifest, files = stage(run, rows_for(staged[:6]), rows_for(staged[6:]))
     before = files_below(out)
     with pytest.raises(VerificationError, match=f"^{message}; nothing was published"):
-        run.publish(manifest, {})
+        run.publish(manifest, files, {})
     assert files_below(out) == before
     assert not storage.exists(f"{out}/verdicts") and not storage.exists(f"{out}/runs")
     assert ledger.runs(out) == []
@@ -149,20 +157,52 @@ def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str],
 
 def test_run_without_any_staged_file_is_not_published(out: str) -> None:
     run = Run(out=out)
-    with pytest.raises(VerificationError, match="no row of run .* was staged"):
-        run.publish(stage(run), {})
+    with pytest.raises(VerificationError, match="10 pictures were planned and 0 rows came: 10 missing"):
+        run.publish(*stage(run), {})
+    assert ledger.runs(out) == []
+
+
+def test_staged_file_that_is_gone_stops_publishing(out: str) -> None:
+    run = Run(out=out)
+    manifest, files = stage(run, rows_for(URIS))
+    with pytest.raises(FileNotFoundError):
+        run.publish(manifest, [*files, f"{run.staging}/rows/gone.parquet"], {})
     assert ledger.runs(out) == []
 
 
 def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
-    manifest = stage(run, rows_for(URIS))
+    manifest, files = stage(run, rows_for(URIS))
     Path(run.out, "runs", f"{run.run_id}.json", "in the way").mkdir(parents=True)
     with pytest.raises(OSError):
-        run.publish(manifest, {})
+        run.publish(manifest, files, {})
     assert files_below(run.final) == ["part-00000.parquet"]  # the files come first
-    assert (Path(run.staged_rows) / "part-0.parquet").exists()  # and nothing is lost
+    assert Path(files[0]).exists()  # and nothing is lost
     with pytest.raises(SourceError, match="holds no published run"):
         ledger.verdicts(run.out)
+
+
+def test_publication_that_was_cut_is_written_anew(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS[:4]), rows_for(URIS[4:8]), rows_for(URIS[8:]))
+    uploaded: list[str] = []
+
+    def upload(path: Path, uri: str) -> None:
+        if len(uploaded) == 2:
+            raise OSError("the network is gone")
+        uploaded.append(uri)
+        storage.write_bytes(uri, path.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "ROWS_PER_FILE", 4)
+        patch.setattr(storage, "upload_file", upload)
+        with pytest.raises(OSError, match="the network is gone"):
+            run.publish(*staged, {})
+    assert files_below(run.final) == ["part-00000.parquet", "part-00001.parquet"]
+    assert ledger.runs(out) == []
+    record = run.publish(*staged, {})  # in files of another size
+    assert files_below(run.final) == ["part-00000.parquet"]
+    assert [file["rows"] for file in record["files"]] == [record["rows"]] == [10]
+    assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
 # What readers see.
@@ -173,8 +213,7 @@ def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
     with pytest.raises(SourceError, match="holds no published run"):
         ledger.verdicts(out)
     for run_id, uris in (("20260103T000000Z-000000", URIS[5:]), ("20260102T000000Z-ffffff", URIS[:5])):
-        run = Run(out=out, run_id=run_id)
-        run.publish(stage(run, rows_for(uris), planned=uris), {})
+        publish(out, run_id, rows_for(uris))
     unfinished = Run(out=out, run_id="20260104T000000Z-000000")
     stage(unfinished, rows_for(["/not yet"]), planned=["/not yet"])
     write(f"{unfinished.final}/part-00000.parquet", verdict_table(verdict_row("/not yet", 0.1)))
@@ -182,9 +221,99 @@ def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
     assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
-def test_publishing_leaves_the_staging_of_others_alone(run: Run) -> None:
+def test_publishing_leaves_all_staging_alone(run: Run) -> None:
     other = Run(out=run.out)
     stage(other, rows_for(URIS))
-    run.publish(stage(run, rows_for(URIS)), {})
-    assert not Path(run.staging).exists()
-    assert (Path(other.staged_rows) / "part-0.parquet").exists()
+    staged = stage(run, rows_for(URIS))
+    before = files_below(f"{run.out}/staging")
+    run.publish(*staged, {})
+    assert files_below(f"{run.out}/staging") == before
+
+
+# What a record counts.
+
+
+def test_record_counts_the_requests_that_the_store_was_sent(run: Run) -> None:
+    requests = [1, 1, 1, 2, 5, None, 1, 1, 3, 0]  # none where the row failed before anything was asked for
+    rows = [{**row, "requests": n} for row, n in zip(rows_for(URIS), requests, strict=True)]
+    record = run.publish(*stage(run, rows[:4], rows[4:]), {})
+    assert record["store"] == {"requests": 15, "asked_again": 3}
+
+
+def test_record_counts_captions_that_were_made_and_reused(run: Run) -> None:
+    makers = [run.run_id] * 3 + ["earlier"] * 4 + ["much earlier"] + [None] * 2
+    rows = [{**row, "caption_run_id": maker} for row, maker in zip(rows_for(URIS), makers, strict=True)]
+    record = run.publish(*stage(run, rows[:2], rows[2:]), {})
+    assert record["captions"] == {"made": 3, "reused": 5}
+
+
+def test_record_of_rows_without_captions_and_requests_counts_none(run: Run) -> None:
+    record = run.publish(*stage(run, rows_for(URIS, failed=10)), {})
+    assert record["captions"] == {"made": 0, "reused": 0} and record["store"] == {"requests": 0, "asked_again": 0}
+    assert record["counts"]["verdict"] == {} and record["counts"]["status"] == {"failed": 10}
+
+
+# What later runs ask of published ones.
+
+
+def asked(out: str, columns: pa.Schema, **whose: str) -> list[dict[str, Any]]:
+    return [row for batch in ledger.published(out, columns, **whose) for row in batch.to_pylist()]
+
+
+def test_published_rows_of_a_detector_come_oldest_run_first(out: str) -> None:
+    publish(out, "20260104T000000Z-000000", rows_for(["/d"]), detector_id="one")
+    publish(out, "20260103T000000Z-000000", rows_for(["/c"]), detector_id="two")
+    publish(out, "20260102T000000Z-000000", rows_for(["/a", "/b"], failed=1), detector_id="one")
+    rows = asked(out, schema.DONE, detector_id="one")
+    assert [(row["uri"], row["status"]) for row in rows] == [("/a", "failed"), ("/b", "scored"), ("/d", "scored")]
+    assert all(list(row) == schema.DONE.names for row in rows)
+    assert [row["uri"] for row in asked(out, schema.DONE, detector_id="two")] == ["/c"]
+    assert asked(out, schema.DONE, detector_id="three") == []
+    assert [row["uri"] for row in asked(out, schema.DONE)] == ["/a", "/b", "/c", "/d"]
+
+
+def test_published_captions_of_a_captioner_come_whatever_the_detector(out: str) -> None:
+    rows = [{**row, "caption": f"a picture of {row['uri']}"} for row in rows_for(["/a", "/b", "/c"])]
+    publish(out, "20260102T000000Z-000000", rows[:1], detector_id="one", captioner_id="blip")
+    publish(out, "20260103T000000Z-000000", rows[1:2], detector_id="two", captioner_id="blip")
+    publish(out, "20260104T000000Z-000000", rows[2:], detector_id="two", captioner_id="other")
+    found = asked(out, schema.CAPTIONED, captioner_id="blip")
+    assert [row["caption"] for row in found] == ["a picture of /a", "a picture of /b"]
+    assert [row["uri"] for row in asked(out, schema.DONE, detector_id="two", captioner_id="blip")] == ["/b"]
+
+
+def test_run_that_named_no_captioner_is_of_none(run: Run) -> None:
+    run.publish(*stage(run, rows_for(URIS)), {"detector_id": "d"})
+    assert asked(run.out, schema.CAPTIONED, captioner_id="blip") == []
+    assert len(asked(run.out, schema.DONE, detector_id="d")) == 10
+
+
+def test_output_without_runs_has_nothing_published(out: str) -> None:
+    assert asked(out, schema.DONE, detector_id="d") == []
+
+
+def test_published_file_that_is_gone_is_named(out: str) -> None:
+    publish(out, "20260102T000000Z-000000", rows_for(["/a"]))
+    publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
+    storage.remove_folder(Run(out=out, run_id="20260103T000000Z-000000").final)
+    stream = ledger.published(out, schema.DONE)
+    assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
+    with pytest.raises(StorageError) as caught:
+        next(stream)
+    assert "run_id=20260103T000000Z-000000/part-00000.parquet is gone" in str(caught.value)
+    assert "its record runs/20260103T000000Z-000000.json" in str(caught.value)
+
+
+def test_files_older_than_a_column_give_nulls(out: str) -> None:
+    run = Run(out=out, run_id="20260102T000000Z-000000")
+    old = verdict_table(verdict_row("/old", 0.2, caption="a cat", caption_run_id="r", requests=1))
+    write(f"{run.final}/part-00000.parquet", old.drop_columns(["caption_run_id", "caption_id", "requests"]))
+    files = [{"path": f"{run.final.removeprefix(out + '/')}/part-00000.parquet", "rows": 1}]
+    storage.write_json(run.record, {"run_id": run.run_id, "files": files, **DETAILS})
+    publish(out, "20260103T000000Z-000000", [verdict_row("/new", 0.2, caption="a dog", caption_run_id="s", requests=2)])
+    rows = asked(out, schema.CAPTIONED, captioner_id=DETAILS["captioner_id"])
+    assert [(row["caption"], row["caption_run_id"]) for row in rows] == [("a cat", None), ("a dog", "s")]
+    table = ledger.verdicts(out).to_table()
+    assert table.schema.equals(schema.VERDICTS)
+    requests = dict(zip(table.column("uri").to_pylist(), table.column("requests").to_pylist(), strict=True))
+    assert requests == {"/old": None, "/new": 2}

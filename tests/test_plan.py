@@ -1,6 +1,9 @@
-"""The plan: a source's listing as a manifest, each picture once, and nothing left behind by a source without any."""
+"""The plan: a source's listing as a manifest, each picture once, less what was done before; nothing left behind by a
+source without any picture."""
 
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +12,36 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import plan, schema, storage
-from jobs.plan import write_manifest
-from jobs.sources import Source
-from nsnet.errors import SourceError, UsageError
+from jobs.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
+from jobs.sources import Source, image_id
+from nsnet.errors import ConfigError, SourceError, UsageError
 from tests.swift import SwiftServer
-from tests.tables import new_bucket, put
+from tests.tables import batches, new_bucket, put
+
+Rows = list[dict[str, Any]]
 
 
-def manifest_of(uri: str) -> list[dict[str, Any]]:
+def manifest_of(uri: str) -> Rows:
     system, path = storage.arrow_filesystem(uri)
     table = pq.read_table(path, filesystem=system)
     assert table.schema.equals(schema.MANIFEST)
     return table.to_pylist()
 
 
+def rows_of(source: str) -> Rows:
+    """What a source lists, sorted: folders come in no order."""
+    return sorted(Source(source).rows(), key=lambda row: row["uri"])
+
+
 def write_parquet(path: Path, columns: dict[str, Any]) -> str:
     pq.write_table(pa.table(columns), path)
     return str(path)
+
+
+def done(*outcomes: tuple[str, str, str]) -> Iterator[pa.RecordBatch]:
+    """What was published of (uri, etag, status), in this order."""
+    rows = ({"image_id": image_id(uri, etag), "uri": uri, "status": status} for uri, etag, status in outcomes)
+    return batches(rows, schema.DONE, size=2)
 
 
 @pytest.fixture
@@ -34,57 +50,296 @@ def pictures(tmp_path: Path) -> str:
     return put(str(tmp_path / "pictures"), {**files, "c.jpg": b"x", "README.md": b"", ".hidden": b""})
 
 
+class Planner:
+    """Plans over manifest Parquet, whose listing has an order, written into one place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.uri = str(folder / "manifest.parquet")
+
+    def __call__(
+        self, listing: list[tuple[str, str]], *outcomes: tuple[str, str, str], **selection: Any
+    ) -> tuple[Plan, list[tuple[str, str]]]:
+        """Plan (uri, etag) pairs of which those outcomes were published -> the plan, and the pairs in the manifest."""
+        source = write_parquet(
+            self.folder / "source.parquet",
+            {"uri": [uri for uri, _ in listing], "etag": [etag for _, etag in listing]},
+        )
+        written = write_manifest(source, self.uri, Selection(**selection), done(*outcomes))
+        rows = manifest_of(self.uri)
+        assert written.count == len(rows)
+        return written, [(row["uri"], row["etag"]) for row in rows]
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Planner:
+    return Planner(tmp_path)
+
+
+# The listing.
+
+
 def test_manifest_holds_the_rows_of_the_source(pictures: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "deep" / "er" / "manifest.parquet")
-    written = write_manifest(Source(pictures), uri)
-    assert manifest_of(uri) == list(Source(pictures).rows())
+    written = write_manifest(pictures, uri)
+    assert sorted(manifest_of(uri), key=lambda row: row["uri"]) == rows_of(pictures)
     assert (written.uri, written.count, written.labels) == (uri, 9, {0: 5, 1: 3, None: 1})
     assert written.left_out == {".md is no picture": 1, "hidden file": 1}
-    assert written.describe() == "9 pictures (1 left out: .md is no picture; 1 left out: hidden file)"
+    assert written.states == {NEW: 9}
+    assert written.describe() == "9 pictures to do (1 left out: .md is no picture; 1 left out: hidden file)"
+
+
+def test_source_is_listed_whole_whichever_folder_is_listed_first(pictures: str) -> None:
+    for _ in range(30):  # folders are listed by threads that overtake each other
+        assert len(rows_of(pictures)) == 9
 
 
 @pytest.mark.s3
 def test_manifest_round_trips_through_a_bucket(s3_environment: SwiftServer) -> None:
     bucket = new_bucket()
     put(f"{bucket}/pictures", {"ü #1?.jpg": b"x", "1_fake/b.png": b"yy"})
-    write_manifest(Source(f"{bucket}/pictures"), f"{bucket}/out/manifest.parquet")
-    assert manifest_of(f"{bucket}/out/manifest.parquet") == list(Source(f"{bucket}/pictures").rows())
+    write_manifest(f"{bucket}/pictures", f"{bucket}/out/manifest.parquet")
+    rows = manifest_of(f"{bucket}/out/manifest.parquet")
+    assert sorted(rows, key=lambda row: row["uri"]) == rows_of(f"{bucket}/pictures")
+    assert all(row["modified_at"] and row["listed"] for row in rows)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 9])
-def test_rows_are_all_written_whatever_the_batch(
-    count: int, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_all_written_whatever_the_batch(count: int, planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "BATCH_ROWS", 4)
-    written = write_manifest(Source(pictures), str(tmp_path / "m.parquet"), limit=count)
-    assert manifest_of(written.uri) == list(Source(pictures).rows())[:count]
+    listing = [(f"/{i}", "1") for i in range(9)]
+    written, rows = planned(listing, limit=count)
+    assert rows == listing[:count]
     assert written.count == count == sum(written.labels.values())
 
 
-def test_limit_beyond_the_source_takes_all(pictures: str, tmp_path: Path) -> None:
-    assert write_manifest(Source(pictures), str(tmp_path / "m.parquet"), limit=1000).count == 9
-
-
-def test_object_listed_twice_is_planned_once_and_counted(tmp_path: Path) -> None:
-    columns = {"uri": ["/a", "/b", "/a", "/a", "/b"], "etag": ["1", "1", "1", "2", "1"]}
-    source = Source(write_parquet(tmp_path / "source.parquet", columns))
-    written = write_manifest(source, str(tmp_path / "m.parquet"))
-    rows = [(row["uri"], row["etag"]) for row in manifest_of(written.uri)]
+def test_object_listed_twice_is_planned_once_and_counted(planned: Planner) -> None:
+    written, rows = planned([("/a", "1"), ("/b", "1"), ("/a", "1"), ("/a", "2"), ("/b", "1")])
     assert rows == [("/a", "1"), ("/b", "1"), ("/a", "2")]
-    assert written.count == 3 and written.left_out == {"listed twice": 2}
+    assert written.left_out == {"listed twice": 2} and written.states == {NEW: 3}
 
 
 def test_source_without_pictures_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     put(str(tmp_path / "source"), {"a.txt": b"", "b.txt": b"", ".c": b""})
     with pytest.raises(SourceError) as caught:
-        write_manifest(Source(str(tmp_path / "source")), str(tmp_path / "out" / "m.parquet"))
+        write_manifest(str(tmp_path / "source"), str(tmp_path / "out" / "m.parquet"))
     assert str(caught.value) == f"{tmp_path}/source holds no pictures (2: .txt is no picture; 1: hidden file)"
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_missing_source_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="there is no folder or prefix"):
+        write_manifest(str(tmp_path / "absent"), str(tmp_path / "out" / "m.parquet"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_output_inside_the_source_is_refused(pictures: str, tmp_path: Path) -> None:
     for place in (f"{pictures}/out/m.parquet", f"{pictures}/m.parquet"):
         with pytest.raises(UsageError, match="--out lies inside the source"):
-            write_manifest(Source(pictures), place)
-    assert len(list(Source(pictures).rows())) == 9
-    write_manifest(Source(pictures), f"{pictures}-out/m.parquet")  # beside it, with the same beginning
+            write_manifest(pictures, place)
+    assert len(rows_of(pictures)) == 9
+    write_manifest(pictures, f"{pictures}-out/m.parquet")  # beside it, with the same beginning
+
+
+# What was done before.
+
+LISTING = [("/new", "1"), ("/changed", "2"), ("/failed", "1"), ("/scored", "1")]
+OUTCOMES = [
+    ("/changed", "1", "scored"),
+    ("/failed", "1", "failed"),
+    ("/scored", "1", "scored"),
+    ("/gone", "1", "scored"),
+]
+
+
+def test_new_changed_failed_and_scored_pictures_are_told_apart(planned: Planner) -> None:
+    written, rows = planned(LISTING, *OUTCOMES)
+    assert rows == [("/new", "1"), ("/changed", "2")]
+    assert list(written.states.items()) == [(NEW, 1), (CHANGED, 1), (FAILED, 1), (SCORED, 1)]
+    assert written.describe() == "2 pictures to do (1 new; 1 changed; 1 failed before; 1 scored before)"
+
+
+def test_retry_takes_what_failed_too(planned: Planner) -> None:
+    _, rows = planned(LISTING, *OUTCOMES, retry_failed=True)
+    assert rows == [("/new", "1"), ("/changed", "2"), ("/failed", "1")]
+
+
+def test_rescore_takes_everything(planned: Planner) -> None:
+    written, rows = planned(LISTING, *OUTCOMES, rescore=True)
+    assert rows == LISTING
+    assert written.states == {NEW: 1, CHANGED: 1, FAILED: 1, SCORED: 1}  # they are told apart nevertheless
+
+
+def test_replaced_file_is_planned_again_and_nothing_else(place: str) -> None:
+    put(f"{place}/pictures", {"a.jpg": b"a", "b.jpg": b"b"})
+    first = manifest_of(write_manifest(f"{place}/pictures", f"{place}/1.parquet").uri)
+    outcomes = [(row["uri"], row["etag"], "scored") for row in first]
+    put(f"{place}/pictures", {"b.jpg": b"bb"})
+    written = write_manifest(f"{place}/pictures", f"{place}/2.parquet", published=done(*outcomes))
+    assert [row["uri"] for row in manifest_of(written.uri)] == [f"{place}/pictures/b.jpg"]
+    assert written.states == {CHANGED: 1, SCORED: 1}
+
+
+def test_nothing_to_do_is_an_empty_manifest(planned: Planner) -> None:
+    written, rows = planned([("/a", "1"), ("/b", "1")], ("/b", "1", "failed"), ("/a", "1", "scored"))
+    assert rows == [] and written.labels == {}
+    assert written.describe() == "0 pictures to do (1 failed before; 1 scored before)"
+
+
+def test_picture_published_in_several_versions_is_planned_once(planned: Planner) -> None:
+    versions = [("/a", "1", "scored"), ("/a", "2", "failed"), ("/a", "3", "scored")]
+    written, rows = planned([("/a", "4")], *versions)
+    assert rows == [("/a", "4")] and written.states == {CHANGED: 1}
+
+
+@pytest.mark.parametrize(("etag", "state"), [("1", SCORED), ("2", FAILED), ("3", SCORED), ("4", CHANGED)])
+def test_each_version_has_an_outcome_of_its_own(etag: str, state: str, planned: Planner) -> None:
+    written, _ = planned([("/a", etag)], ("/a", "1", "scored"), ("/a", "2", "failed"), ("/a", "3", "scored"))
+    assert written.states == {state: 1}
+
+
+@pytest.mark.parametrize("outcomes", [("failed", "scored"), ("scored", "failed"), ("failed", "scored", "failed")])
+def test_picture_that_was_ever_scored_counts_as_scored(outcomes: tuple[str, ...], planned: Planner) -> None:
+    written, rows = planned([("/a", "1")], *(("/a", "1", status) for status in outcomes), retry_failed=True)
+    assert rows == [] and written.states == {SCORED: 1}
+
+
+def test_picture_that_failed_twice_is_counted_once(planned: Planner) -> None:
+    written, rows = planned([("/a", "1")], ("/a", "1", "failed"), ("/a", "1", "failed"), retry_failed=True)
+    assert rows == [("/a", "1")] and written.states == {FAILED: 1} and written.left_out == {}
+
+
+def test_published_rows_flow_by(tmp_path: Path) -> None:
+    total, size = 100_000, 1000
+    alive: set[int] = set()
+    most = 0
+
+    def batch(start: int) -> pa.RecordBatch:
+        nonlocal most
+        uris = [f"/{i}" for i in range(start, start + size)]
+        rows = [{"image_id": image_id(uri, "1"), "uri": uri, "status": "scored"} for uri in uris]
+        made = pa.RecordBatch.from_pylist(rows, schema=schema.DONE)
+        alive.add(start)
+        weakref.finalize(made, alive.discard, start)
+        most = max(most, len(alive))
+        return made
+
+    source = write_parquet(
+        tmp_path / "source.parquet", {"uri": ["/0", f"/{total - 1}", f"/{total}", "/5"], "etag": ["1", "1", "1", "2"]}
+    )
+    written = write_manifest(source, str(tmp_path / "m.parquet"), published=map(batch, range(0, total, size)))
+    assert written.states == {NEW: 1, CHANGED: 1, SCORED: 2}
+    assert [row["uri"] for row in manifest_of(written.uri)] == [f"/{total}", "/5"]
+    assert most <= 3  # the one that is made, and those that the consumer still has in its hands
+
+
+# What is selected.
+
+
+class Drawn(Source):
+    """A source that counts the rows that are drawn from it."""
+
+    count = 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for row in super().rows():
+            Drawn.count += 1
+            yield row
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> type[Drawn]:
+    monkeypatch.setattr(Drawn, "count", 0)
+    monkeypatch.setattr(plan, "Source", Drawn)
+    return Drawn
+
+
+MANY = [(f"/{i}", "1") for i in range(1000)]
+
+
+def test_limit_stops_the_listing(planned: Planner, drawn: type[Drawn]) -> None:
+    written, rows = planned(MANY, limit=10)
+    assert rows == MANY[:10] and drawn.count == 10
+    assert written.states == {NEW: 10}
+
+
+def test_limit_counts_only_pictures_to_do(planned: Planner, drawn: type[Drawn]) -> None:
+    outcomes = [(uri, etag, "scored") for uri, etag in MANY[:100]]
+    _, rows = planned(MANY, *outcomes, limit=10)
+    assert rows == MANY[100:110]
+    assert 110 <= drawn.count <= 220  # asked each time the listing has doubled
+
+
+def test_limit_beyond_the_source_takes_all(planned: Planner, drawn: type[Drawn]) -> None:
+    _, rows = planned(MANY, ("/3", "1", "scored"), limit=999_999)
+    assert rows == MANY[:3] + MANY[4:] and drawn.count == 1000
+
+
+def test_limit_over_a_source_that_was_all_done_ends_with_nothing(planned: Planner, drawn: type[Drawn]) -> None:
+    written, rows = planned(MANY, *((uri, etag, "scored") for uri, etag in MANY), limit=3)
+    assert rows == [] and written.states == {SCORED: 1000} and drawn.count == 1000
+
+
+def test_limit_does_not_count_what_is_listed_twice(planned: Planner) -> None:
+    written, rows = planned([("/a", "1")] * 5 + [("/b", "1"), ("/c", "1")], limit=2)
+    assert rows == [("/a", "1"), ("/b", "1")]
+    assert written.left_out["listed twice"] == 4
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(ConfigError, match=f"--limit must be at least 1, got {limit}"):
+        Selection(limit=limit)
+
+
+def test_shuffled_rows_are_the_same_rows_in_another_order(planned: Planner) -> None:
+    _, rows = planned(MANY, shuffle_seed=0)
+    assert rows != MANY and sorted(rows) == sorted(MANY)
+    moved = sum(a != b for a, b in zip(rows, MANY, strict=True))
+    assert moved > 950  # a few stay by chance
+
+
+def test_shuffled_order_depends_on_the_seed_and_not_on_the_listing(planned: Planner) -> None:
+    _, first = planned(MANY, shuffle_seed=1)
+    assert planned(MANY[::-1], shuffle_seed=1)[1] == first
+    assert planned(MANY, shuffle_seed=2)[1] != first
+
+
+def test_limit_of_a_shuffled_source_is_a_sample_of_all_of_it(planned: Planner, drawn: type[Drawn]) -> None:
+    _, whole = planned(MANY, shuffle_seed=7)
+    drawn.count = 0
+    _, rows = planned(MANY, shuffle_seed=7, limit=50)
+    assert rows == whole[:50] and drawn.count == 1000
+    assert len({int(uri[1:]) // 100 for uri, _ in rows}) > 5  # from everywhere, not from the beginning
+
+
+def test_sample_holds_only_pictures_to_do(planned: Planner) -> None:
+    outcomes = [(uri, etag, "scored") for uri, etag in MANY[:990]]
+    _, rows = planned(MANY, *outcomes, shuffle_seed=0, limit=10)
+    assert sorted(rows) == sorted(MANY[990:])
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "names", "left_out"),
+    [
+        (("0_real/*",), (), ["0_real/0.jpg", "0_real/1.jpg", "0_real/2.jpg", "0_real/3.jpg", "0_real/4.jpg"],
+         {"not included": 4}),
+        (("*/0.jpg", "c.*"), (), ["0_real/0.jpg", "1_fake/0.jpg", "c.jpg"], {"not included": 6}),
+        ((), ("*_*/*",), ["c.jpg"], {"excluded": 8}),
+        (("*/[01].jpg",), ("1_fake/*",), ["0_real/0.jpg", "0_real/1.jpg"], {"excluded": 3, "not included": 4}),
+    ],
+)  # fmt: skip
+def test_globs_choose_pictures_and_the_rest_is_counted(
+    include: tuple[str, ...], exclude: tuple[str, ...], names: list[str], left_out: dict[str, int], pictures: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    selection = Selection(include=include, exclude=exclude)
+    written = write_manifest(pictures, str(tmp_path / "m.parquet"), selection)
+    assert sorted(row["uri"].removeprefix(f"{pictures}/") for row in manifest_of(written.uri)) == names
+    assert written.left_out == {".md is no picture": 1, "hidden file": 1, **left_out}
+    assert written.states == {NEW: len(names)}
+
+
+def test_globs_that_match_nothing_say_so(pictures: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no pictures .*9: not included"):
+        write_manifest(pictures, str(tmp_path / "m.parquet"), Selection(include=("*.png",)))

@@ -1,0 +1,160 @@
+"""A Ray cluster of several nodes on this machine, its processes by their role, and `nsnet score` as a process.
+
+Processes are found below the raylets that the cluster itself started and are killed by their ids, never by name.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+NODES: Final = 3
+STORE_BYTES: Final = 128 * 2**20
+ROLES: Final = ("driver", "captioner", "scorer", "CPU worker", "raylet")
+TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare)"}
+"""How Ray names the processes of the stages."""
+
+
+class Nodes:
+    """A head without CPUs, where drivers attach, and nodes of one CPU that may be killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+        )
+        for _ in range(NODES):
+            self.add()
+
+    def add(self) -> None:
+        """Another node."""
+        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
+
+    @property
+    def address(self) -> str:
+        """What drivers connect to."""
+        return str(self.cluster.address)
+
+    def workers(self, role: str) -> list[psutil.Process]:
+        """Living worker processes that do the work of a role."""
+        found = []
+        for node in self.cluster.worker_nodes:
+            for process in _children(_raylet(node)):
+                with_title = _title(process)
+                if TITLES[role] in with_title:
+                    found.append(process)
+        return found
+
+    def kill(self, role: str, dice: random.Random) -> bool:
+        """Kill -9 one process of a role; False: there is none at this moment."""
+        if role == "raylet":
+            node = dice.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.add()
+            return True
+        victims = self.workers(role)
+        if not victims:
+            return False
+        dice.choice(victims).send_signal(signal.SIGKILL)
+        return True
+
+    def stop(self) -> None:
+        """Stop all nodes."""
+        self.cluster.shutdown()
+
+
+def _raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+class Score:
+    """`nsnet score` in a process of its own; its lines are collected."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.score", *arguments],
+            cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def scored(self) -> int:
+        """Pictures that the last line of progress tells of."""
+        told = [line for line in self.lines if line.startswith("score: scored ")]
+        return int(told[-1].split()[2].partition("/")[0]) if told else 0
+
+    def wait_for(self, condition: Any, seconds: float) -> bool:
+        """Wait until a condition holds; False: the process ended before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.05)
+        return True
+
+    def kill(self) -> None:
+        """Kill -9 the process and what it started itself."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end(60)
+
+    def end(self, seconds: float) -> int:
+        """Wait for the end; the exit code."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"not ended within {seconds} s\n{self.text()}") from None
+        finally:
+            self._reader.join(timeout=10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def text(self) -> str:
+        """The last lines."""
+        return "\n".join(self.lines[-40:])
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[Score]:
+    """A scoring process that does not outlive the block."""
+    score = Score(*arguments)
+    try:
+        yield score
+    finally:
+        if score.process.poll() is None:
+            score.kill()

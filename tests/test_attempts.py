@@ -1,0 +1,456 @@
+"""Attempts: each picture of a manifest is done by exactly one of them, whatever dies and whoever wakes up late."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import attempts, parquet, schema, storage
+from jobs.attempts import LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
+from jobs.sources import image_id
+from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
+
+Rows = list[dict[str, Any]]
+URIS = [f"/pictures/{i}.jpg" for i in range(12)]
+WRITE = "0350u5hCzAVh2Lq0Het1VW_76da3a83828345c7a7b1264e4caa1291"
+"""Ray Data's ids of a dataset and of a write, which its file names begin with."""
+
+
+@pytest.fixture
+def staging(place: str) -> str:
+    return f"{place}/staging/20260102T000000Z-000000"
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> str:
+    return str(tmp_path / "staging" / "20260102T000000Z-000000")
+
+
+def plan(staging: str, *rows: dict[str, Any]) -> None:
+    """The manifest of a run; with no rows those of `URIS`."""
+    planned = rows or tuple(manifest_row(uri) for uri in URIS)
+    parquet.write(batches(planned, schema.MANIFEST), schema.MANIFEST, f"{staging}/manifest.parquet")
+
+
+def write_rows(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> str:
+    """The file of a write task, under the name that Ray Data gives it."""
+    uri = f"{attempt.rows}/{write}_{task:06d}-0.parquet"
+    rows = verdict_table(*(verdict_row(uri, 0.5) for uri in uris))
+    parquet.write(rows.to_batches(), schema.VERDICTS, uri)
+    return uri
+
+
+def checkpoint(attempt: Attempt, task: int, ending: str = "", write: str = WRITE) -> None:
+    """The checkpoint of a write task; `ending`: `.pending`, until its rows are written."""
+    storage.write_bytes(f"{attempt.checkpoint}/{write}_{task:06d}{ending}.parquet", b"ids")
+
+
+def commit(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> str:
+    """What a write task leaves that ended well."""
+    uri = write_rows(attempt, task, uris, write)
+    checkpoint(attempt, task, write=write)
+    return uri
+
+
+def todo_files(attempt: Attempt) -> list[str]:
+    """The files of what an attempt has to do, in their order."""
+    names = storage.list_files(attempt.todo) if storage.exists(attempt.todo) else ()
+    return sorted(entry.uri for entry in names)
+
+
+def todo(attempt: Attempt) -> Rows:
+    """What an attempt has to do, in its order."""
+    rows = [row for uri in todo_files(attempt) for row in read_rows(uri)]
+    assert attempt.count == len(rows)
+    return rows
+
+
+def left_for(attempt: Attempt) -> list[str]:
+    """URIs of what an attempt has to do, in their order."""
+    return [row["uri"] for row in todo(attempt)]
+
+
+def finished(attempt: Attempt) -> list[str]:
+    """URIs of the rows of an attempt and of those before it, sorted."""
+    return sorted(row["uri"] for uri in attempt.files() for row in read_rows(uri))
+
+
+# What is left.
+
+
+def test_first_attempt_has_the_whole_manifest_in_its_order(staging: str) -> None:
+    rows = [manifest_row(uri, etag="v", size_bytes=i, label=i % 2, listed=True) for i, uri in enumerate(URIS[::-1])]
+    plan(staging, *rows)
+    attempt = begin(staging, ())
+    assert (attempt.number, attempt.count, attempt.accepted, attempt.files()) == (1, 12, [], [])
+    assert todo(attempt) == [dict.fromkeys(schema.TODO.names) | row for row in rows]
+
+
+def test_order_of_a_manifest_of_many_batches_is_kept(on_disk: str) -> None:
+    uris = [f"/{i * 7919 % 9001}" for i in range(9001)]
+    plan(on_disk, *(manifest_row(uri) for uri in uris))
+    first = begin(on_disk, ())
+    assert left_for(first) == uris
+    commit(first, 0, uris[100:8500])
+    assert left_for(begin(on_disk, ())) == uris[:100] + uris[8500:]
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 32), (32, 32), (33, 32), (100, 32), (132, 33), (1000, 50)])
+def test_what_is_left_lies_in_a_file_per_task(
+    count: int, rows: int, on_disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "TASKS", 4)
+    monkeypatch.setattr(attempts, "MOST_TASK_ROWS", 50)
+    plan(on_disk, *(manifest_row(f"/{i}") for i in range(count)))
+    sizes = [pq.read_metadata(uri).num_rows for uri in todo_files(begin(on_disk, ()))]
+    assert sizes == [rows] * (count // rows) + [count % rows] * (count % rows > 0)
+
+
+def test_next_attempt_leaves_out_exactly_what_was_committed(staging: str) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    files = [commit(first, 3, [URIS[7], URIS[1]]), commit(first, 11, [URIS[4]])]
+    second = begin(staging, ())
+    assert second.number == 2 and second.accepted == files
+    assert left_for(second) == [uri for i, uri in enumerate(URIS) if i not in (1, 4, 7)]
+    assert finished(second) == [URIS[1], URIS[4], URIS[7]]
+
+
+def test_all_files_of_a_task_count(on_disk: str) -> None:
+    plan(on_disk)
+    first = begin(on_disk, ())
+    write_rows(first, 3, URIS[:2])
+    Path(first.rows, f"{WRITE}_000003-0.parquet").rename(Path(first.rows, f"{WRITE}_000003-1.parquet"))
+    commit(first, 3, URIS[2:4])
+    assert left_for(begin(on_disk, ())) == URIS[4:]
+
+
+def test_pending_checkpoint_does_not_count(staging: str) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    write_rows(first, 0, URIS[:3])
+    checkpoint(first, 0, ".pending")
+    commit(first, 1, URIS[3:5])
+    checkpoint(first, 1, ".pending")  # a checkpoint is copied to its final name before the pending one goes
+    second = begin(staging, ())
+    assert left_for(second) == URIS[:3] + URIS[5:]
+    assert finished(second) == URIS[3:5]
+
+
+def test_rows_without_a_checkpoint_do_not_count(on_disk: str) -> None:
+    plan(on_disk)
+    first = begin(on_disk, ())
+    write_rows(first, 0, URIS[:3])
+    commit(first, 1, URIS[3:5])
+    write_rows(first, 1, URIS[5:7], write="of another write")
+    assert left_for(begin(on_disk, ())) == URIS[:3] + URIS[5:]
+
+
+def test_checkpoint_without_rows_does_not_count(on_disk: str) -> None:
+    plan(on_disk)
+    first = begin(on_disk, ())
+    checkpoint(first, 0)
+    second = begin(on_disk, ())
+    assert second.accepted == [] and left_for(second) == URIS
+
+
+@pytest.mark.parametrize("kept", [0, 4, 0.5, -1])
+def test_damaged_file_is_said_and_its_rows_are_made_again(
+    kept: float, staging: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    whole, damaged = commit(first, 0, URIS[:3]), commit(first, 1, URIS[3:6])
+    content = storage.read_bytes(damaged)
+    storage.write_bytes(damaged, content[: int(kept * len(content)) if kept == 0.5 else int(kept)])
+    second = begin(staging, ())
+    assert second.accepted == [whole] and left_for(second) == URIS[3:]
+    assert f"warning: {damaged} is damaged, its rows are made again" in capsys.readouterr().err
+
+
+def test_other_files_beside_the_rows_are_no_rows(on_disk: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(on_disk)
+    first = begin(on_disk, ())
+    file = commit(first, 0, URIS[:3])
+    name = f"{WRITE}_000000"
+    put(first.rows, {f"{name}-0.parquet.partial-17": b"", f"{name}.txt": b"", f".{name}-0.parquet.crc": b"x"})
+    assert begin(on_disk, ()).accepted == [file]
+    assert capsys.readouterr().err == ""
+
+
+def test_attempts_in_a_row_accumulate(staging: str) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    commit(first, 0, URIS[:3])
+    second = begin(staging, ())
+    commit(second, 0, URIS[6:8])  # tasks are numbered from 0 in every attempt, and rows come in any order
+    commit(second, 1, URIS[3:5])
+    third = begin(staging, ())
+    assert left_for(third) == [URIS[5], *URIS[8:]]
+    commit(third, 0, [URIS[5], *URIS[8:]])
+    assert finished(third) == sorted(URIS)
+    last = begin(staging, ())
+    assert (last.number, last.count, left_for(last)) == (4, 0, [])
+    assert finished(last) == sorted(URIS)
+
+
+def test_last_attempt_sees_what_it_committed_itself(on_disk: str) -> None:
+    plan(on_disk)
+    attempt = begin(on_disk, ())
+    commit(attempt, 1, URIS[6:])
+    assert finished(attempt) == sorted(URIS[6:])
+    commit(attempt, 0, URIS[:6])
+    assert finished(attempt) == sorted(URIS)
+
+
+# Who wakes up late, and who was cut.
+
+
+def test_files_of_a_dead_attempt_that_come_late_are_ignored_for_ever(staging: str) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    commit(first, 0, URIS[:3])
+    write_rows(first, 1, URIS[3:6])
+    checkpoint(first, 1, ".pending")
+    second = begin(staging, ())
+    checkpoint(first, 1)  # a task that outlived its driver
+    commit(first, 2, URIS[6:9])
+    assert left_for(second) == URIS[3:] and finished(second) == URIS[:3]
+    commit(second, 0, URIS[3:8])
+    third = begin(staging, ())
+    assert left_for(third) == URIS[8:]
+    commit(third, 0, URIS[8:])
+    assert Counter(finished(third)) == Counter(URIS)  # each once
+
+
+def test_file_of_an_attempt_before_the_last_is_frozen_even_where_the_last_made_none(on_disk: str) -> None:
+    plan(on_disk)
+    first = begin(on_disk, ())
+    second = begin(on_disk, ())
+    commit(first, 0, URIS[:3])
+    third = begin(on_disk, ())
+    assert third.accepted == [] and left_for(third) == URIS == left_for(second)
+
+
+def test_attempt_that_was_cut_before_it_froze_its_files_is_ignored(
+    staging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(staging)
+    first = begin(staging, ())
+    commit(first, 0, URIS[:3])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_json", lambda uri, value: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                begin(staging, ())
+    assert storage.subfolders(staging) == ["attempt-0001", "attempt-0002", "attempt-0003"]
+    commit(replace(first, folder=f"{staging}/attempt-0003"), 0, URIS[5:7])  # nothing can have written there for us
+    fourth = begin(staging, ())
+    assert fourth.number == 4
+    assert left_for(fourth) == URIS[3:] and finished(fourth) == URIS[:3]
+
+
+def test_attempt_begins_only_once_its_rest_is_written(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(on_disk)
+    written = []
+    real = storage.write_json
+
+    def write_json(uri: str, value: Any) -> None:
+        written.append((Path(uri).name, sorted(path.name for path in Path(uri).parent.iterdir())))
+        real(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", write_json)
+    begin(on_disk, ())
+    assert written == [("accepted.json", ["todo"])]
+
+
+def test_accepted_files_are_found_where_the_output_was_moved(on_disk: str, tmp_path: Path) -> None:
+    plan(on_disk)
+    commit(begin(on_disk, ()), 0, URIS[:3])
+    commit(begin(on_disk, ()), 0, URIS[3:5])
+    (tmp_path / "staging").rename(tmp_path / "moved")
+    third = begin(str(tmp_path / "moved" / Path(on_disk).name), ())
+    assert len(third.accepted) == 2 and left_for(third) == URIS[5:]
+    assert all(uri.startswith(f"{tmp_path}/moved/") for uri in third.accepted)
+
+
+# Known captions.
+
+SAME = manifest_row("/a/cat.jpg", etag="1", size_bytes=10)
+
+
+def captioned(uri: str, etag: str = "1", size_bytes: int | None = 10, **values: Any) -> dict[str, Any]:
+    """A published row with a caption."""
+    told = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}", "caption_run_id": "earlier"}
+    return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **{**told, **values})
+
+
+def known(staging: str, planned: Rows, published: Rows) -> list[tuple[str | None, str | None, str | None]]:
+    """(caption, hash, run) that is known of each planned row."""
+    plan(staging, *planned)
+    attempt = begin(staging, batches(published, schema.CAPTIONED, size=3))
+    rows = todo(attempt)
+    assert [row["uri"] for row in rows] == [row["uri"] for row in planned]
+    return [(row["known_caption"], row["known_hash"], row["known_run_id"]) for row in rows]
+
+
+def of(uri: str, etag: str = "1") -> tuple[str, str, str]:
+    return f"caption of {uri} {etag}", f"hash of {uri} {etag}", "earlier"
+
+
+NOTHING = (None, None, None)
+
+
+def test_caption_of_the_same_version_is_known(staging: str) -> None:
+    assert known(staging, [SAME], [captioned("/a/cat.jpg"), captioned("/a/dog.jpg")]) == [of("/a/cat.jpg")]
+
+
+def test_caption_of_a_copy_is_known_by_file_name_and_size(on_disk: str) -> None:
+    planned = [manifest_row("s3://b/moved/here/cat.jpg", etag="x", size_bytes=10)]
+    assert known(on_disk, planned, [captioned("/a/cat.jpg")]) == [of("/a/cat.jpg")]
+
+
+def test_caption_of_a_touched_file_is_known(on_disk: str) -> None:
+    assert known(on_disk, [{**SAME, "image_id": image_id("/a/cat.jpg", "2")}], [captioned("/a/cat.jpg")]) == [
+        of("/a/cat.jpg")
+    ]
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        captioned("/b/cat.jpg", size_bytes=11),
+        captioned("/b/cat.jpg", size_bytes=None),
+        captioned("/a/dog.jpg"),
+        captioned("/b/a cat.jpg"),
+        captioned("/a/cat.jpg/x"),
+        captioned("/a/cat.jpg", caption=None),
+        captioned("/b/cat.jpg", caption=None),
+        captioned("/a/cat.jpg", content_hash=None),
+    ],
+    ids=[
+        "other size", "unknown size", "other name", "longer name", "folder of that name", "no caption",
+        "copy without caption", "no hash",
+    ],
+)  # fmt: skip
+def test_other_captions_are_not_known(published: dict[str, Any], on_disk: str) -> None:
+    assert known(on_disk, [SAME], [published]) == [NOTHING]
+
+
+def test_unknown_size_is_like_no_size(on_disk: str) -> None:
+    planned = [manifest_row("/b/cat.jpg", size_bytes=None)]
+    assert known(on_disk, planned, [captioned("/a/cat.jpg", size_bytes=None)]) == [NOTHING]
+
+
+def test_same_version_goes_before_a_copy(on_disk: str) -> None:
+    published = [captioned(f"/{i}/cat.jpg") for i in range(10)] + [captioned("/a/cat.jpg")]
+    assert known(on_disk, [SAME], published) == [of("/a/cat.jpg")]
+
+
+def test_copy_helps_where_the_same_version_has_no_caption(on_disk: str) -> None:
+    published = [captioned("/a/cat.jpg", caption=None), captioned("/b/cat.jpg")]
+    assert known(on_disk, [SAME], published) == [of("/b/cat.jpg")]
+
+
+def test_picture_captioned_by_several_runs_is_planned_once(on_disk: str) -> None:
+    published = [captioned("/a/cat.jpg"), captioned("/a/cat.jpg"), captioned("/b/cat.jpg")]
+    assert known(on_disk, [SAME], published) == [of("/a/cat.jpg")]
+
+
+def test_caption_and_hash_are_of_one_picture_among_many_alike(on_disk: str) -> None:
+    uris = [f"/{i}/{i % 3}.jpg" for i in range(30_000)]
+    published = (captioned(uri, caption_run_id=f"run of {uri} 1") for uri in uris)
+    plan(on_disk, *(manifest_row(f"/new/{i}.jpg", size_bytes=10) for i in range(3)))
+    for row in todo(begin(on_disk, batches(published, schema.CAPTIONED))):
+        told = row["known_caption"].removeprefix("caption of ")
+        assert (row["known_hash"], row["known_run_id"]) == (f"hash of {told}", f"run of {told}")
+
+
+def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:
+    plan(on_disk)
+    first = begin(on_disk, batches([captioned(uri) for uri in URIS], schema.CAPTIONED))
+    commit(first, 0, URIS[:3])
+    published = [captioned(uri, etag="") for uri in URIS[:6]] + [captioned("/not/planned.jpg")]
+    second = begin(on_disk, batches(published, schema.CAPTIONED))
+    assert left_for(second) == URIS[3:]
+    assert [row["known_run_id"] for row in todo(second)] == ["earlier"] * 3 + [None] * 6
+
+
+# Runs that were not published.
+
+
+def test_unfinished_runs_are_those_that_were_planned(place: str) -> None:
+    assert unfinished(place) == {}
+    for run_id, name in (("b", "run.json"), ("a", "run.json"), ("cut", "manifest.parquet")):
+        put(
+            f"{place}/staging/{run_id}",
+            {"attempt-0001/rows/x": b"", name: b'{"settings": {"of": "%s"}}' % name.encode()},
+        )
+    put(place, {"runs/cut.json": b"{}", "verdicts/run_id=cut/part.parquet": b""})
+    found = unfinished(place)
+    assert found == {name: {"settings": {"of": "run.json"}} for name in ("a", "b")}
+    assert storage.subfolders(f"{place}/staging") == ["a", "b"]
+    assert storage.exists(f"{place}/staging/a/attempt-0001/rows/x")
+    assert storage.exists(f"{place}/runs/cut.json") and storage.exists(f"{place}/verdicts/run_id=cut/part.parquet")
+
+
+# How much is committed at a time.
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"),
+    [(0, 256), (1, 256), (256 * 4096, 256), (300 * 4096, 300), (4096 * 4096, 4096), (10**9, 4096)],
+)
+def test_rows_of_a_commit(count: int, rows: int) -> None:
+    assert commit_rows(count) == rows
+    assert LEAST_COMMIT_ROWS <= rows <= MOST_COMMIT_ROWS
+
+
+# With Ray Data itself.
+
+
+@pytest.mark.cluster
+@pytest.mark.s3  # the cluster of this suite knows the S3 server
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -> None:
+    import ray.data
+
+    from jobs import resources
+
+    planned = [manifest_row(f"/{i}.jpg", position=i) for i in range(400)]
+    plan(staging, *planned)
+
+    def write(attempt: Attempt, poisoned: int | None) -> None:
+        def check(table: pa.Table) -> pa.Table:
+            if poisoned in table.column("position").to_pylist():
+                end = time.monotonic() + 60
+                while not attempt.committed() and time.monotonic() < end:  # it dies in the middle, however many cores
+                    time.sleep(0.1)
+                raise ValueError("poison")
+            return table
+
+        resources.use_checkpoint(attempt.checkpoint)
+        system, path = storage.arrow_filesystem(attempt.todo)
+        rows = ray.data.read_parquet(path, filesystem=system)
+        system, path = storage.arrow_filesystem(attempt.rows)
+        rows.map_batches(check, batch_format="pyarrow", batch_size=20).write_parquet(
+            path, filesystem=system, min_rows_per_file=40
+        )
+
+    try:
+        first = begin(staging, ())
+        with pytest.raises(Exception, match="poison"):
+            write(first, poisoned=390)
+        second = begin(staging, ())
+        done = set(finished(second))
+        assert left_for(second) == [row["uri"] for row in planned if row["uri"] not in done]
+        assert done and len(second.accepted) == len(first.committed())
+        write(second, poisoned=None)
+    finally:
+        resources.use_checkpoint(None)
+    assert finished(second) == sorted(row["uri"] for row in planned)

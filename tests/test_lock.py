@@ -1,0 +1,438 @@
+"""The lock of an output: one holder at a time, and nobody waits for the dead longer than needed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import lock, storage
+from jobs.lock import EXPIRY_SECONDS, Lock, hold
+from nsnet.errors import LockedError
+from tests.swift import SwiftServer
+from tests.tables import new_bucket
+
+PATIENCE_SECONDS = 60.0
+"""Longest wait for something that takes a moment, on a machine under load."""
+
+HOLDER = """\
+import sys, time
+from jobs import lock
+with lock.hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody competes in these buckets."""
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def out(place: str) -> str:
+    return place
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> str:
+    return str(tmp_path / "out")
+
+
+def numbers(out: str) -> list[str]:
+    """Names of the lock files."""
+    return sorted(entry.uri.rpartition("/")[2] for entry in storage.list_files(f"{out}/locks"))
+
+
+def content(out: str, number: int) -> Any:
+    return json.loads(storage.read_bytes(f"{out}/locks/{number:08d}.json"))
+
+
+def leave(out: str, holder: dict[str, Any] | bytes, number: int = 1) -> None:
+    """A lock that somebody left."""
+    data = holder if isinstance(holder, bytes) else json.dumps(holder).encode()
+    storage.write_bytes(f"{out}/locks/{number:08d}.json", data)
+
+
+def age(out: str, number: int = 1, seconds: float = EXPIRY_SECONDS + 5) -> None:
+    """Let a lock on disk look as if it had been written some time ago."""
+    then = time.time() - seconds
+    os.utime(f"{out}/locks/{number:08d}.json", (then, then))
+
+
+def this_process(**changes: Any) -> dict[str, Any]:
+    """A holder that is this very process."""
+    return {"token": "t", "host": "h", **lock._process(os.getpid()), **changes}
+
+
+OTHER_MACHINE: dict[str, Any] = this_process(boot="00000000-0000-0000-0000-000000000000", host="elsewhere", pid=4711)
+
+
+def assert_free(out: str) -> None:
+    with hold(out):
+        pass
+
+
+def assert_held(out: str) -> None:
+    with pytest.raises(LockedError, match="another run writes to"), hold(out):
+        pytest.fail("two runs hold the lock")
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not reached():
+        assert time.monotonic() < end, f"{what} did not happen within {PATIENCE_SECONDS:g} s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def taken(out: str) -> Iterator[Lock]:
+    """A lock that is held, to be lost in the body."""
+    held = Lock(out)
+    held.acquire()
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+# One holder at a time.
+
+
+def test_second_run_is_refused_and_told_who_writes(out: str) -> None:
+    with hold(out) as held:
+        with pytest.raises(LockedError) as caught:
+            Lock(out).acquire()
+        held.check()
+    assert caught.value.exit_code == 4
+    message = str(caught.value)
+    assert message.startswith(f"another run writes to {out} (process {os.getpid()} on {os.uname().nodename});")
+    assert "--wait" in message and "60 s" in message
+
+
+def test_released_lock_is_free_at_once(out: str) -> None:
+    for number in (1, 2, 3):
+        with hold(out) as held:
+            held.check()
+            assert content(out, number)["pid"] == os.getpid()
+        assert content(out, number) == {"released": True}
+
+
+def test_lock_is_released_when_the_run_fails(on_disk: str) -> None:
+    with pytest.raises(ValueError, match="a bug"), hold(on_disk):
+        raise ValueError("a bug")
+    assert_free(on_disk)
+
+
+def test_numbers_only_grow_and_older_files_go(out: str) -> None:
+    for number in range(1, 5):
+        assert_free(out)
+        assert numbers(out) == [f"{number:08d}.json"]
+    leave(out, {"released": True}, 41)
+    assert_free(out)
+    assert numbers(out) == ["00000042.json"]
+
+
+def test_locks_of_different_outputs_are_different(tmp_path: Path) -> None:
+    with hold(str(tmp_path / "a")), hold(str(tmp_path / "b")), hold(str(tmp_path / "a" / "c")):
+        assert_held(str(tmp_path / "a"))
+
+
+def test_lock_leaves_nothing_but_its_file(on_disk: str) -> None:
+    with hold(on_disk) as held:
+        assert_held(on_disk)
+        held.check()
+    assert [name for _, _, names in os.walk(on_disk) for name in names] == ["00000001.json"]
+
+
+def test_other_files_beside_the_locks_are_no_locks(out: str) -> None:
+    for name in ("00000009.json.partial-1", "x00000009.json", "99.json", "00000009.jsonl", ".00000009.json", "note"):
+        storage.write_bytes(f"{out}/locks/{name}", json.dumps(OTHER_MACHINE).encode())
+    assert_free(out)
+    assert "00000001.json" in numbers(out)
+
+
+@pytest.mark.parametrize("before", ["nothing", "a released lock", "an expired lock", "a dead holder"])
+def test_one_of_many_that_race_wins(before: str, on_disk: str) -> None:
+    racers, rounds = 8, 12
+    for round_ in range(rounds):
+        out = f"{on_disk}-{round_}"
+        if before == "a released lock":
+            leave(out, {"released": True})
+        elif before == "an expired lock":
+            leave(out, OTHER_MACHINE)
+            age(out)
+        elif before == "a dead holder":
+            leave(out, this_process(started=1))
+        start, end = threading.Barrier(racers), threading.Barrier(racers)
+
+        def race(out: str = out, start: threading.Barrier = start, end: threading.Barrier = end) -> bool:
+            racer = Lock(out)
+            start.wait(PATIENCE_SECONDS)
+            try:
+                racer.acquire()
+                won = True
+            except LockedError:
+                won = False
+            end.wait(PATIENCE_SECONDS)  # the winner holds it until all others have tried
+            if won:
+                racer.check()
+            racer.release()
+            return won
+
+        with ThreadPoolExecutor(racers) as pool:
+            outcomes = [racer.result() for racer in [pool.submit(race) for _ in range(racers)]]
+        assert sum(outcomes) == 1
+        assert_free(out)
+
+
+# The dead.
+
+
+def test_lock_of_a_killed_process_of_this_machine_is_free_at_once(on_disk: str) -> None:
+    command = [sys.executable, "-c", HOLDER, on_disk]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            with pytest.raises(LockedError, match=rf"\(process {process.pid} on "):
+                Lock(on_disk).acquire()
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    assert_free(on_disk)
+
+
+def test_holder_whose_pid_was_given_to_another_process_is_dead(on_disk: str) -> None:
+    leave(on_disk, this_process())
+    assert_held(on_disk)
+    leave(on_disk, this_process(started=this_process()["started"] + 1))
+    assert_free(on_disk)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boot": "00000000-0000-0000-0000-000000000000"},
+        {"namespace": "pid:[1]"},  # a container beside this one: its pids say nothing here
+        {"boot": None, "namespace": None, "started": None},  # a system that does not tell
+    ],
+)
+def test_process_that_cannot_be_seen_from_here_is_not_taken_for_dead(changes: dict[str, Any], on_disk: str) -> None:
+    gone = 2**22 + 1  # above the highest pid that Linux gives
+    leave(on_disk, this_process(pid=gone, started=1) | changes)
+    assert_held(on_disk)
+    age(on_disk)
+    assert_free(on_disk)
+
+
+def test_lock_of_another_machine_holds_until_it_expires(on_disk: str) -> None:
+    leave(on_disk, OTHER_MACHINE)
+    with pytest.raises(LockedError, match=r"\(process 4711 on elsewhere\)"):
+        Lock(on_disk).acquire()
+    age(on_disk, seconds=EXPIRY_SECONDS / 2)
+    assert_held(on_disk)
+    age(on_disk, seconds=EXPIRY_SECONDS + 5)
+    assert_free(on_disk)
+    assert numbers(on_disk) == ["00000002.json"]
+
+
+def test_lock_ages_by_the_clock_of_its_store(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic()
+    leave(out, OTHER_MACHINE)
+    assert_held(out)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 1.5)
+
+    def is_free() -> bool:
+        try:
+            assert_free(out)
+        except LockedError:
+            return False
+        return True
+
+    until(is_free, "expiry")
+    assert time.monotonic() - started > 0.25  # S3 tells whole seconds
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe\x00", b"{}", b'{"pid": null}'])
+def test_damaged_lock_is_respected_until_it_expires(data: bytes, on_disk: str) -> None:
+    leave(on_disk, data)
+    assert_held(on_disk)
+    age(on_disk)
+    assert_free(on_disk)
+
+
+# The heartbeat, and those who lost the lock.
+
+
+def test_heartbeat_keeps_a_lock_that_looked_old(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with hold(on_disk) as held:
+        before = content(on_disk, 1)
+        for _ in range(3):
+            age(on_disk)
+            until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+        assert content(on_disk, 1) == before
+        assert_held(on_disk)
+        held.check()
+
+
+@pytest.mark.s3
+def test_heartbeat_writes_the_lock_of_a_bucket_again(
+    s3_environment: SwiftServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = new_bucket()
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with hold(out) as held:
+        first = storage.describe(f"{out}/locks/00000001.json").modified_at
+        until(lambda: storage.describe(f"{out}/locks/00000001.json").modified_at > first, "a heartbeat")
+        held.check()
+
+
+def test_heartbeat_outlives_an_outage_of_the_store(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    failed = threading.Event()
+
+    def away(uri: str, data: bytes) -> None:
+        failed.set()
+        raise OSError("the store is away")
+
+    with hold(on_disk) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "write_bytes", away)
+            assert failed.wait(PATIENCE_SECONDS)
+        age(on_disk)
+        until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+        held.check()
+
+
+def test_holder_whose_lock_was_taken_over_may_not_publish(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with taken(out) as slow:
+        slow.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "EXPIRY_SECONDS", -60.0)  # the slow one was not heard of for long
+            fast = Lock(out)
+            fast.acquire()
+        for _ in range(2):
+            with pytest.raises(LockedError, match=r"locks/00000001\.json was lost: .*; nothing was published"):
+                slow.check()
+        fast.check()
+        slow.release()
+        fast.check()  # a loser lets go of nothing but its own
+        assert content(out, 2)["token"] and numbers(out) == ["00000002.json"]
+        assert_held(out)
+        fast.release()
+    assert_free(out)
+
+
+def test_loss_that_the_heartbeat_noticed_is_final(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with taken(on_disk) as slow:
+        leave(on_disk, OTHER_MACHINE, 2)
+        thread = slow._thread
+        assert thread is not None
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive()
+        storage.remove_file(f"{on_disk}/locks/00000002.json")  # whatever the other one did meanwhile
+        with pytest.raises(LockedError, match="was lost"):
+            slow.check()
+
+
+def test_lock_whose_folder_is_gone_is_lost(on_disk: str) -> None:
+    with taken(on_disk) as held:
+        storage.remove_folder(f"{on_disk}/locks")
+        with pytest.raises(LockedError, match="was lost"):
+            held.check()
+    assert not os.path.exists(f"{on_disk}/locks")
+
+
+def test_lock_that_cannot_be_released_expires_and_the_result_counts(
+    on_disk: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(uri: str, data: bytes) -> None:
+        raise OSError("the store is away")
+
+    with hold(on_disk):
+        monkeypatch.setattr(storage, "write_bytes", away)
+    assert "warning: the lock was not released and expires in 60 s (OSError)" in capsys.readouterr().err
+
+
+def test_slow_competitor_that_creates_a_number_of_the_past_has_not_won(
+    on_disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(on_disk, {"released": True})
+    slow, create = Lock(on_disk), storage.create
+
+    def create_late(uri: str, data: bytes) -> bool:
+        monkeypatch.setattr(storage, "create", create)
+        assert_free(on_disk)  # others take number 2 and 3 and remove what is older
+        fast.acquire()
+        return create(uri, data)
+
+    fast = Lock(on_disk)
+    monkeypatch.setattr(storage, "create", create_late)
+    with pytest.raises(LockedError):
+        slow.acquire()
+    fast.check()
+    fast.release()
+
+
+@pytest.mark.s3
+def test_conditional_put_that_let_two_through_has_one_winner(
+    s3_environment: SwiftServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = new_bucket()
+    create = storage.create
+
+    def create_and_lose(uri: str, data: bytes) -> bool:
+        assert create(uri, data)
+        leave(out, OTHER_MACHINE)  # the other one's put came through as well, and last
+        return True
+
+    monkeypatch.setattr(storage, "create", create_and_lose)
+    with pytest.raises(LockedError, match=r"\(process 4711 on elsewhere\)"):
+        Lock(out).acquire()
+    assert content(out, 1) == OTHER_MACHINE
+
+
+# Waiting.
+
+
+def test_run_that_waits_goes_on_once_the_lock_is_released(
+    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.02)
+    looked, begun = threading.Event(), threading.Event()
+    monkeypatch.setattr(lock, "say", lambda message: (print(message), looked.set()))
+
+    def wait() -> None:
+        with hold(out, wait=True) as held:
+            held.check()
+            begun.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with hold(out) as first:
+            waiting = pool.submit(wait)
+            assert looked.wait(PATIENCE_SECONDS)
+            time.sleep(0.1)  # a few more looks
+            assert not begun.is_set()
+            first.check()
+        waiting.result(PATIENCE_SECONDS)
+    assert begun.is_set()
+    told = capsys.readouterr().out
+    assert told == f"waiting for another run (process {os.getpid()} on {os.uname().nodename})\n"  # once
+
+
+def test_run_that_need_not_wait_does_not(on_disk: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(on_disk, wait=True):
+        pass
+    assert capsys.readouterr().err == ""
