@@ -37,8 +37,8 @@ LEAST_TASK_ROWS: Final = 32
 MOST_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
 """About how many tasks a run should have at most: Ray reads as many files, and a task lost is a task done again."""
-COMMITTED: Final = re.compile(r"(?P<task>.+_\d{6})\.parquet")
-DATA_FILE: Final = re.compile(r"(?P<task>.+_\d{6})-\d+\.parquet")
+COMMITTED: Final = re.compile(r"(?P<task>.+_\d{6,})\.parquet")
+DATA_FILE: Final = re.compile(r"(?P<task>.+_\d{6,})-\d+\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,29 +131,30 @@ def write_todo(manifest: str, folder: str, accepted: Sequence[str] = (), known: 
     A known caption is taken over from the same version of the picture, else from one of the same file name and size:
     a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched.
     """
-    others = ", ".join(f"m.{name}" for name in schema.MANIFEST.names if name != ID)
+    others = ", ".join(name for name in schema.MANIFEST.names if name != ID)
     with database() as rows:
         _number(rows, manifest)
         rows.create("done", f"{ID}::uuid as {ID}", IDS)
         rows.insert("done", parquet.read_small(accepted, IDS))
         rows.create(
             "captions",
-            f"{ID}::uuid as {ID}, hash({_file_name('uri')}) as name, size_bytes, caption as known_caption, "
-            "content_hash as known_hash, caption_run_id as known_run_id",
+            f"{ID}::uuid as {ID}, hash({_file_name('uri')}) as name, size_bytes, "
+            "{'caption': caption, 'hash': content_hash, 'run_id': caption_run_id} as known",
             schema.CAPTIONED,
         )
         rows.insert("captions", known)
-        values = ("known_caption", "known_hash", "known_run_id")
-        usable = "known_caption is not null and known_hash is not null"
-        taken = ", ".join(f"any_value({name}) as {name}" for name in values)
-        chosen = ", ".join(f"coalesce(same.{name}, alike.{name}) as {name}" for name in values)
+        usable = "known.caption is not null and known.hash is not null"
         for table, key in (("same", ID), ("alike", "name, size_bytes")):
-            rows.execute(f"create table {table} as select {key}, {taken} from captions where {usable} group by {key}")
+            rows.execute(
+                f"create table {table} as select {key}, any_value(known) as known from captions where {usable} "
+                f"group by {key}"
+            )
         batches = rows.select(
-            f"select replace(m.{ID}::varchar, '-', '') as {ID}, {others}, {chosen} from manifest m "
-            f"anti join done on m.{ID} = done.{ID} left join same on m.{ID} = same.{ID} "
-            f"left join alike on hash({_file_name('m.uri')}) = alike.name and m.size_bytes = alike.size_bytes "
-            "order by n"
+            f"select replace({ID}::varchar, '-', '') as {ID}, {others}, known.caption as known_caption, "
+            "known.hash as known_hash, known.run_id as known_run_id from ("
+            "select m.*, coalesce(same.known, alike.known) as known "
+            f"from manifest m anti join done on m.{ID} = done.{ID} left join same on m.{ID} = same.{ID} left join alike on hash({_file_name('m.uri')}) = alike.name "
+            "and m.size_bytes = alike.size_bytes) order by n"
         )
         left = rows.number(f"select count(*) from manifest anti join done using ({ID})")
         task_rows = min(MOST_TASK_ROWS, max(LEAST_TASK_ROWS, left // TASKS))

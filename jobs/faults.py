@@ -22,6 +22,8 @@ ATTEMPTS: Final = 6
 """How often an object is asked for before it counts as unreadable."""
 FIRST_WAIT_SECONDS: Final = 0.25
 LONGEST_WAIT_SECONDS: Final = 10.0
+OUTAGE_SECONDS: Final = 120.0
+"""How long the store of the pictures may be away before a run stops."""
 
 
 class Fault(Enum):

@@ -10,7 +10,7 @@ import itertools
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,13 +59,23 @@ class Run:
         """The commit record."""
         return storage.join(self.out, "runs", f"{self.run_id}.json")
 
-    def publish(self, manifest: str, staged: Sequence[str], details: dict[str, Any]) -> dict[str, Any]:
+    def publish(
+        self,
+        manifest: str,
+        staged: Sequence[str],
+        details: dict[str, Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Verify staged files of verdicts against the manifest, write the final files, then the record; returns it.
 
-        Raises `VerificationError` when rows are missing, surplus or doubled; then nothing is published. What a
-        publication left that was cut short is written anew.
+        Raises `VerificationError` when rows are missing, surplus or doubled, or when the run was published already;
+        then nothing is. What a publication left that was cut short is written anew. `check` raises when this process
+        may no longer write here; it is asked before anything is changed, and before the record.
         """
         verify_ids(parquet.read(manifest, IDS), parquet.read_small(staged, IDS))
+        check()
+        if storage.exists(self.record):
+            raise VerificationError(f"run {self.run_id} was published already, by another process")
         storage.remove_folder(self.final)
         counts = Counts()
         files = [
@@ -82,6 +92,7 @@ class Run:
             "files": files,
             **details,
         }
+        check()
         storage.write_json(self.record, record)
         return record
 

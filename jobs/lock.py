@@ -57,7 +57,7 @@ class Lock:
         told = False
         while not self._try():
             holder = self._read(self._highest())
-            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
             if not wait:
                 raise LockedError(
                     f"another run writes to {self.folder.removesuffix('/locks')} ({who}); wait for it with --wait. "
@@ -153,14 +153,15 @@ def _encoded(holder: dict[str, Any]) -> bytes:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What identifies a process for ever: machine, since its start; pid namespace; pid and its start. {}: not there."""
+    """What identifies a process for ever: machine since its start, pid namespace, pid, and its start where it lives."""
     try:
+        # after the name, which may hold anything: state is the 3rd field of the line, starttime the 22nd
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return {
             "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             "namespace": os.readlink("/proc/self/ns/pid"),
             "pid": pid,
-            # after the name, which may hold anything: state is the 3rd field of the line, starttime the 22nd
-            "started": int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]),
+            "started": None if state == "Z" else int(fields[18]),
         }
     except OSError:
         return {"pid": pid}
@@ -171,5 +172,5 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     here = _process(os.getpid())
     if not all(name in here and here[name] == holder.get(name) for name in ("boot", "namespace")):
         return False
-    now = _process(int(holder["pid"]))
+    now = _process(int(holder.get("pid") or 0))
     return now.get("started") != holder.get("started")

@@ -9,6 +9,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from jobs import progress, resources, schema, storage
+from jobs.faults import OUTAGE_SECONDS
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
 from nsnet.captions import CaptionerConfig
@@ -71,6 +72,7 @@ def captioned(
     keep: pa.Schema,
     batch_size: int,
     checkpoint: str | None = None,
+    outage_seconds: float = OUTAGE_SECONDS,
 ) -> Stream:
     """The pipeline up to the captions, over a folder of work that `attempts.write_todo` made from a source's manifest.
 
@@ -90,7 +92,9 @@ def captioned(
     pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.task_cpus, override_num_blocks=tasks)
     with_thumbnail = keep.append(pa.field("thumbnail", pa.binary()))
     dataset = pictures.map_batches(
-        Prepare(config=preparation, schema=with_thumbnail, report=report, source=source).in_blocks,
+        Prepare(
+            config=preparation, schema=with_thumbnail, report=report, source=source, outage_seconds=outage_seconds
+        ).in_blocks,
         batch_format="pyarrow",
         batch_size=None,  # a whole file; with a number Ray would not put reading and preparing together
         zero_copy_batch=True,

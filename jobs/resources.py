@@ -36,19 +36,24 @@ class Shares:
     """Threads of an actor that computes on the CPU."""
 
 
-def shares(cpus: float, gpus: float, node_cpus: float | None = None) -> Shares:
-    """Shares of a cluster with so many CPUs and GPUs, whose smallest node with CPUs has `node_cpus` (None: all).
+def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gpu: float | None = None) -> Shares:
+    """Shares of a cluster with so many CPUs and GPUs.
+
+    `node_cpus`: CPUs of its smallest node that has any; None: all. `cpus_per_gpu`: on its node with the fewest; None:
+    as in the whole cluster.
 
     Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
     two cores, two tasks of 0.75 CPU beside two actors of 0.25. A pair of actors and a task fit on any node, so that
-    work goes on where one node is left. A captioner and a scorer share a GPU; without GPUs there is one pair per 8
-    CPUs, whose threads use them.
+    work goes on where one node is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a
+    GPU; without GPUs there is one pair per 8 CPUs, whose threads use them.
     """
     node_cpus = cpus if node_cpus is None else node_cpus
     if cpus <= 0:
         raise StorageError("the cluster has no CPU for decoding: add CPU workers")
     pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
     actor_cpus = min(1.0, cpus / 8.0 / pairs, node_cpus / 8.0)
+    if gpus >= 1 and cpus_per_gpu is not None:
+        actor_cpus = min(actor_cpus, cpus_per_gpu / 4.0)
     return Shares(
         cpus=cpus,
         captioners=pairs,
@@ -126,8 +131,12 @@ def cluster_shares() -> Shares:
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    sizes = [node["Resources"].get("CPU", 0.0) for node in nodes if node["Alive"]]
-    return shares(*_size(), min(filter(None, sizes), default=None))
+    sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]]
+    return shares(
+        *_size(),
+        node_cpus=min((cpus for cpus, _ in sizes if cpus), default=None),
+        cpus_per_gpu=min((cpus / gpus for cpus, gpus in sizes if gpus), default=None),
+    )
 
 
 def _size() -> tuple[float, float]:

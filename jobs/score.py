@@ -5,13 +5,13 @@ import platform
 import time
 from dataclasses import fields, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from jobs import attempts, console, ledger, lock, schema, storage
-from jobs.attempts import Attempt
 from jobs.console import say
+from jobs.faults import OUTAGE_SECONDS
 from jobs.ledger import Run
 from jobs.plan import Selection, write_manifest
 from jobs.sources import Source
@@ -19,11 +19,6 @@ from nsnet import bundle
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
-
-if TYPE_CHECKING:
-    from jobs.stages import Models
-    from nsnet.detector import DetectorConfig
-    from nsnet.preparation import PreparationConfig
 
 RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers", "peft", "pillow", "numpy", "scipy")
 
@@ -38,6 +33,13 @@ RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers",
     "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
 )
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
+@click.option(
+    "--outage-seconds",
+    type=float,
+    default=OUTAGE_SECONDS,
+    show_default=True,
+    help="Stop, to be continued, when the store of the pictures does not answer for so long.",
+)
 @console.max_failed_option
 @console.weights_options
 @console.limit_options
@@ -65,6 +67,7 @@ def score(
     batch_size: int = 32,
     reuse: bool = True,
     wait: bool = False,
+    outage_seconds: float = OUTAGE_SECONDS,
     clip_weights: str | None = None,
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
@@ -75,8 +78,10 @@ def score(
     A run with the same settings that was not published is continued. Whatever is wrong with the request is found
     before Ray or a model is started; before torch is, where there is nothing to do.
     """
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
+    if batch_size < 1 or outage_seconds < 0:
+        raise ConfigError(
+            f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
+        )
     started = time.monotonic()
     selection, limits = selection or Selection(), limits or DecodeLimits()
     source, detector, out = storage.absolute(source), storage.absolute(detector), storage.absolute(out)
@@ -99,7 +104,8 @@ def score(
             return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
         plan = storage.read_json(storage.join(run.staging, attempts.SETTINGS))["plan"]
 
-        from jobs.stages import Models  # what follows needs torch, which takes seconds to import
+        from jobs import pipeline, resources  # what follows needs Ray and torch, which take seconds to import
+        from jobs.stages import Models, Score
         from nsnet.captions import captioner_id, thumbnail_px
         from nsnet.clip import find_weights
         from nsnet.detector import config_of
@@ -107,8 +113,9 @@ def score(
 
         config = config_of(description)
         models = Models(
-            detector=detector, clip_weights=clip_weights, captioner=captioner, run_id=run.run_id, reuse=reuse
-        )
+            detector=detector, clip_weights=clip_weights, captioner=captioner,
+            run_id=run.run_id, detector_id=description.detector_id, reuse=reuse,
+        )  # fmt: skip
         if not (models.bundle_folder() / bundle.CLIP).is_dir():
             find_weights(config.clip, models.clip_path())
         folder = models.captioner_folder(config.captioner)
@@ -119,12 +126,20 @@ def score(
         if attempt.accepted:
             say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
         if attempt.count:
-            _stream(attempt, source, preparation, config, models, batch_size, address)
-        held.check()
+            resources.connect(address)
+            stream = pipeline.captioned(
+                attempt.todo, source, preparation, config.captioner, models,
+                keep=pipeline.SCORING_COLUMNS, batch_size=batch_size, checkpoint=attempt.checkpoint,
+                outage_seconds=outage_seconds,
+            )  # fmt: skip
+            stream = stream.through(Score, stream.shares.scorers, stream.models, batch_size, stream.report)
+            stages = ("prepared", "captioned", "scored")
+            stream.write(attempt.rows, "score", attempt.count, stages, attempts.commit_rows(attempt.count))
         record = run.publish(
             storage.join(run.staging, attempts.MANIFEST),
             attempt.files(),
-            {
+            check=held.check,
+            details={
                 "source": source,
                 "left_out": plan["left_out"],
                 "listing": plan["states"],
@@ -169,29 +184,6 @@ def _plan(out: str, settings: dict[str, Any], selection: Selection) -> Run | Non
     told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
     storage.write_json(storage.join(run.staging, attempts.SETTINGS), {"settings": settings, "plan": told})
     return run
-
-
-def _stream(
-    attempt: Attempt,
-    source: str,
-    preparation: "PreparationConfig",
-    config: "DetectorConfig",
-    models: "Models",
-    batch_size: int,
-    address: str | None,
-) -> None:
-    """Run the pipeline over what the attempt has to do."""
-    from jobs import pipeline, resources
-    from jobs.stages import Score
-
-    resources.connect(address)
-    stream = pipeline.captioned(
-        attempt.todo, source, preparation, config.captioner, models,
-        keep=pipeline.SCORING_COLUMNS, batch_size=batch_size, checkpoint=attempt.checkpoint,
-    )  # fmt: skip
-    stream = stream.through(Score, stream.shares.scorers, stream.models, batch_size, stream.report)
-    stages = ("prepared", "captioned", "scored")
-    stream.write(attempt.rows, "score", attempt.count, stages, attempts.commit_rows(attempt.count))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jobs import schema, sources, storage
+from jobs.faults import OUTAGE_SECONDS
 from jobs.guard import GuardedDecoder
 from jobs.storage import Fetched
 from nsnet import bundle
-from nsnet.errors import CaptionError, FetchError, ImageError, ImageTooLargeError, OutageError, ScoreError
+from nsnet.errors import (
+    BundleError,
+    CaptionError,
+    FetchError,
+    ImageError,
+    ImageTooLargeError,
+    ObjectMissingError,
+    OutageError,
+    ScoreError,
+)
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig
 
@@ -34,8 +44,6 @@ ROWS_PER_BLOCK: Final = 32
 """Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
-OUTAGE_SECONDS: Final = 120.0
-"""How long the store of the pictures may be away before a run stops."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 REMEMBERED: Final = 65_536
 """Contents whose results an actor remembers."""
@@ -60,14 +68,16 @@ class Models:
     """Threads of an actor that computes on the CPU."""
     run_id: str | None = None
     """Run that the rows are marked with."""
+    detector_id: str | None = None
+    """Identity of the detector, which the bundle must still have when an actor loads it."""
     captioner_id: str | None = None
     """Identity of the captioner."""
     reuse: bool = True
     """Compute repeated bytes once."""
 
     def key(self, row: dict[str, Any]) -> str:
-        """Rows of the same key have the same results."""
-        return str(row["content_hash"] if self.reuse else row["image_id"])
+        """Rows of the same key have the same results. A known caption belongs to it: that of a copy may be another."""
+        return f"{row['content_hash'] if self.reuse else row['image_id']} {row.get('caption') or ''}"
 
     def bundle_folder(self) -> Path:
         """The bundle as a local folder."""
@@ -170,9 +180,11 @@ class Prepare:
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(fetch, manifest))
             lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
-            if lost and self._came_back(manifest[lost[0]]):
-                for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
-                    fetched[i] = result
+            if lost and not self._came_back(manifest[lost[0]]):
+                # it answers: what it does not have is missing, but the rest may have met the end of a short outage
+                lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]
+            for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
+                fetched[i] = result
         return fetched
 
     def _came_back(self, row: dict[str, Any]) -> bool:
@@ -334,6 +346,11 @@ class Score:
         self.detector = Detector.load(
             models.bundle_folder(), device=models.device, clip_weights=models.clip_path(), captioner=False
         )
+        if models.detector_id not in (None, self.detector.detector_id):
+            raise BundleError(
+                f"{models.detector} was replaced during the run: it holds {self.detector.detector_id}, not "
+                f"{models.detector_id}"
+            )
         self.models, self.batch_size, self.report = models, batch_size, report
         self.memory = Memory()
 

@@ -463,7 +463,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write an object only where there is none; False: there is one already. Of several creators one succeeds.
 
-    S3: conditional put. Disks: a hard link to a written file, which exists whole or not at all.
+    S3: conditional put. Disks: exclusive create; a reader may meet the file before its content is there.
     """
     if not is_local(uri):
         system, path = filesystem(uri)
@@ -479,13 +479,11 @@ def create(uri: str, data: bytes) -> bool:
             # an answer that was lost on its way makes the client ask again: then it meets its own object
             return status == 412 and _same(uri, data)
     os.makedirs(os.path.dirname(uri), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(uri), prefix=".creating-") as file:
-        file.write(data)
-        file.flush()
-        try:
-            os.link(file.name, uri)
-        except FileExistsError:
-            return False
+    try:
+        with open(uri, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
     return True
 
 

@@ -95,11 +95,15 @@ def _title(process: psutil.Process) -> str:
 class Score:
     """`nsnet score` in a process of its own; its lines are collected."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jobs.score", *arguments],
-            cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, **(env or {})},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -110,10 +114,10 @@ class Score:
             self.lines.append(line.rstrip("\n"))
 
     @property
-    def scored(self) -> int:
+    def prepared(self) -> int:
         """Pictures that the last line of progress tells of."""
         told = [line for line in self.lines if line.startswith("score: scored ")]
-        return int(told[-1].split()[2].partition("/")[0]) if told else 0
+        return int(told[-1].partition("prepared ")[2].partition(",")[0]) if told else 0
 
     def wait_for(self, condition: Any, seconds: float) -> bool:
         """Wait until a condition holds; False: the process ended before."""
@@ -150,9 +154,9 @@ class Score:
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[Score]:
-    """A scoring process that does not outlive the block."""
-    score = Score(*arguments)
+def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Score]:
+    """A scoring process that does not outlive the block; `env`: variables beside this process's own."""
+    score = Score(*arguments, env=env)
     try:
         yield score
     finally:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import attempts, parquet, schema, storage
-from jobs.attempts import LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
+from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.sources import image_id
 from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
 
@@ -104,8 +104,8 @@ def test_order_of_a_manifest_of_many_batches_is_kept(on_disk: str) -> None:
 def test_what_is_left_lies_in_a_file_per_task(
     count: int, rows: int, on_disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "TASKS", 4)
-    monkeypatch.setattr(attempts, "MOST_TASK_ROWS", 50)
+    for name, value in {"TASKS": 4, "LEAST_TASK_ROWS": 32, "MOST_TASK_ROWS": 50}.items():
+        monkeypatch.setattr(attempts, name, value)
     plan(on_disk, *(manifest_row(f"/{i}") for i in range(count)))
     sizes = [pq.read_metadata(uri).num_rows for uri in todo_files(begin(on_disk, ()))]
     assert sizes == [rows] * (count // rows) + [count % rows] * (count % rows > 0)
@@ -362,13 +362,16 @@ def test_picture_captioned_by_several_runs_is_planned_once(on_disk: str) -> None
     assert known(on_disk, [SAME], published) == [of("/a/cat.jpg")]
 
 
-def test_caption_and_hash_are_of_one_picture_among_many_alike(on_disk: str) -> None:
+def test_caption_hash_and_run_are_of_one_picture_among_many_alike(on_disk: str) -> None:
     uris = [f"/{i}/{i % 3}.jpg" for i in range(30_000)]
-    published = (captioned(uri, caption_run_id=f"run of {uri} 1") for uri in uris)
+    told = {f"caption {i}": (f"hash {i * 7919 % 30_011}", f"run {i * 104_729 % 30_011}") for i in range(len(uris))}
+    published = (
+        captioned(uri, caption=caption, content_hash=content_hash, caption_run_id=run_id)
+        for uri, (caption, (content_hash, run_id)) in zip(uris, told.items(), strict=True)
+    )
     plan(on_disk, *(manifest_row(f"/new/{i}.jpg", size_bytes=10) for i in range(3)))
     for row in todo(begin(on_disk, batches(published, schema.CAPTIONED))):
-        told = row["known_caption"].removeprefix("caption of ")
-        assert (row["known_hash"], row["known_run_id"]) == (f"hash of {told}", f"run of {told}")
+        assert (row["known_hash"], row["known_run_id"]) == told[row["known_caption"]]
 
 
 def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:
@@ -402,13 +405,12 @@ def test_unfinished_runs_are_those_that_were_planned(place: str) -> None:
 # How much is committed at a time.
 
 
-@pytest.mark.parametrize(
-    ("count", "rows"),
-    [(0, 256), (1, 256), (256 * 4096, 256), (300 * 4096, 300), (4096 * 4096, 4096), (10**9, 4096)],
-)
-def test_rows_of_a_commit(count: int, rows: int) -> None:
-    assert commit_rows(count) == rows
+@pytest.mark.parametrize("count", [0, 1, 1000, 10**5, 10**6, 10**7, 10**9])
+def test_rows_of_a_commit_are_bounded_and_so_is_the_number_of_commits(count: int) -> None:
+    rows = commit_rows(count)
     assert LEAST_COMMIT_ROWS <= rows <= MOST_COMMIT_ROWS
+    assert rows == MOST_COMMIT_ROWS or count / (rows + 1) < COMMITS  # not more commits than that
+    assert rows == LEAST_COMMIT_ROWS or count / rows >= COMMITS  # and not more to lose than needed for it
 
 
 # With Ray Data itself.

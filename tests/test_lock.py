@@ -162,8 +162,17 @@ def test_other_files_beside_the_locks_are_no_locks(out: str) -> None:
     assert "00000001.json" in numbers(out)
 
 
+@pytest.fixture
+def unfair() -> Iterator[None]:
+    """Threads that are interrupted at any place."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("before", ["nothing", "a released lock", "an expired lock", "a dead holder"])
-def test_one_of_many_that_race_wins(before: str, on_disk: str) -> None:
+def test_one_of_many_that_race_wins(before: str, on_disk: str, unfair: None) -> None:
     racers, rounds = 8, 12
     for round_ in range(rounds):
         out = f"{on_disk}-{round_}"

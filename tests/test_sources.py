@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import schema, sources, storage
-from jobs.sources import Source, fetch, image_id, labels_from_path
-from nsnet.errors import SourceError, StorageError, UsageError
+from jobs.sources import Source, image_id, labels_from_path
+from nsnet.errors import FetchError, ObjectChangedError, ObjectMissingError, SourceError, StorageError, UsageError
+from tests.proxy import Action, Script, in_front_of
 from tests.swift import SwiftServer
 from tests.tables import manifest_row, new_bucket, picture_file, put
 
@@ -28,9 +29,17 @@ def place(place: str) -> str:
 
 
 def rows_of(uri: str | Path) -> Rows:
+    """In the order of their URIs and places: a listing comes in none."""
     rows = list(Source(str(uri)).rows())
-    pa.Table.from_pylist(rows, schema=schema.MANIFEST)  # every row fits
-    return rows
+    table = pa.Table.from_pylist(rows, schema=schema.MANIFEST)  # every row fits
+    assert table.column("listed").null_count == 0
+    return sorted(rows, key=lambda row: (row["container"] or row["uri"], row["position"] or 0))
+
+
+def fetch(row: dict[str, Any], max_bytes: int) -> bytes:
+    fetched = sources.fetch(row, max_bytes)
+    assert fetched.requests == 1
+    return fetched.data
 
 
 def by_name(place: str, rows: Rows) -> dict[str, dict[str, Any]]:
@@ -336,7 +345,7 @@ def test_parquet_holds_pictures(place: str) -> None:
     identities(rows)
     for i in (24, 0, 10, 9, 7, 19, 20):
         assert fetch(rows[i], LARGE) == (pictures[i] or b"")
-    with pytest.raises(FileNotFoundError, match="no row 25"):
+    with pytest.raises(FetchError):
         fetch({**rows[0], "position": 25}, LARGE)
 
 
@@ -446,15 +455,138 @@ def test_other_class_in_a_tar_is_an_error_that_says_where(tmp_path: Path) -> Non
         rows_of(tmp_path)
 
 
-def test_fetch_of_what_is_gone_is_not_found(place: str) -> None:
+# Fetching.
+
+
+def test_fetch_of_what_is_gone_is_missing(place: str) -> None:
     put(place, {"a.jpg": b"x"})
     for row in (
         manifest_row(f"{place}/b.jpg"),
         manifest_row("x", container=f"{place}/b.tar", position=512, size_bytes=3),
         manifest_row("x", container=f"{place}/b.parquet", position=0),
     ):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ObjectMissingError) as caught:
             fetch(row, LARGE)
+        assert caught.value.may_be_outage and caught.value.requests == 1
+
+
+def containers(content: bytes) -> dict[str, bytes]:
+    return {
+        "a.jpg": content, "b.tar": tar_bytes({"x.png": content}),
+        "c.parquet": parquet_bytes({"bytes": [content, b"more"]}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("replacement", [PICTURE[::-1], PICTURE + b"longer", b"short", b""])
+def test_fetch_of_what_was_replaced_since_it_was_listed_has_changed(replacement: bytes, place: str) -> None:
+    put(place, containers(PICTURE))
+    rows = rows_of(place)
+    assert [row["listed"] for row in rows] == [True] * 4
+    assert {fetch(row, LARGE) for row in rows} == {PICTURE, b"more"}
+    put(place, containers(replacement))
+    sources._group_bytes.cache_clear()  # what was read before is still there, and is what was listed
+    sources._group_ends.cache_clear()
+    for row in rows:
+        with pytest.raises(ObjectChangedError) as caught:
+            fetch(row, LARGE)
+        assert not caught.value.may_be_outage
+
+
+def test_picture_of_a_manifest_may_have_any_version(place: str) -> None:
+    """Its etag column is somebody else's: it tells versions apart, and need not be the store's own."""
+    columns = {"uri": [f"{place}/a.jpg"], "etag": ["2024-05-01"]}
+    put(place, {"a.jpg": b"x", "manifest.parquet": parquet_bytes(columns)})
+    (row,) = rows_of(f"{place}/manifest.parquet")
+    assert (row["listed"], row["etag"], row["modified_at"]) == (False, "2024-05-01", None)
+    assert fetch(row, LARGE) == b"x"
+    put(place, {"a.jpg": b"y"})
+    assert fetch(row, LARGE) == b"y"
+
+
+def test_rows_say_when_their_object_was_changed(place: str) -> None:
+    put(place, containers(PICTURE))
+    for row in rows_of(place):
+        assert row["modified_at"] == storage.describe(row["container"] or row["uri"]).modified_at
+
+
+@pytest.mark.s3
+def test_fetch_says_how_often_it_asked(s3_environment: SwiftServer) -> None:
+    with in_front_of(s3_environment) as proxy:
+        bucket = put(new_bucket(), containers(PICTURE))
+        picture, member = (row for row in rows_of(bucket) if row["uri"].endswith((".jpg", ".png")))
+        for row, name in ((picture, "/a.jpg"), (member, "/b.tar")):
+            proxy.policy = Script(Action("slow_down"), Action("cut", 0.5), wanted=name)
+            fetched = sources.fetch(row, LARGE)
+            assert fetched.data == PICTURE and fetched.requests > 1
+
+
+@pytest.mark.s3
+def test_picture_in_a_parquet_survives_a_bad_network(s3_environment: SwiftServer) -> None:
+    with in_front_of(s3_environment) as proxy:
+        pictures = [os.urandom(20_000) for _ in range(6)]
+        bucket = put(new_bucket(), {"c.parquet": parquet_bytes({"bytes": pictures}, row_group_size=2)})
+        rows = rows_of(bucket)
+        for fault in (Action("slow_down"), Action("reset"), Action("cut", 0.5)):
+            sources._group_bytes.cache_clear()
+            sources._group_ends.cache_clear()
+            proxy.policy = Script(*[fault] * 3, wanted="/c.parquet")
+            assert [sources.fetch(row, LARGE).data for row in rows] == pictures
+            assert proxy.counts[fault.kind] == 3
+
+
+# What is wanted of a source.
+
+FILTERED = ["a.jpg", "a.png", "b/a.jpg", "b/a.PNG", "b/c/a.jpg", "b/[x] 1.jpg"]
+FILTERS: list[tuple[list[str], list[str], list[str]]] = [
+    ([], [], FILTERED),
+    (["*.jpg"], [], ["a.jpg", "b/a.jpg", "b/c/a.jpg", "b/[x] 1.jpg"]),
+    (["a.*"], [], ["a.jpg", "a.png"]),
+    (["b/*"], [], ["b/a.jpg", "b/a.PNG", "b/c/a.jpg", "b/[x] 1.jpg"]),
+    (["*/c/*", "a.p?g"], [], ["a.png", "b/c/a.jpg"]),
+    ([], ["b/*"], ["a.jpg", "a.png"]),
+    (["*.jpg"], ["*/c/*"], ["a.jpg", "b/a.jpg", "b/[x] 1.jpg"]),
+    (["*.[pP][nN][gG]"], [], ["a.png", "b/a.PNG"]),
+    (["b/[[]x] ?.jpg"], [], ["b/[x] 1.jpg"]),
+    (["jpg", "a", "b"], [], []),
+    (["*"], ["*"], []),
+]
+
+
+@pytest.mark.parametrize(("include", "exclude", "expected"), FILTERS)
+def test_pictures_are_chosen_by_their_path(
+    include: list[str], exclude: list[str], expected: list[str], place: str
+) -> None:
+    put(place, {name: b"x" for name in FILTERED})
+    source = Source(place, include, exclude)
+    assert sorted(by_name(place, list(source.rows()))) == sorted(expected)
+    assert sum(source.left_out.values()) == len(FILTERED) - len(expected)
+    assert set(source.left_out) <= {"excluded", "not included"}
+
+
+def test_what_was_not_chosen_is_counted_by_reason(place: str) -> None:
+    put(place, {name: b"x" for name in FILTERED})
+    source = Source(place, ["*.jpg"], ["b/*"])
+    assert [row["uri"] for row in source.rows()] == [f"{place}/a.jpg"]
+    assert source.left_out == {"excluded": 4, "not included": 1}
+
+
+def test_members_of_containers_are_chosen_by_their_own_names(place: str) -> None:
+    put(place, {"s/x.tar": tar_bytes({"d/a.jpg": b"1", "b.jpg": b"2"}), "y.parquet": parquet_bytes({"bytes": [b"3"]})})
+    for include, expected in (
+        (["s/x.tar#d/*"], [b"1"]), (["*.jpg"], [b"1", b"2"]), (["*#0"], [b"3"]), (["s/*"], [b"1", b"2"]),
+    ):  # fmt: skip
+        rows = list(Source(place, include).rows())
+        assert sorted(fetch(row, LARGE) for row in rows) == expected
+    rows = list(Source(f"{place}/s/x.tar", ["d/*"]).rows())  # the source itself: the name in the tar
+    assert [fetch(row, LARGE) for row in rows] == [b"1"]
+
+
+def test_pictures_of_a_manifest_are_chosen_by_their_whole_uri(tmp_path: Path) -> None:
+    uris = ["s3://one/a.jpg", "s3://two/a.jpg", "/disk/a.png"]
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": uris})})
+    for include, expected in ((["s3://one/*"], uris[:1]), (["*.jpg"], uris[:2]), (["*/a.png"], uris[2:])):
+        rows = list(Source(f"{tmp_path}/m.parquet", include).rows())
+        assert [row["uri"] for row in rows] == expected
 
 
 def test_kinds_that_pillow_opens_are_not_left_out() -> None:

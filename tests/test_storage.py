@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import socket
 import threading
@@ -10,6 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ import s3fs
 from jobs import storage
 from jobs.storage import Entry
 from nsnet.errors import BundleError, StorageError, UsageError
+from tests.proxy import Action, Always, FaultyProxy, Kind, Script, in_front_of
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, put
 
@@ -25,6 +30,12 @@ from tests.tables import new_bucket, put
 @pytest.fixture
 def bucket(s3_environment: SwiftServer) -> str:
     return new_bucket()
+
+
+@pytest.fixture
+def proxy(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
+    with in_front_of(s3_environment) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -149,6 +160,29 @@ def test_json_round_trips(place: str) -> None:
     assert storage.read_json(f"{place}/deep/x.json") == value
 
 
+def test_removed_file_takes_nothing_else_along(place: str) -> None:
+    put(place, {"lock": b"", "lock/1": b""} if not storage.is_local(place) else {"lock": b"", "locks": b""})
+    kept = [name for name in names(place) if name != "lock"]
+    storage.remove_file(f"{place}/lock")
+    storage.remove_file(f"{place}/lock")
+    assert names(place) == kept and len(kept) == 1
+
+
+def test_uploaded_file_is_whole_and_replaces(place: str, tmp_path: Path) -> None:
+    for content in (os.urandom(6_000_000), b"", b"short"):
+        (tmp_path / "file").write_bytes(content)
+        storage.upload_file(tmp_path / "file", f"{place}/deep/x.bin")
+        assert storage.read_bytes(f"{place}/deep/x.bin") == content
+    assert names(place) == ["deep/x.bin"]
+
+
+def test_subfolders_are_named_sorted_and_not_deeper(place: str) -> None:
+    put(place, {"b/1": b"", "a ü#/x/2": b"", "file": b"", "b/c/d/3": b"", "zz/1": b""})
+    assert storage.subfolders(place) == ["a ü#", "b", "zz"]
+    assert storage.subfolders(f"{place}/b") == ["c"]
+    assert storage.subfolders(f"{place}/zz") == storage.subfolders(f"{place}/absent") == []
+
+
 def test_removed_folder_takes_nothing_else_along(place: str) -> None:
     put(place, {"work/a/1": b"", "work/2": b"", "workshop": b"", "b": b""})
     storage.remove_folder(f"{place}/work")
@@ -177,6 +211,241 @@ def test_reader_of_a_file_that_is_rewritten_sees_all_or_nothing(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["x"]
 
 
+# Listing, many folders at a time.
+
+
+def tree(count: int, seed: int, odd: bool) -> list[str]:
+    """Names of files in folders of all depths, in some very many of them; `odd`: also keys with empty parts."""
+    rng = random.Random(seed)
+    found = {f"wide/{i}/x" for i in range(count // 4)} | {f"flat/{i}" for i in range(count // 4)}
+    found |= {"/".join(["deep"] * depth) + "/x" for depth in range(1, 13)}
+    while len(found) < count:
+        parts = [rng.choice("abcdefghij") for _ in range(rng.randint(1, 6))]
+        if odd and rng.random() < 0.2:
+            parts.insert(rng.randint(1, len(parts)), "")
+        found.add("/".join([*parts, f"{len(found)}.jpg"]))
+    return sorted(found)
+
+
+def put_many(place: str, keys: list[str]) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        if storage.is_local(place):
+            list(pool.map(lambda key: storage.write_bytes(f"{place}/{key}", b""), keys))
+        else:
+            bucket, _, prefix = place.removeprefix("s3://").partition("/")
+            system, _ = storage.filesystem(place)
+            list(pool.map(lambda key: system.call_s3("put_object", Bucket=bucket, Key=f"{prefix}/{key}"), keys))
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that small trees reach."""
+    monkeypatch.setattr(storage, "LISTING_PAGE", 7)
+    monkeypatch.setattr(storage, "FAN_OUT", 5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_every_file_of_a_tree_is_listed_once(
+    threads: int, small_pages: None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LISTING_THREADS", threads)
+    keys = tree(120, threads, odd=not storage.is_local(place))
+    put_many(place, keys)
+    assert names(place) == keys
+    for folder in ("wide", "flat", "deep/deep", "a"):
+        assert names(f"{place}/{folder}") == [
+            key.removeprefix(f"{folder}/") for key in keys if key.startswith(f"{folder}/")
+        ]
+
+
+def test_thousands_of_files_in_very_many_folders_are_listed(place: str) -> None:
+    """More than a page of keys, and more prefixes than are listed one by one."""
+    wide = [f"wide/{i:04}/x" for i in range(storage.FAN_OUT + 6)]
+    flat = [f"flat/{i:04}.jpg" for i in range(storage.LISTING_PAGE + 10)]
+    put_many(place, wide + flat)
+    assert names(place) == sorted(wide + flat)
+
+
+def test_folders_that_are_listed_before_their_parent_is_done_do_not_end_the_listing() -> None:
+    """The first folder below the root is done before the second one is begun."""
+    done = threading.Event()
+
+    class Slow(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            yield "first"
+            done.wait(5)
+            time.sleep(0.2)  # what it put into the queue is taken out of it meanwhile
+            yield "second"
+
+    def entry(name: str) -> Entry:
+        return Entry(uri=name, size_bytes=0, etag="", modified_at=datetime.now(UTC))
+
+    def listing(folder: str) -> Iterator[tuple[list[Entry], list[str]]]:
+        if folder == "root":
+            yield [entry("root")], Slow(["first", "second"])
+        else:
+            yield [entry(folder)], []
+            yield [], []
+            done.set()
+
+    assert sorted(found.uri for found in storage._walk("root", listing)) == ["first", "root", "second"]
+
+
+def test_consumer_that_stops_early_leaves_no_thread_behind(
+    small_pages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LISTING_THREADS", 2)
+    put_many(str(tmp_path), [f"{i}/{j}" for i in range(60) for j in range(10)])  # far more pages than are waiting
+    before = set(threading.enumerate())
+    for taken in (1, 5, 50):
+        listing = storage.list_files(str(tmp_path))
+        assert len(list(islice(listing, taken))) == taken
+        assert set(threading.enumerate()) > before
+        listing.close()  # type: ignore[attr-defined]
+        assert set(threading.enumerate()) == before
+
+
+def test_listing_is_not_begun_before_it_is_asked_for(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    listing = storage.list_files(str(tmp_path / "absent"))
+    assert set(threading.enumerate()) == before
+    left_out: Counter[str] = Counter()
+    assert list(listing) == list(storage.list_files(str(tmp_path / "absent"), left_out)) == []
+    assert left_out == {"folder that cannot be read (No such file or directory)": 1}
+
+
+def test_error_deep_in_the_tree_reaches_the_consumer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_many(str(tmp_path), [f"{i}/{j}" for i in range(30) for j in range(30)])
+    real = storage._list_disk
+
+    def fail(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry], list[str]]]:
+        if folder == f"{tmp_path}/17":
+            raise ZeroDivisionError("so it says")
+        return real(folder, left_out)
+
+    monkeypatch.setattr(storage, "_list_disk", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError, match="so it says"):
+        list(storage.list_files(str(tmp_path)))
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.s3
+def test_listing_of_a_bucket_that_is_gone_says_so(bucket: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(storage.list_files(f"{bucket}-absent/x"))
+
+
+@pytest.mark.s3
+def test_listing_survives_a_bad_network(proxy: FaultyProxy, small_pages: None) -> None:
+    place = new_bucket() + "/place"
+    keys = tree(80, 5, odd=True)
+    put_many(place, keys)
+    faults = [Action("slow_down"), Action("reset"), Action("cut", 0.5), Action("lose_answer"), Action("cut", 0.9)]
+    proxy.policy = Script(*faults, *faults, wanted="LIST ")
+    assert names(place) == keys
+    assert sum(proxy.counts.values()) - proxy.counts["pass"] == len(faults) * 2
+
+
+@pytest.mark.s3
+def test_listing_of_which_a_part_fails_for_good_is_an_error(proxy: FaultyProxy, small_pages: None) -> None:
+    """Half a listing must not be taken for the whole."""
+    place = new_bucket() + "/place"
+    put_many(place, [f"{i}/{j}" for i in range(4) for j in range(20)])
+    proxy.policy = Always(
+        Action("refuse", status=403, code="AccessDenied"),
+        wanted=lambda request: "continuation-token" in request.target and "prefix=place%2F2%2F" in request.target,
+    )
+    with pytest.raises(PermissionError):
+        list(storage.list_files(place))
+    assert proxy.counts["refuse"] >= 1
+
+
+# Creating what is not there.
+
+
+def test_object_is_created_only_where_there_is_none(place: str) -> None:
+    assert storage.create(f"{place}/deep/lock", b"first")
+    assert not storage.create(f"{place}/deep/lock", b"second")
+    assert storage.read_bytes(f"{place}/deep/lock") == b"first"
+    storage.remove_file(f"{place}/deep/lock")
+    assert storage.create(f"{place}/deep/lock", b"third")
+    assert storage.read_bytes(f"{place}/deep/lock") == b"third"
+    assert names(place) == ["deep/lock"]
+
+
+def race(uri: str, count: int) -> list[bytes]:
+    """Which of many creators, each with its own content, are told that they succeeded."""
+    start = threading.Barrier(count)
+
+    def create(i: int) -> bytes | None:
+        start.wait()
+        return b"%d" % i if storage.create(uri, b"%d" % i) else None
+
+    with ThreadPoolExecutor(count) as pool:
+        return [content for content in pool.map(create, range(count)) if content is not None]
+
+
+def test_one_of_many_creators_on_a_disk_succeeds(tmp_path: Path) -> None:
+    for i in range(50):
+        (winner,) = race(f"{tmp_path}/{i}", 16)
+        assert (tmp_path / str(i)).read_bytes() == winner
+    assert len(os.listdir(tmp_path)) == 50  # nothing else is left behind
+
+
+@pytest.mark.s3
+def test_one_of_many_creators_in_a_bucket_succeeds(proxy: FaultyProxy) -> None:
+    """As far as the store compares and writes at once: the proxy sees to that."""
+    bucket = new_bucket()
+    for i in range(5):
+        (winner,) = race(f"{bucket}/{i}", 16)
+        assert storage.read_bytes(f"{bucket}/{i}") == winner
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", ["lose_answer", "reset", "slow_down", "cut"])
+def test_creator_whose_answer_was_lost_knows_its_own_object(fault: Kind, proxy: FaultyProxy) -> None:
+    uri = new_bucket() + "/lock"
+    proxy.policy = Script(Action(fault), wanted="PUT ")
+    assert storage.create(uri, b"mine")
+    assert proxy.counts[fault] == 1 and proxy.requests("PUT ") >= 2
+    assert storage.read_bytes(uri) == b"mine"
+    proxy.policy = Script(Action(fault), wanted="PUT ")
+    assert not storage.create(uri, b"yours")
+    assert storage.read_bytes(uri) == b"mine"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", ["lose_answer", "reset", "slow_down", "cut"])
+def test_object_is_written_whole_over_a_bad_network(fault: Kind, proxy: FaultyProxy, tmp_path: Path) -> None:
+    bucket, content = new_bucket(), os.urandom(500_000)
+    (tmp_path / "file").write_bytes(content)
+    proxy.policy = Script(Action(fault), wanted="/written")
+    storage.write_bytes(f"{bucket}/written", content)
+    proxy.policy = Script(Action(fault), wanted="/uploaded")
+    storage.upload_file(tmp_path / "file", f"{bucket}/uploaded")
+    assert proxy.counts[fault] == 2
+    for name in ("written", "uploaded"):
+        assert storage.read_bytes(f"{bucket}/{name}") == content
+        proxy.policy = Script(Action(fault), wanted=f"HEAD /{bucket[5:]}/{name}")
+        assert storage.describe(f"{bucket}/{name}").size_bytes == len(content)
+
+
+def test_age_is_that_by_the_stores_clock(place: str) -> None:
+    put(place, {"old": b"", "b": b""})
+    first = storage.age_seconds(f"{place}/old")
+    assert -2.0 <= first < 300.0
+    if storage.is_local(place):
+        os.utime(f"{place}/old", (0, os.stat(f"{place}/b").st_mtime - 3600))
+        assert storage.age_seconds(f"{place}/old") >= 3599
+    else:
+        time.sleep(2.2)
+        assert storage.age_seconds(f"{place}/old") >= first + 1
+    assert names(place) == ["b", "old"]
+    with pytest.raises(FileNotFoundError):
+        storage.age_seconds(f"{place}/absent")
+
+
 # What lies on disks.
 
 
@@ -202,16 +471,34 @@ def test_folder_that_is_itself_a_link_is_listed(tmp_path: Path) -> None:
     assert names(str(tmp_path / "link")) == ["a/x.jpg"]
 
 
-def test_files_and_folders_that_vanish_during_the_listing_are_counted(tmp_path: Path) -> None:
-    put(str(tmp_path), {"a/1": b"", "b/2": b"", "x": b"", "y": b""})
+def test_files_and_folders_that_vanish_during_the_listing_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(str(tmp_path), {"gone/x": b"", "b/gone": b"", "b/y": b""})
+    scandir = os.scandir
+
+    @contextmanager
+    def vanish(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        if Path(folder).name == "gone":
+            os.unlink(f"{folder}/x")
+            os.rmdir(folder)
+        with scandir(folder) as items:
+            yield (unlink(item) for item in items)
+
+    def unlink(item: os.DirEntry[str]) -> os.DirEntry[str]:
+        if item.name == "gone" and item.is_file():
+            os.unlink(item.path)
+        return item
+
+    monkeypatch.setattr(os, "scandir", vanish)
     left_out: Counter[str] = Counter()
-    listing = storage.list_files(str(tmp_path), left_out)
-    found = [next(listing)]
-    for name in ("a", "b"):
-        storage.remove_folder(str(tmp_path / name))
-    (tmp_path / ("y" if found[0].uri.endswith("x") else "x")).unlink()
-    found += listing
-    assert len(found) == 1 and sum(left_out.values()) == 3
+    found = [entry.uri for entry in storage.list_files(str(tmp_path), left_out)]
+    monkeypatch.undo()
+    assert found == [f"{tmp_path}/b/y"]
+    assert left_out == {
+        "file that cannot be read (No such file or directory)": 1,
+        "folder that cannot be read (No such file or directory)": 1,
+    }
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -440,4 +727,15 @@ def test_entry_of_a_file_is_its_size_and_time(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")
     os.utime(path, ns=(0, 255))
-    assert storage.describe(str(path)) == Entry(uri=str(path), size_bytes=5, etag="5-ff")
+    changed = datetime(1970, 1, 1, tzinfo=UTC)
+    assert storage.describe(str(path)) == Entry(uri=str(path), size_bytes=5, etag="5-ff", modified_at=changed)
+
+
+def test_time_of_the_last_change_is_that_of_the_store(place: str) -> None:
+    put(place, {"x": b"1"})
+    (entry,) = storage.list_files(place)
+    assert entry.modified_at == storage.describe(f"{place}/x").modified_at
+    assert abs(datetime.now(UTC) - entry.modified_at) < timedelta(minutes=5)
+    if storage.is_local(place):
+        os.utime(f"{place}/x", (0, 86_400))
+        assert storage.describe(f"{place}/x").modified_at == datetime(1970, 1, 2, tzinfo=UTC)

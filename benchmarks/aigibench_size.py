@@ -1,0 +1,60 @@
+"""AIGIBench's size: 144,000 pictures through the whole pipeline with `tiny`, on one machine.
+
+    python -m benchmarks.aigibench_size --work /tmp/aigibench
+
+Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and scores them without taking repeated bytes over,
+so that each is fetched, decoded, captioned and scored. Says whether all rows came, how much the driver's memory grew
+between a tenth and the end, and how the last tenth's speed compares with the first's.
+"""
+
+from pathlib import Path
+
+from benchmarks import measure
+from jobs import ledger
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("--count", type=int, default=144_000)
+    arguments.add_argument("--distinct", type=int, default=3_000)
+    options = arguments.parse_args()
+    work: Path = options.work
+    source, out = work / f"pictures-{options.count}", work / "out"
+    measure.link(measure.write_jpegs(work / "distinct", options.distinct), source, options.count)
+    bundle = measure.tiny_bundle(work / "bundle")
+    samples, lines = measure.score(
+        [str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse", "--rescore"]
+    )
+    record = ledger.runs(str(out))[-1]
+    count, tenth = record["rows"], record["rows"] // 10
+    first, early, late, end = (measure.at(samples, n) for n in (1, tenth, count - tenth, count))
+    speed_first = (early.scored - first.scored) / (early.seconds - first.seconds)
+    speed_last = (end.scored - late.scored) / (end.seconds - late.seconds)
+    speed_all = (end.scored - first.scored) / (end.seconds - first.seconds)
+    measure.write_result(
+        options.results,
+        "aigibench_size",
+        [
+            f"{options.count:,} hard links to {options.distinct:,} JPEGs, long sides {measure.SIDES_PX} px, `tiny`, "
+            "nothing taken over.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| rows published | {record['rows']:,}, failed {record['counts']['status'].get('failed', 0)} |",
+            f"| seconds in all, until the first picture | {record['seconds']:.0f}, {first.seconds:.0f} |",
+            f"| images/s: whole run, first tenth, last tenth | {speed_all:.1f}, {speed_first:.1f}, {speed_last:.1f} |",
+            f"| last tenth / first tenth | {speed_last / speed_first:.3f} |",
+            f"| driver at {early.scored:,} pictures | {early.driver_bytes / 2**20:.0f} MiB |",
+            f"| driver at the end | {end.driver_bytes / 2**20:.0f} MiB |",
+            f"| end / a tenth | {end.driver_bytes / early.driver_bytes:.3f} |",
+            "",
+            "```",
+            *lines[-8:],
+            "```",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Listing and planning: time and memory of what comes before the first picture.
+
+    python -m benchmarks.listing --work /tmp/listing
+
+200,000 files on disk, 20,000 objects on S3 (the tests' Swift server on this machine), and a plan against 10 million
+published rows, each in a process of its own.
+"""
+
+import multiprocessing
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import measure
+from jobs import ledger, parquet, schema, storage
+from jobs.plan import write_manifest
+
+PUBLISHED_FILE_ROWS: Final = 500_000
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("--files", type=int, default=200_000)
+    arguments.add_argument("--objects", type=int, default=20_000)
+    arguments.add_argument("--published", type=int, default=10_000_000)
+    options = arguments.parse_args()
+    work: Path = options.work
+    lines = ["| what | seconds | a second | memory, peak |", "|---|---|---|---|"]
+    lines += [alone(on_disk, work, options.files), alone(on_s3, work, options.objects)]
+    lines.append(alone(against_history, work, options.published))
+    measure.write_result(options.results, "listing", lines)
+
+
+def alone(benchmark: Callable[..., str], *arguments: Any) -> str:
+    """Run one in a fresh process: memory is then its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return str(pool.apply(benchmark, arguments))
+
+
+def planned(name: str, source: str, place: str, published: Iterable[pa.RecordBatch] = ()) -> str:
+    """Plan a source; returns a line of the table."""
+    with measure.PeakMemory() as memory:
+        started = time.monotonic()
+        plan = write_manifest(source, storage.join(place, "manifest.parquet"), published=published)
+        seconds = time.monotonic() - started
+    listed = sum(plan.states.values())
+    return f"| {name}: {plan.describe()} | {seconds:.1f} | {listed / seconds:,.0f} | {memory.text} |"
+
+
+def on_disk(work: Path, files: int) -> str:
+    """Many small files, a thousand in a folder."""
+    folder = work / f"files-{files}"
+    for i in range(files):
+        if i % 1000 == 0:
+            (folder / f"{i // 1000:04d}").mkdir(parents=True, exist_ok=True)
+        path = folder / f"{i // 1000:04d}" / f"{i}.jpg"
+        if not path.exists():
+            path.write_bytes(b"x")
+    return planned(f"{files:,} files on disk", str(folder), str(work / "disk"))
+
+
+def on_s3(work: Path, objects: int) -> str:
+    """Many small objects, a thousand in a prefix."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tests.swift import SwiftServer
+    from tests.tables import new_bucket
+
+    with SwiftServer(work / "swift") as server:
+        os.environ.update(server.environment())
+        bucket = new_bucket()
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(
+                lambda i: storage.write_bytes(f"{bucket}/pictures/{i // 1000:04d}/{i}.jpg", b"x"), range(objects)
+            ):
+                pass
+        return planned(f"{objects:,} objects on S3", f"{bucket}/pictures", str(work / "s3"))
+
+
+def against_history(work: Path, published: int) -> str:
+    """A source of a tenth of what was published, of which all but a hundredth is known."""
+    out = work / f"history-{published}"
+    if not ledger.runs(str(out)):
+        _publish(out, published)
+    count = published // 10
+    source = work / f"source-{published}.parquet"
+    uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(count)]
+    etags = ["e" if i % 100 else "new" for i in range(count)]
+    table = pa.table({"uri": uris, "etag": etags})
+    parquet.write(table.to_batches(), table.schema, str(source))
+    del table, uris, etags
+    done = ledger.published(str(out), schema.DONE, detector_id="d")
+    return planned(f"{count:,} rows of a manifest against {published:,} published", str(source), str(work / "p"), done)
+
+
+def _publish(out: Path, rows: int) -> None:
+    """A published run of so many rows, without their pictures."""
+    from jobs.sources import image_id
+
+    run = ledger.Run(out=str(out))
+    files = []
+    for start in range(0, rows, PUBLISHED_FILE_ROWS):
+        uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]
+        values: dict[str, Any] = {
+            "image_id": [image_id(uri, "e") for uri in uris], "uri": uris, "status": ["scored"] * len(uris),
+            "prob_fake": np.random.default_rng(start).random(len(uris)),
+        }  # fmt: skip
+        table = pa.table({name: pa.array(values.get(name, [None] * len(uris))) for name in schema.DONE.names})
+        uri = storage.join(run.final, f"part-{len(files):05d}.parquet")
+        parquet.write(table.to_batches(), schema.DONE, uri)
+        files.append({"path": uri.removeprefix(f"{out}/"), "rows": len(uris)})
+    storage.write_json(run.record, {"run_id": run.run_id, "detector_id": "d", "files": files, "id": uuid.uuid4().hex})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What the benchmarks share: pictures, `nsnet score` watched from outside, and result files."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import psutil
+from PIL import Image
+
+ROOT: Final = Path(__file__).parents[1]
+SIDES_PX: Final = (224, 256, 320, 384, 512, 640, 768, 1024)
+"""Sides of the generated pictures, all equally often; the other side is 3/4 of it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen of a run at a moment."""
+
+    seconds: float
+    """Since the run's start."""
+    prepared: int
+    captioned: int
+    scored: int
+    driver_bytes: int
+    """Resident memory of the driver."""
+
+
+def hardware() -> str:
+    """One line about this machine."""
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, no GPU, {platform.system()}, Python {platform.python_version()}"
+
+
+def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """Smooth random pictures with noise, of mixed sizes, as JPEG of quality 90."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:06d}.jpg" for i in range(count)]
+    for i, path in enumerate(paths):
+        if path.exists():
+            continue
+        dice = np.random.default_rng([seed, i])
+        side = SIDES_PX[i % len(SIDES_PX)]
+        small = dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+        noise = dice.normal(0.0, 12.0, (side * 3 // 4, side, 1))
+        pixels = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(path, quality=90)
+    return paths
+
+
+def link(pictures: Sequence[Path], folder: Path, count: int) -> None:
+    """`count` hard links to the pictures, a thousand in a folder."""
+    for i in range(count):
+        place = folder / f"{i // 1000:04d}"
+        if i % 1000 == 0:
+            place.mkdir(parents=True, exist_ok=True)
+        target = place / f"{i:06d}.jpg"
+        if not target.exists():
+            os.link(pictures[i % len(pictures)], target)
+
+
+def tiny_bundle(folder: Path) -> Path:
+    """The `tiny` recipe with random weights, as a bundle."""
+    from nsnet import recipes
+    from nsnet.detector import Detector
+
+    if not folder.exists():
+        Detector.build(recipes.get("tiny").detector).save(folder)
+    return folder
+
+
+def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str]]:
+    """Run `nsnet score`; returns what was seen of it and its lines. Raises `RuntimeError` when it fails."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.score", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    started = time.monotonic()
+    samples: list[Sample] = []
+    lines: list[str] = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line.rstrip("\n"))
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("score: scored "):
+            counts = [int(line.partition(f"{name} ")[2].partition(",")[0]) for name in ("prepared", "captioned")]
+            scored = int(line.split()[2].partition("/")[0])
+            memory = psutil.Process(process.pid).memory_info().rss
+            samples.append(Sample(time.monotonic() - started, *counts, scored, memory))
+    if process.wait() != 0:
+        raise RuntimeError(f"nsnet score ended with {process.returncode}")
+    return samples, lines
+
+
+def at(samples: Sequence[Sample], scored: int) -> Sample:
+    """The first sample with so many scored pictures."""
+    return next(sample for sample in samples if sample.scored >= scored)
+
+
+class PeakMemory:
+    """Largest resident memory of this process while a block runs, looked at ten times a second."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before = self.peak = psutil.Process().memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.1):
+            self.peak = max(self.peak, process.memory_info().rss)
+
+    @property
+    def text(self) -> str:
+        """Peak, and how much of it came in the block."""
+        return f"{self.peak / 2**20:.0f} MiB, of which {(self.peak - self.before) / 2**20:.0f} MiB came by this step"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of all benchmarks."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--work", type=Path, required=True, help="Folder for pictures and output, on one disk.")
+    arguments.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="Where results go.")
+    return arguments
+
+
+def write_result(folder: Path, what: str, text: Iterator[str] | Sequence[str]) -> Path:
+    """Write `<what>_<hardware>_<yyyymmdd>.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}_{os.cpu_count()}cores_{datetime.now(UTC):%Y%m%d}.md"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = [f"# {what}", "", f"{hardware()}. Commit {commit.strip()}, {datetime.now(UTC):%Y-%m-%d}.", "", *text]
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return path

@@ -1,0 +1,89 @@
+"""A whole run of scoring: over a bad network, with a store that goes away, with pictures that poison their decoder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import ledger, storage
+from tests.multinode import running
+from tests.proxy import FaultyProxy, RandomPolicy
+from tests.swift import SwiftServer
+from tests.tables import new_bucket, picture_file, put, save_bundle
+
+pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.faults]
+
+PICTURES = int(os.environ.get("NSNET_FAULT_PICTURES", "300"))
+RUN_SECONDS = 560.0
+RATE = 0.05
+"""Share of the requests that fail."""
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bundle(tmp_path_factory.mktemp("detector"))
+
+
+@pytest.fixture(scope="module")
+def source(s3_environment: SwiftServer) -> str:
+    return put(f"{new_bucket()}/pictures", {f"{i}.jpg": picture_file(i, "JPEG", 90, 70) for i in range(PICTURES)})
+
+
+@pytest.fixture
+def proxy(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3_environment.endpoint_url, lock_conditional_puts=True) as proxy:
+        yield proxy
+
+
+def verdicts(out: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = ledger.verdicts(out).to_table().to_pylist()
+    assert len({row["uri"] for row in rows}) == len(rows)
+    return rows
+
+
+def test_no_picture_is_lost_or_failed_by_a_bad_network(source: str, detector: Path, proxy: FaultyProxy) -> None:
+    out = new_bucket()
+    proxy.policy = RandomPolicy(RATE, seed=3)
+    with running(source, "--detector", str(detector), "--out", out, env=proxy.environment()) as score:
+        assert score.end(RUN_SECONDS) == 0, score.text()
+    rows = verdicts(out)
+    assert len(rows) == PICTURES and {row["status"] for row in rows} == {"scored"}
+    assert all(proxy.counts[kind] for kind in ("slow_down", "reset", "cut", "stall")), proxy.counts
+    (record,) = ledger.runs(out)
+    assert record["store"]["asked_again"] == sum(row["requests"] > 1 for row in rows) > 0
+    print(f"proxy: {dict(proxy.counts)}; {record['store']}; {record['seconds']} s")
+
+
+def test_store_that_goes_away_stops_the_run_and_the_same_command_continues(
+    detector: Path, proxy: FaultyProxy, s3_environment: SwiftServer, tmp_path: Path
+) -> None:
+    source = put(f"{new_bucket()}/pictures", {f"{i}.jpg": picture_file(i, "JPEG", 200, 150) for i in range(3000)})
+    arguments = [source, "--detector", str(detector), "--out", str(tmp_path / "out"), "--outage-seconds", "5"]
+    with running(*arguments, env=proxy.environment()) as score:
+        assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
+        proxy.stop()
+        assert score.end(RUN_SECONDS) == 1, score.text()
+    assert "error: the store of the pictures has not answered for 5 s" in score.text()
+    assert ledger.runs(str(tmp_path / "out")) == []
+    proxy.start()
+    with running(*arguments, env=proxy.environment()) as score:
+        assert score.end(RUN_SECONDS) == 0, score.text()
+    rows = verdicts(str(tmp_path / "out"))
+    assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
+    assert ledger.runs(str(tmp_path / "out"))[0]["attempts"] == 2
+
+
+def test_pictures_that_poison_the_decoder_fail_alone(detector: Path, tmp_path: Path) -> None:
+    poison = {f"{kind} {i}.jpg": f"POISON {kind} {i}".encode() for kind in ("segfault", "sleep") for i in range(3)}
+    source = put(str(tmp_path / "pictures"), {f"{i}.jpg": picture_file(i, "JPEG", 90, 70) for i in range(100)} | poison)
+    arguments = ["--detector", str(detector), "--out", str(tmp_path / "out"), "--max-seconds", "3"]
+    with running(source, *arguments, env={"NSNET_TEST_POISON": "1"}) as score:
+        assert score.end(RUN_SECONDS) == 3, score.text()
+    failed = {row["uri"]: row for row in verdicts(str(tmp_path / "out")) if row["status"] == "failed"}
+    assert {storage.join(source, name) for name in poison} == failed.keys()
+    for uri, row in failed.items():
+        expected = "DecoderCrashError" if "segfault" in uri else "ImageTimeoutError"
+        assert (row["error_stage"], row["error_class"]) == ("decode", expected)
+    assert len(verdicts(str(tmp_path / "out"))) == 106
