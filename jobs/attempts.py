@@ -153,7 +153,8 @@ def write_todo(manifest: str, folder: str, accepted: Sequence[str] = (), known: 
             f"select replace({ID}::varchar, '-', '') as {ID}, {others}, known.caption as known_caption, "
             "known.hash as known_hash, known.run_id as known_run_id from ("
             "select m.*, coalesce(same.known, alike.known) as known "
-            f"from manifest m anti join done on m.{ID} = done.{ID} left join same on m.{ID} = same.{ID} left join alike on hash({_file_name('m.uri')}) = alike.name "
+            f"from manifest m anti join done on m.{ID} = done.{ID} left join same on m.{ID} = same.{ID} "
+            f"left join alike on hash({_file_name('m.uri')}) = alike.name "
             "and m.size_bytes = alike.size_bytes) order by n"
         )
         left = rows.number(f"select count(*) from manifest anti join done using ({ID})")

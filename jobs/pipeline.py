@@ -55,6 +55,7 @@ class Stream:
                     path,
                     filesystem=system,
                     min_rows_per_file=rows_per_file,
+                    concurrency=self.shares.writers,
                     ray_remote_args={"num_cpus": self.shares.light_task_cpus},
                 )
             except OutageError as error:  # Ray's copy of it carries a remote traceback

@@ -32,6 +32,8 @@ class Shares:
     """CPUs of a decoding task."""
     light_task_cpus: float
     """CPUs of a task that only reads or writes."""
+    writers: int
+    """Most tasks that write at a time: each is a process that takes seconds to start."""
     threads: int
     """Threads of an actor that computes on the CPU."""
 
@@ -62,6 +64,7 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
         actor_gpus=0.5 if gpus >= 1 else 0.0,
         task_cpus=min(1.0, 0.375 * node_cpus),
         light_task_cpus=min(0.5, node_cpus / 16.0),
+        writers=max(1, int(cpus) // 4),
         threads=max(1, min(4, int(cpus) // 2)),
     )
 

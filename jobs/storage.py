@@ -156,7 +156,10 @@ def answers(uri: str, source: str | None) -> bool:
         elif source and is_local(source):
             os.stat(source)
     except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
-        return faults.kind(error) not in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
+        fault = faults.kind(error)
+        if fault is Fault.CREDENTIALS:
+            _refresh(uri)
+        return fault not in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
     return True
 
 

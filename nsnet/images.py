@@ -8,6 +8,7 @@ crashes the process cannot be stopped from inside it; jobs therefore decode in a
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pillow_heif import register_heif_opener
 
 from nsnet.errors import (
     ConfigError,
@@ -35,7 +36,8 @@ FORMATS: Final = (
 """Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin; HEIF
 is HEIC."""
 
-register_heif_opener(thumbnails=False)
+pillow_heif.register_heif_opener(thumbnails=False)
+pillow_heif.options.DECODE_THREADS = 1  # as other decoders: parallel are the pictures
 
 BACKGROUND: Final = (255, 255, 255)
 """Transparent pictures are flattened on white: their hidden colours are not what a viewer sees."""
@@ -114,6 +116,8 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
             ) from error
         with image:
             _check_pixels(image.width, image.height, limits)
+            if image.format == "HEIF":
+                _check_coded_pixels(data, limits)
             image.load()
             return DecodedImage(
                 pixels=image_to_rgb(image, limits), format=image.format or "unknown", frames=_count_frames(image)
@@ -179,6 +183,15 @@ def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
             f"{width} × {height} px, the limit is {limits.max_pixels:,} pixels with short sides counted as "
             f"{MIN_SIDE_PX} px (--max-pixels)"
         )
+
+
+def _check_coded_pixels(heif: bytes, limits: DecodeLimits) -> None:
+    """The size that a HEIC tells is that of the part which it shows; all that it holds is decoded.
+
+    Every coded picture, tile or whole has an `ispe` box: version and flags, width, height, 4 bytes each.
+    """
+    for size in re.finditer(rb"ispe.{4}(.{4})(.{4})", heif, re.DOTALL):
+        _check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
 
 
 def _to_rgb(image: Image.Image, image_format: str | None) -> npt.NDArray[np.uint8]:

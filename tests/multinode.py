@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import psutil
 
-NODES: Final = 3
+NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
 ROLES: Final = ("driver", "captioner", "scorer", "CPU worker", "raylet")
 TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare)"}

@@ -6,7 +6,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from functools import cache
 from itertools import islice
@@ -43,7 +43,8 @@ def new_bucket() -> str:
     """The URI of a new, empty bucket on the S3 server of the environment."""
     name = f"bucket-{uuid.uuid4().hex}"
     system, _ = storage.filesystem(f"s3://{name}")
-    system.mkdir(name)
+    with suppress(FileExistsError):  # the name is ours alone: an answer was lost, and the client asked again
+        system.mkdir(name)
     return f"s3://{name}"
 
 
