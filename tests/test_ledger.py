@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,42 @@ def test_staged_file_that_is_gone_stops_publishing(out: str) -> None:
     assert ledger.runs(out) == []
 
 
+class TakenOver(Exception):
+    """Another process holds the lock."""
+
+
+def refuse_after(times: int) -> Callable[[], None]:
+    """A check that passes so many times."""
+    passes = iter(range(times))
+
+    def check() -> None:
+        if next(passes, None) is None:
+            raise TakenOver
+
+    return check
+
+
+def test_process_that_lost_the_lock_changes_nothing(run: Run) -> None:
+    manifest, files = stage(run, rows_for(URIS))
+    before = files_below(run.out)
+    with pytest.raises(TakenOver):
+        run.publish(manifest, files, {}, refuse_after(0))
+    assert files_below(run.out) == before
+
+
+def test_published_run_is_not_written_again(run: Run) -> None:
+    manifest, files = stage(run, rows_for(URIS))
+    run.publish(manifest, files, {})
+    before = {name: Path(run.out, name).read_bytes() for name in files_below(run.out)}
+    with pytest.raises(VerificationError, match="was published already"):
+        run.publish(manifest, files, {})
+    assert {name: Path(run.out, name).read_bytes() for name in files_below(run.out)} == before
+
+
 def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
     manifest, files = stage(run, rows_for(URIS))
-    Path(run.out, "runs", f"{run.run_id}.json", "in the way").mkdir(parents=True)
-    with pytest.raises(OSError):
-        run.publish(manifest, files, {})
+    with pytest.raises(TakenOver):
+        run.publish(manifest, files, {}, refuse_after(1))
     assert files_below(run.final) == ["part-00000.parquet"]  # the files come first
     assert Path(files[0]).exists()  # and nothing is lost
     with pytest.raises(SourceError, match="holds no published run"):
