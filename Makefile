@@ -4,14 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
+KILLS ?= 20
 
-.PHONY: setup demo test test-unit check format lock help
+.PHONY: setup demo test test-faults test-unit check format lock help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into $(VENV)"
 	@echo "make demo    draw pictures, train, score, evaluate into OUT=$(OUT)"
 	@echo "make test    all tests;  make test-unit: those without Ray, S3 and the real sizes"
+	@echo "make test-faults   kill -9 of everything KILLS=$(KILLS) times, bad networks, poisoned pictures"
 	@echo "make check   ruff, mypy, import rules"
 
 setup: $(STAMP)
@@ -29,6 +31,11 @@ demo: setup
 test: setup
 	$(RUN) -m tests.swift
 	$(RUN) -m pytest
+
+# KILLS of drivers, actors, workers and nodes; `make test` kills each once.
+test-faults: setup
+	$(RUN) -m tests.swift
+	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0
 
 test-unit: setup
 	$(RUN) -m pytest -m "not cluster and not s3 and not real_sizes"
