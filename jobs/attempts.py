@@ -2,10 +2,11 @@
 
 <out>/staging/<run_id>/manifest.parquet          what was planned
                        run.json                  settings of the run; without it planning was not finished
-                       attempt-<n>/accepted.json files with finished rows of earlier attempts, frozen
-                                   todo/         the rest of the manifest, with captions that are known
-                                   rows/         verdict rows, as Ray Data writes them
-                                   checkpoint/   Ray Data's job checkpoint: a file of rows counts once it is there
+                       attempt-<n>/              n: the lock's number, so that no two processes share one
+                           accepted.json         files with finished rows of earlier attempts, frozen
+                           todo/                 the rest of the manifest, with captions that are known
+                           rows/                 verdict rows, as Ray Data writes them
+                           checkpoint/           Ray Data's job checkpoint: a file of rows counts once it is there
 
 Ray Data's checkpoint is used for its two-phase commit: a file of rows exists for us once the checkpoint file of its
 write task has its final name. Each attempt has a checkpoint of its own, so tasks of a driver that died, which may live
@@ -23,12 +24,13 @@ import pyarrow as pa
 
 from jobs import parquet, schema, storage
 from jobs.console import say
-from jobs.database import Database, database
+from jobs.database import database
+from jobs.schema import IDS
 
 MANIFEST: Final = "manifest.parquet"
 SETTINGS: Final = "run.json"
+FROZEN: Final = "accepted.json"
 ID: Final = "image_id"
-IDS: Final = pa.schema([schema.MANIFEST.field(ID)])
 LEAST_COMMIT_ROWS: Final = 64
 MOST_COMMIT_ROWS: Final = 8192
 COMMITS: Final = 1024
@@ -36,7 +38,8 @@ COMMITS: Final = 1024
 LEAST_TASK_ROWS: Final = 32
 MOST_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
-"""About how many tasks a run should have at most: Ray reads as many files, and a task lost is a task done again."""
+"""About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
+done again."""
 COMMITTED: Final = re.compile(r"(?P<task>.+_\d{6,})\.parquet")
 DATA_FILE: Final = re.compile(r"(?P<task>.+_\d{6,})-\d+\.parquet")
 
@@ -47,7 +50,7 @@ class Attempt:
 
     folder: str
     number: int
-    """1, 2, …"""
+    """1, 2, … among the attempts of the run."""
     accepted: list[str]
     """Files with finished rows of earlier attempts."""
     count: int = 0
@@ -69,10 +72,10 @@ class Attempt:
         return storage.join(self.folder, "checkpoint")
 
     def committed(self) -> list[str]:
-        """Files that this attempt finished and that can be read, sorted."""
+        """Files that this attempt finished, sorted."""
         tasks = {match["task"] for name in _names(self.checkpoint) if (match := COMMITTED.fullmatch(name))}
         files = [name for name in _names(self.rows) if (match := DATA_FILE.fullmatch(name)) and match["task"] in tasks]
-        return _whole([storage.join(self.rows, name) for name in sorted(files)])
+        return [storage.join(self.rows, name) for name in sorted(files)]
 
     def files(self) -> list[str]:
         """All files with finished rows, of this attempt and those before it."""
@@ -95,28 +98,27 @@ def unfinished(out: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def begin(staging: str, known: Iterable[pa.RecordBatch]) -> Attempt:
+def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
     """Begin the next attempt: freeze what earlier ones finished, write what is left. The caller must hold the lock.
 
-    `known`: captions that were published before (`schema.CAPTIONED`).
+    `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
     """
-    numbers = [int(name.removeprefix("attempt-")) for name in storage.subfolders(staging)]
+    names = [name for name in storage.subfolders(staging) if int(name.removeprefix("attempt-")) < lock_number]
     accepted: list[str] = []
-    while numbers:  # an attempt that was cut before it froze its files had no rows of its own
-        folder = storage.join(staging, f"attempt-{max(numbers):04d}")
+    for number, name in reversed(list(enumerate(names, start=1))):
+        folder = storage.join(staging, name)
         try:
-            frozen = [storage.join(staging, name) for name in storage.read_json(storage.join(folder, "accepted.json"))]
-        except FileNotFoundError:
-            numbers.remove(max(numbers))
+            frozen = [storage.join(staging, file) for file in storage.read_json(storage.join(folder, FROZEN))]
+        except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
             continue
-        accepted = Attempt(folder=folder, number=max(numbers), accepted=frozen).files()
+        accepted = _whole(Attempt(folder=folder, number=number, accepted=frozen).files())
         break
-    number = max((int(name.removeprefix("attempt-")) for name in storage.subfolders(staging)), default=0) + 1
-    attempt = Attempt(folder=storage.join(staging, f"attempt-{number:04d}"), number=number, accepted=accepted)
-    count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known)
-    storage.write_json(
-        storage.join(attempt.folder, "accepted.json"), [name.removeprefix(f"{staging}/") for name in accepted]
+    attempt = Attempt(
+        folder=storage.join(staging, f"attempt-{lock_number:08d}"), number=len(names) + 1, accepted=accepted
     )
+    count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
+    frozen = [name.removeprefix(f"{staging}/") for name in accepted]
+    storage.write_json(storage.join(attempt.folder, FROZEN), frozen)
     return replace(attempt, count=count)
 
 
@@ -125,53 +127,50 @@ def commit_rows(count: int) -> int:
     return min(MOST_COMMIT_ROWS, max(LEAST_COMMIT_ROWS, count // COMMITS))
 
 
-def write_todo(manifest: str, folder: str, accepted: Sequence[str] = (), known: Iterable[pa.RecordBatch] = ()) -> int:
+def write_todo(
+    manifest: str,
+    folder: str,
+    accepted: Sequence[str] = (),
+    known: Iterable[pa.RecordBatch] = (),
+    captioner_id: str = "",
+) -> int:
     """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
 
     A known caption is taken over from the same version of the picture, else from one of the same file name and size:
     a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched.
     """
-    others = ", ".join(name for name in schema.MANIFEST.names if name != ID)
+    name = "hash(regexp_extract(uri, '[^/]*$'))"
     with database() as rows:
-        _number(rows, manifest)
-        rows.create("done", f"{ID}::uuid as {ID}", IDS)
+        rows.execute("create sequence numbers")
+        identified = f"{ID}::uuid as {ID}"
+        rows.create(
+            "manifest", f"nextval('numbers') as n, {name} as name, * replace ({ID}::uuid as {ID})", schema.MANIFEST
+        )
+        rows.insert("manifest", parquet.read(manifest, schema.MANIFEST))
+        rows.create("done", identified, IDS)
         rows.insert("done", parquet.read_small(accepted, IDS))
+        rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
+        # only what may be of use is kept: there may be many more captions than pictures to do
         rows.create(
             "captions",
-            f"{ID}::uuid as {ID}, hash({_file_name('uri')}) as name, size_bytes, "
-            "{'caption': caption, 'hash': content_hash, 'run_id': caption_run_id} as known",
+            f"nextval('numbers') as c, {identified}, {name} as name, size_bytes, caption as known_caption, "
+            "content_hash as known_hash, caption_run_id as known_run_id",
             schema.CAPTIONED,
+            where=f"starts_with(caption_id, '{captioner_id}-') and ({ID}::uuid in (select {ID} from left_over) "
+            f"or ({name}, size_bytes) in (select (name, size_bytes) from left_over))",
         )
         rows.insert("captions", known)
-        usable = "known.caption is not null and known.hash is not null"
+        # of several the first: numbers are small where captions would not fit into memory
         for table, key in (("same", ID), ("alike", "name, size_bytes")):
-            rows.execute(
-                f"create table {table} as select {key}, any_value(known) as known from captions where {usable} "
-                f"group by {key}"
-            )
+            rows.execute(f"create table {table} as select {key}, min(c) as c from captions group by {key}")
         batches = rows.select(
-            f"select replace({ID}::varchar, '-', '') as {ID}, {others}, known.caption as known_caption, "
-            "known.hash as known_hash, known.run_id as known_run_id from ("
-            "select m.*, coalesce(same.known, alike.known) as known "
-            f"from manifest m anti join done on m.{ID} = done.{ID} left join same on m.{ID} = same.{ID} "
-            f"left join alike on hash({_file_name('m.uri')}) = alike.name "
-            "and m.size_bytes = alike.size_bytes) order by n"
+            f"select l.* replace (replace(l.{ID}::varchar, '-', '') as {ID}), known_caption, known_hash, known_run_id "
+            f"from left_over l left join same on l.{ID} = same.{ID} "
+            "left join alike on l.name = alike.name and l.size_bytes = alike.size_bytes "
+            "left join captions k on k.c = coalesce(same.c, alike.c) order by n"
         )
-        left = rows.number(f"select count(*) from manifest anti join done using ({ID})")
-        task_rows = min(MOST_TASK_ROWS, max(LEAST_TASK_ROWS, left // TASKS))
-        return parquet.write_many(batches, schema.TODO, folder, task_rows)[0]
-
-
-def _number(rows: Database, manifest: str) -> None:
-    """Table `manifest`, its rows numbered by their order."""
-    others = ", ".join(name for name in schema.MANIFEST.names if name != ID)
-    rows.execute("create sequence numbers")
-    rows.create("manifest", f"nextval('numbers') as n, {ID}::uuid as {ID}, {others}", schema.MANIFEST)
-    rows.insert("manifest", parquet.read(manifest, schema.MANIFEST))
-
-
-def _file_name(column: str) -> str:
-    return f"regexp_extract({column}, '[^/]*$')"
+        task_rows = max(LEAST_TASK_ROWS, min(MOST_TASK_ROWS, rows.number("select count(*) from left_over") // TASKS))
+        return parquet.write_many(batches, schema.TODO, folder, task_rows)
 
 
 def _names(folder: str) -> list[str]:

@@ -89,7 +89,7 @@ def caption(
     files = [entry.uri for entry in storage.list_files(rows)]
     counts = ledger.Counts()
     ledger.verify_ids(
-        parquet.read(plan.uri, ledger.IDS), counts.watch(parquet.read_small(files, schema.CAPTIONS))
+        parquet.read(plan.uri, schema.IDS), counts.watch(parquet.read_small(files, schema.CAPTIONS))
     )  # fmt: skip
     record = {
         "source": source,

@@ -22,19 +22,17 @@ class Database:
         self._connection = connection
         self._selected: dict[str, str] = {}
 
-    def create(self, table: str, columns: str, schema: pa.Schema) -> None:
-        """A table of what `select <columns> from rows` gives, where `rows` are Arrow batches of the schema."""
-        self._selected[table] = f"select {columns} from rows"
+    def create(self, table: str, columns: str, schema: pa.Schema, where: str = "true") -> None:
+        """A table of what `select <columns> from rows where …` gives, where `rows` are Arrow batches of the schema."""
+        self._selected[table] = f"select {columns} from rows where {where}"
         self._connection.register("rows", schema.empty_table())
         self._connection.execute(f"create table {table} as {self._selected[table]}")
 
     def insert(self, table: str, batches: Iterable[pa.RecordBatch]) -> None:
         """Insert Arrow batches into a table that `create` made, as they come."""
-        self._connection.begin()
-        for batch in batches:
+        for batch in batches:  # each in a transaction of its own: one would hold all batches in memory until its end
             self._connection.register("rows", pa.Table.from_batches([batch]))
             self._connection.execute(f"insert into {table} {self._selected[table]}")
-        self._connection.commit()
 
     def execute(self, sql: str) -> list[tuple[Any, ...]]:
         """Run a statement; returns its rows, which must be few."""

@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.dataset as pads
 
 from jobs import parquet, schema, storage
 from jobs.database import database
+from jobs.schema import IDS
 from nsnet.digest import file_digest
 from nsnet.errors import NsnetError, SourceError, StorageError
 
@@ -29,7 +31,6 @@ ROWS_PER_FILE: Final = 500_000
 """About 100 MB of verdicts: what query engines like to read."""
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""
-IDS: Final = pa.schema([schema.MANIFEST.field("image_id")])
 
 
 class VerificationError(NsnetError):
@@ -69,14 +70,13 @@ class Run:
         """Verify staged files of verdicts against the manifest, write the final files, then the record; returns it.
 
         Raises `VerificationError` when rows are missing, surplus or doubled, or when the run was published already;
-        then nothing is. What a publication left that was cut short is written anew. `check` raises when this process
-        may no longer write here; it is asked before anything is changed, and before the record.
+        then nothing is. `check` raises when this process may no longer write here.
+
+        A process that is cut off in the middle of this, and wakes up when another has published, harms nothing: files
+        have names of their own, the record is created only where there is none, and only who created it tidies up.
         """
         verify_ids(parquet.read(manifest, IDS), parquet.read_small(staged, IDS))
         check()
-        if storage.exists(self.record):
-            raise VerificationError(f"run {self.run_id} was published already, by another process")
-        storage.remove_folder(self.final)
         counts = Counts()
         files = [
             {**file, "path": file["path"].removeprefix(self.out + "/")}
@@ -93,8 +93,18 @@ class Run:
             **details,
         }
         check()
-        storage.write_json(self.record, record)
+        if not storage.create(self.record, storage.encode_json(record)):
+            raise VerificationError(f"run {self.run_id} was published already, by another process")
+        self.tidy(record)
         return record
+
+    def tidy(self, record: dict[str, Any]) -> None:
+        """Remove what a published run no longer needs: its staging, and final files of publications that were cut."""
+        named = {storage.join(self.out, file["path"]) for file in record["files"]}
+        for entry in list(storage.list_files(self.final)):
+            if entry.uri not in named:
+                storage.remove_file(entry.uri)
+        storage.remove_folder(self.staging)
 
 
 class Counts:
@@ -181,12 +191,17 @@ def runs(out: str) -> list[dict[str, Any]]:
     folder = storage.join(storage.absolute(out), "runs")
     if storage.is_local(folder) and not storage.exists(folder):
         return []
-    records = [storage.read_json(entry.uri) for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
+    uris = [entry.uri for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
+    with ThreadPoolExecutor(parquet.READERS) as pool:
+        records = list(pool.map(storage.read_json, uris))
     return sorted(records, key=lambda record: str(record["run_id"]))
 
 
 def verdicts(out: str) -> pads.Dataset:
-    """The verdicts of all published runs, as an Arrow dataset; raises `SourceError` when there is none."""
+    """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there is none.
+
+    A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
+    """
     out = storage.absolute(out)
     paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
@@ -204,7 +219,7 @@ def published(
         for file in record["files"]:
             uri = storage.join(storage.absolute(out), file["path"])
             try:
-                yield from _dataset([uri], columns).to_batches(batch_size=parquet.BATCH_ROWS, fragment_readahead=1)
+                yield from _dataset([uri], columns).to_batches(batch_size=parquet.GROUP_ROWS, fragment_readahead=1)
             except FileNotFoundError as error:
                 raise StorageError(
                     f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
@@ -219,13 +234,14 @@ def _dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
 
 def _write_parts(batches: Iterator[pa.RecordBatch], folder: str) -> Iterator[dict[str, Any]]:
     """Write `part-*.parquet`, each first to a local file; yields path, rows, size and SHA-256 of each."""
+    token = secrets.token_hex(4)
     for number in itertools.count():
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "part.parquet"
             rows = parquet.write(_first(batches, ROWS_PER_FILE), schema.VERDICTS, str(path))
             if rows == 0:
                 return
-            uri = storage.join(folder, f"part-{number:05d}.parquet")
+            uri = storage.join(folder, f"part-{number:05d}-{token}.parquet")
             storage.upload_file(path, uri)
             yield {"path": uri, "rows": rows, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 

@@ -6,6 +6,7 @@ creating the next number, which only one can do. Whoever created a number looks 
 competitor may have gone ahead, and not every store makes conditional puts atomic.
 """
 
+import _thread
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from jobs.console import say
 from nsnet.errors import LockedError
 
 HEARTBEAT_SECONDS: Final = 15.0
-EXPIRY_SECONDS: Final = 60.0
+EXPIRY_SECONDS: Final = 120.0
+"""Longer than a heartbeat and the longest wait for one answer of a slow store together."""
 SETTLE_SECONDS: Final = 1.0
 """Between creating a lock in an object store and believing it."""
 POLL_SECONDS: Final = 5.0
@@ -37,6 +39,9 @@ def hold(out: str, *, wait: bool = False) -> Iterator["Lock"]:
     lock.acquire(wait)
     try:
         yield lock
+    except KeyboardInterrupt:
+        lock.check()  # it was lost, which stops the work at once, or somebody pressed Ctrl-C
+        raise
     finally:
         lock.release()
 
@@ -47,7 +52,8 @@ class Lock:
     def __init__(self, out: str) -> None:
         self.folder = storage.join(out, "locks")
         self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), **_process(os.getpid())}
-        self._number = 0
+        self.number = 0
+        """Grows from holder to holder."""
         self._stop = threading.Event()
         self._lost: str | None = None
         self._thread: threading.Thread | None = None
@@ -75,7 +81,7 @@ class Lock:
         if self._lost is None and not self._is_ours():
             self._lost = "it was taken over by another run"
         if self._lost is not None:
-            raise LockedError(f"the lock {self._uri(self._number)} was lost: {self._lost}; nothing was published")
+            raise LockedError(f"the lock {self._uri(self.number)} was lost: {self._lost}; nothing was published")
 
     def release(self) -> None:
         """Let the lock go. The file stays, so that numbers only grow."""
@@ -84,7 +90,7 @@ class Lock:
             self._thread.join()
         try:
             if self._is_ours():
-                storage.write_bytes(self._uri(self._number), _encoded({"released": True}))
+                storage.write_bytes(self._uri(self.number), _encoded({"released": True}))
         except Exception as error:  # the store is away: the lock expires by itself
             say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({type(error).__name__})")
 
@@ -97,7 +103,7 @@ class Lock:
             return False
         if not storage.is_local(self.folder):
             time.sleep(SETTLE_SECONDS)
-        self._number = number
+        self.number = number
         if not self._is_ours():
             return False
         for older in self._numbers():
@@ -115,7 +121,7 @@ class Lock:
             return False  # taken over at this moment
 
     def _is_ours(self) -> bool:
-        return self._highest() == self._number and self._read(self._number).get("token") == self._holder["token"]
+        return self._highest() == self.number and self._read(self.number).get("token") == self._holder["token"]
 
     def _beat(self) -> None:
         """Write the lock again and again. An outage of the store is waited for; only another holder ends it."""
@@ -123,8 +129,9 @@ class Lock:
             try:
                 if not self._is_ours():
                     self._lost = "another run took it over, since this one was not heard of for a while"
+                    _thread.interrupt_main()
                     return
-                storage.write_bytes(self._uri(self._number), _encoded(self._holder))
+                storage.write_bytes(self._uri(self.number), _encoded(self._holder))
             except Exception:  # botocore, aiohttp and OS errors share no base
                 continue
 
@@ -172,5 +179,13 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     here = _process(os.getpid())
     if not all(name in here and here[name] == holder.get(name) for name in ("boot", "namespace")):
         return False
-    now = _process(int(holder.get("pid") or 0))
-    return now.get("started") != holder.get("started")
+    pid = int(holder.get("pid") or 0)
+    if _process(pid).get("started") == holder.get("started"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return "started" in _process(pid)  # another's process of this id; unless /proc hides what it is
+    return True

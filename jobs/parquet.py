@@ -52,8 +52,8 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
     return count
 
 
-def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> tuple[int, int]:
-    """Write small files of so many rows each, several at a time; returns the numbers of rows and of files."""
+def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> int:
+    """Write small files of so many rows each, several at a time; returns the number of rows in all."""
     count = files = 0
     with ThreadPoolExecutor(WRITERS) as pool:
         pending: deque[Future[int]] = deque()
@@ -63,7 +63,7 @@ def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str
             if len(pending) > 2 * WRITERS:
                 count += pending.popleft().result()
         count += sum(written.result() for written in pending)
-    return count, files
+    return count
 
 
 def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

@@ -7,13 +7,14 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.exceptions import RayError
 
 from jobs import progress, resources, schema, storage
 from jobs.faults import OUTAGE_SECONDS
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
 from nsnet.captions import CaptionerConfig
-from nsnet.errors import OutageError
+from nsnet.errors import NsnetError, StorageError
 from nsnet.preparation import PreparationConfig
 
 
@@ -47,7 +48,10 @@ class Stream:
     def write(
         self, folder: str, title: str, total: int, stages: tuple[str, ...], rows_per_file: int | None = None
     ) -> None:
-        """Run the pipeline into Parquet files, showing its progress. Raises `OutageError`."""
+        """Run the pipeline into Parquet files, showing its progress.
+
+        Raises `OutageError`, what an actor raises on purpose, and `StorageError` for what Ray cannot mend.
+        """
         system, path = storage.arrow_filesystem(folder)
         with progress.watch(self.board, title, total, stages):
             try:
@@ -58,9 +62,13 @@ class Stream:
                     concurrency=self.shares.writers,
                     ray_remote_args={"num_cpus": self.shares.light_task_cpus},
                 )
-            except OutageError as error:  # Ray's copy of it carries a remote traceback
+            except NsnetError as error:  # Ray's copy of it carries a remote traceback
                 cause = getattr(error, "cause", error)
-                raise OutageError(str(cause)) from None
+                raise type(cause)(str(cause)) from None
+            except RayError as error:
+                raise StorageError(
+                    f"the cluster failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                ) from error
 
 
 def captioned(

@@ -22,8 +22,6 @@ BATCH_ROWS: Final = 8192
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
 
-OTHER_COLUMNS: Final = ", ".join(name for name in schema.MANIFEST.names if name != "image_id")
-
 NEW: Final = "new"
 CHANGED: Final = "changed"
 FAILED: Final = "failed before"
@@ -103,7 +101,7 @@ def write_manifest(
         if repeated := rows.number("select count(*) from listed") - sum(states.values()):
             listing.left_out["listed twice"] += repeated
         chosen = rows.select(
-            f"select replace(image_id::varchar, '-', '') as image_id, {OTHER_COLUMNS} from planned join listed using "
+            "select listed.* replace (replace(image_id::varchar, '-', '') as image_id) from planned join listed using "
             f"(n) where state in ({wanted}) order by {_order(selection.shuffle_seed)} {_limit(selection.limit)}"
         )
         labels: Counter[int | None] = Counter()
@@ -139,7 +137,7 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
     Listing stops early once enough pictures to do are found, which is asked each time the listing has doubled.
     """
     numbered = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST])
-    rows.create("listed", f"n, image_id::uuid as image_id, {OTHER_COLUMNS}", numbered)
+    rows.create("listed", "* replace (image_id::uuid as image_id)", numbered)
     rows.execute(
         f"create view judged as select l.n, case when s.scored then '{SCORED}' when s.scored is not null then "
         f"'{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state from listed l "

@@ -21,6 +21,8 @@ MANIFEST: Final = pa.schema(
 )
 """What is planned: one row per picture."""
 
+IDS: Final = pa.schema([MANIFEST.field("image_id")])
+
 KNOWN_CAPTION: Final = [
     pa.field("known_caption", pa.string()),
     pa.field("known_hash", pa.string()),  # SHA-256 of the file that was captioned

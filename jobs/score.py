@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -99,7 +100,7 @@ def score(
         "captioner": captioner,
     }
     with lock.hold(out, wait=wait) as held:
-        run = _unfinished(out, settings) or _plan(out, settings, selection)
+        run = _unfinished(out, settings) or _plan(out, settings, selection, held)
         if run is None:
             return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
         plan = storage.read_json(storage.join(run.staging, attempts.SETTINGS))["plan"]
@@ -122,7 +123,8 @@ def score(
         models = replace(models, captioner_id=captioner_id(config.captioner, folder))
         preparation = PreparationConfig(thumbnail_px=thumbnail_px(folder), patches=config.patches, limits=limits)
         known = ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if reuse else ()
-        attempt = attempts.begin(run.staging, known)
+        attempt = attempts.begin(run.staging, held.number, known, models.captioner_id)
+        held.check()
         if attempt.accepted:
             say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
         if attempt.count:
@@ -151,38 +153,53 @@ def score(
                 "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
             },
         )
-        storage.remove_folder(run.staging)
     say(ledger.summary(record))
     say(f"verdicts: {run.final}\nrecord:   {run.record}")
     return record
 
 
 def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
-    """A run with these settings that was planned and not published; remains of published ones are removed."""
+    """A run with these settings that was planned and not published; remains of published ones are removed.
+
+    One that another run has overtaken is given up: what it planned may have been published since.
+    """
     found = None
+    wanted, records = json.loads(json.dumps(settings)), {record["run_id"]: record for record in ledger.runs(out)}
     for run_id, told in attempts.unfinished(out).items():
         run = Run(out=out, run_id=run_id)
-        if storage.exists(run.record):
-            storage.remove_folder(run.staging)
-        elif told["settings"] == json.loads(json.dumps(settings)):
-            found = run
-        else:
-            differing = sorted(name for name in settings if told["settings"].get(name) != settings[name])
+        if run_id in records:
+            run.tidy(records[run_id])
+        elif told["settings"] != wanted:
+            differing = sorted(name for name in wanted if told["settings"].get(name) != wanted[name])
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
+        elif told["published"] != _published(records.values(), settings["detector_id"]):
+            say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
+            storage.remove_folder(run.staging)
+        else:
+            found = run
     return found
 
 
-def _plan(out: str, settings: dict[str, Any], selection: Selection) -> Run | None:
+def _published(records: Iterable[dict[str, Any]], detector_id: str) -> list[str]:
+    """Ids of the published runs of a detector."""
+    return [record["run_id"] for record in records if record["detector_id"] == detector_id]
+
+
+def _plan(out: str, settings: dict[str, Any], selection: Selection, held: lock.Lock) -> Run | None:
     """Plan a new run; None: there is nothing to do."""
-    run = Run(out=out)
-    done = ledger.published(out, schema.DONE, detector_id=settings["detector_id"])
+    run, detector_id = Run(out=out), settings["detector_id"]
+    published = _published(ledger.runs(out), detector_id)
+    done = ledger.published(out, schema.DONE, detector_id=detector_id)
     plan = write_manifest(settings["source"], storage.join(run.staging, attempts.MANIFEST), selection, done)
     say(f"source: {plan.describe()}")
     if not plan.count:
         storage.remove_folder(run.staging)
         return None
     told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
-    storage.write_json(storage.join(run.staging, attempts.SETTINGS), {"settings": settings, "plan": told})
+    held.check()
+    storage.write_json(
+        storage.join(run.staging, attempts.SETTINGS), {"settings": settings, "published": published, "plan": told}
+    )
     return run
 
 

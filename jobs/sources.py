@@ -21,21 +21,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import faults, storage
+from jobs.console import say
 from jobs.storage import Fetched
-from nsnet.errors import SourceError
+from nsnet.errors import SourceError, UsageError
 
 LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1}
 LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
 SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 OTHER_KINDS: Final = frozenset(
-    ".7z .arrow .avi .bin .bz2 .cfg .ckpt .css .csv .db .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini "
+    ".7z .arrow .avi .bz2 .cfg .ckpt .css .csv .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini "
     ".ipynb .js .json .jsonl .lock .log .md .mkv .mov .mp3 .mp4 .npy .npz .ogg .parquet .pdf .pickle .pkl .ppt .pptx "
     ".pt .pth .py .rar .rst .rtf .safetensors .sh .sha256 .so .sqlite .svg .tar .tgz .toml .tsv .txt .wav .webm .xls "
     ".xlsx .xml .xz .yaml .yml .zip .zst"
     .split()
 )  # fmt: skip
 """Endings of files that are certainly no raster picture. Any other name, known or not, is tried by its content."""
+
+CONTAINERS: Final = (".tar", ".parquet")
+"""Endings of files that hold pictures."""
 
 
 def image_id(uri: str, etag: str) -> str:
@@ -115,10 +119,11 @@ class Source:
                 self.left_out["empty marker object"] += 1
             elif _unicode(entry.uri) != entry.uri:
                 self.left_out["name that is no UTF-8"] += 1
-            elif ending == ".tar":
-                yield from self._tar(entry)
-            elif ending == ".parquet":
-                yield from self._parquet(entry.uri)
+            elif ending in CONTAINERS:
+                if self._exclude and self._exclude.fullmatch(relative):
+                    self.left_out["excluded"] += 1
+                else:
+                    yield from self._inside(entry, ending)
             elif ending in OTHER_KINDS:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
@@ -128,8 +133,25 @@ class Source:
                     label=label, generator=generator, split=split,
                 )  # fmt: skip
 
-    def _tar(self, entry: storage.Entry) -> Iterator[dict[str, Any]]:
-        """Members of an uncompressed WebDataset tar; `x.cls` beside `x.jpg` may hold the label."""
+    def _inside(self, entry: storage.Entry, ending: str) -> Iterator[dict[str, Any]]:
+        """Pictures of a container that lies among others: one that cannot be read must not stop the rest.
+
+        In a folder that is named like a container, as Spark and Ray write them, each part must be one.
+        """
+        strict = self.uri.lower().endswith(CONTAINERS)
+        try:
+            yield from self._tar(entry, strict) if ending == ".tar" else self._parquet(entry.uri, strict)
+        except SourceError as error:
+            if strict:
+                raise
+            self.left_out[f"{ending} that cannot be read"] += 1
+            say(f"warning: left out: {error}")
+
+    def _tar(self, entry: storage.Entry, strict: bool = True) -> Iterator[dict[str, Any]]:
+        """Members of an uncompressed WebDataset tar; `x.cls` beside `x.jpg` may hold the label.
+
+        Not `strict`: a label that is neither real nor fake counts as none.
+        """
         system, path = storage.filesystem(entry.uri)
         labels: dict[str, int | None] = {}
         members: list[tuple[str, int, int]] = []
@@ -146,7 +168,7 @@ class Source:
                     elif ending == ".cls" and member.size < 64:
                         content = tar.extractfile(member)
                         text = content.read().decode().strip() if content else None
-                        labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}")
+                        labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}", strict)
                     elif ending in OTHER_KINDS or ending == ".cls":
                         self.left_out[f"{ending} is no picture"] += 1
                     else:
@@ -165,8 +187,12 @@ class Source:
                 container=entry.uri, position=offset, label=label, generator=generator, split=split,
             )  # fmt: skip
 
-    def _parquet(self, uri: str) -> Iterator[dict[str, Any]]:
-        """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional."""
+    def _parquet(self, uri: str, strict: bool = True) -> Iterator[dict[str, Any]]:
+        """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional.
+
+        Not `strict`: a label that is neither real nor fake counts as none; and no manifest is followed, for whoever may
+        put a file into a bucket could have anything read that this job may read.
+        """
         system, path = storage.arrow_filesystem(uri)
         try:
             file = pq.ParquetFile(path, filesystem=system)
@@ -176,6 +202,8 @@ class Source:
         if not columns & {"uri", "bytes"}:
             raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
         stored = "bytes" in columns
+        if not stored and not strict:
+            raise SourceError(f"{uri} is a manifest: they are followed only where they are the source themselves")
         own = storage.describe(uri) if stored else None
         wanted = sorted(columns & {"uri", "etag", "size_bytes", "label", "generator", "split"})
         position = 0
@@ -183,7 +211,7 @@ class Source:
             for values in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
                 name = values.get("uri")
                 labels: dict[str, Any] = {
-                    "label": _label(values.get("label"), f"{uri}: row {position}"),
+                    "label": _label(values.get("label"), f"{uri}: row {position}", strict),
                     "generator": _text(values.get("generator")),
                     "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
                 }
@@ -193,11 +221,10 @@ class Source:
                         row_uri, f"{own.etag}-{position}", None, listed=True, modified_at=own.modified_at,
                         container=uri, position=position, **labels,
                     )  # fmt: skip
-                elif name is None:
-                    raise SourceError(f"{uri}: row {position} has no uri")
                 else:
-                    etag = _text(values.get("etag")) or ""
-                    yield _row(storage.absolute(str(name)), etag, values.get("size_bytes"), **labels)
+                    where = f"{uri}: row {position}"
+                    etag, size = _text(values.get("etag")) or "", _size(values.get("size_bytes"), where)
+                    yield _row(_place(name, uri, where), etag, size, **labels)
                 position += 1
 
 
@@ -209,7 +236,9 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
     container, position, size = row["container"], row["position"], row["size_bytes"]
     etag = row["etag"] if row["listed"] else None
     if container is None:
-        return storage.fetch(row["uri"], 0, max_bytes + 1, etag)
+        # how much is asked for also says how long it may take; a manifest's sizes may be wrong
+        known = size if row["listed"] and size is not None else max_bytes
+        return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
         return storage.fetch(container, position, min(size, max_bytes + 1), etag)
     try:
@@ -257,12 +286,38 @@ def _row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, *
     return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
 
 
-def _label(value: Any, where: str) -> int | None:
-    """0, 1, real, fake (also as text) or nothing; anything else is an error, not a guess."""
+def _place(name: Any, manifest: str, where: str) -> str:
+    """The URI of a row of a manifest."""
+    if name is None:
+        raise SourceError(f"{where} has no uri")
+    try:
+        uri = storage.absolute(str(name))
+    except UsageError as error:
+        raise SourceError(f"{where}: {error}") from error
+    if storage.is_local(uri) and not storage.is_local(manifest):
+        raise SourceError(f"{where} names {uri} on this machine's disk: a manifest in a bucket may name buckets only")
+    return uri
+
+
+def _size(value: Any, where: str) -> int | None:
+    """A number of bytes, or nothing."""
+    if value is None or value == "" or value != value:  # pandas writes NaN for nothing
+        return None
+    try:
+        size = int(value)
+    except (ValueError, OverflowError, TypeError):
+        size = -1
+    if not 0 <= size < 2**63:
+        raise SourceError(f"{where}: size_bytes {value!r} is no number of bytes")
+    return size
+
+
+def _label(value: Any, where: str, strict: bool) -> int | None:
+    """0, 1, real, fake (also as text) or nothing; anything else is no guess, but an error or (not `strict`) nothing."""
     if value is None or value == "" or value != value:  # pandas writes NaN for nothing
         return None
     label = LABEL_NAMES.get(f"{value:g}" if isinstance(value, float | bool) else str(value).strip().lower())
-    if label is None:
+    if label is None and strict:
         raise SourceError(f"{where}: label {value!r} is neither 0/real nor 1/fake")
     return label
 

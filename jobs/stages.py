@@ -5,6 +5,7 @@ as soon as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mo
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ ROWS_PER_BLOCK: Final = 32
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
 OUTAGE_POLL_SECONDS: Final = 5.0
+MANY: Final = 8
+"""Pictures of which a store must give at least one, or it is away, whatever else it answers."""
 REMEMBERED: Final = 65_536
 """Contents whose results an actor remembers."""
 HEAVY: Final = ("mosaic", "patches", "thumbnail")
@@ -70,7 +73,7 @@ class Models:
     """Run that the rows are marked with."""
     detector_id: str | None = None
     """Identity of the detector, which the bundle must still have when an actor loads it."""
-    captioner_id: str | None = None
+    captioner_id: str = ""
     """Identity of the captioner."""
     reuse: bool = True
     """Compute repeated bytes once."""
@@ -175,32 +178,44 @@ class Prepare:
             yield self(table.slice(start, ROWS_PER_BLOCK))
 
     def _fetch(self, manifest: Rows) -> list[Fetched | ImageError]:
-        """Bytes or the reason why there are none, of each row; once more where the store was away and came back."""
+        """Bytes or the reason why there are none, of each row; asked for again as long as the store is to blame."""
         fetch = _fetch_with(self.config.limits.max_bytes)
+        end = time.monotonic() + self.outage_seconds
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(fetch, manifest))
-            lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
-            if lost and not self._came_back(manifest[lost[0]]):
-                # it answers: what it does not have is missing, but the rest may have met the end of a short outage
-                lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]
-            for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
-                fetched[i] = result
-        return fetched
+            for repetition in itertools.count():
+                lost, away = self._lost(manifest, fetched)
+                if not lost or (repetition and not away):
+                    return fetched
+                if away:
+                    self._wait(manifest[lost[0]], fetched[lost[0]], end)
+                for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
+                    fetched[i] = result
+        raise AssertionError("the loop above only ends by itself")
 
-    def _came_back(self, row: dict[str, Any]) -> bool:
-        """Whether the store of a row was away and answers again; raises `OutageError` when it does not for long."""
-        uri = row["container"] or row["uri"]
-        if storage.answers(uri, self.source):
-            return False
-        end = time.monotonic() + self.outage_seconds
+    def _wait(self, row: dict[str, Any], result: Fetched | ImageError, end: float) -> None:
+        """Wait until the store of a row answers, a moment at least: what is missing now may only have been away."""
         while time.monotonic() < end:
             time.sleep(min(OUTAGE_POLL_SECONDS, self.outage_seconds))
-            if storage.answers(uri, self.source):
-                return True
+            if storage.answers(row["container"] or row["uri"], self.source):
+                return
         raise OutageError(
-            f"the store of the pictures has not answered for {self.outage_seconds:g} s ({uri}): what was finished is "
-            "kept, run the same command again once it is back"
+            f"the store of the pictures has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): what "
+            "was finished is kept, run the same command again once it is back"
         )
+
+    def _lost(self, manifest: Rows, fetched: list[Fetched | ImageError]) -> tuple[list[int], bool]:
+        """Rows that are worth another request, and whether their store is away: it does not answer, or it gives none
+        of many pictures.
+        """
+        lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
+        stores = {i: storage.store_of(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
+        probes = {store: manifest[i]["container"] or manifest[i]["uri"] for i, store in stores.items()}
+        silent = {store for store, uri in probes.items() if not storage.answers(uri, self.source)}
+        if silent:
+            return [i for i in lost if stores[i] in silent], True
+        lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]
+        return lost, len(lost) == len(manifest) >= MANY
 
     def _row(self, row: dict[str, Any], fetched: Fetched | ImageError) -> dict[str, Any]:
         row = {**row, "requests": getattr(fetched, "requests", None)}
@@ -305,7 +320,7 @@ class Caption:
         return _with_heavy(rows, table, self.schema)
 
 
-def caption_id(captioner_id: str | None, content_hash: str) -> str:
+def caption_id(captioner_id: str, content_hash: str) -> str:
     """Identity of a caption: the captioner's, and the first 16 hexadecimal digits of the content's SHA-256."""
     return f"{captioner_id}-{content_hash[:16]}"
 

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,11 @@ def reachable(uri: str) -> None:
     except Exception as error:  # botocore, aiohttp and OS errors share no base
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
         raise StorageError(f"the bucket s3://{bucket} at {endpoint} cannot be reached: {_reason(error)}") from error
+
+
+def store_of(uri: str) -> str:
+    """What may be away as a whole: the bucket of a URI; "" for this machine's disks."""
+    return "" if is_local(uri) else _bucket_and_key(uri)[0]
 
 
 def answers(uri: str, source: str | None) -> bool:
@@ -457,16 +463,25 @@ def write_bytes(uri: str, data: bytes) -> None:
     if not is_local(uri):
         system.pipe_file(path, data)
         return
+    os.replace(_write_partial(path, data), path)
+
+
+def _write_partial(path: str, data: bytes) -> str:
+    """Write a file beside its place, down to the disk: a machine may lose its power."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.partial-{os.getpid()}"
-    Path(partial).write_bytes(data)
-    os.replace(partial, path)
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
 
 
 def create(uri: str, data: bytes) -> bool:
     """Write an object only where there is none; False: there is one already. Of several creators one succeeds.
 
-    S3: conditional put. Disks: exclusive create; a reader may meet the file before its content is there.
+    S3: conditional put. Disks: a hard link to a written file, which exists whole or not at all; where there are no
+    hard links, exclusive create.
     """
     if not is_local(uri):
         system, path = filesystem(uri)
@@ -481,9 +496,21 @@ def create(uri: str, data: bytes) -> bool:
                 raise
             # an answer that was lost on its way makes the client ask again: then it meets its own object
             return status == 412 and _same(uri, data)
-    os.makedirs(os.path.dirname(uri), exist_ok=True)
+    partial = _write_partial(uri, data)
     try:
-        with open(uri, "xb") as file:
+        os.link(partial, uri)
+    except FileExistsError:
+        return False
+    except OSError:
+        return _create_exclusively(uri, data)
+    finally:
+        os.unlink(partial)
+    return True
+
+
+def _create_exclusively(path: str, data: bytes) -> bool:
+    try:
+        with open(path, "xb") as file:
             file.write(data)
     except FileExistsError:
         return False
@@ -524,8 +551,10 @@ def upload_file(path: Path, uri: str) -> None:
         system.put_file(str(path), target)
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    partial = f"{target}.partial-{os.getpid()}"
+    partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
     shutil.copyfile(path, partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, target)
 
 
@@ -536,7 +565,12 @@ def read_json(uri: str) -> Any:
 
 def write_json(uri: str, value: Any) -> None:
     """Write JSON whole."""
-    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(uri, encode_json(value))
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as `write_json` writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> None:

@@ -188,10 +188,19 @@ def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
 def _check_coded_pixels(heif: bytes, limits: DecodeLimits) -> None:
     """The size that a HEIC tells is that of the part which it shows; all that it holds is decoded.
 
-    Every coded picture, tile or whole has an `ispe` box: version and flags, width, height, 4 bytes each.
+    Every coded picture, a tile or a whole, has an `ispe` box in the file's `meta` box: 4 bytes of version and flags,
+    then width and height.
     """
-    for size in re.finditer(rb"ispe.{4}(.{4})(.{4})", heif, re.DOTALL):
-        _check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
+    at = 0
+    while at + 8 <= len(heif):
+        length, kind = int.from_bytes(heif[at : at + 4], "big"), heif[at + 4 : at + 8]
+        if length == 1:  # the length follows, in 8 bytes
+            length = int.from_bytes(heif[at + 8 : at + 16], "big")
+        end = at + max(length, 8) if length else len(heif)
+        if kind == b"meta":
+            for size in re.finditer(rb"ispe.{4}(.{4})(.{4})", heif[at:end], re.DOTALL):
+                _check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
+        at = end
 
 
 def _to_rgb(image: Image.Image, image_format: str | None) -> npt.NDArray[np.uint8]:

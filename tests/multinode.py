@@ -20,7 +20,7 @@ import psutil
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
 ROLES: Final = ("driver", "captioner", "scorer", "CPU worker", "raylet")
-TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare)"}
+TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare"}
 """How Ray names the processes of the stages."""
 
 

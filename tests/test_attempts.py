@@ -86,7 +86,7 @@ def finished(attempt: Attempt) -> list[str]:
 def test_first_attempt_has_the_whole_manifest_in_its_order(staging: str) -> None:
     rows = [manifest_row(uri, etag="v", size_bytes=i, label=i % 2, listed=True) for i, uri in enumerate(URIS[::-1])]
     plan(staging, *rows)
-    attempt = begin(staging, ())
+    attempt = begin_next(staging)
     assert (attempt.number, attempt.count, attempt.accepted, attempt.files()) == (1, 12, [], [])
     assert todo(attempt) == [dict.fromkeys(schema.TODO.names) | row for row in rows]
 
@@ -94,10 +94,10 @@ def test_first_attempt_has_the_whole_manifest_in_its_order(staging: str) -> None
 def test_order_of_a_manifest_of_many_batches_is_kept(on_disk: str) -> None:
     uris = [f"/{i * 7919 % 9001}" for i in range(9001)]
     plan(on_disk, *(manifest_row(uri) for uri in uris))
-    first = begin(on_disk, ())
+    first = begin_next(on_disk)
     assert left_for(first) == uris
     commit(first, 0, uris[100:8500])
-    assert left_for(begin(on_disk, ())) == uris[:100] + uris[8500:]
+    assert left_for(begin_next(on_disk)) == uris[:100] + uris[8500:]
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 32), (32, 32), (33, 32), (100, 32), (132, 33), (1000, 50)])
@@ -107,15 +107,15 @@ def test_what_is_left_lies_in_a_file_per_task(
     for name, value in {"TASKS": 4, "LEAST_TASK_ROWS": 32, "MOST_TASK_ROWS": 50}.items():
         monkeypatch.setattr(attempts, name, value)
     plan(on_disk, *(manifest_row(f"/{i}") for i in range(count)))
-    sizes = [pq.read_metadata(uri).num_rows for uri in todo_files(begin(on_disk, ()))]
+    sizes = [pq.read_metadata(uri).num_rows for uri in todo_files(begin_next(on_disk))]
     assert sizes == [rows] * (count // rows) + [count % rows] * (count % rows > 0)
 
 
 def test_next_attempt_leaves_out_exactly_what_was_committed(staging: str) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     files = [commit(first, 3, [URIS[7], URIS[1]]), commit(first, 11, [URIS[4]])]
-    second = begin(staging, ())
+    second = begin_next(staging)
     assert second.number == 2 and second.accepted == files
     assert left_for(second) == [uri for i, uri in enumerate(URIS) if i not in (1, 4, 7)]
     assert finished(second) == [URIS[1], URIS[4], URIS[7]]
@@ -123,39 +123,39 @@ def test_next_attempt_leaves_out_exactly_what_was_committed(staging: str) -> Non
 
 def test_all_files_of_a_task_count(on_disk: str) -> None:
     plan(on_disk)
-    first = begin(on_disk, ())
+    first = begin_next(on_disk)
     write_rows(first, 3, URIS[:2])
     Path(first.rows, f"{WRITE}_000003-0.parquet").rename(Path(first.rows, f"{WRITE}_000003-1.parquet"))
     commit(first, 3, URIS[2:4])
-    assert left_for(begin(on_disk, ())) == URIS[4:]
+    assert left_for(begin_next(on_disk)) == URIS[4:]
 
 
 def test_pending_checkpoint_does_not_count(staging: str) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     write_rows(first, 0, URIS[:3])
     checkpoint(first, 0, ".pending")
     commit(first, 1, URIS[3:5])
     checkpoint(first, 1, ".pending")  # a checkpoint is copied to its final name before the pending one goes
-    second = begin(staging, ())
+    second = begin_next(staging)
     assert left_for(second) == URIS[:3] + URIS[5:]
     assert finished(second) == URIS[3:5]
 
 
 def test_rows_without_a_checkpoint_do_not_count(on_disk: str) -> None:
     plan(on_disk)
-    first = begin(on_disk, ())
+    first = begin_next(on_disk)
     write_rows(first, 0, URIS[:3])
     commit(first, 1, URIS[3:5])
     write_rows(first, 1, URIS[5:7], write="of another write")
-    assert left_for(begin(on_disk, ())) == URIS[:3] + URIS[5:]
+    assert left_for(begin_next(on_disk)) == URIS[:3] + URIS[5:]
 
 
 def test_checkpoint_without_rows_does_not_count(on_disk: str) -> None:
     plan(on_disk)
-    first = begin(on_disk, ())
+    first = begin_next(on_disk)
     checkpoint(first, 0)
-    second = begin(on_disk, ())
+    second = begin_next(on_disk)
     assert second.accepted == [] and left_for(second) == URIS
 
 
@@ -164,44 +164,44 @@ def test_damaged_file_is_said_and_its_rows_are_made_again(
     kept: float, staging: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     whole, damaged = commit(first, 0, URIS[:3]), commit(first, 1, URIS[3:6])
     content = storage.read_bytes(damaged)
     storage.write_bytes(damaged, content[: int(kept * len(content)) if kept == 0.5 else int(kept)])
-    second = begin(staging, ())
+    second = begin_next(staging)
     assert second.accepted == [whole] and left_for(second) == URIS[3:]
     assert f"warning: {damaged} is damaged, its rows are made again" in capsys.readouterr().err
 
 
 def test_other_files_beside_the_rows_are_no_rows(on_disk: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan(on_disk)
-    first = begin(on_disk, ())
+    first = begin_next(on_disk)
     file = commit(first, 0, URIS[:3])
     name = f"{WRITE}_000000"
     put(first.rows, {f"{name}-0.parquet.partial-17": b"", f"{name}.txt": b"", f".{name}-0.parquet.crc": b"x"})
-    assert begin(on_disk, ()).accepted == [file]
+    assert begin_next(on_disk).accepted == [file]
     assert capsys.readouterr().err == ""
 
 
 def test_attempts_in_a_row_accumulate(staging: str) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     commit(first, 0, URIS[:3])
-    second = begin(staging, ())
+    second = begin_next(staging)
     commit(second, 0, URIS[6:8])  # tasks are numbered from 0 in every attempt, and rows come in any order
     commit(second, 1, URIS[3:5])
-    third = begin(staging, ())
+    third = begin_next(staging)
     assert left_for(third) == [URIS[5], *URIS[8:]]
     commit(third, 0, [URIS[5], *URIS[8:]])
     assert finished(third) == sorted(URIS)
-    last = begin(staging, ())
+    last = begin_next(staging)
     assert (last.number, last.count, left_for(last)) == (4, 0, [])
     assert finished(last) == sorted(URIS)
 
 
 def test_last_attempt_sees_what_it_committed_itself(on_disk: str) -> None:
     plan(on_disk)
-    attempt = begin(on_disk, ())
+    attempt = begin_next(on_disk)
     commit(attempt, 1, URIS[6:])
     assert finished(attempt) == sorted(URIS[6:])
     commit(attempt, 0, URIS[:6])
@@ -213,16 +213,16 @@ def test_last_attempt_sees_what_it_committed_itself(on_disk: str) -> None:
 
 def test_files_of_a_dead_attempt_that_come_late_are_ignored_for_ever(staging: str) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     commit(first, 0, URIS[:3])
     write_rows(first, 1, URIS[3:6])
     checkpoint(first, 1, ".pending")
-    second = begin(staging, ())
+    second = begin_next(staging)
     checkpoint(first, 1)  # a task that outlived its driver
     commit(first, 2, URIS[6:9])
     assert left_for(second) == URIS[3:] and finished(second) == URIS[:3]
     commit(second, 0, URIS[3:8])
-    third = begin(staging, ())
+    third = begin_next(staging)
     assert left_for(third) == URIS[8:]
     commit(third, 0, URIS[8:])
     assert Counter(finished(third)) == Counter(URIS)  # each once
@@ -230,10 +230,10 @@ def test_files_of_a_dead_attempt_that_come_late_are_ignored_for_ever(staging: st
 
 def test_file_of_an_attempt_before_the_last_is_frozen_even_where_the_last_made_none(on_disk: str) -> None:
     plan(on_disk)
-    first = begin(on_disk, ())
-    second = begin(on_disk, ())
+    first = begin_next(on_disk)
+    second = begin_next(on_disk)
     commit(first, 0, URIS[:3])
-    third = begin(on_disk, ())
+    third = begin_next(on_disk)
     assert third.accepted == [] and left_for(third) == URIS == left_for(second)
 
 
@@ -241,16 +241,16 @@ def test_attempt_that_was_cut_before_it_froze_its_files_is_ignored(
     staging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan(staging)
-    first = begin(staging, ())
+    first = begin_next(staging)
     commit(first, 0, URIS[:3])
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_json", lambda uri, value: (_ for _ in ()).throw(KeyboardInterrupt))
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
-                begin(staging, ())
+                begin_next(staging)
     assert storage.subfolders(staging) == ["attempt-0001", "attempt-0002", "attempt-0003"]
     commit(replace(first, folder=f"{staging}/attempt-0003"), 0, URIS[5:7])  # nothing can have written there for us
-    fourth = begin(staging, ())
+    fourth = begin_next(staging)
     assert fourth.number == 4
     assert left_for(fourth) == URIS[3:] and finished(fourth) == URIS[:3]
 
@@ -265,14 +265,14 @@ def test_attempt_begins_only_once_its_rest_is_written(on_disk: str, monkeypatch:
         real(uri, value)
 
     monkeypatch.setattr(storage, "write_json", write_json)
-    begin(on_disk, ())
+    begin_next(on_disk)
     assert written == [("accepted.json", ["todo"])]
 
 
 def test_accepted_files_are_found_where_the_output_was_moved(on_disk: str, tmp_path: Path) -> None:
     plan(on_disk)
-    commit(begin(on_disk, ()), 0, URIS[:3])
-    commit(begin(on_disk, ()), 0, URIS[3:5])
+    commit(begin_next(on_disk), 0, URIS[:3])
+    commit(begin_next(on_disk), 0, URIS[3:5])
     (tmp_path / "staging").rename(tmp_path / "moved")
     third = begin(str(tmp_path / "moved" / Path(on_disk).name), ())
     assert len(third.accepted) == 2 and left_for(third) == URIS[5:]
@@ -445,10 +445,10 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
         )
 
     try:
-        first = begin(staging, ())
+        first = begin_next(staging)
         with pytest.raises(Exception, match="poison"):
             write(first, poisoned=390)
-        second = begin(staging, ())
+        second = begin_next(staging)
         done = set(finished(second))
         assert left_for(second) == [row["uri"] for row in planned if row["uri"] not in done]
         assert done and len(second.accepted) == len(first.committed())

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 KILLS = int(os.environ.get("NSNET_KILLS", len(ROLES)))
-PICTURES = 1200
+PICTURES = 600
 RUN_SECONDS = 400.0
 
 Rows = dict[str, tuple[Any, ...]]
@@ -83,20 +84,26 @@ def baseline(source: str, detector: Path, nodes: Nodes) -> Baseline:
     return Baseline(rows_of(out), time.monotonic() - started)
 
 
-@pytest.mark.parametrize("kill", range(int(os.environ.get("NSNET_FIRST_KILL", 0)), KILLS))
+@pytest.mark.parametrize("kill", range(KILLS))
 def test_killed_run_ends_as_if_nothing_had_happened(
     kill: int, source: str, detector: Path, nodes: Nodes, baseline: Baseline
 ) -> None:
-    dice, role, out = random.Random(kill), ROLES[kill % len(ROLES)], new_bucket()
-    with running(*arguments(source, detector, out, nodes)) as score:
-        assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
-        moment = time.monotonic() + dice.uniform(0.0, 0.9 * baseline.seconds)
-        score.wait_for(lambda: time.monotonic() > moment, RUN_SECONDS)
-        if role == "driver":
-            score.kill()
-        else:
-            score.wait_for(lambda: nodes.kill(role, dice), RUN_SECONDS)
+    dice, role = random.Random(kill), ROLES[kill % len(ROLES)]
+    for seconds in (dice.uniform(0.0, 0.8 * baseline.seconds), 1.0, 0.0):  # a run may end before its moment comes
+        out = new_bucket()
+        with running(*arguments(source, detector, out, nodes)) as score:
+            assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
+            moment = time.monotonic() + seconds
+            hit = score.wait_for(partial(time_has_come, moment), RUN_SECONDS)
+            if hit and role == "driver":
+                score.kill()
+                break
+            hit = hit and score.wait_for(lambda: nodes.kill(role, dice), RUN_SECONDS)
             assert score.end(RUN_SECONDS) == 0, score.text()
+        if hit:
+            break
+    else:
+        pytest.fail(f"no {role} could be killed in three runs")
     if role == "driver":
         with running(*arguments(source, detector, out, nodes)) as again:
             assert again.end(RUN_SECONDS) == 0, again.text()
@@ -104,7 +111,11 @@ def test_killed_run_ends_as_if_nothing_had_happened(
     (record,) = ledger.runs(out)
     assert record["attempts"] == (2 if role == "driver" else 1)
     assert storage.subfolders(f"{out}/staging") == []
-    print(f"kill {kill}: {role}")
+    print(f"kill {kill}: {role}, after {seconds:.1f} s; captions {record['captions']}")
+
+
+def time_has_come(moment: float) -> bool:
+    return time.monotonic() > moment
 
 
 def test_of_two_runs_at_once_one_wins_and_the_result_is_whole(
