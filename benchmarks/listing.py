@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from benchmarks import measure
@@ -105,14 +104,13 @@ def _publish(out: Path, rows: int) -> None:
     from jobs.sources import image_id
 
     run = ledger.Run(out=str(out))
-    files = []
+    files: list[dict[str, Any]] = []
     for start in range(0, rows, PUBLISHED_FILE_ROWS):
         uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]
         values: dict[str, Any] = {
             "image_id": [image_id(uri, "e") for uri in uris], "uri": uris, "status": ["scored"] * len(uris),
-            "prob_fake": np.random.default_rng(start).random(len(uris)),
         }  # fmt: skip
-        table = pa.table({name: pa.array(values.get(name, [None] * len(uris))) for name in schema.DONE.names})
+        table = pa.table(values, schema=schema.DONE)
         uri = storage.join(run.final, f"part-{len(files):05d}.parquet")
         parquet.write(table.to_batches(), schema.DONE, uri)
         files.append({"path": uri.removeprefix(f"{out}/"), "rows": len(uris)})

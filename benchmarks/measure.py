@@ -1,6 +1,7 @@
 """What the benchmarks share: pictures, `nsnet score` watched from outside, and result files."""
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
@@ -38,7 +39,8 @@ class Sample:
 def hardware() -> str:
     """One line about this machine."""
     memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} cores, {memory:.0f} GiB, no GPU, {platform.system()}, Python {platform.python_version()}"
+    gpus = "a GPU" if Path("/dev/nvidia0").exists() else "no GPU"
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {gpus}, {platform.system()}, Python {platform.python_version()}"
 
 
 def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -79,12 +81,16 @@ def tiny_bundle(folder: Path) -> Path:
     return folder
 
 
-def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str]]:
-    """Run `nsnet score`; returns what was seen of it and its lines. Raises `RuntimeError` when it fails."""
+def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str], int]:
+    """Run `nsnet score`; returns what was seen of it, its lines, and the most memory of its driver, looked at ten times
+    a second from the plan to the record. Raises `RuntimeError` when it fails.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.score", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     started = time.monotonic()
+    memory_of_driver = PeakMemory(process.pid)
+    memory_of_driver.__enter__()
     samples: list[Sample] = []
     lines: list[str] = []
     assert process.stderr is not None
@@ -92,13 +98,17 @@ def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str]]:
         lines.append(line.rstrip("\n"))
         print(line, end="", file=sys.stderr, flush=True)
         if line.startswith("score: scored "):
-            counts = [int(line.partition(f"{name} ")[2].partition(",")[0]) for name in ("prepared", "captioned")]
+            prepared, captioned = (
+                int(line.partition(f"{name} ")[2].partition(",")[0]) for name in ("prepared", "captioned")
+            )
             scored = int(line.split()[2].partition("/")[0])
             memory = psutil.Process(process.pid).memory_info().rss
-            samples.append(Sample(time.monotonic() - started, *counts, scored, memory))
-    if process.wait() != 0:
-        raise RuntimeError(f"nsnet score ended with {process.returncode}")
-    return samples, lines
+            samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
+    code = process.wait()
+    memory_of_driver.__exit__()
+    if code != 0:
+        raise RuntimeError(f"nsnet score ended with {code}")
+    return samples, lines, memory_of_driver.peak
 
 
 def at(samples: Sequence[Sample], scored: int) -> Sample:
@@ -107,10 +117,13 @@ def at(samples: Sequence[Sample], scored: int) -> Sample:
 
 
 class PeakMemory:
-    """Largest resident memory of this process while a block runs, looked at ten times a second."""
+    """Largest resident memory of a process (None: this one) while a block runs, looked at ten times a second."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._process = psutil.Process(pid)
 
     def __enter__(self) -> "PeakMemory":
-        self.before = self.peak = psutil.Process().memory_info().rss
+        self.before = self.peak = self._process.memory_info().rss
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -121,9 +134,9 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._stop.wait(0.1):
-            self.peak = max(self.peak, process.memory_info().rss)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not self._stop.wait(0.1):
+                self.peak = max(self.peak, self._process.memory_info().rss)
 
     @property
     def text(self) -> str:

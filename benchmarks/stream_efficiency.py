@@ -97,7 +97,7 @@ def main() -> None:
     for number in range(options.rounds):
         pool_seconds, stage = pool(paths, bundle)
         out = work / f"out-{os.getpid()}-{number}"
-        samples, _ = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse"])
+        samples, _, _ = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse"])
         first, end = measure.at(samples, 1), measure.at(samples, options.count)
         left = {
             "prepare": options.count - first.prepared,

@@ -6,11 +6,11 @@ creating the next number, which only one can do. Whoever created a number looks 
 competitor may have gone ahead, and not every store makes conditional puts atomic.
 """
 
-import _thread
 import json
 import os
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -129,7 +129,7 @@ class Lock:
             try:
                 if not self._is_ours():
                     self._lost = "another run took it over, since this one was not heard of for a while"
-                    _thread.interrupt_main()
+                    _interrupt()
                     return
                 storage.write_bytes(self._uri(self.number), _encoded(self._holder))
             except Exception:  # botocore, aiohttp and OS errors share no base
@@ -153,6 +153,13 @@ class Lock:
         except (FileNotFoundError, ValueError):
             return {}
         return value if isinstance(value, dict) else {}
+
+
+def _interrupt() -> None:
+    """Ctrl-C to the main thread; a real signal, since `_thread.interrupt_main` wakes nobody who waits or sleeps."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 def _encoded(holder: dict[str, Any]) -> bytes:
@@ -187,5 +194,5 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return "started" in _process(pid)  # another's process of this id; unless /proc hides what it is
-    return True
+        pass  # another user's process
+    return "started" in _process(pid)  # a later process of this id, or a zombie; unless /proc does not tell

@@ -97,7 +97,7 @@ def connect(address: str | None = None) -> None:
 def configure_data() -> None:
     """Settings of Ray Data: no bars of its own beside ours, and its older Parquet reader.
 
-    The newer one starts 32 actors to read the footers of a manifest that is a single file: 32 s on two cores.
+    The newer one starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
     import logging
 

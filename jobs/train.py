@@ -196,6 +196,7 @@ def _examples(
     stream.write(storage.join(work, name), "prepare", plan.count, ("prepared", "captioned", "embedded"))
     note = {"left_out": plan.left_out}
     storage.write_json(done, {"folder": name, **note})
+    storage.remove_folder(todo)
     return storage.join(work, name), note
 
 

@@ -6,6 +6,9 @@ open_clip keeps q, k, v in one fused matrix, which a LoRA adapter cannot target 
 `nn.MultiheadAttention` merges and unmerges its weights at every forward. So for training the fused projection is split
 into three linears with the same weights (`split_attention`), and for inference the adapters are merged and the three
 are fused back (`merge_lora`): inference runs open_clip's own modules.
+
+open_clip takes seconds to import (it brings torchvision): functions import it where they need it, so that a driver which
+only reads configurations does not wait for it.
 """
 
 import json
@@ -15,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -217,6 +219,8 @@ class Clip:
     """An open_clip model with its tokenizer and the facts read from it."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: ClipConfig) -> None:
+        import open_clip
+
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = config
@@ -250,6 +254,8 @@ class Clip:
 
     def save(self, folder: Path) -> None:
         """Write the model in open_clip's `local-dir` format; the image tower must be merged."""
+        import open_clip
+
         folder.mkdir(parents=True, exist_ok=True)
         described = {
             "model_cfg": _model_config(self.config, self),
@@ -263,6 +269,8 @@ class Clip:
 
 
 def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
+    import open_clip
+
     found = config.architecture or getattr(clip.model, "nsnet_architecture", None)
     if found is None:
         found = open_clip.get_model_config(config.model)
@@ -273,11 +281,15 @@ def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
 
 def known_models() -> list[str]:
     """Names of all architectures that open_clip can build."""
+    import open_clip
+
     return list(open_clip.list_models())
 
 
 def activation_fits(model: str, tag: str) -> bool:
     """Whether weights were trained with the activation of an architecture (quick_gelu or not); else features differ."""
+    import open_clip
+
     wanted = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
     return bool(wanted) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
 
@@ -287,6 +299,8 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
 
     Raises `WeightsError` with the command that fetches what is missing. Nothing is loaded yet.
     """
+    import open_clip
+
     if weights is not None:
         if not weights.exists():
             raise WeightsError(f"--clip-weights {weights} does not exist")
@@ -324,6 +338,8 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
 
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     """Build the towers on the CPU in fp32 with the weights that `find_weights` names, or seeded random ones."""
+    import open_clip
+
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import attempts, parquet, schema, storage
+from jobs import attempts, parquet, schema, stages, storage
 from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
+from jobs.database import Database
 from jobs.sources import image_id
 from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
 
@@ -35,6 +37,12 @@ def plan(staging: str, *rows: dict[str, Any]) -> None:
     """The manifest of a run; with no rows those of `URIS`."""
     planned = rows or tuple(manifest_row(uri) for uri in URIS)
     parquet.write(batches(planned, schema.MANIFEST), schema.MANIFEST, f"{staging}/manifest.parquet")
+
+
+def begin_next(staging: str, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
+    """The attempt of the next holder of the lock. Its number leaves a gap: other runs held the lock in between."""
+    highest = max((int(name.removeprefix("attempt-")) for name in storage.subfolders(staging)), default=5)
+    return begin(staging, highest + 2, known, captioner_id)
 
 
 def write_rows(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> str:
@@ -208,6 +216,93 @@ def test_last_attempt_sees_what_it_committed_itself(on_disk: str) -> None:
     assert finished(attempt) == sorted(URIS)
 
 
+# Damage.
+
+
+def test_frozen_file_that_is_damaged_afterwards_is_made_again(staging: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(staging)
+    first = begin_next(staging)
+    whole, damaged = commit(first, 0, URIS[:3]), commit(first, 1, URIS[3:6])
+    second = begin_next(staging)
+    assert second.accepted == [whole, damaged]
+    storage.write_bytes(damaged, storage.read_bytes(damaged)[:-1])
+    made = commit(second, 0, URIS[6:8])
+    third = begin_next(staging)
+    assert third.accepted == [whole, made] and left_for(third) == URIS[3:6] + URIS[8:]
+    assert f"warning: {damaged} is damaged, its rows are made again" in capsys.readouterr().err
+
+
+def test_frozen_file_that_is_gone_is_made_again(staging: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(staging)
+    gone = commit(begin_next(staging), 0, URIS[:3])
+    assert begin_next(staging).accepted == [gone]
+    storage.remove_file(gone)
+    third = begin_next(staging)
+    assert third.accepted == [] and left_for(third) == URIS
+    assert f"warning: {gone} is damaged" in capsys.readouterr().err
+
+
+def test_file_that_was_made_again_stays_made_again(on_disk: str) -> None:
+    plan(on_disk)
+    damaged = commit(begin_next(on_disk), 0, URIS[:3])
+    content = storage.read_bytes(damaged)
+    begin_next(on_disk)
+    storage.write_bytes(damaged, content[:-1])
+    third = begin_next(on_disk)
+    commit(third, 0, URIS[:3])
+    storage.write_bytes(damaged, content)  # the file is whole again, but its rows have other rows in their place
+    fourth = begin_next(on_disk)
+    assert Counter(finished(fourth)) == Counter(URIS[:3]) and left_for(fourth) == URIS[3:]
+
+
+def test_attempt_believes_its_own_files(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(on_disk)
+    attempt = begin_next(on_disk)
+    file = commit(attempt, 0, URIS[:3])
+    monkeypatch.setattr(parquet, "read", lambda uri, columns: pytest.fail("it was read"))
+    assert attempt.committed() == attempt.files() == [file]  # publishing reads them all anyway
+
+
+# Who holds the lock.
+
+
+def test_attempts_are_named_by_the_lock_and_counted_in_their_run(staging: str) -> None:
+    plan(staging)
+    begun = [begin(staging, lock_number) for lock_number in (3, 4, 120, 10**8 - 1)]
+    names = ["attempt-00000003", "attempt-00000004", "attempt-00000120", "attempt-99999999"]
+    assert [attempt.folder for attempt in begun] == [f"{staging}/{name}" for name in names]
+    assert [attempt.number for attempt in begun] == [1, 2, 3, 4]
+
+
+def test_attempt_of_a_newer_holder_is_ignored_by_an_older_one(staging: str) -> None:
+    plan(staging)
+    commit(begin(staging, 3), 0, URIS[:3])
+    newer = begin(staging, 9)
+    commit(newer, 0, URIS[3:6])
+    older = begin(staging, 8)  # it held the lock before, and wakes up late
+    assert older.number == 2 and older.folder != newer.folder
+    assert finished(older) == URIS[:3] and left_for(older) == URIS[3:]
+
+
+def test_newer_holder_does_not_take_over_what_an_older_one_commits_later(staging: str) -> None:
+    plan(staging)
+    newer = begin(staging, 9)
+    older = begin(staging, 8)
+    commit(older, 0, URIS[:3])
+    assert newer.files() == [] and left_for(newer) == URIS
+    commit(newer, 0, URIS)
+    third = begin(staging, 10)
+    assert Counter(finished(third)) == Counter(URIS) and left_for(third) == []
+
+
+def test_older_holder_that_wakes_up_leaves_the_newer_one_alone(staging: str) -> None:
+    plan(staging)
+    newer = begin(staging, 9)
+    before = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.list_files(newer.folder)}
+    commit(begin(staging, 8), 0, URIS[:3])
+    assert {entry.uri: storage.read_bytes(entry.uri) for entry in storage.list_files(newer.folder)} == before
+
+
 # Who wakes up late, and who was cut.
 
 
@@ -248,8 +343,8 @@ def test_attempt_that_was_cut_before_it_froze_its_files_is_ignored(
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 begin_next(staging)
-    assert storage.subfolders(staging) == ["attempt-0001", "attempt-0002", "attempt-0003"]
-    commit(replace(first, folder=f"{staging}/attempt-0003"), 0, URIS[5:7])  # nothing can have written there for us
+    assert storage.subfolders(staging) == ["attempt-00000007", "attempt-00000009", "attempt-00000011"]
+    commit(replace(first, folder=f"{staging}/attempt-00000011"), 0, URIS[5:7])  # nothing can have written there for us
     fourth = begin_next(staging)
     assert fourth.number == 4
     assert left_for(fourth) == URIS[3:] and finished(fourth) == URIS[:3]
@@ -274,26 +369,30 @@ def test_accepted_files_are_found_where_the_output_was_moved(on_disk: str, tmp_p
     commit(begin_next(on_disk), 0, URIS[:3])
     commit(begin_next(on_disk), 0, URIS[3:5])
     (tmp_path / "staging").rename(tmp_path / "moved")
-    third = begin(str(tmp_path / "moved" / Path(on_disk).name), ())
+    third = begin_next(str(tmp_path / "moved" / Path(on_disk).name))
     assert len(third.accepted) == 2 and left_for(third) == URIS[5:]
     assert all(uri.startswith(f"{tmp_path}/moved/") for uri in third.accepted)
 
 
 # Known captions.
 
+CAPTIONER = "blip-base-00112233"
 SAME = manifest_row("/a/cat.jpg", etag="1", size_bytes=10)
 
 
 def captioned(uri: str, etag: str = "1", size_bytes: int | None = 10, **values: Any) -> dict[str, Any]:
     """A published row with a caption."""
     told = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}", "caption_run_id": "earlier"}
-    return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **{**told, **values})
+    row = {**told, **values}
+    if row["caption"] is not None and row["content_hash"] is not None:  # else a row is published without one
+        row.setdefault("caption_id", stages.caption_id(CAPTIONER, row["content_hash"]))
+    return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **row)
 
 
 def known(staging: str, planned: Rows, published: Rows) -> list[tuple[str | None, str | None, str | None]]:
     """(caption, hash, run) that is known of each planned row."""
     plan(staging, *planned)
-    attempt = begin(staging, batches(published, schema.CAPTIONED, size=3))
+    attempt = begin_next(staging, batches(published, schema.CAPTIONED, size=3), CAPTIONER)
     rows = todo(attempt)
     assert [row["uri"] for row in rows] == [row["uri"] for row in planned]
     return [(row["known_caption"], row["known_hash"], row["known_run_id"]) for row in rows]
@@ -332,10 +431,15 @@ def test_caption_of_a_touched_file_is_known(on_disk: str) -> None:
         captioned("/a/cat.jpg", caption=None),
         captioned("/b/cat.jpg", caption=None),
         captioned("/a/cat.jpg", content_hash=None),
+        captioned("/a/cat.jpg", caption_id=stages.caption_id("git-base-44556677", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=stages.caption_id(f"{CAPTIONER}9", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=stages.caption_id(f"x{CAPTIONER}", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=None),
     ],
     ids=[
         "other size", "unknown size", "other name", "longer name", "folder of that name", "no caption",
-        "copy without caption", "no hash",
+        "copy without caption", "no hash", "other captioner", "captioner with a longer name",
+        "captioner with a longer beginning", "no captioner",
     ],
 )  # fmt: skip
 def test_other_captions_are_not_known(published: dict[str, Any], on_disk: str) -> None:
@@ -362,6 +466,38 @@ def test_picture_captioned_by_several_runs_is_planned_once(on_disk: str) -> None
     assert known(on_disk, [SAME], published) == [of("/a/cat.jpg")]
 
 
+def test_captions_are_of_nobody_where_no_captioner_is_named(on_disk: str) -> None:
+    plan(on_disk, SAME)
+    (row,) = todo(begin_next(on_disk, batches([captioned("/a/cat.jpg")], schema.CAPTIONED)))
+    assert row["known_caption"] is None
+
+
+def test_caption_of_the_captioner_is_found_behind_one_of_another(on_disk: str) -> None:
+    other = stages.caption_id("git-base-44556677", "hash of cat")
+    published = [captioned("/a/cat.jpg", caption="by another", caption_id=other), captioned("/b/cat.jpg")]
+    assert known(on_disk, [SAME], published) == [of("/b/cat.jpg")]
+
+
+def test_captions_that_fit_nothing_are_not_kept(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    class Watched(Database):
+        def insert(self, table: str, batches: Iterable[pa.RecordBatch]) -> None:
+            super().insert(table, batches)
+            if table == "captions":
+                kept.append(self.number("select count(*) from captions"))
+
+    monkeypatch.setattr("jobs.database.Database", Watched)
+    many = [captioned(f"/many/{i}.jpg") for i in range(5000)]
+    done, planned = manifest_row("/done.jpg", size_bytes=10), [SAME, manifest_row("/b/dog.jpg", size_bytes=10)]
+    plan(on_disk, done, *planned)
+    commit(begin_next(on_disk), 0, ["/done.jpg"])
+    published = [*many, captioned("/done.jpg", etag=""), captioned("/a/cat.jpg"), captioned("/c/dog.jpg"), *many]
+    second = begin_next(on_disk, batches(published, schema.CAPTIONED), CAPTIONER)
+    assert [row["known_caption"] for row in todo(second)] == [of("/a/cat.jpg")[0], of("/c/dog.jpg")[0]]
+    assert kept == [0, 2]  # captions of pictures that are done already are of no use either
+
+
 def test_caption_hash_and_run_are_of_one_picture_among_many_alike(on_disk: str) -> None:
     uris = [f"/{i}/{i % 3}.jpg" for i in range(30_000)]
     told = {f"caption {i}": (f"hash {i * 7919 % 30_011}", f"run {i * 104_729 % 30_011}") for i in range(len(uris))}
@@ -370,16 +506,16 @@ def test_caption_hash_and_run_are_of_one_picture_among_many_alike(on_disk: str) 
         for uri, (caption, (content_hash, run_id)) in zip(uris, told.items(), strict=True)
     )
     plan(on_disk, *(manifest_row(f"/new/{i}.jpg", size_bytes=10) for i in range(3)))
-    for row in todo(begin(on_disk, batches(published, schema.CAPTIONED))):
+    for row in todo(begin_next(on_disk, batches(published, schema.CAPTIONED), CAPTIONER)):
         assert (row["known_hash"], row["known_run_id"]) == told[row["known_caption"]]
 
 
 def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:
     plan(on_disk)
-    first = begin(on_disk, batches([captioned(uri) for uri in URIS], schema.CAPTIONED))
+    first = begin_next(on_disk, batches([captioned(uri) for uri in URIS], schema.CAPTIONED), CAPTIONER)
     commit(first, 0, URIS[:3])
     published = [captioned(uri, etag="") for uri in URIS[:6]] + [captioned("/not/planned.jpg")]
-    second = begin(on_disk, batches(published, schema.CAPTIONED))
+    second = begin_next(on_disk, batches(published, schema.CAPTIONED), CAPTIONER)
     assert left_for(second) == URIS[3:]
     assert [row["known_run_id"] for row in todo(second)] == ["earlier"] * 3 + [None] * 6
 
@@ -392,13 +528,13 @@ def test_unfinished_runs_are_those_that_were_planned(place: str) -> None:
     for run_id, name in (("b", "run.json"), ("a", "run.json"), ("cut", "manifest.parquet")):
         put(
             f"{place}/staging/{run_id}",
-            {"attempt-0001/rows/x": b"", name: b'{"settings": {"of": "%s"}}' % name.encode()},
+            {"attempt-00000007/rows/x": b"", name: b'{"settings": {"of": "%s"}}' % name.encode()},
         )
     put(place, {"runs/cut.json": b"{}", "verdicts/run_id=cut/part.parquet": b""})
     found = unfinished(place)
     assert found == {name: {"settings": {"of": "run.json"}} for name in ("a", "b")}
     assert storage.subfolders(f"{place}/staging") == ["a", "b"]
-    assert storage.exists(f"{place}/staging/a/attempt-0001/rows/x")
+    assert storage.exists(f"{place}/staging/a/attempt-00000007/rows/x")
     assert storage.exists(f"{place}/runs/cut.json") and storage.exists(f"{place}/verdicts/run_id=cut/part.parquet")
 
 

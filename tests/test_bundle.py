@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from nsnet import bundle, captions
 from nsnet.calibration import Calibration
 from nsnet.detector import Detector
+from nsnet.digest import file_digest
 from nsnet.errors import BundleError, WeightsError
 from tests import models
 
@@ -265,7 +266,7 @@ def test_adapter_settings_edited_together_with_their_hash_are_refused(copied: Pa
     path = copied / bundle.LORA / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 600.0'))
     assert '"lora_alpha": 600.0' in path.read_text()
-    edit(copied, lambda values: values["files"].update({f"{bundle.LORA}/adapter_config.json": bundle._sha256(path)}))
+    edit(copied, lambda values: values["files"].update({f"{bundle.LORA}/adapter_config.json": file_digest(path)}))
     assert "damaged" in refused(copied)
 
 
@@ -296,7 +297,7 @@ def test_file_outside_the_bundle_is_refused(name: str, copied: Path, tmp_path: P
     outside.write_text("{}")
     (copied / "link.json").symlink_to(outside)
     name = name.replace("{tmp}", str(tmp_path))
-    edit(copied, lambda values: values["files"].update({name: bundle._sha256(outside)}))
+    edit(copied, lambda values: values["files"].update({name: file_digest(outside)}))
     assert "changed after it was written" in refused(copied)
     edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
     assert f"{name!r}, which does not belong in a bundle" in refused(copied)
@@ -307,7 +308,7 @@ def test_file_outside_the_bundle_is_refused(name: str, copied: Path, tmp_path: P
 def test_pickle_in_the_folder_is_refused(name: str, listed: bool, copied: Path) -> None:
     torch.save({"a": torch.zeros(1)}, copied / name)
     if listed:
-        edit(copied, lambda values: values["files"].update({name: bundle._sha256(copied / name)}))
+        edit(copied, lambda values: values["files"].update({name: file_digest(copied / name)}))
         edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
     assert name in refused(copied)
     with pytest.raises(BundleError, match="a bundle holds only"):

@@ -56,6 +56,15 @@ def test_columns_are_computed_from_each_batch() -> None:
         assert rows.execute("select * from doubled order by 1") == [(2 * i,) for i in range(10)]
 
 
+def test_rows_are_chosen_from_each_batch() -> None:
+    with database() as rows:
+        rows.create("wanted", "n", pa.schema([NUMBERS.field("n")]))
+        rows.insert("wanted", batches([{"n": n} for n in (1, 4, 8, 99)], pa.schema([NUMBERS.field("n")])))
+        rows.create("found", "n as number", NUMBERS, where="n in (select n from wanted) and name != '4'")
+        rows.insert("found", batches(numbered(10), NUMBERS, size=3))
+        assert rows.execute("select number from found order by 1") == [(1,), (8,)]
+
+
 def test_number_of_nothing_is_zero(rows: Database) -> None:
     assert rows.number("select count(*) from numbers") == rows.number("select sum(n) from numbers") == 0
 
@@ -79,6 +88,24 @@ def test_batches_flow_through_an_insertion(rows: Database) -> None:
 
     rows.insert("numbers", map(batch, range(0, 1000, 10)))
     assert rows.number("select count(*) from numbers") == 1000 and most <= 3
+
+
+def test_arrow_memory_of_an_insertion_is_that_of_few_batches(rows: Database) -> None:
+    names = "x" * 100_000
+    before = pa.total_allocated_bytes()
+    most = size = 0
+
+    def made() -> Iterator[pa.RecordBatch]:
+        nonlocal most, size
+        for start in range(0, 1000, 10):  # about 100 MB in all
+            most = max(most, pa.total_allocated_bytes() - before)
+            batch = pa.RecordBatch.from_pylist([{"n": n, "name": names} for n in range(start, start + 10)], NUMBERS)
+            size = batch.nbytes
+            yield batch
+
+    rows.insert("numbers", made())
+    assert rows.number("select count(*) from numbers") == 1000
+    assert size < most < 10 * size  # a transaction over all batches would have held each of them until its end
 
 
 def test_database_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +188,7 @@ def test_small_files_are_not_read_far_ahead(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(("count", "rows", "sizes"), [(0, 7, []), (7, 7, [7]), (20, 7, [7, 7, 6]), (3, 7, [3])])
 def test_rows_are_spread_over_files_of_one_size(count: int, rows: int, sizes: list[int], place: str) -> None:
     stream = batches(numbered(count), NUMBERS, size=5)
-    assert parquet.write_many(stream, NUMBERS, f"{place}/many", rows) == (count, len(sizes))
+    assert parquet.write_many(stream, NUMBERS, f"{place}/many", rows) == count
     uris = [f"{place}/many/part-{i:06d}.parquet" for i in range(len(sizes))]
     if sizes:
         assert sorted(entry.uri for entry in storage.list_files(f"{place}/many")) == uris

@@ -208,7 +208,7 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     publish(tmp_path / "scored", [verdict_row("/a", 0.2, label=0), verdict_row("/b", 0.9, label=1)])
     unfinished = Run(out=str(tmp_path / "scored"))
     Path(unfinished.final).mkdir(parents=True)
-    pq.write_table(verdict_table(verdict_row("/c", 0.9, label=0)), f"{unfinished.final}/part-00000.parquet")
+    pq.write_table(verdict_table(verdict_row("/c", 0.9, label=0)), f"{unfinished.final}/part-00000-0a1b2c3d.parquet")
     assert evaluate(str(tmp_path / "scored"), out=str(tmp_path / "out"))["all"]["real"] == 1
     assert len(ledger.runs(str(tmp_path / "scored"))) == 1
 

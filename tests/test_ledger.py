@@ -2,8 +2,11 @@
 
 import hashlib
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,19 @@ def rows_for(uris: list[str], failed: int = 0) -> list[dict[str, Any]]:
 
 
 def files_below(place: str) -> list[str]:
+    if not storage.exists(place):  # S3 has no empty folders
+        return []
     return sorted(entry.uri.removeprefix(place + "/") for entry in storage.list_files(place))
+
+
+def contents(place: str) -> dict[str, bytes]:
+    """The content of every file below a place."""
+    return {name: storage.read_bytes(f"{place}/{name}") for name in files_below(place)}
+
+
+def part_names(record: dict[str, Any]) -> list[str]:
+    """Names of the final files that a record names."""
+    return [Path(file["path"]).name for file in record["files"]]
 
 
 # What is published.
@@ -68,10 +83,8 @@ def files_below(place: str) -> list[str]:
 def test_published_run_is_its_staged_rows(out: str) -> None:
     run = Run(out=out, run_id="20260102T030405Z-abcdef")
     manifest, staged = stage(run, rows_for(URIS[:4], failed=2), rows_for(URIS[4:]))
-    before = files_below(out)
     record = run.publish(manifest, staged, {"seconds": 1.5, "source": "s"})
-    part = "verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef/part-00000.parquet"
-    assert set(files_below(out)) == {*before, "runs/20260102T030405Z-abcdef.json", part}  # staging is still there
+    assert files_below(out) == ["runs/20260102T030405Z-abcdef.json", record["files"][0]["path"]]  # staging is gone
     assert storage.read_json(run.record) == record
     assert record["run_id"] == run.run_id and (record["seconds"], record["source"]) == (1.5, "s")
     assert record["rows"] == 10
@@ -81,7 +94,8 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
     }  # fmt: skip
     (file,) = record["files"]
     content = storage.read_bytes(f"{out}/{file['path']}")
-    assert file["path"] == part
+    folder = "verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef"
+    assert re.fullmatch(rf"{folder}/part-00000-[0-9a-f]{{8}}\.parquet", file["path"])
     assert (file["rows"], file["size_bytes"]) == (10, len(content))
     assert file["sha256"] == hashlib.sha256(content).hexdigest()
     expected = {row["uri"]: {**row, "run_id": run.run_id} for row in [*rows_for(URIS[:4], 2), *rows_for(URIS[4:])]}
@@ -92,9 +106,9 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
 def test_files_lie_where_query_engines_look_for_them(tmp_path: Path) -> None:
     run = Run(out=str(tmp_path), run_id="20260102T030405Z-abcdef")
     assert run.final == f"{tmp_path}/verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef"
-    run.publish(*stage(run, rows_for(URIS)), {})
+    record = run.publish(*stage(run, rows_for(URIS)), {})
     assert files_below(str(tmp_path / "verdicts")) == [
-        "run_date=2026-01-02/run_id=20260102T030405Z-abcdef/part-00000.parquet"
+        f"run_date=2026-01-02/run_id=20260102T030405Z-abcdef/{part_names(record)[0]}"
     ]
     partitions = pads.partitioning(pa.schema([("run_date", pa.date32()), ("run_id", pa.string())]), flavor="hive")
     found = pads.dataset(tmp_path / "verdicts", partitioning=partitions).to_table()
@@ -111,8 +125,8 @@ def test_run_ids_are_utc_times_that_differ() -> None:
 
 def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
     rows = [{**row, "caption": None, "format": None} for row in rows_for(URIS, failed=10)]
-    run.publish(*stage(run, rows), {})
-    written = pq.read_schema(f"{run.final}/part-00000.parquet")
+    record = run.publish(*stage(run, rows), {})
+    written = pq.read_schema(f"{run.final}/{part_names(record)[0]}")
     assert written.names == schema.VERDICTS.names and written.types == schema.VERDICTS.types
     assert written.field("logit").type == pa.float64() and written.field("label").type == pa.int8()
 
@@ -123,8 +137,10 @@ def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatc
     record = run.publish(*stage(run, rows_for(URIS[:5]), rows_for(URIS[5:])), {})
     sizes = [file["rows"] for file in record["files"]]
     assert sum(sizes) == 10 and len(sizes) >= 2 and all(4 <= size < 6 for size in sizes[:-1])
-    names = [f"part-{i:05d}.parquet" for i in range(len(sizes))]
-    assert [Path(file["path"]).name for file in record["files"]] == names == files_below(run.final)
+    names = part_names(record)
+    assert names == files_below(run.final)
+    (token,) = {name[11:19] for name in names}  # one of this publication
+    assert names == [f"part-{i:05d}-{token}.parquet" for i in range(len(sizes))]
     for file in record["files"]:
         assert pq.read_metadata(f"{run.out}/{file['path']}").num_rows == file["rows"]
         assert file["sha256"] == hashlib.sha256(Path(run.out, file["path"]).read_bytes()).hexdigest()
@@ -194,47 +210,140 @@ def test_process_that_lost_the_lock_changes_nothing(run: Run) -> None:
     assert files_below(run.out) == before
 
 
-def test_published_run_is_not_written_again(run: Run) -> None:
-    manifest, files = stage(run, rows_for(URIS))
-    run.publish(manifest, files, {})
-    before = {name: Path(run.out, name).read_bytes() for name in files_below(run.out)}
-    with pytest.raises(VerificationError, match="was published already"):
-        run.publish(manifest, files, {})
-    assert {name: Path(run.out, name).read_bytes() for name in files_below(run.out)} == before
+def test_published_run_is_not_published_again(out: str) -> None:
+    run = Run(out=out)
+    run.publish(*stage(run, rows_for(URIS)), {})
+    before = contents(f"{out}/runs") | contents(f"{out}/verdicts")
+    with pytest.raises(VerificationError, match=f"run {run.run_id} was published already"):
+        run.publish(*stage(run, rows_for(URIS)), {"seconds": 7})
+    after = contents(f"{out}/runs") | contents(f"{out}/verdicts")
+    assert before.items() <= after.items()  # its own files are left, which no record names
+    assert len(ledger.runs(out)) == 1 and ledger.verdicts(out).count_rows() == 10
 
 
 def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
     manifest, files = stage(run, rows_for(URIS))
     with pytest.raises(TakenOver):
         run.publish(manifest, files, {}, refuse_after(1))
-    assert files_below(run.final) == ["part-00000.parquet"]  # the files come first
-    assert Path(files[0]).exists()  # and nothing is lost
+    assert len(files_below(run.final)) == 1  # the files come first
+    assert Path(manifest).exists() and Path(files[0]).exists()  # and nothing is lost
     with pytest.raises(SourceError, match="holds no published run"):
         ledger.verdicts(run.out)
 
 
-def test_publication_that_was_cut_is_written_anew(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(out=out)
-    staged = stage(run, rows_for(URIS[:4]), rows_for(URIS[4:8]), rows_for(URIS[8:]))
+def cut(run: Run, manifest: str, staged: list[str], after: int) -> list[str]:
+    """A publication that is cut after so many of its files; returns their names."""
     uploaded: list[str] = []
 
     def upload(path: Path, uri: str) -> None:
-        if len(uploaded) == 2:
+        if len(uploaded) == after:
             raise OSError("the network is gone")
         uploaded.append(uri)
         storage.write_bytes(uri, path.read_bytes())
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "ROWS_PER_FILE", 4)
         patch.setattr(storage, "upload_file", upload)
         with pytest.raises(OSError, match="the network is gone"):
-            run.publish(*staged, {})
-    assert files_below(run.final) == ["part-00000.parquet", "part-00001.parquet"]
+            run.publish(manifest, staged, {})
+    return [uri.rpartition("/")[2] for uri in uploaded]
+
+
+def test_publication_that_was_cut_is_done_again(out: str) -> None:
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS[:4]), rows_for(URIS[4:8]), rows_for(URIS[8:]))
+    assert cut(run, *staged, after=2) == files_below(run.final)
     assert ledger.runs(out) == []
     record = run.publish(*staged, {})  # in files of another size
-    assert files_below(run.final) == ["part-00000.parquet"]
+    assert files_below(run.final) == part_names(record)
     assert [file["rows"] for file in record["files"]] == [record["rows"]] == [10]
     assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+
+
+def test_nothing_is_removed_before_the_record(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS[:5]), rows_for(URIS[5:]))
+    left = set(cut(run, *staged, after=1))
+    before = contents(run.staging)
+
+    def create(uri: str, data: bytes) -> bool:
+        assert uri == run.record and left < set(files_below(run.final)) and contents(run.staging) == before
+        raise OSError("the network is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "create", create)
+        with pytest.raises(OSError, match="the network is gone"):
+            run.publish(*staged, {})
+    assert left < set(files_below(run.final)) and contents(run.staging) == before
+    assert part_names(run.publish(*staged, {})) == files_below(run.final)
+
+
+class Sleeper:
+    """A check that sleeps the so-manieth time it is asked, while another process publishes the whole run."""
+
+    def __init__(self, run: Run, manifest: str, staged: list[str], sleeps: int) -> None:
+        self.run, self.manifest, self.staged, self.sleeps = run, manifest, staged, sleeps
+        self.asked = 0
+        self.left: dict[str, bytes] = {}
+        """What the other process left, until this one wakes up."""
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.asked == self.sleeps:
+            record = self.run.publish(self.manifest, self.staged, {"of": "the other"})
+            self.left = contents(self.run.out)
+            assert sorted(self.left) == sorted([f"runs/{self.run.run_id}.json", record["files"][0]["path"]])
+
+
+def test_process_that_wakes_up_before_its_record_changes_nothing(out: str) -> None:
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS))
+    sleeper = Sleeper(run, *staged, sleeps=2)
+    with pytest.raises(VerificationError, match="was published already, by another process"):
+        run.publish(*staged, {"of": "the late one"}, sleeper)
+    assert contents(out) == sleeper.left
+    assert [record["of"] for record in ledger.runs(out)] == ["the other"]
+
+
+def test_process_that_wakes_up_before_its_files_changes_nothing(out: str) -> None:
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS))
+    sleeper = Sleeper(run, *staged, sleeps=1)
+    with pytest.raises(FileNotFoundError):  # the staged rows are gone
+        run.publish(*staged, {"of": "the late one"}, sleeper)
+    assert contents(out) == sleeper.left
+
+
+def test_of_two_that_publish_at_a_time_one_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged = stage(run, rows_for(URIS))
+    monkeypatch.setattr(Run, "tidy", lambda run, record: None)  # else the other one's rows may be gone too early
+    ready = threading.Barrier(2)
+
+    def publish_once(name: str) -> dict[str, Any] | None:
+        asked = count()
+
+        def check() -> None:
+            if next(asked) == 1:  # before the record
+                ready.wait(60)
+
+        try:
+            return run.publish(*staged, {"of": name}, check)
+        except VerificationError:
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        (record,) = filter(None, pool.map(publish_once, ("one", "two")))
+    assert ledger.runs(run.out) == [record] and ledger.verdicts(run.out).count_rows() == 10
+
+
+@pytest.mark.parametrize("name", ["ü #1? %20+&=", "run_date=x/a b", "[0-9]*"])
+def test_files_that_the_record_names_stay_whatever_the_output_is_called(name: str, out: str) -> None:
+    if name.startswith("[") and out.startswith("s3://"):
+        pytest.skip("fsspec takes the name for a pattern when it removes a prefix of a bucket")
+    run = Run(out=f"{out}/{name}")
+    staged = stage(run, rows_for(URIS[:5]), rows_for(URIS[5:]))
+    cut(run, *staged, after=1)
+    assert part_names(run.publish(*staged, {})) == files_below(run.final)
 
 
 # What readers see.
@@ -248,18 +357,27 @@ def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
         publish(out, run_id, rows_for(uris))
     unfinished = Run(out=out, run_id="20260104T000000Z-000000")
     stage(unfinished, rows_for(["/not yet"]), planned=["/not yet"])
-    write(f"{unfinished.final}/part-00000.parquet", verdict_table(verdict_row("/not yet", 0.1)))
+    write(f"{unfinished.final}/part-00000-0a1b2c3d.parquet", verdict_table(verdict_row("/not yet", 0.1)))
     assert [record["run_id"] for record in ledger.runs(out)] == ["20260102T000000Z-ffffff", "20260103T000000Z-000000"]
     assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
-def test_publishing_leaves_all_staging_alone(run: Run) -> None:
-    other = Run(out=run.out)
+def test_publishing_removes_the_staging_of_its_run_only(out: str) -> None:
+    run, other = Run(out=out), Run(out=out)
     stage(other, rows_for(URIS))
     staged = stage(run, rows_for(URIS))
-    before = files_below(f"{run.out}/staging")
+    before = contents(other.staging)
     run.publish(*staged, {})
-    assert files_below(f"{run.out}/staging") == before
+    assert storage.subfolders(f"{out}/staging") == [other.run_id] and contents(other.staging) == before
+
+
+def test_files_of_other_runs_stay(out: str) -> None:
+    publish(out, "20260102T000000Z-000000", rows_for(URIS[:5]))
+    unfinished = Run(out=out, run_id="20260102T000000Z-000001")
+    cut(unfinished, *stage(unfinished, rows_for(URIS[:5]), rows_for(URIS[5:])), after=1)
+    before = contents(f"{out}/verdicts")
+    publish(out, "20260102T000000Z-00000", rows_for(URIS[5:]))  # the name of one is the beginning of the others
+    assert before.items() < contents(f"{out}/verdicts").items()
 
 
 # What a record counts.
@@ -326,21 +444,21 @@ def test_output_without_runs_has_nothing_published(out: str) -> None:
 
 def test_published_file_that_is_gone_is_named(out: str) -> None:
     publish(out, "20260102T000000Z-000000", rows_for(["/a"]))
-    publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
+    record = publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
     storage.remove_folder(Run(out=out, run_id="20260103T000000Z-000000").final)
     stream = ledger.published(out, schema.DONE)
     assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
     with pytest.raises(StorageError) as caught:
         next(stream)
-    assert "run_id=20260103T000000Z-000000/part-00000.parquet is gone" in str(caught.value)
+    assert f"run_id=20260103T000000Z-000000/{part_names(record)[0]} is gone" in str(caught.value)
     assert "its record runs/20260103T000000Z-000000.json" in str(caught.value)
 
 
 def test_files_older_than_a_column_give_nulls(out: str) -> None:
     run = Run(out=out, run_id="20260102T000000Z-000000")
     old = verdict_table(verdict_row("/old", 0.2, caption="a cat", caption_run_id="r", requests=1))
-    write(f"{run.final}/part-00000.parquet", old.drop_columns(["caption_run_id", "caption_id", "requests"]))
-    files = [{"path": f"{run.final.removeprefix(out + '/')}/part-00000.parquet", "rows": 1}]
+    write(f"{run.final}/part-00000-0a1b2c3d.parquet", old.drop_columns(["caption_run_id", "caption_id", "requests"]))
+    files = [{"path": f"{run.final.removeprefix(out + '/')}/part-00000-0a1b2c3d.parquet", "rows": 1}]
     storage.write_json(run.record, {"run_id": run.run_id, "files": files, **DETAILS})
     publish(out, "20260103T000000Z-000000", [verdict_row("/new", 0.2, caption="a dog", caption_run_id="s", requests=2)])
     rows = asked(out, schema.CAPTIONED, captioner_id=DETAILS["captioner_id"])

@@ -24,6 +24,9 @@ from tests.tables import new_bucket
 PATIENCE_SECONDS = 60.0
 """Longest wait for something that takes a moment, on a machine under load."""
 
+GONE = 2**22 + 1
+"""A pid above the highest that Linux gives."""
+
 HOLDER = """\
 import sys, time
 from jobs import lock
@@ -95,6 +98,14 @@ def until(reached: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Whether the main thread, which runs pytest, was to be interrupted: it is not."""
+    event = threading.Event()
+    monkeypatch.setattr(lock, "_interrupt", event.set)
+    return event
+
+
 @contextmanager
 def taken(out: str) -> Iterator[Lock]:
     """A lock that is held, to be lost in the body."""
@@ -117,7 +128,7 @@ def test_second_run_is_refused_and_told_who_writes(out: str) -> None:
     assert caught.value.exit_code == 4
     message = str(caught.value)
     assert message.startswith(f"another run writes to {out} (process {os.getpid()} on {os.uname().nodename});")
-    assert "--wait" in message and "60 s" in message
+    assert "--wait" in message and "120 s" in message
 
 
 def test_released_lock_is_free_at_once(out: str) -> None:
@@ -141,6 +152,12 @@ def test_numbers_only_grow_and_older_files_go(out: str) -> None:
     leave(out, {"released": True}, 41)
     assert_free(out)
     assert numbers(out) == ["00000042.json"]
+
+
+def test_number_of_a_holder_is_that_of_its_file(out: str) -> None:
+    for number in (1, 2):
+        with hold(out) as held:
+            assert held.number == number and numbers(out) == [f"{number:08d}.json"]
 
 
 def test_locks_of_different_outputs_are_different(tmp_path: Path) -> None:
@@ -228,6 +245,50 @@ def test_holder_whose_pid_was_given_to_another_process_is_dead(on_disk: str) -> 
     assert_free(on_disk)
 
 
+def test_zombie_is_dead(on_disk: str) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        leave(on_disk, this_process(**lock._process(process.pid)))
+        assert_held(on_disk)
+        assert process.stdin is not None
+        process.stdin.close()
+        stat = Path(f"/proc/{process.pid}/stat")
+        until(lambda: ") Z " in stat.read_text(), "the end of the process")  # nobody has asked for its exit code
+        assert_free(on_disk)
+
+
+def test_process_that_is_gone_is_dead(on_disk: str) -> None:
+    leave(on_disk, this_process(pid=GONE))
+    assert_free(on_disk)
+
+
+@pytest.mark.parametrize("answer", [None, PermissionError])
+def test_process_that_lives_is_not_dead_where_proc_hides_it(
+    answer: type[OSError] | None, on_disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def kill(pid: int, signal_number: int) -> None:
+        asked.append((pid, signal_number))
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(os, "kill", kill)
+    leave(on_disk, this_process(pid=GONE))  # /proc has nothing of it
+    assert_held(on_disk)
+    assert asked and set(asked) == {(GONE, 0)}
+    age(on_disk)
+    assert_free(on_disk)
+
+
+def test_later_process_of_another_user_is_told_from_the_holder(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(pid: int, signal_number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    leave(on_disk, this_process(started=1))
+    assert_free(on_disk)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -237,8 +298,7 @@ def test_holder_whose_pid_was_given_to_another_process_is_dead(on_disk: str) -> 
     ],
 )
 def test_process_that_cannot_be_seen_from_here_is_not_taken_for_dead(changes: dict[str, Any], on_disk: str) -> None:
-    gone = 2**22 + 1  # above the highest pid that Linux gives
-    leave(on_disk, this_process(pid=gone, started=1) | changes)
+    leave(on_disk, this_process(pid=GONE, started=1) | changes)
     assert_held(on_disk)
     age(on_disk)
     assert_free(on_disk)
@@ -343,17 +403,77 @@ def test_holder_whose_lock_was_taken_over_may_not_publish(out: str, monkeypatch:
     assert_free(out)
 
 
-def test_loss_that_the_heartbeat_noticed_is_final(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_the_heartbeat_noticed_is_final(
+    on_disk: str, interrupted: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
     with taken(on_disk) as slow:
         leave(on_disk, OTHER_MACHINE, 2)
         thread = slow._thread
         assert thread is not None
         thread.join(PATIENCE_SECONDS)
-        assert not thread.is_alive()
+        assert not thread.is_alive() and interrupted.is_set()
         storage.remove_file(f"{on_disk}/locks/00000002.json")  # whatever the other one did meanwhile
         with pytest.raises(LockedError, match="was lost"):
             slow.check()
+
+
+LOSER = """\
+import sys, threading, time
+from jobs import lock
+from nsnet.errors import LockedError
+lock.HEARTBEAT_SECONDS = 0.02
+try:
+    with lock.hold(sys.argv[1]):
+        print("held", flush=True)
+        {work}
+except LockedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "work", ["time.sleep(600)", "threading.Event().wait()", "while True: pass"], ids=["sleep", "wait", "compute"]
+)
+def test_loss_of_the_lock_interrupts_the_work(work: str, on_disk: str) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        LOSER.format(work=work),
+        on_disk,
+    ]  # not here, where the main thread is that of pytest
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            leave(on_disk, OTHER_MACHINE, 2)
+            told, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "locks/00000001.json was lost: another run took it over" in told and "nothing was published" in told
+    assert content(on_disk, 2) == OTHER_MACHINE  # the loser lets go of nothing but its own
+
+
+def test_interruption_without_the_lock_is_its_loss(on_disk: str) -> None:
+    with pytest.raises(LockedError, match="was lost"), hold(on_disk):
+        leave(on_disk, OTHER_MACHINE, 2)
+        raise KeyboardInterrupt
+
+
+def test_interruption_by_a_person_stays_one(on_disk: str) -> None:
+    with pytest.raises(KeyboardInterrupt), hold(on_disk):
+        raise KeyboardInterrupt
+    assert_free(on_disk)
+
+
+def test_holder_that_keeps_its_lock_is_not_interrupted(
+    on_disk: str, interrupted: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with hold(on_disk):
+        age(on_disk)
+        until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+    assert not interrupted.is_set()
 
 
 def test_lock_whose_folder_is_gone_is_lost(on_disk: str) -> None:
@@ -372,7 +492,7 @@ def test_lock_that_cannot_be_released_expires_and_the_result_counts(
 
     with hold(on_disk):
         monkeypatch.setattr(storage, "write_bytes", away)
-    assert "warning: the lock was not released and expires in 60 s (OSError)" in capsys.readouterr().err
+    assert "warning: the lock was not released and expires in 120 s (OSError)" in capsys.readouterr().err
 
 
 def test_slow_competitor_that_creates_a_number_of_the_past_has_not_won(

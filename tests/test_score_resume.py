@@ -1,0 +1,311 @@
+"""Which run a night continues, gives up or plans, without Ray: no picture is ever published twice by a detector."""
+
+import json
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import attempts, ledger, lock, parquet, schema, score, storage
+from jobs.ledger import Run
+from jobs.plan import Plan, Selection, write_manifest
+from nsnet.config import to_dict
+from nsnet.errors import LockedError
+from nsnet.images import DecodeLimits
+from tests.tables import batches, put, read_rows, verdict_row
+
+NAMES = [f"{i}.jpg" for i in range(5)]
+
+
+class Nights:
+    """Starts of `nsnet score` one after another, over one source and output, with verdicts out of thin air."""
+
+    def __init__(self, folder: str) -> None:
+        self.source, self.out = put(f"{folder}/pictures", dict.fromkeys(NAMES, b"x")), f"{folder}/out"
+
+    def settings(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any]:
+        """What a run is asked to do, as `score` puts it together."""
+        return {
+            "source": self.source,
+            "detector_id": "one",
+            "selection": to_dict(Selection(**selection)),
+            "limits": to_dict(DecodeLimits()),
+            "clip_weights": None,
+            "captioner": None,
+            **(changes or {}),
+        }
+
+    def begin(self, held: lock.Lock, changes: dict[str, Any] | None = None, **selection: Any) -> Run | None:
+        """The run that a start continues or plans."""
+        settings = self.settings(changes, **selection)
+        return score._unfinished(self.out, settings) or score._plan(self.out, settings, Selection(**selection), held)
+
+    def killed(self, changes: dict[str, Any] | None = None, **selection: Any) -> Run:
+        """A night that is killed once it was planned."""
+        with lock.hold(self.out) as held:
+            run = self.begin(held, changes, **selection)
+        assert run is not None
+        return run
+
+    def whole(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any] | None:
+        """A night that publishes -> its record; None: it found nothing to do."""
+        with lock.hold(self.out) as held:
+            run = self.begin(held, changes, **selection)
+            if run is None:
+                return None
+            attempt = self.work(run, held.number)
+            details = {"detector_id": self.settings(changes)["detector_id"], "attempts": attempt.number}
+            return run.publish(f"{run.staging}/{attempts.MANIFEST}", attempt.files(), details, held.check)
+
+    def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
+        """An attempt that does what is left, or so many pictures of it."""
+        attempt = attempts.begin(run.staging, lock_number)
+        todo = (
+            [row for entry in storage.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
+        )
+        rows = [verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run.run_id) for row in todo[:most]]
+        parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, f"{attempt.rows}/w_000000-0.parquet")
+        storage.write_bytes(f"{attempt.checkpoint}/w_000000.parquet", b"ids")
+        return attempt
+
+    def staged(self) -> list[str]:
+        """Ids of the runs that have a staging folder."""
+        return storage.subfolders(f"{self.out}/staging")
+
+    def published(self) -> Counter[str]:
+        """How often each picture of the source was published, by its name."""
+        uris = ledger.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
+        return Counter(uri.removeprefix(f"{self.source}/") for uri in uris)
+
+
+@pytest.fixture
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+    numbers = count()
+    monkeypatch.setattr(
+        ledger, "new_run_id", lambda: f"20260102T{next(numbers):06d}Z-000000"
+    )  # in order within a second
+    return Nights(str(tmp_path))
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines for the person who runs the command."""
+    lines: list[str] = []
+    monkeypatch.setattr(score, "say", lines.append)
+    return lines
+
+
+# What is continued.
+
+
+def test_run_with_equal_settings_is_continued(nights: Nights, said: list[str]) -> None:
+    selection: dict[str, Any] = {
+        "limit": 3,
+        "include": ("*.jpg", "*.png"),
+        "shuffle_seed": 1,
+    }  # tuples are lists in JSON
+    first = nights.killed(**selection)
+    manifest = storage.read_bytes(f"{first.staging}/{attempts.MANIFEST}")
+    said.clear()
+    assert nights.killed(**selection) == first
+    assert storage.read_bytes(f"{first.staging}/{attempts.MANIFEST}") == manifest
+    assert nights.staged() == [first.run_id] and said == []
+    record = nights.whole(**selection)
+    assert record is not None and record["run_id"] == first.run_id and record["rows"] == 3
+    assert nights.staged() == []
+
+
+def test_run_that_is_continued_keeps_what_was_finished(nights: Nights) -> None:
+    run = nights.killed()
+    with lock.hold(nights.out) as held:
+        first = nights.work(run, held.number, most=2)
+    record = nights.whole()
+    assert (first.count, record and record["attempts"]) == (5, 2)
+    assert nights.published() == Counter(NAMES)
+
+
+def test_continued_run_does_not_see_pictures_that_came_since(nights: Nights) -> None:
+    nights.killed()
+    put(nights.source, {"new.jpg": b"x"})
+    nights.whole()
+    assert nights.published() == Counter(NAMES)
+    nights.whole()
+    assert nights.published() == Counter([*NAMES, "new.jpg"])
+
+
+def test_run_of_another_detector_that_was_published_since_changes_nothing(nights: Nights) -> None:
+    run = nights.killed()
+    nights.whole({"detector_id": "two"})
+    assert nights.killed() == run
+
+
+def test_runs_that_were_published_before_change_nothing(nights: Nights) -> None:
+    nights.whole(limit=2)
+    run = nights.killed()
+    assert nights.killed() == run
+    nights.whole()
+    assert nights.published() == Counter(NAMES)
+
+
+def test_of_two_unfinished_runs_the_newer_is_continued_and_the_other_given_up(nights: Nights, said: list[str]) -> None:
+    with lock.hold(nights.out) as held:  # as of two processes of which one lost the lock too late
+        first, second = (score._plan(nights.out, nights.settings(), Selection(), held) for _ in range(2))
+    assert first is not None and second is not None
+    record = nights.whole()
+    assert record is not None and record["run_id"] == second.run_id
+    assert nights.staged() == [first.run_id]
+    said.clear()
+    assert nights.whole() is None
+    assert nights.staged() == [] and nights.published() == Counter(NAMES)
+    assert (
+        said[0] == f"given up: the unfinished run {first.run_id}, since other runs were published after it was planned"
+    )
+
+
+# What is given up.
+
+
+def test_run_that_was_overtaken_is_planned_anew(nights: Nights, said: list[str]) -> None:
+    first = nights.killed(limit=3)
+    nights.whole()
+    assert nights.staged() == [first.run_id]  # it has other settings, and its turn may come
+    assert nights.whole(limit=3) is None  # and finds nothing to do
+    assert nights.staged() == [] and nights.published() == Counter(NAMES)
+    assert f"given up: the unfinished run {first.run_id}, since other runs were published after it was planned" in said
+
+
+def test_run_that_was_overtaken_in_part_is_planned_anew(nights: Nights) -> None:
+    first = nights.killed()
+    nights.whole(limit=3)
+    record = nights.whole()
+    assert record is not None and record["run_id"] != first.run_id and record["rows"] == 2
+    assert nights.staged() == [] and nights.published() == Counter(NAMES)
+
+
+def test_finished_rows_of_a_run_that_was_overtaken_are_given_up(nights: Nights) -> None:
+    run = nights.killed(limit=3)
+    with lock.hold(nights.out) as held:
+        nights.work(run, held.number, most=2)
+    nights.whole()
+    assert nights.whole(limit=3) is None
+    assert nights.published() == Counter(NAMES)
+
+
+def test_run_that_was_overtaken_by_one_over_another_source_is_planned_anew(nights: Nights, tmp_path: Path) -> None:
+    first = nights.killed()
+    other = put(f"{tmp_path}/other", {"0.jpg": b"x"})  # it may hold the same pictures: nobody looks
+    nights.whole({"source": other})
+    record = nights.whole()
+    assert record is not None and record["run_id"] != first.run_id and record["rows"] == 5
+
+
+def test_run_that_rescores_is_planned_anew_as_well(nights: Nights) -> None:
+    first = nights.killed(rescore=True)
+    nights.whole()
+    record = nights.whole(rescore=True)
+    assert record is not None and record["run_id"] != first.run_id
+    assert nights.published() == Counter(NAMES * 2)
+
+
+# What is left alone.
+
+
+@pytest.mark.parametrize(
+    ("changes", "selection", "named"),
+    [
+        ({}, {"limit": 4}, "selection"),
+        ({"source": "s3://bucket/elsewhere"}, {"limit": 3}, "source"),
+        ({"detector_id": "two"}, {"limit": 3}, "detector_id"),
+        ({"limits": {"max_pixels": 7}, "captioner": "/tiny"}, {"limit": 3}, "captioner, limits"),
+        ({"clip_weights": "/clip"}, {"limit": 3, "rescore": True}, "clip_weights, selection"),
+    ],
+)
+def test_run_with_other_settings_is_left_alone_and_they_are_named(
+    changes: dict[str, Any], selection: dict[str, Any], named: str, nights: Nights, said: list[str]
+) -> None:
+    run = nights.killed(limit=3)
+    before = [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)]
+    said.clear()
+    assert score._unfinished(nights.out, nights.settings(changes, **selection)) is None
+    assert said == [f"left alone: the unfinished run {run.run_id} has other settings ({named}): {run.staging}"]
+    assert [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)] == before
+
+
+def test_run_is_continued_beside_one_with_other_settings(nights: Nights, said: list[str]) -> None:
+    first, second = nights.killed(limit=3), nights.killed()
+    said.clear()
+    assert nights.killed() == second and nights.killed(limit=3) == first
+    assert [line.partition(" has ")[0] for line in said] == [
+        f"left alone: the unfinished run {run.run_id}" for run in (first, second)
+    ]
+
+
+# What was published already.
+
+
+def killed_after_its_record(nights: Nights, monkeypatch: pytest.MonkeyPatch, **selection: Any) -> dict[str, Any]:
+    """A night that is killed between its record and tidying up, over a publication that was cut; its record."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "tidy", lambda run, record: None)
+        record = nights.whole(**selection)
+    assert record is not None and nights.staged() == [record["run_id"]]
+    run = Run(out=nights.out, run_id=record["run_id"])
+    storage.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
+    return record
+
+
+@pytest.mark.parametrize("selection", [{}, {"limit": 3}], ids=["equal settings", "other settings"])
+def test_remains_of_a_run_that_was_published_are_removed(
+    selection: dict[str, Any], nights: Nights, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = killed_after_its_record(nights, monkeypatch)
+    run = Run(out=nights.out, run_id=record["run_id"])
+    said.clear()
+    assert score._unfinished(nights.out, nights.settings(**selection)) is None
+    assert nights.staged() == [] and said == []
+    assert [entry.uri for entry in storage.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
+    assert ledger.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
+
+
+def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_after_its_record(nights, monkeypatch)
+    assert nights.whole() is None
+    assert nights.published() == Counter(NAMES)
+
+
+# What is planned.
+
+
+def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
+    published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
+    run = nights.killed(retry_failed=True)
+    told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
+    assert told == {
+        "settings": json.loads(json.dumps(nights.settings(retry_failed=True))),
+        "published": [record["run_id"] for record in published[:2] if record],
+        "plan": {"count": 3, "left_out": {}, "states": {"new": 3, "scored before": 2}},
+    }
+
+
+def test_nothing_to_do_leaves_nothing(nights: Nights) -> None:
+    nights.whole()
+    assert nights.whole() is None
+    assert nights.staged() == [] and len(ledger.runs(nights.out)) == 1
+
+
+def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_slowly(*arguments: Any) -> Plan:
+        storage.write_bytes(f"{nights.out}/locks/00000002.json", b'{"token": "of another"}')
+        return write_manifest(*arguments)
+
+    with monkeypatch.context() as patch, lock.hold(nights.out) as held:
+        patch.setattr(score, "write_manifest", write_slowly)
+        with pytest.raises(LockedError, match="was lost"):
+            score._plan(nights.out, nights.settings(), Selection(), held)
+    assert [storage.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
+    assert score._unfinished(nights.out, nights.settings()) is None  # and what it left goes
+    assert nights.staged() == []
