@@ -7,8 +7,8 @@ open_clip keeps q, k, v in one fused matrix, which a LoRA adapter cannot target 
 into three linears with the same weights (`split_attention`), and for inference the adapters are merged and the three
 are fused back (`merge_lora`): inference runs open_clip's own modules.
 
-open_clip takes seconds to import (it brings torchvision): functions import it where they need it, so that a driver which
-only reads configurations does not wait for it.
+open_clip takes seconds to import (it brings torchvision): functions import it where they need it, so that a driver
+which only reads configurations does not wait for it.
 """
 
 import json
