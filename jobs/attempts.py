@@ -26,6 +26,7 @@ from jobs import parquet, schema, storage
 from jobs.console import say
 from jobs.database import database
 from jobs.schema import IDS
+from nsnet.errors import StorageError
 
 MANIFEST: Final = "manifest.parquet"
 SETTINGS: Final = "run.json"
@@ -103,7 +104,13 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
 
     `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
     """
-    names = [name for name in storage.subfolders(staging) if int(name.removeprefix("attempt-")) < lock_number]
+    names = [name for name in storage.subfolders(staging) if int(name.removeprefix("attempt-")) <= lock_number]
+    own = f"attempt-{lock_number:08d}"
+    if own in names:  # numbers of locks only grow, unless somebody removed them
+        raise StorageError(
+            f"{storage.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
+            f"{staging} while no run writes here, and its pictures are planned anew"
+        )
     accepted: list[str] = []
     for number, name in reversed(list(enumerate(names, start=1))):
         folder = storage.join(staging, name)
@@ -113,9 +120,7 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
             continue
         accepted = _whole(Attempt(folder=folder, number=number, accepted=frozen).files())
         break
-    attempt = Attempt(
-        folder=storage.join(staging, f"attempt-{lock_number:08d}"), number=len(names) + 1, accepted=accepted
-    )
+    attempt = Attempt(folder=storage.join(staging, own), number=len(names) + 1, accepted=accepted)
     count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
     frozen = [name.removeprefix(f"{staging}/") for name in accepted]
     storage.write_json(storage.join(attempt.folder, FROZEN), frozen)

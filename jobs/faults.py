@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import random
+import re
 from enum import Enum
 from typing import Any, Final
 
@@ -107,16 +108,27 @@ def wait_seconds(attempt: int) -> float:
     return random.uniform(0.0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
 
 
+def without_secrets(text: str) -> str:
+    """A text without the user names and passwords that URLs in it may hold."""
+    return re.sub(r"://[^/\s@]*@", "://", text)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    text = without_secrets(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300] or 'no answer in time'}"
+
+
 def fetch_error(error: Exception, requests: int) -> FetchError:
     """The error of a picture whose bytes could not be had with so many requests."""
     fault = kind(error)
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no answer in time'}"
+    told = reason(error) if requests == 1 else f"{reason(error)} (asked {requests} times)"
     which = {
         Fault.MISSING: ObjectMissingError,
         Fault.CHANGED: ObjectChangedError,
         Fault.DENIED: ObjectDeniedError,
     }.get(fault, FetchError)
-    result = which(reason if requests == 1 else f"{reason} (asked {requests} times)")
+    result = which(told)
     result.requests = requests
     result.may_be_outage = fault in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
     return result

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from jobs import parquet, schema, storage
+from jobs import faults, parquet, schema, storage
+from jobs.console import say
 from jobs.database import database
 from jobs.schema import IDS
 from nsnet.digest import file_digest
@@ -93,9 +94,16 @@ class Run:
             **details,
         }
         check()
-        if not storage.create(self.record, storage.encode_json(record)):
+        encoded = storage.encode_json(record)
+        # read back, since not every store makes conditional puts atomic
+        if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
+            for file in files:
+                storage.remove_file(storage.join(self.out, file["path"]))
             raise VerificationError(f"run {self.run_id} was published already, by another process")
-        self.tidy(record)
+        try:
+            self.tidy(record)
+        except Exception as error:  # botocore, aiohttp and OS errors share no base
+            say(f"warning: {self.staging} was not removed, the next run tries again ({faults.reason(error)})")
         return record
 
     def tidy(self, record: dict[str, Any]) -> None:
@@ -193,8 +201,19 @@ def runs(out: str) -> list[dict[str, Any]]:
         return []
     uris = [entry.uri for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        records = list(pool.map(storage.read_json, uris))
+        records = list(pool.map(_record, uris))
     return sorted(records, key=lambda record: str(record["run_id"]))
+
+
+def _record(uri: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = storage.read_json(uri)
+        missing = {"run_id", "files"} - record.keys()
+    except (ValueError, AttributeError) as error:
+        raise StorageError(f"{uri} is damaged: {type(error).__name__}") from error
+    if missing:
+        raise StorageError(f"{uri} is no record of a run: it has no {', '.join(sorted(missing))}")
+    return record
 
 
 def verdicts(out: str) -> pads.Dataset:

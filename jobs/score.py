@@ -123,8 +123,8 @@ def score(
         models = replace(models, captioner_id=captioner_id(config.captioner, folder))
         preparation = PreparationConfig(thumbnail_px=thumbnail_px(folder), patches=config.patches, limits=limits)
         known = ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if reuse else ()
-        attempt = attempts.begin(run.staging, held.number, known, models.captioner_id)
         held.check()
+        attempt = attempts.begin(run.staging, held.number, known, models.captioner_id)
         if attempt.accepted:
             say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
         if attempt.count:

@@ -29,14 +29,13 @@ LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake"
 LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
 SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-OTHER_KINDS: Final = frozenset(
-    ".7z .arrow .avi .bz2 .cfg .ckpt .css .csv .doc .docx .eps .exe .feather .flac .gz .h5 .htm .html .ini "
-    ".ipynb .js .json .jsonl .lock .log .md .mkv .mov .mp3 .mp4 .npy .npz .ogg .parquet .pdf .pickle .pkl .ppt .pptx "
-    ".pt .pth .py .rar .rst .rtf .safetensors .sh .sha256 .so .sqlite .svg .tar .tgz .toml .tsv .txt .wav .webm .xls "
-    ".xlsx .xml .xz .yaml .yml .zip .zst"
+SIDECARS: Final = frozenset(
+    ".7z .arrow .bz2 .cfg .ckpt .css .csv .feather .gz .h5 .htm .html .ini .ipynb .js .json .jsonl .lock .log .md .npy "
+    ".npz .parquet .pickle .pkl .pt .pth .py .rar .rst .safetensors .sh .sha256 .sqlite .tar .tgz .toml .tsv .txt .xml "
+    ".xz .yaml .yml .zip .zst"
     .split()
 )  # fmt: skip
-"""Endings of files that are certainly no raster picture. Any other name, known or not, is tried by its content."""
+"""Endings of what lies beside the pictures of data sets. Any other name, known or not, is tried by its content."""
 
 CONTAINERS: Final = (".tar", ".parquet")
 """Endings of files that hold pictures."""
@@ -124,7 +123,7 @@ class Source:
                     self.left_out["excluded"] += 1
                 else:
                     yield from self._inside(entry, ending)
-            elif ending in OTHER_KINDS:
+            elif ending in SIDECARS:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
                 label, generator, split = labels_from_path(relative, root)
@@ -169,7 +168,7 @@ class Source:
                         content = tar.extractfile(member)
                         text = content.read().decode().strip() if content else None
                         labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}", strict)
-                    elif ending in OTHER_KINDS or ending == ".cls":
+                    elif ending in SIDECARS or ending == ".cls":
                         self.left_out[f"{ending} is no picture"] += 1
                     else:
                         members.append((_unicode(member.name), member.offset_data, member.size))

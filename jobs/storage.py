@@ -139,8 +139,10 @@ def reachable(uri: str) -> None:
     except FileNotFoundError as error:
         raise StorageError(f"the bucket s3://{bucket} does not exist") from error
     except Exception as error:  # botocore, aiohttp and OS errors share no base
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
-        raise StorageError(f"the bucket s3://{bucket} at {endpoint} cannot be reached: {_reason(error)}") from error
+        endpoint = faults.without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
+        raise StorageError(
+            f"the bucket s3://{bucket} at {endpoint} cannot be reached: {faults.reason(error)}"
+        ) from error
 
 
 def store_of(uri: str) -> str:
@@ -198,9 +200,15 @@ def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry
 
     What cannot be listed is counted in `left_out` by reason. Links to folders are not followed: they may form circles.
     """
-    left_out = Counter() if left_out is None else left_out
     if is_local(uri):
-        yield from _walk(uri, lambda folder: _list_disk(folder, left_out))
+        counting = threading.Lock()
+
+        def count(reason: str) -> None:
+            if left_out is not None:
+                with counting:
+                    left_out[reason] += 1
+
+        yield from _walk(uri, lambda folder: _list_disk(folder, count))
     else:
         yield from _walk((_below(uri), 0), lambda item: _list_s3(uri, *item))
 
@@ -313,7 +321,7 @@ def _pages(uri: str, prefix: str, **settings: Any) -> Iterator[dict[str, Any]]:
         yield page
 
 
-def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry], list[str]]]:
+def _list_disk(folder: str, leave_out: Callable[[str], None]) -> Iterator[tuple[list[Entry], list[str]]]:
     entries: list[Entry] = []
     below: list[str] = []
     try:
@@ -325,14 +333,14 @@ def _list_disk(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry
                     elif item.is_file():
                         entries.append(describe_local(item.path, item.stat()))
                     else:
-                        left_out["link to a folder" if item.is_dir() else "broken link or special file"] += 1
+                        leave_out("link to a folder" if item.is_dir() else "broken link or special file")
                 except OSError as error:
-                    left_out[f"file that cannot be read ({error.strerror})"] += 1
+                    leave_out(f"file that cannot be read ({error.strerror})")
                 if len(entries) == LISTING_PAGE:
                     yield entries, below
                     entries, below = [], []
     except OSError as error:
-        left_out[f"folder that cannot be read ({error.strerror})"] += 1
+        leave_out(f"folder that cannot be read ({error.strerror})")
     yield entries, below
 
 
@@ -581,10 +589,17 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Remove a folder that this program made for its own use; nothing else is ever removed."""
-    system, path = filesystem(uri)
-    if system.exists(path):
-        system.rm(path, recursive=True)
+    """Remove a folder that this program made for its own use; nothing else is ever removed.
+
+    Object by object: fsspec's own removal takes `*`, `?` and `[` in a name for a pattern, and loses errors.
+    """
+    if is_local(uri):
+        if os.path.isdir(uri):
+            shutil.rmtree(uri)
+        return
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        for removed in [pool.submit(remove_file, entry.uri) for entry in list_files(uri)]:
+            removed.result()
 
 
 def fetch_bundle(uri: str, description: str) -> Path:
@@ -631,7 +646,3 @@ def fetch_bundle(uri: str, description: str) -> Path:
         except OSError:  # another process was faster
             shutil.rmtree(partial)
     return folder
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no answer in time'}"

@@ -15,6 +15,7 @@ from jobs import attempts, parquet, schema, stages, storage
 from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.database import Database
 from jobs.sources import image_id
+from nsnet.errors import StorageError
 from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
@@ -282,6 +283,16 @@ def test_attempt_of_a_newer_holder_is_ignored_by_an_older_one(staging: str) -> N
     older = begin(staging, 8)  # it held the lock before, and wakes up late
     assert older.number == 2 and older.folder != newer.folder
     assert finished(older) == URIS[:3] and left_for(older) == URIS[3:]
+
+
+def test_attempt_whose_lock_was_there_before_is_refused(staging: str) -> None:
+    plan(staging)
+    commit(begin(staging, 1), 0, URIS[:3])
+    with pytest.raises(
+        StorageError, match="attempt-00000001 exists before its time, since the folder locks/ was removed"
+    ):
+        begin(staging, 1)
+    assert Counter(finished(begin(staging, 2))) == Counter(URIS[:3])
 
 
 def test_newer_holder_does_not_take_over_what_an_older_one_commits_later(staging: str) -> None:

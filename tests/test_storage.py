@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -184,7 +184,10 @@ def test_subfolders_are_named_sorted_and_not_deeper(place: str) -> None:
 
 
 def test_removed_folder_takes_nothing_else_along(place: str) -> None:
-    put(place, {"work/a/1": b"", "work/2": b"", "workshop": b"", "b": b""})
+    put(place, {"work/a/1": b"", "work/2": b"", "workshop": b"", "b": b"", "w*/x/[1]?.txt": b"", "[b]/y": b""})
+    storage.remove_folder(f"{place}/w*")
+    storage.remove_folder(f"{place}/[b]")
+    assert names(place) == ["b", "work/2", "work/a/1", "workshop"]
     storage.remove_folder(f"{place}/work")
     storage.remove_folder(f"{place}/work")
     assert names(place) == ["b", "workshop"]
@@ -318,10 +321,10 @@ def test_error_deep_in_the_tree_reaches_the_consumer(tmp_path: Path, monkeypatch
     put_many(str(tmp_path), [f"{i}/{j}" for i in range(30) for j in range(30)])
     real = storage._list_disk
 
-    def fail(folder: str, left_out: Counter[str]) -> Iterator[tuple[list[Entry], list[str]]]:
+    def fail(folder: str, leave_out: Callable[[str], None]) -> Iterator[tuple[list[Entry], list[str]]]:
         if folder == f"{tmp_path}/17":
             raise ZeroDivisionError("so it says")
-        return real(folder, left_out)
+        return real(folder, leave_out)
 
     monkeypatch.setattr(storage, "_list_disk", fail)
     before = set(threading.enumerate())
@@ -587,7 +590,12 @@ def test_unknown_key_is_said(bucket: str, clients: None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "reason"), [("http://127.0.0.1:9", "127.0.0.1:9"), ("nonsense", "Invalid endpoint: nonsense")]
+    ("endpoint", "reason"),
+    [
+        ("http://127.0.0.1:9", "127.0.0.1:9"),
+        ("nonsense", "Invalid endpoint: nonsense"),
+        ("http://somebody:a-s3cret@127.0.0.1:9", "at http://127.0.0.1:9 "),
+    ],
 )
 def test_wrong_endpoint_is_named(endpoint: str, reason: str, clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
