@@ -23,9 +23,8 @@ def main() -> None:
     source, out = work / f"pictures-{options.count}", work / "out"
     measure.link(measure.write_jpegs(work / "distinct", options.distinct), source, options.count)
     bundle = measure.tiny_bundle(work / "bundle")
-    samples, lines, peak = measure.score(
-        [str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse", "--rescore"]
-    )
+    watched = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse", "--rescore"])
+    samples = watched.samples
     record = ledger.runs(str(out))[-1]
     count, tenth = record["rows"], record["rows"] // 10
     first, early, late, end = (measure.at(samples, n) for n in (1, tenth, count - tenth, count))
@@ -47,11 +46,13 @@ def main() -> None:
             f"| last tenth / first tenth | {speed_last / speed_first:.3f} |",
             f"| driver at {early.scored:,} pictures | {early.driver_bytes / 2**20:.0f} MiB |",
             f"| driver at the end | {end.driver_bytes / 2**20:.0f} MiB |",
-            f"| driver's most, plan and publication included | {peak / 2**20:.0f} MiB |",
+            f"| driver's most, plan and publication included | {watched.driver_peak_bytes / 2**20:.0f} MiB |",
             f"| end / a tenth | {end.driver_bytes / early.driver_bytes:.3f} |",
             "",
+            *measure.profile(watched),
+            "",
             "```",
-            *lines[-8:],
+            *watched.lines[-8:],
             "```",
         ],
     )

@@ -81,10 +81,20 @@ def tiny_bundle(folder: Path) -> Path:
     return folder
 
 
-def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str], int]:
-    """Run `nsnet score`; returns what was seen of it, its lines, and the most memory of its driver, looked at ten times
-    a second from the plan to the record. Raises `RuntimeError` when it fails.
-    """
+@dataclass(frozen=True)
+class Watched:
+    """A run of `nsnet score`, as it looked from outside."""
+
+    samples: list[Sample]
+    lines: list[str]
+    driver_peak_bytes: int
+    """The most resident memory of the driver, looked at ten times a second from the plan to the record."""
+    cpu_seconds: dict[str, float]
+    """Kind of process -> CPU seconds, children that were waited for included; the last 5 s of a process may miss."""
+
+
+def score(arguments: Sequence[str]) -> Watched:
+    """Run `nsnet score` and watch it. Raises `RuntimeError` when it fails."""
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.score", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -93,6 +103,7 @@ def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str], int]:
     memory_of_driver.__enter__()
     samples: list[Sample] = []
     lines: list[str] = []
+    spent: dict[int, tuple[str, float]] = {}
     assert process.stderr is not None
     for line in process.stderr:
         lines.append(line.rstrip("\n"))
@@ -104,11 +115,53 @@ def score(arguments: Sequence[str]) -> tuple[list[Sample], list[str], int]:
             scored = int(line.split()[2].partition("/")[0])
             memory = psutil.Process(process.pid).memory_info().rss
             samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
+            for pid, (kind, seconds) in _cpu_seconds(process.pid).items():
+                spent[pid] = (spent[pid][0] if kind == KINDS["ray::"] and pid in spent else kind, seconds)
     code = process.wait()
     memory_of_driver.__exit__()
     if code != 0:
         raise RuntimeError(f"nsnet score ended with {code}")
-    return samples, lines, memory_of_driver.peak
+    by_kind: dict[str, float] = {}
+    for kind, seconds in spent.values():
+        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
+    return Watched(samples, lines, memory_of_driver.peak, by_kind)
+
+
+KINDS: Final = {
+    "MapBatches(Prepare": "reading and preparing",
+    "jobs.guard": "decoding children",
+    "MapBatches(Caption": "captioning actors",
+    "MapBatches(Score": "scoring actors",
+    "Write": "writing",
+    "ray::": "idle workers and small actors of Ray",
+    "raylet": "raylet",
+    "gcs_server": "GCS",
+    "jobs.score": "driver",
+}
+"""What a command line holds -> kind of process, the first that fits."""
+
+
+def _cpu_seconds(pid: int) -> dict[int, tuple[str, float]]:
+    """Process id -> kind, CPU seconds so far; a worker has the name of what it last did."""
+    found = {}
+    driver = psutil.Process(pid)
+    for process in [driver, *driver.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            line, times = " ".join(process.cmdline()), process.cpu_times()
+            kind = next((kind for part, kind in KINDS.items() if part in line), "Ray's other processes")
+            found[process.pid] = (kind, times.user + times.system)
+    return found
+
+
+def profile(watched: Watched) -> list[str]:
+    """A table of where the CPU seconds went."""
+    total = sum(watched.cpu_seconds.values())
+    rows = sorted(watched.cpu_seconds.items(), key=lambda item: -item[1])
+    return [
+        "| process | CPU seconds | share |",
+        "|---|---|---|",
+        *(f"| {kind} | {seconds:.0f} | {seconds / total:.0%} |" for kind, seconds in rows),
+    ]
 
 
 def at(samples: Sequence[Sample], scored: int) -> Sample:

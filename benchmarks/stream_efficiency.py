@@ -97,8 +97,8 @@ def main() -> None:
     for number in range(options.rounds):
         pool_seconds, stage = pool(paths, bundle)
         out = work / f"out-{os.getpid()}-{number}"
-        samples, _, _ = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse"])
-        first, end = measure.at(samples, 1), measure.at(samples, options.count)
+        watched = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse"])
+        first, end = measure.at(watched.samples, 1), measure.at(watched.samples, options.count)
         left = {
             "prepare": options.count - first.prepared,
             "caption": options.count - first.captioned,
@@ -124,6 +124,10 @@ def main() -> None:
                 f"{first.seconds:.0f} s, {end.seconds:.0f} s | {efficiency:.2f} | {whole:.2f} |"
                 for i, (seconds, stage, first, end, efficiency, whole) in enumerate(rows)
             ),
+            "",
+            "Where the last stream's CPU seconds went, start-up included:",
+            "",
+            *measure.profile(watched),
         ],
     )
 

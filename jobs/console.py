@@ -1,6 +1,7 @@
 """What all commands share: exit codes, one-line errors, common options."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ EXIT_TOO_MANY_FAILED = 3
 def run(command: click.Command, name: str) -> NoReturn:
     """Run a command as the program: an expected error is one line on stderr and its exit code, never a traceback."""
     quiet_libraries()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(command.main(prog_name=name, standalone_mode=False) or 0)
     except NsnetError as error:
@@ -26,7 +28,12 @@ def run(command: click.Command, name: str) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped", 130)
+        _fail("stopped", 128 + signal.SIGINT)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End as after Ctrl-C, so that locks and processes are let go: schedulers end a job by SIGTERM."""
+    _fail("stopped", 128 + number)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """The cluster that a command runs on, and the shares of it that its stages take."""
 
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -80,6 +81,7 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
     # Ray's C++ side prints advice on its own actors as errors; failures that matter reach Python.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ended = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
@@ -90,6 +92,8 @@ def connect(address: str | None = None) -> None:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {error}") from error
     else:
         ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
+    if callable(ended):  # Ray puts its own in the place of the command's
+        signal.signal(signal.SIGTERM, ended)
     configure_data()
     say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
 

@@ -56,7 +56,7 @@ def test_no_picture_is_lost_or_failed_by_a_bad_network(source: str, detector: Pa
     print(f"proxy: {dict(proxy.counts)}; {record['store']}; {record['seconds']} s")
 
 
-def test_store_that_goes_away_stops_the_run_and_the_same_command_continues(
+def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_same_command(
     detector: Path, proxy: FaultyProxy, s3_environment: SwiftServer, tmp_path: Path
 ) -> None:
     source = put(f"{new_bucket()}/pictures", {f"{i}.jpg": picture_file(i, "JPEG", 200, 150) for i in range(3000)})
@@ -69,10 +69,17 @@ def test_store_that_goes_away_stops_the_run_and_the_same_command_continues(
     assert ledger.runs(str(tmp_path / "out")) == []
     proxy.start()
     with running(*arguments, env=proxy.environment()) as score:
+        assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
+        score.process.terminate()
+        assert score.end(60) == 143, score.text()
+    assert score.lines[-1] == "error: stopped"
+    (number,) = (tmp_path / "out" / "locks").iterdir()
+    assert storage.read_json(str(number)) == {"released": True}
+    with running(*arguments, env=proxy.environment()) as score:
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
     assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
-    assert ledger.runs(str(tmp_path / "out"))[0]["attempts"] == 2
+    assert ledger.runs(str(tmp_path / "out"))[0]["attempts"] == 3
 
 
 def test_pictures_that_poison_the_decoder_fail_alone(detector: Path, tmp_path: Path) -> None:
