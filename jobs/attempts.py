@@ -15,7 +15,7 @@ actors, never starts.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -118,7 +118,7 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
             frozen = [storage.join(staging, file) for file in storage.read_json(storage.join(folder, FROZEN))]
         except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
             continue
-        accepted = _whole(Attempt(folder=folder, number=number, accepted=frozen).files())
+        accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
         break
     attempt = Attempt(folder=storage.join(staging, own), number=len(names) + 1, accepted=accepted)
     count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
@@ -184,17 +184,41 @@ def _names(folder: str) -> list[str]:
     return [entry.uri.rpartition("/")[2] for entry in storage.list_files(folder)]
 
 
-def _whole(uris: list[str]) -> list[str]:
-    """The files that can be read: a retried task may have been killed while it wrote its file again."""
+def _usable(staging: str, uris: list[str]) -> list[str]:
+    """The files that can be read, and whose pictures were planned and are in no file before them: a retried task may
+    have been killed while it wrote its file again, or have cut its rows into other files than the first time.
+    """
+    numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
+    with database() as rows:
+        rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
+        rows.insert("manifest", parquet.read(storage.join(staging, MANIFEST), IDS))
+        rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
+        damaged = set()
+        for n, ids in enumerate(_ids(uris)):
+            if ids is None:
+                damaged.add(n)
+            else:
+                rows.insert("found", ids.add_column(0, numbered.field("n"), pa.array([n] * len(ids))).to_batches())
+        repeated = rows.execute(
+            f"select n from (select n, row_number() over (partition by {ID} order by n) as k from found) where k > 1 "
+            f"union select n from found anti join manifest using ({ID})"
+        )
+    useless = damaged | {n for (n,) in repeated}
+    for n in sorted(useless):
+        why = "is damaged" if n in damaged else "holds rows that another file holds, or that were not planned"
+        say(f"warning: {uris[n]} {why}, its rows are made again")
+    return [uri for n, uri in enumerate(uris) if n not in useless]
 
-    def is_whole(uri: str) -> bool:
+
+def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
+    """Ids in each of many files, in their order; None for one that cannot be read."""
+
+    def read(uri: str) -> pa.Table | None:
         try:
-            for _ in parquet.read(uri, IDS):
-                pass
-        except (OSError, pa.ArrowInvalid) as error:
-            say(f"warning: {uri} is damaged, its rows are made again ({type(error).__name__})")
-            return False
-        return True
+            return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
+        except (OSError, pa.ArrowInvalid):
+            return None
 
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        return [uri for uri, whole in zip(uris, pool.map(is_whole, uris), strict=True) if whole]
+        for start in range(0, len(uris), parquet.READERS):  # no further ahead than this: memory is bounded
+            yield from pool.map(read, uris[start : start + parquet.READERS])

@@ -29,6 +29,12 @@ def run(command: click.Command, name: str) -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 128 + signal.SIGINT)
+    except Exception as error:  # botocore, aiohttp and OS errors share no base
+        from jobs import faults  # not sooner: its imports take a while
+
+        if faults.kind(error) in (faults.Fault.MISSING, faults.Fault.CHANGED, faults.Fault.PERMANENT):
+            raise
+        _fail(f"the store failed: {faults.reason(error)}", 1)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

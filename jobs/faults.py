@@ -90,7 +90,7 @@ def kind(error: BaseException) -> Fault:
 def _kind_of_answer(response: Any) -> Fault:
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in CREDENTIAL_CODES:
+    if code in CREDENTIAL_CODES or code == "400":  # S3 tells of expired keys so where an answer has no body (HEAD)
         return Fault.CREDENTIALS
     if code in THROTTLING_CODES or status in (408, 429) or status >= 500:
         return Fault.TRANSIENT

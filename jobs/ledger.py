@@ -114,6 +114,11 @@ class Run:
                 storage.remove_file(entry.uri)
         storage.remove_folder(self.staging)
 
+    def abandon(self) -> None:
+        """Remove all of a run that was not published: its staging, and final files of publications that were cut."""
+        storage.remove_folder(self.final)
+        storage.remove_folder(self.staging)
+
 
 class Counts:
     """What a record says of the rows that go by."""
@@ -240,6 +245,8 @@ def published(
             try:
                 yield from _dataset([uri], columns).to_batches(batch_size=parquet.GROUP_ROWS, fragment_readahead=1)
             except FileNotFoundError as error:
+                if storage.exists(uri):  # pyarrow takes a store that is throttling for a missing file
+                    raise
                 raise StorageError(
                     f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
                 ) from error

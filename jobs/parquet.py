@@ -21,8 +21,7 @@ WRITERS: Final = 8
 
 def read(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, as batches of exactly this schema."""
-    system, path = storage.arrow_filesystem(uri)
-    with pq.ParquetFile(path, filesystem=system) as file:
+    with storage.open_file(uri) as source, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns.names):
             yield batch.select(columns.names).cast(columns)
 

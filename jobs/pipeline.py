@@ -9,7 +9,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError
 
-from jobs import progress, resources, schema, storage
+from jobs import faults, progress, resources, schema, storage
 from jobs.faults import OUTAGE_SECONDS
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
@@ -66,9 +66,7 @@ class Stream:
                 cause = getattr(error, "cause", error)
                 raise type(cause)(str(cause)) from None
             except RayError as error:
-                raise StorageError(
-                    f"the cluster failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                ) from error
+                raise StorageError(f"the cluster failed: {faults.reason(error)}") from error
 
 
 def captioned(

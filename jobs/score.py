@@ -172,9 +172,9 @@ def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
         elif told["settings"] != wanted:
             differing = sorted(name for name in wanted if told["settings"].get(name) != wanted[name])
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
-        elif told["published"] != _published(records.values(), settings["detector_id"]):
+        elif set(_published(records.values(), settings["detector_id"])) - set(told["published"]):
             say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
-            storage.remove_folder(run.staging)
+            run.abandon()
         else:
             found = run
     return found

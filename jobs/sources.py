@@ -13,17 +13,20 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import faults, storage
 from jobs.console import say
+from jobs.faults import Fault
 from jobs.storage import Fetched
-from nsnet.errors import SourceError, UsageError
+from nsnet.errors import ImageTooLargeError, SourceError, UsageError
 
 LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1}
 LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
@@ -36,6 +39,13 @@ SIDECARS: Final = frozenset(
     .split()
 )  # fmt: skip
 """Endings of what lies beside the pictures of data sets. Any other name, known or not, is tried by its content."""
+
+TEXTS: Final = frozenset({"uri", "etag", "label", "generator", "split"})
+"""Columns of a manifest, or beside stored pictures, that may be texts; what repeats there stays stored once."""
+TEXT_BYTES: Final = 8192
+"""Longest of them: a small file may hold a long one a million times."""
+GROUP_BYTES: Final = 2 * 2**30
+"""Most bytes of the pictures in a row group, which is read as a whole."""
 
 CONTAINERS: Final = (".tar", ".parquet")
 """Endings of files that hold pictures."""
@@ -92,7 +102,9 @@ class Source:
         return filter(self._wanted, rows) if self._include or self._exclude else rows
 
     def _wanted(self, row: dict[str, Any]) -> bool:
-        path = row["uri"].removeprefix(self.uri).lstrip("/#")
+        path = row["uri"]
+        if path.startswith((f"{self.uri}/", f"{self.uri}#")):
+            path = path[len(self.uri) + 1 :]
         if self._exclude and self._exclude.fullmatch(path):
             self.left_out["excluded"] += 1
             return False
@@ -154,30 +166,31 @@ class Source:
         system, path = storage.filesystem(entry.uri)
         labels: dict[str, int | None] = {}
         members: list[tuple[str, int, int]] = []
-        try:
-            with system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    ending = PurePosixPath(member.name).suffix.lower()
-                    if member.isdir():
-                        continue
-                    if not member.isfile():
-                        self.left_out["link or special file in a tar"] += 1
-                    elif PurePosixPath(member.name).name.startswith("."):
-                        self.left_out["hidden file"] += 1
-                    elif ending == ".cls" and member.size < 64:
-                        content = tar.extractfile(member)
-                        text = content.read().decode().strip() if content else None
-                        labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}", strict)
-                    elif ending in SIDECARS or ending == ".cls":
-                        self.left_out[f"{ending} is no picture"] += 1
-                    else:
-                        members.append((_unicode(member.name), member.offset_data, member.size))
-                # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"it is damaged or cut off at byte {tar.offset:,}")
-        except (tarfile.TarError, UnicodeDecodeError) as error:
-            raise SourceError(f"{entry.uri} is no whole, uncompressed tar: {error}") from error
+        with (
+            _reading(entry.uri, ", uncompressed tar"),
+            system.open(path, "rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
+            for member in tar:
+                ending = PurePosixPath(member.name).suffix.lower()
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    self.left_out["link or special file in a tar"] += 1
+                elif PurePosixPath(member.name).name.startswith("."):
+                    self.left_out["hidden file"] += 1
+                elif ending == ".cls" and member.size < 64:
+                    content = tar.extractfile(member)
+                    text = content.read().decode().strip() if content else None
+                    labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}", strict)
+                elif ending in SIDECARS or ending == ".cls":
+                    self.left_out[f"{ending} is no picture"] += 1
+                else:
+                    members.append((_unicode(member.name), member.offset_data, member.size))
+            # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it is damaged or cut off at byte {tar.offset:,}")
         for name, offset, size in members:
             from_path, generator, split = labels_from_path(name)
             label = labels.get(_stem(name), from_path)
@@ -189,25 +202,25 @@ class Source:
     def _parquet(self, uri: str, strict: bool = True) -> Iterator[dict[str, Any]]:
         """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional.
 
-        Not `strict`: a label that is neither real nor fake counts as none; and no manifest is followed, for whoever may
-        put a file into a bucket could have anything read that this job may read.
+        Not `strict`: a label that is neither real nor fake counts as none, and no URI is believed, neither of a list
+        nor of stored pictures: whoever may put a file into a bucket could have anything read that this job may read.
         """
-        system, path = storage.arrow_filesystem(uri)
-        try:
-            file = pq.ParquetFile(path, filesystem=system)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{uri} is no Parquet file: {error}") from error
-        columns = set(file.schema_arrow.names)
+        with _reading(uri, " Parquet file"):
+            source = storage.open_file(uri)
+            found = pq.read_schema(source)
+            texts = [name for name in TEXTS & set(found.names) if _is_text(found.field(name).type)]
+            file = pq.ParquetFile(source, read_dictionary=texts)
+        columns = set(found.names)
         if not columns & {"uri", "bytes"}:
             raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
         stored = "bytes" in columns
         if not stored and not strict:
             raise SourceError(f"{uri} is a manifest: they are followed only where they are the source themselves")
         own = storage.describe(uri) if stored else None
-        wanted = sorted(columns & {"uri", "etag", "size_bytes", "label", "generator", "split"})
+        wanted = sorted(columns & (TEXTS | {"size_bytes"}))
         position = 0
-        for batch in file.iter_batches(batch_size=8192, columns=wanted):
-            for values in batch.to_pylist() if wanted else [{} for _ in range(batch.num_rows)]:
+        for some in _table_rows(uri, file, wanted):
+            for values in some:
                 name = values.get("uri")
                 labels: dict[str, Any] = {
                     "label": _label(values.get("label"), f"{uri}: row {position}", strict),
@@ -215,7 +228,8 @@ class Source:
                     "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
                 }
                 if own is not None:
-                    row_uri = f"{uri}#{position}" if name is None else str(name)
+                    # a file among others may not speak for pictures that are not in it
+                    row_uri = f"{uri}#{position}" if name is None or not strict else str(name)
                     yield _row(
                         row_uri, f"{own.etag}-{position}", None, listed=True, modified_at=own.modified_at,
                         container=uri, position=position, **labels,
@@ -227,10 +241,45 @@ class Source:
                 position += 1
 
 
+@contextmanager
+def _reading(uri: str, what: str) -> Iterator[None]:
+    """Turns what a damaged container raises into a `SourceError`; errors of its store stay what they are."""
+    try:
+        yield
+    except (ValueError, OverflowError, EOFError, RecursionError, tarfile.TarError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and faults.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS):
+            raise
+        raise SourceError(f"{uri} is no whole{what}: {faults.reason(error)}") from error
+
+
+def _table_rows(uri: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Some columns of a Parquet file that may be damaged, as rows."""
+    with _reading(uri, " Parquet file"):
+        for batch in file.iter_batches(batch_size=8192, columns=columns):
+            _check_texts(uri, batch)
+            yield batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    which = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(is_such(kind) for is_such in which)
+
+
+def _check_texts(uri: str, batch: pa.RecordBatch) -> None:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+        if _is_text(texts.type):
+            longest = pc.max(pc.binary_length(texts)).as_py() or 0
+            if longest > TEXT_BYTES:
+                raise SourceError(
+                    f"{uri}: a text of column `{name}` has {longest:,} bytes, the limit is {TEXT_BYTES:,}"
+                )
+
+
 def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
     """The bytes of a manifest row's picture; at most one byte more than allowed, so that the caller sees the excess.
 
-    Raises a `FetchError`; a picture that was replaced since it was listed is one.
+    Raises a `FetchError`, as where a picture was replaced since it was listed, or an `ImageTooLargeError`.
     """
     container, position, size = row["container"], row["position"], row["size_bytes"]
     etag = row["etag"] if row["listed"] else None
@@ -242,6 +291,8 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
         return storage.fetch(container, position, min(size, max_bytes + 1), etag)
     try:
         return Fetched(data=_from_parquet(container, position, row["etag"])[: max_bytes + 1], requests=1)
+    except ImageTooLargeError:
+        raise
     except Exception as error:  # pyarrow's errors, and those of the file system below it
         raise faults.fetch_error(error, 1) from error
 
@@ -255,8 +306,12 @@ def _from_parquet(container: str, position: int, etag: str) -> bytes:
     with _READING_PARQUET:
         ends = _group_ends(container, version)
         group = bisect.bisect_right(ends, position)
-        start = ends[group - 1] if group else 0
-        return bytes(_group_bytes(container, version, group)[position - start].as_py() or b"")
+        pictures = _group_bytes(container, version, group)
+    if pictures is None:
+        raise ImageTooLargeError(
+            f"its row group of {container} holds more than {GROUP_BYTES:,} bytes: write smaller ones"
+        )
+    return bytes(pictures[position - (ends[group - 1] if group else 0)] or b"")
 
 
 @lru_cache(maxsize=16)
@@ -267,16 +322,26 @@ def _group_ends(container: str, version: str) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def _group_bytes(container: str, version: str, group: int) -> pa.ChunkedArray:
-    """The pictures of a row group. Parquet is read by whole groups; neighbours of a picture are asked for next."""
-    return _open_parquet(container, version).read_row_group(group, columns=["bytes"]).column(0)
+def _group_bytes(container: str, version: str, group: int) -> list[bytes] | None:
+    """The pictures of a row group, or None if they are too large together.
+
+    Parquet is read by whole groups; neighbours of a picture are asked for next. One by one, since what repeats is
+    stored once: a small file may hold a large picture a million times.
+    """
+    pictures: list[bytes] = []
+    size = 0
+    for batch in _open_parquet(container, version).iter_batches(batch_size=1, row_groups=[group], columns=["bytes"]):
+        pictures += batch.column(0).to_pylist()
+        size += batch.nbytes
+        if size > GROUP_BYTES:
+            return None
+    return pictures
 
 
 def _open_parquet(container: str, version: str) -> pq.ParquetFile:
     if storage.describe(container).etag != version:
         raise faults.ChangedError(f"{container} was replaced since it was listed")
-    system, path = storage.arrow_filesystem(container)
-    return pq.ParquetFile(path, filesystem=system)
+    return pq.ParquetFile(storage.open_file(container))
 
 
 def _row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:

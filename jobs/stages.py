@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # these modules import torch, which decoding workers must not
 
 ROWS_PER_BLOCK: Final = 32
 """Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+BYTES_PER_BLOCK: Final = 256 * 2**20
+"""Most bytes of files that a task holds at a time, a larger single one aside."""
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
 OUTAGE_POLL_SECONDS: Final = 5.0
@@ -170,12 +172,29 @@ class Prepare:
         self.report.add(
             prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
         )  # fmt: skip
-        return to_table(rows, self.schema)
+        return to_table([self._blank(row) if row["status"] == "failed" else row for row in rows], self.schema)
 
     def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
         """The same for a long table, in blocks that leave as they are done."""
-        for start in range(0, table.num_rows, ROWS_PER_BLOCK):
-            yield self(table.slice(start, ROWS_PER_BLOCK))
+        start = held = 0
+        for i, size in enumerate(table.column("size_bytes").to_pylist()):
+            fetched = size if size is not None and size <= self.config.limits.max_bytes else 0
+            if i > start and (i - start == ROWS_PER_BLOCK or held + fetched > BYTES_PER_BLOCK):
+                yield self(table.slice(start, i - start))
+                start, held = i, 0
+            held += fetched
+        if start < table.num_rows:
+            yield self(table.slice(start))
+
+    def _blank(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A failed row with pixels of as many bytes as if it had not failed. Ray cuts blocks by bytes: a task that is
+        repeated, where other pictures fail than before, must give the same rows in the same blocks, or rows are lost.
+        """
+        mosaic = bytes(3 * self.config.patches.mosaic_px**2)
+        pixels = {"mosaic": mosaic, "patches": mosaic}
+        if row.get("known_hash") is None:
+            pixels["thumbnail"] = bytes(3 * self.config.thumbnail_px**2)
+        return {**row, **pixels}
 
     def _fetch(self, manifest: Rows) -> list[Fetched | ImageError]:
         """Bytes or the reason why there are none, of each row; asked for again as long as the store is to blame."""
@@ -245,7 +264,7 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageErr
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
             fetched = sources.fetch(row, max_bytes)
-        except FetchError as error:
+        except ImageError as error:
             return error
         if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
             return ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")

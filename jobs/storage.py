@@ -25,6 +25,7 @@ from typing import Any, Final, cast
 
 import fsspec
 import fsspec.asyn
+import pyarrow as pa
 import pyarrow.fs
 from botocore.exceptions import ClientError
 
@@ -118,6 +119,12 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), path
 
 
+def open_file(uri: str) -> pa.NativeFile:
+    """A file for pyarrow to read: its own way through fsspec takes a store that is throttling for a missing file."""
+    system, path = filesystem(uri)
+    return pa.OSFile(path) if is_local(uri) else pa.PythonFile(system.open(path, "rb"), mode="r")
+
+
 def arrow_path(uri: str) -> str:
     """The path of a URI in its pyarrow filesystem."""
     return uri.partition("://")[2] or uri
@@ -167,7 +174,9 @@ def answers(uri: str, source: str | None) -> bool:
         fault = faults.kind(error)
         if fault is Fault.CREDENTIALS:
             _refresh(uri)
-        return fault not in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
+        if fault is Fault.MISSING:  # a bucket that a manifest names may be gone for ever, the source's own may not
+            return not is_local(uri) and source is not None and store_of(uri) != store_of(source)
+        return fault not in (Fault.TRANSIENT, Fault.CREDENTIALS)
     return True
 
 
@@ -198,17 +207,20 @@ def is_folder(uri: str) -> bool:
 def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry]:
     """All objects below a folder or prefix, recursively, as they come, in no order; many folders are listed at a time.
 
-    What cannot be listed is counted in `left_out` by reason. Links to folders are not followed: they may form circles.
+    What cannot be listed is counted in `left_out` by reason, else an error: to take an unreadable folder for an empty
+    one would be worse. Links to folders are not followed: they may form circles.
     """
     if is_local(uri):
         counting = threading.Lock()
 
-        def count(reason: str) -> None:
+        def leave_out(reason: str, error: OSError | None = None) -> None:
             if left_out is not None:
                 with counting:
                     left_out[reason] += 1
+            elif error is not None and not isinstance(error, FileNotFoundError):  # gone since it was listed
+                raise error
 
-        yield from _walk(uri, lambda folder: _list_disk(folder, count))
+        yield from _walk(uri, lambda folder: _list_disk(folder, leave_out))
     else:
         yield from _walk((_below(uri), 0), lambda item: _list_s3(uri, *item))
 
@@ -321,7 +333,7 @@ def _pages(uri: str, prefix: str, **settings: Any) -> Iterator[dict[str, Any]]:
         yield page
 
 
-def _list_disk(folder: str, leave_out: Callable[[str], None]) -> Iterator[tuple[list[Entry], list[str]]]:
+def _list_disk(folder: str, leave_out: Callable[..., None]) -> Iterator[tuple[list[Entry], list[str]]]:
     entries: list[Entry] = []
     below: list[str] = []
     try:
@@ -335,12 +347,12 @@ def _list_disk(folder: str, leave_out: Callable[[str], None]) -> Iterator[tuple[
                     else:
                         leave_out("link to a folder" if item.is_dir() else "broken link or special file")
                 except OSError as error:
-                    leave_out(f"file that cannot be read ({error.strerror})")
+                    leave_out(f"file that cannot be read ({error.strerror})", error)
                 if len(entries) == LISTING_PAGE:
                     yield entries, below
                     entries, below = [], []
     except OSError as error:
-        leave_out(f"folder that cannot be read ({error.strerror})")
+        leave_out(f"folder that cannot be read ({error.strerror})", error)
     yield entries, below
 
 
@@ -518,10 +530,15 @@ def create(uri: str, data: bytes) -> bool:
 
 def _create_exclusively(path: str, data: bytes) -> bool:
     try:
-        with open(path, "xb") as file:
-            file.write(data)
+        file = open(path, "xb")  # noqa: SIM115 - what was there before must not be removed below
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(data)
+    except OSError:
+        os.unlink(path)
+        raise
     return True
 
 

@@ -189,7 +189,8 @@ def _check_coded_pixels(heif: bytes, limits: DecodeLimits) -> None:
     """The size that a HEIC tells is that of the part which it shows; all that it holds is decoded.
 
     Every coded picture, a tile or a whole, has an `ispe` box in the file's `meta` box: 4 bytes of version and flags,
-    then width and height.
+    then width and height. The letters are looked for everywhere, also within another find: boxes of any kind may be put
+    before one to hide it.
     """
     at = 0
     while at + 8 <= len(heif):
@@ -198,7 +199,7 @@ def _check_coded_pixels(heif: bytes, limits: DecodeLimits) -> None:
             length = int.from_bytes(heif[at + 8 : at + 16], "big")
         end = at + max(length, 8) if length else len(heif)
         if kind == b"meta":
-            for size in re.finditer(rb"ispe.{4}(.{4})(.{4})", heif[at:end], re.DOTALL):
+            for size in re.finditer(rb"(?=ispe.{4}(.{4})(.{4}))", heif[at:end], re.DOTALL):
                 _check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
         at = end
 

@@ -19,7 +19,7 @@ import psutil
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
-ROLES: Final = ("driver", "captioner", "scorer", "CPU worker", "raylet")
+ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker")
 TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare"}
 """How Ray names the processes of the stages."""
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import signal
 import sys
 import uuid
 import warnings
@@ -136,6 +137,7 @@ def run_command(*arguments: str) -> tuple[int, str, str]:
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     loggers = [logging.getLogger(name) for name in (None, *logging.Logger.manager.loggerDict)]
     before = [(logger, logger.level, logger.filters[:]) for logger in loggers]
+    terminated = signal.getsignal(signal.SIGTERM)
     with (
         pytest.MonkeyPatch.context() as patch,
         warnings.catch_warnings(),
@@ -145,6 +147,7 @@ def run_command(*arguments: str) -> tuple[int, str, str]:
     ):
         patch.setattr(sys, "argv", ["nsnet", *arguments])
         console.run(cli.group, "nsnet")
+    signal.signal(signal.SIGTERM, terminated)
     for logger, level, filters in before:
         logger.setLevel(level)
         logger.filters[:] = filters

@@ -256,6 +256,28 @@ def test_file_that_was_made_again_stays_made_again(on_disk: str) -> None:
     assert Counter(finished(fourth)) == Counter(URIS[:3]) and left_for(fourth) == URIS[3:]
 
 
+def test_file_that_holds_what_another_holds_is_made_again(staging: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task that was repeated may have cut its rows into other files than the first time."""
+    plan(staging)
+    first = begin_next(staging)
+    files = [commit(first, 0, URIS[:3]), commit(first, 1, URIS[2:5]), commit(first, 2, URIS[6:8])]
+    second = begin_next(staging)
+    assert second.accepted == [files[0], files[2]] and left_for(second) == URIS[3:6] + URIS[8:]
+    assert f"warning: {files[1]} holds rows that another file holds" in capsys.readouterr().err
+    commit(second, 0, URIS[3:6] + URIS[8:])
+    assert finished(begin_next(staging)) == sorted(URIS)
+
+
+def test_file_with_rows_that_were_not_planned_or_twice_is_made_again(on_disk: str) -> None:
+    plan(on_disk, *(manifest_row(uri) for uri in URIS[:6]))
+    first = begin_next(on_disk)
+    commit(first, 0, [URIS[0], URIS[7]])
+    commit(first, 1, [URIS[1], URIS[1]])
+    whole = commit(first, 2, [URIS[2]])
+    second = begin_next(on_disk)
+    assert second.accepted == [whole] and left_for(second) == [*URIS[:2], *URIS[3:6]]
+
+
 def test_attempt_believes_its_own_files(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(on_disk)
     attempt = begin_next(on_disk)

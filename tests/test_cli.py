@@ -1,5 +1,6 @@
 """The command line: what is wrong with its arguments is one line and an exit code, before anything is started."""
 
+import errno
 import os
 import re
 import subprocess
@@ -114,7 +115,7 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str
         "absent": "there is no folder or prefix",
         "empty": "holds no pictures",
         "texts": r"holds no pictures \(1: \.txt is no picture\)",
-        "text.parquet": "is no Parquet file",
+        "text.parquet": "is no whole Parquet file",
         "urls.parquet": "neither a `uri` nor a `bytes` column",
         "pictures/0_real/0.png": "see nsnet predict",
     }
@@ -271,8 +272,19 @@ def test_exit_codes_of_errors_are_those_promised(monkeypatch: pytest.MonkeyPatch
 
     for error, code in ((NsnetError("a\n b"), 1), (StorageError("x"), 1), (UsageError("x"), 2)):
         assert command_raising(error)[0] == code
-    # of all commands only training continues: nothing is promised here
     assert command_raising(KeyboardInterrupt()) == (130, "error: stopped")
+    for failure in (OSError(errno.ESTALE, "x"), ConnectionError("http://me:s3cret@store x"), PermissionError("x")):
+        code, message = command_raising(failure)
+        assert code == 1 and message.startswith("error: the store failed: ") and "s3cret" not in message
+
+
+def test_error_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(cli.group, "invoke", fail)
+    with pytest.raises(KeyError):
+        run_command("score")
 
 
 def test_program_answers_quickly_and_starts_no_library_for_its_help() -> None:

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from nsnet import images
 from nsnet.errors import (
     ConfigError,
     ImageCorruptError,
@@ -438,6 +439,14 @@ def test_pixel_limit_counts_the_pixels_that_a_heic_does_not_show() -> None:
     """They are decoded, too: a bomb may hide behind a small picture."""
     with pytest.raises(ImageTooLargeError):
         decode(cropped_heic(1001, 56, 40), DecodeLimits(max_pixels=1000 * 1000))
+
+
+def test_pixel_limit_of_a_heic_cannot_be_hidden_by_a_box_before_it() -> None:
+    size = struct.pack(">I4sIII", 20, b"ispe", 0, 60_000, 60_000)
+    cover = struct.pack(">I4s4s6s", 18, b"free", b"ispe", bytes(6))  # its letters take those of the next box along
+    heif = struct.pack(">I4sI", 12 + len(cover + size), b"meta", 0) + cover + size
+    with pytest.raises(ImageTooLargeError):
+        images._check_coded_pixels(heif, DecodeLimits())
 
 
 def test_second_page_that_is_damaged_does_not_lose_the_first() -> None:

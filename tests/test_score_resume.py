@@ -193,6 +193,24 @@ def test_finished_rows_of_a_run_that_was_overtaken_are_given_up(nights: Nights) 
     assert nights.published() == Counter(NAMES)
 
 
+def test_run_goes_on_although_the_record_of_an_older_one_was_removed(nights: Nights) -> None:
+    """Retention removes old runs whenever it comes to it."""
+    old = nights.whole(limit=2)
+    run = nights.killed()
+    assert old is not None
+    storage.remove_file(f"{nights.out}/runs/{old['run_id']}.json")
+    record = nights.whole()
+    assert record is not None and (record["run_id"], record["rows"]) == (run.run_id, 3)
+
+
+def test_parts_of_a_publication_that_was_cut_and_overtaken_are_removed(nights: Nights) -> None:
+    run = nights.killed()
+    storage.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
+    nights.whole(limit=3)
+    nights.whole()
+    assert not storage.exists(run.final) and nights.published() == Counter(NAMES)
+
+
 def test_run_that_was_overtaken_by_one_over_another_source_is_planned_anew(nights: Nights, tmp_path: Path) -> None:
     first = nights.killed()
     other = put(f"{tmp_path}/other", {"0.jpg": b"x"})  # it may hold the same pictures: nobody looks

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import schema, sources, storage
+from jobs import faults, schema, sources, storage
+from jobs.faults import Fault
 from jobs.sources import Source, image_id, labels_from_path
-from nsnet.errors import FetchError, ObjectChangedError, ObjectMissingError, SourceError, StorageError, UsageError
-from tests.proxy import Action, Script, in_front_of
+from nsnet.errors import (
+    FetchError,
+    ImageTooLargeError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SourceError,
+    StorageError,
+    UsageError,
+)
+from tests.proxy import PASS, Action, Always, Script, in_front_of
 from tests.swift import SwiftServer
 from tests.tables import manifest_row, new_bucket, picture_file, put
 
@@ -315,6 +325,105 @@ def test_container_that_cannot_be_read_does_not_stop_the_rest(place: str, capsys
     assert all(f"warning: left out: {place}/{name}" in warnings for name in ("cut.tar", "statistics.parquet"))
 
 
+def pax_header(records: dict[str, str]) -> bytes:
+    """A tar's extended header of these records, whatever they are."""
+    text = b""
+    for name, value in records.items():
+        rest = f" {name}={value}\n"
+        length = next(n for n in range(len(rest), 2 * len(rest)) if n == len(rest) + len(str(n)))
+        text += f"{length}{rest}".encode()
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, len(text)
+    return member.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % tarfile.BLOCKSIZE)
+
+
+HOSTILE_TARS = {
+    "sparse map of letters": pax_header({"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"}),
+    "sparse without a map": pax_header({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    "size beyond all files": pax_header({"size": "9" * 30}),
+    "headers of headers": pax_header({"comment": "x"}) * 2000,
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE_TARS.values(), ids=list(HOSTILE_TARS))
+def test_hostile_tar_does_not_stop_the_rest(header: bytes, tmp_path: Path) -> None:
+    put(str(tmp_path), {"a.jpg": b"x", "b.tar": header + tar_bytes({"b.jpg": b"y"})})
+    source = Source(str(tmp_path))
+    assert f"{tmp_path}/a.jpg" in {row["uri"] for row in source.rows()}
+    assert source.left_out == {".tar that cannot be read": 1}
+    with pytest.raises(SourceError, match=r"b\.tar is no whole, uncompressed tar"):
+        rows_of(tmp_path / "b.tar")
+
+
+def damaged_page() -> bytes:
+    """Parquet with a whole footer and a column of which a page is damaged."""
+    columns = {"generator": [f"name-{i}" for i in range(5000)], "bytes": [b"x"] * 5000}
+    data = bytearray(parquet_bytes(columns, compression="zstd", use_dictionary=False))
+    place = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).data_page_offset
+    data[place + 40 : place + 60] = bytes(letter ^ 0xFF for letter in data[place + 40 : place + 60])
+    return bytes(data)
+
+
+def no_utf8() -> bytes:
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    return parquet_bytes({"generator": text, "bytes": [b"x"]})
+
+
+HOSTILE_PARQUET = {
+    "damaged page": damaged_page,
+    "no UTF-8": no_utf8,
+    "date beyond all calendars": lambda: parquet_bytes(
+        {"label": pa.array([2**52], pa.timestamp("ms")), "bytes": [b"x"]}
+    ),
+    "long text many times": lambda: parquet_bytes({"label": ["x" * 10_000] * 3000, "bytes": [b""] * 3000}),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_PARQUET.values(), ids=list(HOSTILE_PARQUET))
+def test_hostile_parquet_does_not_stop_the_rest(content: Callable[[], bytes], tmp_path: Path) -> None:
+    put(str(tmp_path), {"a.jpg": b"x", "b.parquet": content()})
+    source = Source(str(tmp_path))
+    assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
+    assert source.left_out == {".parquet that cannot be read": 1}
+    with pytest.raises(SourceError, match=r"b\.parquet(: a text| is no whole Parquet file)"):
+        rows_of(tmp_path / "b.parquet")
+
+
+@pytest.mark.s3
+def test_store_that_fails_is_not_taken_for_a_damaged_container(s3_environment: SwiftServer) -> None:
+    with in_front_of(s3_environment) as proxy:
+        for name, content in (("b.parquet", parquet_bytes({"bytes": [b"x"]})), ("b.tar", tar_bytes({"b.jpg": b"y"}))):
+            bucket = put(new_bucket(), {"a.jpg": b"x", name: content})
+            proxy.policy = Always(Action("slow_down"), wanted=f"/{name}")
+            with pytest.raises(OSError) as caught:
+                list(Source(bucket).rows())
+            assert faults.kind(caught.value) is Fault.TRANSIENT
+            proxy.policy = Always(PASS)
+
+
+def test_picture_that_is_stored_once_and_meant_often_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "GROUP_BYTES", 10 * 2**20)
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array([os.urandom(2**20)], pa.binary()))
+    content = parquet_bytes({"bytes": often}, store_schema=False, dictionary_pagesize_limit=2**24)
+    assert len(content) < 2 * 2**20
+    put(str(tmp_path), {"x.parquet": content})
+    row = rows_of(tmp_path / "x.parquet")[4999]
+    before = pa.default_memory_pool().max_memory()
+    for _ in range(2):
+        with pytest.raises(ImageTooLargeError, match="its row group of .* holds more than 10,485,760 bytes"):
+            fetch(row, 2**21)
+    assert pa.default_memory_pool().max_memory() - before < 50 * 2**20
+
+
+def test_stored_pictures_among_others_speak_for_themselves_only(place: str) -> None:
+    columns = {"uri": [f"{place}/a.jpg", None], "bytes": [b"x", b"y"], "label": ["real", None]}
+    put(place, {"a.jpg": b"x", "b.parquet": parquet_bytes(columns)})
+    uris = sorted(row["uri"] for row in Source(place).rows())
+    assert uris == [f"{place}/a.jpg", f"{place}/b.parquet#0", f"{place}/b.parquet#1"]
+
+
 def test_manifest_among_pictures_is_not_followed(place: str, tmp_path: Path) -> None:
     """Whoever may put a file into a bucket must not have others read."""
     put(place, {"a.jpg": b"x", "m.parquet": parquet_bytes({"uri": [str(tmp_path / "secret"), "s3://other/secret"]})})
@@ -364,7 +473,7 @@ def test_file_that_is_no_parquet_is_refused(place: str) -> None:
     whole = parquet_bytes({"uri": ["a"]})
     for content in (b"", b"text", whole[:-20], bytes(5000)):
         put(place, {"m.parquet": content})
-        with pytest.raises(SourceError, match=r"m\.parquet is no Parquet file"):
+        with pytest.raises(SourceError, match=r"m\.parquet is no whole Parquet file"):
             rows_of(f"{place}/m.parquet")
 
 
@@ -631,7 +740,8 @@ def test_members_of_containers_are_chosen_by_their_own_names(place: str) -> None
 def test_pictures_of_a_manifest_are_chosen_by_their_whole_uri(tmp_path: Path) -> None:
     uris = ["s3://one/a.jpg", "s3://two/a.jpg", "/disk/a.png"]
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": uris})})
-    for include, expected in ((["s3://one/*"], uris[:1]), (["*.jpg"], uris[:2]), (["*/a.png"], uris[2:])):
+    choices = [(["s3://one/*"], uris[:1]), (["*.jpg"], uris[:2]), (["*/a.png"], uris[2:]), (["/disk/*"], uris[2:])]
+    for include, expected in choices:
         rows = list(Source(f"{tmp_path}/m.parquet", include).rows())
         assert [row["uri"] for row in rows] == expected
 

@@ -1,5 +1,6 @@
 """Storage: the same answers from a disk and from a real S3 server, and failures in one line."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
@@ -315,6 +317,26 @@ def test_listing_is_not_begun_before_it_is_asked_for(tmp_path: Path) -> None:
     left_out: Counter[str] = Counter()
     assert list(listing) == list(storage.list_files(str(tmp_path / "absent"), left_out)) == []
     assert left_out == {"folder that cannot be read (No such file or directory)": 1}
+
+
+def test_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was published would be taken for new."""
+    put(str(tmp_path), {"a/1": b"", "2": b""})
+    real = os.scandir
+
+    def stale(folder: str) -> Any:
+        if folder.endswith("/a"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        names(str(tmp_path))
+    left_out: Counter[str] = Counter()
+    assert names(str(tmp_path), left_out) == ["2"]
+    assert left_out == {"folder that cannot be read (Stale file handle)": 1}
 
 
 def test_error_deep_in_the_tree_reaches_the_consumer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
