@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 import click
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
@@ -39,8 +40,12 @@ class Board:
 
 
 def start_board(name: str) -> Any:
-    """A board that workers find by its name; it lives as long as its handle is held."""
-    return cast(Any, Board).options(name=name).remote()
+    """A board that workers find by its name; it lives as long as its handle is held.
+
+    On the driver's own node, where there is room: others may go in the middle of a run, and its counts with them.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return cast(Any, Board).options(name=name, scheduling_strategy=here).remote()
 
 
 @contextmanager

@@ -19,7 +19,9 @@ import psutil
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
-ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker")
+ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker", "spot node")
+SPOT_NOTICE_SECONDS: Final = 5
+"""Between the notice that a spot node leaves, and its end."""
 TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare"}
 """How Ray names the processes of the stages."""
 
@@ -58,8 +60,11 @@ class Nodes:
 
     def kill(self, role: str, dice: random.Random) -> bool:
         """Kill -9 one process of a role; False: there is none at this moment."""
-        if role == "raylet":
+        if role in ("raylet", "spot node"):
             node = dice.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
+            if role == "spot node":
+                self._tell_that_it_leaves(node)
+                time.sleep(SPOT_NOTICE_SECONDS)
             self.cluster.remove_node(node, allow_graceful=False)
             self.add()
             return True
@@ -68,6 +73,14 @@ class Nodes:
             return False
         dice.choice(victims).send_signal(signal.SIGKILL)
         return True
+
+    def _tell_that_it_leaves(self, node: Any) -> None:
+        arguments = {
+            "address": self.address, "node-id": node.node_id, "reason": "DRAIN_NODE_REASON_PREEMPTION",
+            "reason-message": "a spot node", "deadline-remaining-seconds": str(SPOT_NOTICE_SECONDS),
+        }  # fmt: skip
+        options = [text for name, value in arguments.items() for text in (f"--{name}", value)]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *options], check=True, timeout=60)
 
     def stop(self) -> None:
         """Stop all nodes."""
