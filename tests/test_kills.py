@@ -104,12 +104,13 @@ def test_killed_run_ends_as_if_nothing_had_happened(
             break
     else:
         pytest.fail(f"no {role} could be killed in three runs")
+    published = bool(ledger.runs(out))  # a driver may be killed between its record and its end
     if role == "driver":
         with running(*arguments(source, detector, out, nodes)) as again:
             assert again.end(RUN_SECONDS) == 0, again.text()
     assert rows_of(out) == baseline.rows
     (record,) = ledger.runs(out)
-    assert record["attempts"] == (2 if role == "driver" else 1)
+    assert record["attempts"] == (1 if published else 2)
     assert storage.subfolders(f"{out}/staging") == []
     print(f"kill {kill}: {role}, after {seconds:.1f} s; captions {record['captions']}")
 
