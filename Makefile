@@ -32,7 +32,7 @@ test: setup
 	$(RUN) -m tests.swift
 	$(RUN) -m pytest
 
-# KILLS of drivers, actors, workers and nodes; `make test` kills three.
+# KILLS of drivers, actors, workers and nodes; `make test` kills two.
 test-faults: setup
 	$(RUN) -m tests.swift
 	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0

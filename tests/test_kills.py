@@ -1,6 +1,6 @@
 """Kill -9 of everything that can be killed, at random moments, on a Ray cluster of several nodes with S3 behind it.
 
-`NSNET_KILLS` runs are killed, each role in its turn: 3 by default; `make test-faults` asks for 20.
+`NSNET_KILLS` runs are killed, each role in its turn: 2 by default; `make test-faults` asks for 20.
 """
 
 import os
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-KILLS = int(os.environ.get("NSNET_KILLS", "3"))
+KILLS = int(os.environ.get("NSNET_KILLS", "2"))
 PICTURES = 600
 RUN_SECONDS = 400.0
 
