@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import psutil
 
+from jobs.resources import NODE_ENVIRONMENT
+
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
 ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker", "spot node")
@@ -32,6 +34,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
+        os.environ.update(NODE_ENVIRONMENT)  # as in the image of the nodes
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},

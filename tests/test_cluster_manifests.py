@@ -22,7 +22,7 @@ import yaml
 
 from jobs import cli, score, storage
 from jobs.ledger import Run
-from jobs.resources import shares
+from jobs.resources import NODE_ENVIRONMENT, shares
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
 REPO_ROOT = Path(__file__).parents[1]
@@ -375,6 +375,13 @@ def test_dockerfile_copies_what_exists_and_is_sent() -> None:
     assert all((REPO_ROOT / name).exists() and f"!{name}" in sent for name in copied)
     users = [names for word, *names in instructions if word == "USER"]
     assert users and users[-1][0].isdigit() and users[-1] != ["0"]
+
+
+def test_image_sets_what_nodes_should_be_started_with() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("ENV ")] == [
+        f"ENV {name}={value}" for name, value in NODE_ENVIRONMENT.items()
+    ]
 
 
 def test_dockerfile_names_no_package_index() -> None:
