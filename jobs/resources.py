@@ -15,9 +15,9 @@ BLOCK_BYTES: Final = 16 * 2**20
 """Largest block between stages: some 32 pictures with BLIP's thumbnails, small enough to stream."""
 
 NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
-"""Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of them
-than CPUs; but decoding waits for the models now and then, and every new worker imports for seconds: on two cores, nearly
-half of the throughput."""
+"""Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of
+them than CPUs; but decoding waits for the models now and then, and every new worker imports for seconds: on two cores,
+nearly half of the throughput."""
 
 
 @dataclass(frozen=True, kw_only=True)
