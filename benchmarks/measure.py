@@ -89,8 +89,8 @@ class Watched:
     lines: list[str]
     driver_peak_bytes: int
     """The most resident memory of the driver, looked at ten times a second from the plan to the record."""
-    cpu_seconds: dict[str, float]
-    """Kind of process -> CPU seconds, children that were waited for included; the last 5 s of a process may miss."""
+    cpu_seconds: dict[str, tuple[float, float]]
+    """Kind of process -> CPU seconds until the first scored picture, and from there to the end."""
 
 
 def score(arguments: Sequence[str]) -> Watched:
@@ -103,6 +103,7 @@ def score(arguments: Sequence[str]) -> Watched:
     memory_of_driver.__enter__()
     samples: list[Sample] = []
     lines: list[str] = []
+    started_up: dict[int, float] = {}
     spent: dict[int, tuple[str, float]] = {}
     assert process.stderr is not None
     for line in process.stderr:
@@ -117,13 +118,17 @@ def score(arguments: Sequence[str]) -> Watched:
             samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
             for pid, (kind, seconds) in _cpu_seconds(process.pid).items():
                 spent[pid] = (spent[pid][0] if kind == KINDS["ray::"] and pid in spent else kind, seconds)
+            if scored == 0:
+                started_up = {pid: seconds for pid, (_, seconds) in spent.items()}
     code = process.wait()
     memory_of_driver.__exit__()
     if code != 0:
         raise RuntimeError(f"nsnet score ended with {code}")
-    by_kind: dict[str, float] = {}
-    for kind, seconds in spent.values():
-        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
+    by_kind: dict[str, tuple[float, float]] = {}
+    for pid, (kind, seconds) in spent.items():
+        before, after = by_kind.get(kind, (0.0, 0.0))
+        first = started_up.get(pid, 0.0)
+        by_kind[kind] = (before + first, after + seconds - first)
     return Watched(samples, lines, memory_of_driver.peak, by_kind)
 
 
@@ -155,12 +160,17 @@ def _cpu_seconds(pid: int) -> dict[int, tuple[str, float]]:
 
 def profile(watched: Watched) -> list[str]:
     """A table of where the CPU seconds went."""
-    total = sum(watched.cpu_seconds.values())
-    rows = sorted(watched.cpu_seconds.items(), key=lambda item: -item[1])
+    last, first = watched.samples[-1], next(sample for sample in reversed(watched.samples) if sample.scored == 0)
+    total = sum(after for _, after in watched.cpu_seconds.values())
+    rows = sorted(watched.cpu_seconds.items(), key=lambda item: -item[1][1])
     return [
-        "| process | CPU seconds | share |",
-        "|---|---|---|",
-        *(f"| {kind} | {seconds:.0f} | {seconds / total:.0%} |" for kind, seconds in rows),
+        "| process | CPU s until the first picture | CPU s from there | ms a picture | share |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {kind} | {before:.0f} | {after:.0f} | {1000 * after / last.scored:.2f} | {after / total:.0%} |"
+            for kind, (before, after) in rows
+        ),
+        f"| no process | | {(last.seconds - first.seconds) * (os.cpu_count() or 1) - total:.0f} | | |",
     ]
 
 
