@@ -98,11 +98,9 @@ def test_killed_run_ends_as_if_nothing_had_happened(
             if hit and role == "driver":
                 score.kill()
                 hit = not ledger.runs(out)  # it may have come to its record, and leaves nothing to continue
-                if hit:
-                    break
-                continue
-            hit = hit and score.wait_for(lambda: nodes.kill(role, dice), RUN_SECONDS)
-            assert score.end(RUN_SECONDS) == 0, score.text()
+            else:
+                hit = hit and score.wait_for(lambda: nodes.kill(role, dice), RUN_SECONDS)
+                assert score.end(RUN_SECONDS) == 0, score.text()
         if hit:
             break
     else:
