@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from jobs import console, storage
+from jobs import console, faults, storage
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.preparation import Prepared
 
@@ -77,7 +77,7 @@ def _read(image: str, max_bytes: int) -> bytes:
     except ImageError:
         raise
     except Exception as error:  # the per-picture boundary: stores raise many kinds
-        raise FetchError(f"{image}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise FetchError(f"{image}: {faults.reason(error)}") from error
 
 
 def _text(values: dict[str, Any]) -> str:
