@@ -51,7 +51,8 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
     as in the whole cluster.
 
     Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
-    two cores, two tasks of 0.75 CPU beside two actors of 0.25. A pair of actors and a task fit on any node, so that
+    two cores, three tasks of 0.5 CPU beside two actors of 0.25. With two of 0.75 there was no room to write beside
+    them, and a quarter of the CPUs' time went unused. A pair of actors and a task fit on any node, so that
     work goes on where one node is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a
     GPU; without GPUs there is one pair per 8 CPUs, whose threads use them.
     """
@@ -68,7 +69,7 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
         scorers=pairs,
         actor_cpus=actor_cpus,
         actor_gpus=0.5 if gpus >= 1 else 0.0,
-        task_cpus=min(1.0, 0.375 * node_cpus),
+        task_cpus=min(1.0, 0.25 * node_cpus),
         light_task_cpus=min(0.5, node_cpus / 16.0),
         writers=max(1, int(cpus) // 4),
         threads=max(1, min(4, int(cpus) // 2)),

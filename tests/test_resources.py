@@ -35,7 +35,7 @@ def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
 
 def test_two_cores_decode_two_pictures_at_a_time() -> None:
     it = shares(2, 0)
-    assert (2 - (it.captioners + it.scorers) * it.actor_cpus) // it.task_cpus == 2
+    assert (2 - (it.captioners + it.scorers) * it.actor_cpus - it.light_task_cpus) // it.task_cpus == 2
     assert it.threads == 1
 
 
