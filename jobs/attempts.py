@@ -37,7 +37,7 @@ MOST_COMMIT_ROWS: Final = 8192
 COMMITS: Final = 1024
 """About how many files of rows a run should write at most."""
 LEAST_TASK_ROWS: Final = 128
-"""A task costs as much as four pictures by itself."""
+"""A task costs some 25 ms by itself, as much as four pictures."""
 MOST_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
 """About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
