@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
-KILLS ?= 20
+KILLS ?= 24
 
 .PHONY: setup demo test test-faults test-unit check format lock help
 .DEFAULT_GOAL := help
