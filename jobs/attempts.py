@@ -22,9 +22,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from jobs import parquet, schema, storage
+from jobs import faults, parquet, schema, storage
 from jobs.console import say
 from jobs.database import database
+from jobs.faults import Fault
 from jobs.schema import IDS
 from nsnet.errors import StorageError
 
@@ -217,7 +218,9 @@ def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
     def read(uri: str) -> pa.Table | None:
         try:
             return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, pa.ArrowInvalid) as error:
+            if faults.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED):
+                raise
             return None
 
     with ThreadPoolExecutor(parquet.READERS) as pool:

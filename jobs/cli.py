@@ -10,7 +10,7 @@ from jobs import console
 COMMANDS: Final = {
     "caption": "Caption the pictures of a source.",
     "train": "Train a detector on labelled pictures.",
-    "score": "Score every picture of a source and publish the verdicts.",
+    "score": "Score what is new or changed in a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
     "predict": "Judge single pictures, without a cluster.",
     "demo": "Make pictures, train, score and evaluate, on this machine.",

@@ -27,6 +27,8 @@ def run(command: click.Command, name: str) -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except _Terminated:
+        _fail("stopped", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 128 + signal.SIGINT)
     except Exception as error:  # botocore, aiohttp and OS errors share no base
@@ -37,9 +39,13 @@ def run(command: click.Command, name: str) -> NoReturn:
         _fail(f"the store failed: {faults.reason(error)}", 1)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
 def _terminated(number: int, frame: object) -> NoReturn:
     """End as after Ctrl-C, so that locks and processes are let go: schedulers end a job by SIGTERM."""
-    _fail("stopped", 128 + number)
+    raise _Terminated(128 + number)
 
 
 def _fail(message: str, code: int) -> NoReturn:

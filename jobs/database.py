@@ -9,10 +9,11 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from jobs.parquet import BATCH_ROWS
+
 MEMORY_LIMIT: Final = "512MB"
 """What a join may hold in memory; the rest lies in the temporary folder."""
 THREADS: Final = 2
-BATCH_ROWS: Final = 8192
 
 
 class Database:

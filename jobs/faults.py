@@ -110,7 +110,7 @@ def wait_seconds(attempt: int) -> float:
 
 def without_secrets(text: str) -> str:
     """A text without the user names and passwords that URLs in it may hold."""
-    return re.sub(r"://[^/\s@]*@", "://", text)
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def reason(error: BaseException) -> str:

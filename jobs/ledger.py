@@ -10,7 +10,7 @@ import itertools
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,14 +67,17 @@ class Run:
         staged: Sequence[str],
         details: dict[str, Any],
         check: Callable[[], None] = lambda: None,
+        planned_after: Collection[str] | None = None,
     ) -> dict[str, Any]:
         """Verify staged files of verdicts against the manifest, write the final files, then the record; returns it.
 
-        Raises `VerificationError` when rows are missing, surplus or doubled, or when the run was published already;
-        then nothing is. `check` raises when this process may no longer write here.
+        Raises `VerificationError` when rows are missing, surplus or doubled, when the run was published already, or
+        when another run of the detector was that is not among those it was `planned_after`; then nothing is. `check`
+        raises when this process may no longer write here.
 
-        A process that is cut off in the middle of this, and wakes up when another has published, harms nothing: files
-        have names of their own, the record is created only where there is none, and only who created it tidies up.
+        A process that is cut off in the middle of this, and wakes up when another has published, does no harm: files
+        have names of their own, the record is created only where there is none, and only who created it tidies up. One
+        that was cut off after its last look at the lock takes its record back when it finds that of a later run.
         """
         verify_ids(parquet.read(manifest, IDS), parquet.read_small(staged, IDS))
         check()
@@ -94,17 +97,40 @@ class Run:
             **details,
         }
         check()
-        encoded = storage.encode_json(record)
-        # read back, since not every store makes conditional puts atomic
-        if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
+        try:
+            self._commit(record, planned_after)
+        except VerificationError:
             for file in files:
                 storage.remove_file(storage.join(self.out, file["path"]))
-            raise VerificationError(f"run {self.run_id} was published already, by another process")
+            raise
         try:
             self.tidy(record)
         except Exception as error:  # botocore, aiohttp and OS errors share no base
             say(f"warning: {self.staging} was not removed, the next run tries again ({faults.reason(error)})")
         return record
+
+    def _commit(self, record: dict[str, Any], planned_after: Collection[str] | None) -> None:
+        """Create the record; raises `VerificationError` if this is not the process, or not the time, to do so."""
+
+        def refuse_if_overtaken() -> None:
+            if planned_after is not None:
+                others = run_ids(runs(self.out), record["detector_id"]) - {*planned_after, self.run_id}
+                if others:
+                    raise VerificationError(
+                        f"run {self.run_id} is not published, since {', '.join(sorted(others))} was published after it "
+                        "was planned: run the same command again"
+                    )
+
+        refuse_if_overtaken()
+        encoded = storage.encode_json(record)
+        # read back, since not every store makes conditional puts atomic
+        if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
+            raise VerificationError(f"run {self.run_id} was published already, by another process")
+        try:
+            refuse_if_overtaken()
+        except VerificationError:
+            storage.remove_file(self.record)
+            raise
 
     def tidy(self, record: dict[str, Any]) -> None:
         """Remove what a published run no longer needs: its staging, and final files of publications that were cut."""
@@ -208,6 +234,11 @@ def runs(out: str) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(parquet.READERS) as pool:
         records = list(pool.map(_record, uris))
     return sorted(records, key=lambda record: str(record["run_id"]))
+
+
+def run_ids(records: Iterable[dict[str, Any]], detector_id: str) -> set[str]:
+    """Ids of the runs of a detector."""
+    return {record["run_id"] for record in records if record["detector_id"] == detector_id}
 
 
 def _record(uri: str) -> dict[str, Any]:

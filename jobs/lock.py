@@ -25,7 +25,7 @@ from nsnet.errors import LockedError
 
 HEARTBEAT_SECONDS: Final = 15.0
 EXPIRY_SECONDS: Final = 120.0
-"""Longer than a heartbeat and the longest wait for one answer of a slow store together."""
+"""A holder that could not write for longer than this may lose the lock; then it publishes nothing."""
 SETTLE_SECONDS: Final = 1.0
 """Between creating a lock in an object store and believing it."""
 POLL_SECONDS: Final = 5.0

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from jobs import faults, progress, resources, schema, storage
@@ -65,7 +66,7 @@ class Stream:
             except NsnetError as error:  # Ray's copy of it carries a remote traceback
                 cause = getattr(error, "cause", error)
                 raise type(cause)(str(cause)) from None
-            except RayError as error:
+            except (RayError, ExecutionTimeoutError) as error:
                 raise StorageError(f"the cluster failed: {faults.reason(error)}") from error
 
 

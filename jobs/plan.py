@@ -18,7 +18,6 @@ from jobs.database import Database, database
 from jobs.sources import Source
 from nsnet.errors import ConfigError, SourceError, UsageError
 
-BATCH_ROWS: Final = 8192
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
 
@@ -160,7 +159,7 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
 
 def _batches(listing: Iterator[tuple[int, dict[str, Any]]], numbered: pa.Schema) -> Iterator[pa.RecordBatch]:
     told = time.monotonic()
-    while some := [{"n": n, **row} for n, row in islice(listing, BATCH_ROWS)]:
+    while some := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
         yield pa.RecordBatch.from_pylist(some, schema=numbered)
         if time.monotonic() > told + TOLD_SECONDS:
             told = time.monotonic()

@@ -3,7 +3,6 @@
 import json
 import platform
 import time
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -103,7 +102,8 @@ def score(
         run = _unfinished(out, settings) or _plan(out, settings, selection, held)
         if run is None:
             return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
-        plan = storage.read_json(storage.join(run.staging, attempts.SETTINGS))["plan"]
+        told = storage.read_json(storage.join(run.staging, attempts.SETTINGS))
+        plan = told["plan"]
 
         from jobs import pipeline, resources  # what follows needs Ray and torch, which take seconds to import
         from jobs.stages import Models, Score
@@ -141,6 +141,7 @@ def score(
             storage.join(run.staging, attempts.MANIFEST),
             attempt.files(),
             check=held.check,
+            planned_after=told["published"],
             details={
                 "source": source,
                 "left_out": plan["left_out"],
@@ -165,6 +166,7 @@ def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
     """
     found = None
     wanted, records = json.loads(json.dumps(settings)), {record["run_id"]: record for record in ledger.runs(out)}
+    published = ledger.run_ids(records.values(), settings["detector_id"])
     for run_id, told in attempts.unfinished(out).items():
         run = Run(out=out, run_id=run_id)
         if run_id in records:
@@ -172,7 +174,7 @@ def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
         elif told["settings"] != wanted:
             differing = sorted(name for name in wanted if told["settings"].get(name) != wanted[name])
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
-        elif set(_published(records.values(), settings["detector_id"])) - set(told["published"]):
+        elif published - set(told["published"]):
             say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
             run.abandon()
         else:
@@ -180,15 +182,10 @@ def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
     return found
 
 
-def _published(records: Iterable[dict[str, Any]], detector_id: str) -> list[str]:
-    """Ids of the published runs of a detector."""
-    return [record["run_id"] for record in records if record["detector_id"] == detector_id]
-
-
 def _plan(out: str, settings: dict[str, Any], selection: Selection, held: lock.Lock) -> Run | None:
     """Plan a new run; None: there is nothing to do."""
     run, detector_id = Run(out=out), settings["detector_id"]
-    published = _published(ledger.runs(out), detector_id)
+    published = sorted(ledger.run_ids(ledger.runs(out), detector_id))
     done = ledger.published(out, schema.DONE, detector_id=detector_id)
     plan = write_manifest(settings["source"], storage.join(run.staging, attempts.MANIFEST), selection, done)
     say(f"source: {plan.describe()}")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import faults, storage
+from jobs import faults, parquet, storage
 from jobs.console import say
 from jobs.faults import Fault
 from jobs.storage import Fetched
@@ -46,6 +46,10 @@ TEXT_BYTES: Final = 8192
 """Longest of them: a small file may hold a long one a million times."""
 GROUP_BYTES: Final = 2 * 2**30
 """Most bytes of the pictures in a row group, which is read as a whole."""
+LEAST_ROW_BYTES: Final = 32
+"""Fewest bytes of a file for each picture in it: a small file may hold a billion rows of nothing."""
+NAME_BYTES: Final = 1024
+"""Longest name of a tar's member, S3's limit for keys: one header may name all members that follow."""
 
 CONTAINERS: Final = (".tar", ".parquet")
 """Endings of files that hold pictures."""
@@ -171,7 +175,10 @@ class Source:
             system.open(path, "rb") as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                if member.size < 0 or len(member.name) > NAME_BYTES:
+                    raise tarfile.ReadError(f"a member has {member.size:,} bytes and a name of {len(member.name):,}")
                 ending = PurePosixPath(member.name).suffix.lower()
                 if member.isdir():
                     continue
@@ -210,12 +217,15 @@ class Source:
             found = pq.read_schema(source)
             texts = [name for name in TEXTS & set(found.names) if _is_text(found.field(name).type)]
             file = pq.ParquetFile(source, read_dictionary=texts)
+            size_bytes = source.size()
         columns = set(found.names)
         if not columns & {"uri", "bytes"}:
             raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
         stored = "bytes" in columns
         if not stored and not strict:
             raise SourceError(f"{uri} is a manifest: they are followed only where they are the source themselves")
+        if stored and (rows := file.metadata.num_rows) * LEAST_ROW_BYTES > size_bytes:
+            raise SourceError(f"{uri} says that its {size_bytes:,} bytes hold {rows:,} pictures: that cannot be")
         own = storage.describe(uri) if stored else None
         wanted = sorted(columns & (TEXTS | {"size_bytes"}))
         position = 0
@@ -255,7 +265,7 @@ def _reading(uri: str, what: str) -> Iterator[None]:
 def _table_rows(uri: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     """Some columns of a Parquet file that may be damaged, as rows."""
     with _reading(uri, " Parquet file"):
-        for batch in file.iter_batches(batch_size=8192, columns=columns):
+        for batch in file.iter_batches(batch_size=parquet.BATCH_ROWS, columns=columns):
             _check_texts(uri, batch)
             yield batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
 
@@ -289,12 +299,7 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
         return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
         return storage.fetch(container, position, min(size, max_bytes + 1), etag)
-    try:
-        return Fetched(data=_from_parquet(container, position, row["etag"])[: max_bytes + 1], requests=1)
-    except ImageTooLargeError:
-        raise
-    except Exception as error:  # pyarrow's errors, and those of the file system below it
-        raise faults.fetch_error(error, 1) from error
+    return storage.asked_again(lambda: (_from_parquet(container, position, row["etag"])[: max_bytes + 1], 0), container)
 
 
 _READING_PARQUET: Final = threading.Lock()

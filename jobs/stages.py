@@ -30,6 +30,7 @@ from nsnet.errors import (
     FetchError,
     ImageError,
     ImageTooLargeError,
+    ObjectChangedError,
     ObjectMissingError,
     OutageError,
     ScoreError,
@@ -49,7 +50,7 @@ FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 MANY: Final = 8
-"""Pictures of which a store must give at least one, or it is away, whatever else it answers."""
+"""A store that fails for so many pictures of a block and gives none is away, whatever else it answers."""
 REMEMBERED: Final = 65_536
 """Contents whose results an actor remembers."""
 HEAVY: Final = ("mosaic", "patches", "thumbnail")
@@ -167,8 +168,8 @@ class Prepare:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         manifest = table.to_pylist()
-        rows = [self._row(row, data) for row, data in zip(manifest, self._fetch(manifest), strict=True)]
-        again = sum((row["requests"] or 0) > 1 for row in rows)
+        rows = [self._row(row, *fetched) for row, fetched in zip(manifest, self._fetch(manifest), strict=True)]
+        again = sum(row["requests"] > 1 for row in rows)
         self.report.add(
             prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
         )  # fmt: skip
@@ -188,7 +189,8 @@ class Prepare:
 
     def _blank(self, row: dict[str, Any]) -> dict[str, Any]:
         """A failed row with pixels of as many bytes as if it had not failed. Ray cuts blocks by bytes: a task that is
-        repeated, where other pictures fail than before, must give the same rows in the same blocks, or rows are lost.
+        repeated, where other pictures fail than before, must give the same rows in the same blocks, or rows are lost
+        (verification then says so, and the next attempt makes them). A known caption is taken to be of these bytes.
         """
         mosaic = bytes(3 * self.config.patches.mosaic_px**2)
         pixels = {"mosaic": mosaic, "patches": mosaic}
@@ -196,20 +198,24 @@ class Prepare:
             pixels["thumbnail"] = bytes(3 * self.config.thumbnail_px**2)
         return {**row, **pixels}
 
-    def _fetch(self, manifest: Rows) -> list[Fetched | ImageError]:
-        """Bytes or the reason why there are none, of each row; asked for again as long as the store is to blame."""
+    def _fetch(self, manifest: Rows) -> list[tuple[Fetched | ImageError, int]]:
+        """Bytes or the reason why there are none, of each row, and how often its store was asked; asked for again as
+        long as the store is to blame.
+        """
         fetch = _fetch_with(self.config.limits.max_bytes)
         end = time.monotonic() + self.outage_seconds
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(fetch, manifest))
+            requests = [result.requests for result in fetched]
             for repetition in itertools.count():
                 lost, away = self._lost(manifest, fetched)
                 if not lost or (repetition and not away):
-                    return fetched
+                    return list(zip(fetched, requests, strict=True))
                 if away:
                     self._wait(manifest[lost[0]], fetched[lost[0]], end)
                 for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
                     fetched[i] = result
+                    requests[i] += result.requests
         raise AssertionError("the loop above only ends by itself")
 
     def _wait(self, row: dict[str, Any], result: Fetched | ImageError, end: float) -> None:
@@ -224,8 +230,8 @@ class Prepare:
         )
 
     def _lost(self, manifest: Rows, fetched: list[Fetched | ImageError]) -> tuple[list[int], bool]:
-        """Rows that are worth another request, and whether their store is away: it does not answer, or it gives none
-        of many pictures.
+        """Rows that are worth another request, and whether their store is away: it does not answer, or it fails for
+        many pictures and gives none.
         """
         lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
         stores = {i: storage.store_of(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
@@ -234,10 +240,11 @@ class Prepare:
         if silent:
             return [i for i in lost if stores[i] in silent], True
         lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]
-        return lost, len(lost) == len(manifest) >= MANY
+        gives = any(isinstance(result, Fetched | ObjectChangedError) for result in fetched)
+        return lost, len(lost) >= MANY and not gives
 
-    def _row(self, row: dict[str, Any], fetched: Fetched | ImageError) -> dict[str, Any]:
-        row = {**row, "requests": getattr(fetched, "requests", None)}
+    def _row(self, row: dict[str, Any], fetched: Fetched | ImageError, requests: int) -> dict[str, Any]:
+        row = {**row, "requests": requests}
         if isinstance(fetched, ImageError):
             return failed(row, fetched)
         content_hash = hashlib.sha256(fetched.data).hexdigest()
@@ -264,10 +271,12 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageErr
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
             fetched = sources.fetch(row, max_bytes)
-        except ImageError as error:
-            return error
+        except ImageError as failure:
+            return failure
         if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
-            return ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
+            error = ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
+            error.requests = fetched.requests
+            return error
         return fetched
 
     return fetch

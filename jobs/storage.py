@@ -31,7 +31,7 @@ from botocore.exceptions import ClientError
 
 from jobs import faults
 from jobs.faults import Fault
-from nsnet.errors import BundleError, FetchError, StorageError, UsageError
+from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 
 SCHEMES: Final = ("file", "s3")
 LISTING_PAGE: Final = 1000
@@ -389,12 +389,21 @@ def fetch(uri: str, start: int = 0, length: int | None = None, etag: str | None 
 
     `etag`: the version that must come. Raises a `FetchError`.
     """
+    return asked_again(lambda: _read(uri, start, length, etag), uri)
+
+
+def asked_again(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
+    """What `read` gives of a URI: bytes, and how often the client asked again by itself. Repeated with back-off where
+    that helps; raises a `FetchError`, or an error of the picture as it is.
+    """
     requests = 0
     while True:
         requests += 1
         try:
-            data, retries = _read(uri, start, length, etag)
+            data, retries = read()
             return Fetched(data=data, requests=requests + retries)
+        except ImageError:
+            raise
         except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
             fault = faults.kind(error)
             requests += _retries(getattr(error, "response", None))

@@ -77,6 +77,8 @@ class ImageError(NsnetError):
 
     stage = "decode"
     """Stage in which it failed: fetch, decode, caption or score."""
+    requests = 0
+    """How often the store was asked for it."""
 
 
 class ImageEmptyError(ImageError):
@@ -108,7 +110,6 @@ class FetchError(ImageError):
 
     stage = "fetch"
     requests = 1
-    """How often the store was asked."""
     may_be_outage = False
     """Whether the store may be to blame, rather than this object."""
 

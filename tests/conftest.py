@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.proxy import FaultyProxy, in_front_of
 from tests.swift import SwiftServer, s3_server
 
 __all__ = ["s3_server"]
@@ -39,6 +40,20 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     from tests.tables import new_bucket
 
     return new_bucket() + "/place"
+
+
+@pytest.fixture(scope="module")
+def network(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
+    """A proxy in front of the S3 server, for a module's tests."""
+    with in_front_of(s3_environment) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(network: FaultyProxy) -> FaultyProxy:
+    """The proxy, faultless and with nothing counted."""
+    network.forget()
+    return network
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """Attempts: each picture of a manifest is done by exactly one of them, whatever dies and whoever wakes up late."""
 
+import errno
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,25 @@ def test_damaged_file_is_said_and_its_rows_are_made_again(
     second = begin_next(staging)
     assert second.accepted == [whole] and left_for(second) == URIS[3:]
     assert f"warning: {damaged} is damaged, its rows are made again" in capsys.readouterr().err
+
+
+def test_file_that_a_busy_store_does_not_give_is_not_taken_for_damaged(
+    on_disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(on_disk)
+    first = begin_next(on_disk)
+    rows, read = commit(first, 0, URIS[:3]), parquet.read
+
+    def busy(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+        if uri == rows:
+            raise OSError(errno.EIO, "busy")
+        return read(uri, columns)
+
+    monkeypatch.setattr(parquet, "read", busy)
+    with pytest.raises(OSError, match="busy"):
+        begin_next(on_disk)
+    monkeypatch.setattr(parquet, "read", read)
+    assert begin_next(on_disk).accepted == [rows]
 
 
 def test_other_files_beside_the_rows_are_no_rows(on_disk: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -599,7 +619,7 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
     def write(attempt: Attempt, poisoned: int | None) -> None:
         def check(table: pa.Table) -> pa.Table:
             if poisoned in table.column("position").to_pylist():
-                end = time.monotonic() + 60
+                end = time.monotonic() + 240
                 while not attempt.committed() and time.monotonic() < end:  # it dies in the middle, however many cores
                     time.sleep(0.1)
                 raise ValueError("poison")

@@ -19,24 +19,12 @@ from s3fs.errors import translate_boto_error
 from jobs import faults, storage
 from jobs.faults import ATTEMPTS, Fault, fetch_error, kind, wait_seconds
 from nsnet.errors import FetchError, ObjectChangedError, ObjectDeniedError, ObjectMissingError
-from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, Script, in_front_of
+from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, Script
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, put
 
 CONTENT = os.urandom(300_000)
 SLOW_DOWN, RESET, LOSE = Action("slow_down"), Action("reset"), Action("lose_answer")
-
-
-@pytest.fixture(scope="module")
-def network(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
-    with in_front_of(s3_environment) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(network: FaultyProxy) -> FaultyProxy:
-    network.forget()
-    return network
 
 
 @pytest.fixture
@@ -282,6 +270,12 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
         found = list(pool.map(lambda name: storage.fetch(f"{bucket}/{name}", 0, 10**6).data, contents))
     assert found == list(contents.values())
     assert sum(proxy.counts[name] for name in ("slow_down", "reset", "cut", "stall")) >= 4
+
+
+@pytest.mark.parametrize("password", ["secret", "se@cret", "s:ecret"])
+def test_error_is_told_without_the_password_of_an_address(password: str) -> None:
+    error = OSError(f"no answer from http://me:{password}@store:8080/a and https://me:{password}@other, of s3://b/a@b")
+    assert faults.reason(error) == "OSError: no answer from http://store:8080/a and https://other, of s3://b/a@b"
 
 
 # What was listed and is there no more.

@@ -353,6 +353,35 @@ def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
     assert list(storage.list_files(f"{out}/verdicts")) == []
 
 
+@pytest.mark.parametrize("moment", ["before the record", "with the record"])
+def test_run_that_a_later_plan_overtakes_takes_itself_back(
+    moment: str, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that slept after its last look at the lock: meanwhile its pictures were planned anew and published."""
+    run, earlier = Run(out=out), publish(out, "20260101T000000Z-aaaaaa", rows_for(URIS[:1]))
+    publish(out, "20260103T000000Z-dddddd", rows_for(URIS[:1]), detector_id="another")
+    staged, create = stage(run, rows_for(URIS)), storage.create
+
+    def overtake() -> None:
+        monkeypatch.setattr(storage, "create", create)
+        publish(out, "20260102T000000Z-bbbbbb", rows_for(URIS))
+
+    def create_late(uri: str, data: bytes) -> bool:
+        overtake()
+        return create(uri, data)
+
+    if moment == "before the record":
+        overtake()
+    else:
+        monkeypatch.setattr(storage, "create", create_late)
+    before = {record["run_id"] for record in ledger.runs(out)} | {"20260102T000000Z-bbbbbb"}
+    with pytest.raises(VerificationError, match="since 20260102T000000Z-bbbbbb was published after it was planned"):
+        run.publish(*staged, DETAILS, planned_after=[earlier["run_id"]])
+    assert {record["run_id"] for record in ledger.runs(out)} == before
+    assert list(storage.list_files(run.final)) == []  # and what is staged stays
+    assert all(storage.exists(uri) for uri in (staged[0], *staged[1]))
+
+
 def test_run_whose_staging_cannot_be_removed_is_published(
     out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

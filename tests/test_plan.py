@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import plan, schema, storage
+from jobs import parquet, plan, schema, storage
 from jobs.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
 from jobs.sources import Source, image_id
 from nsnet.errors import ConfigError, SourceError, UsageError
@@ -101,7 +101,7 @@ def test_manifest_round_trips_through_a_bucket(s3_environment: SwiftServer) -> N
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 9])
 def test_rows_are_all_written_whatever_the_batch(count: int, planned: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "BATCH_ROWS", 4)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 4)
     listing = [(f"/{i}", "1") for i in range(9)]
     written, rows = planned(listing, limit=count)
     assert rows == listing[:count]

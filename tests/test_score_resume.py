@@ -57,7 +57,9 @@ class Nights:
                 return None
             attempt = self.work(run, held.number)
             details = {"detector_id": self.settings(changes)["detector_id"], "attempts": attempt.number}
-            return run.publish(f"{run.staging}/{attempts.MANIFEST}", attempt.files(), details, held.check)
+            told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
+            manifest = f"{run.staging}/{attempts.MANIFEST}"
+            return run.publish(manifest, attempt.files(), details, held.check, told["published"])
 
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
         """An attempt that does what is left, or so many pictures of it."""

@@ -325,7 +325,14 @@ def test_container_that_cannot_be_read_does_not_stop_the_rest(place: str, capsys
     assert all(f"warning: left out: {place}/{name}" in warnings for name in ("cut.tar", "statistics.parquet"))
 
 
-def pax_header(records: dict[str, str]) -> bytes:
+def sized_member(size_bytes: int) -> bytes:
+    """A tar's header of a member that says to be of this size."""
+    member = tarfile.TarInfo("x.jpg")
+    member.size = size_bytes
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax_header(records: dict[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
     """A tar's extended header of these records, whatever they are."""
     text = b""
     for name, value in records.items():
@@ -333,7 +340,7 @@ def pax_header(records: dict[str, str]) -> bytes:
         length = next(n for n in range(len(rest), 2 * len(rest)) if n == len(rest) + len(str(n)))
         text += f"{length}{rest}".encode()
     member = tarfile.TarInfo("x")
-    member.type, member.size = tarfile.XHDTYPE, len(text)
+    member.type, member.size = kind, len(text)
     return member.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % tarfile.BLOCKSIZE)
 
 
@@ -342,6 +349,9 @@ HOSTILE_TARS = {
     "sparse without a map": pax_header({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
     "size beyond all files": pax_header({"size": "9" * 30}),
     "headers of headers": pax_header({"comment": "x"}) * 2000,
+    "negative size": sized_member(-512),
+    "size of minus one": sized_member(-1),
+    "long name for all": pax_header({"path": "x" * 100_000}, tarfile.XGLTYPE),
 }
 
 
@@ -375,6 +385,7 @@ HOSTILE_PARQUET = {
     "date beyond all calendars": lambda: parquet_bytes(
         {"label": pa.array([2**52], pa.timestamp("ms")), "bytes": [b"x"]}
     ),
+    "rows of nothing": lambda: parquet_bytes({"bytes": pa.nulls(100_000, pa.binary())}),
     "long text many times": lambda: parquet_bytes({"label": ["x" * 10_000] * 3000, "bytes": [b""] * 3000}),
 }
 
@@ -385,7 +396,7 @@ def test_hostile_parquet_does_not_stop_the_rest(content: Callable[[], bytes], tm
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".parquet that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.parquet(: a text| is no whole Parquet file)"):
+    with pytest.raises(SourceError, match=r"b\.parquet(: a text| is no whole Parquet file| says that)"):
         rows_of(tmp_path / "b.parquet")
 
 
@@ -399,6 +410,16 @@ def test_store_that_fails_is_not_taken_for_a_damaged_container(s3_environment: S
                 list(Source(bucket).rows())
             assert faults.kind(caught.value) is Fault.TRANSIENT
             proxy.policy = Always(PASS)
+
+
+@pytest.mark.s3
+def test_picture_in_parquet_is_asked_for_again_and_says_so(s3_environment: SwiftServer) -> None:
+    with in_front_of(s3_environment) as proxy:
+        bucket = put(new_bucket(), {"x.parquet": parquet_bytes({"bytes": [b"x" * 100]})})
+        (row,) = rows_of(f"{bucket}/x.parquet")
+        proxy.policy = Script(*[Action("slow_down")] * 6, wanted="/x.parquet")
+        fetched = sources.fetch(row, 1000)
+        assert fetched.data == b"x" * 100 and fetched.requests == 2
 
 
 def test_picture_that_is_stored_once_and_meant_often_does_not_fill_the_memory(

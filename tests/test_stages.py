@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from jobs import schema, sources, stages, storage
+from jobs import faults, schema, sources, stages, storage
 from jobs.sources import Source
 from jobs.stages import ROWS_PER_BLOCK, Caption, Embed, Memory, Models, Prepare, Score, StageReport
 from nsnet.captions import Captioner
@@ -26,8 +26,7 @@ from nsnet.images import DecodeLimits
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
 from tests.models import FROZEN
-from tests.proxy import Action, Always, FaultyProxy, Script, in_front_of
-from tests.swift import SwiftServer
+from tests.proxy import PASS, Action, Always, FaultyProxy, Script
 from tests.tables import new_bucket, one_thread, picture_file, put, save_bundle, todo_row, todo_table
 
 REPORT = StageReport()
@@ -302,18 +301,6 @@ def test_progress_of_preparing_is_told(manifest: pa.Table) -> None:
 # Stores that fail.
 
 
-@pytest.fixture(scope="module")
-def network(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
-    with in_front_of(s3_environment) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(network: FaultyProxy) -> FaultyProxy:
-    network.forget()
-    return network
-
-
 class Store:
     """Pictures in a place that can go away and come back."""
 
@@ -473,6 +460,39 @@ def test_picture_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
     rows = by_name(Prepare(config=CONFIG, schema=PREPARED, report=report, source=place)(table))
     assert {name: row["requests"] for name, row in rows.items()} == dict.fromkeys(GOOD, 1) | {"b.jpg": 3}
     assert report.total == {"prepared": len(GOOD), "asked_again": 1, "failed": 0}
+
+
+@pytest.mark.s3
+def test_all_requests_for_a_picture_are_counted_also_those_before_an_outage(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = put(new_bucket(), {name: FILES[name] for name in GOOD})
+    monkeypatch.setattr(faults, "ATTEMPTS", 2)
+    refuse = Action("refuse", status=500, code="InternalError")
+    # more than a fetch asks for, fewer than two
+    proxy.policy = Script(*[refuse] * 8, wanted="GET " + place.removeprefix("s3:/") + "/b")
+    table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
+    rows = by_name(Prepare(config=CONFIG, schema=PREPARED, source=place)(table))
+    assert rows["b.jpg"]["status"] == "scored"
+    assert rows["b.jpg"]["requests"] == proxy.requests("GET " + place.removeprefix("s3:/") + "/b") == 9
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("ordinary", ["missing", "denied"])
+def test_store_that_fails_for_many_and_gives_none_is_away_whatever_else_it_answers(
+    ordinary: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i}.png" for i in range(stages.MANY)]
+    place = put(new_bucket(), dict.fromkeys([*names, "denied.png"], FILES["a.png"]))
+    monkeypatch.setattr(stages, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(faults, "ATTEMPTS", 1)
+    actions = dict.fromkeys(names, Action("refuse", status=500, code="InternalError")) | {
+        "denied.png": Action("refuse")
+    }
+    proxy.policy = lambda request: actions.get(request.path.rpartition("/")[2], PASS)
+    table = todo_table(*(todo_row(f"{place}/{name}") for name in [*names, f"{ordinary}.png"]))
+    with pytest.raises(OutageError):
+        Prepare(config=CONFIG, schema=PREPARED, source=place, outage_seconds=0.1)(table)
 
 
 @pytest.mark.s3
