@@ -9,7 +9,7 @@ import pytest
 
 from jobs import ledger, storage
 from tests.multinode import running
-from tests.proxy import FaultyProxy, RandomPolicy
+from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, let_pass
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, picture_file, put, save_bundle
 
@@ -63,11 +63,11 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
     arguments = [source, "--detector", str(detector), "--out", str(tmp_path / "out"), "--outage-seconds", "5"]
     with running(*arguments, env=proxy.environment()) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
-        proxy.stop()
+        proxy.policy = Always(Action("slow_down"))
         assert score.end(RUN_SECONDS) == 1, score.text()
     assert "error: the store of the pictures has not answered for 5 s" in score.text()
     assert ledger.runs(str(tmp_path / "out")) == []
-    proxy.start()
+    proxy.policy = let_pass
     with running(*arguments, env=proxy.environment()) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
         score.process.terminate()
