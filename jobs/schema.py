@@ -49,7 +49,7 @@ PICTURE: Final = [
     pa.field("caption", pa.string()),
     pa.field("caption_id", pa.string()),  # captioner and content: equal ids, equal captions
     pa.field("caption_run_id", pa.string()),  # run that asked the captioner; another one where it was reused
-    pa.field("requests", pa.int32()),  # it took to fetch (tries, in Parquet); more than 1: the store had to be asked again
+    pa.field("requests", pa.int32()),  # of its bytes (in Parquet: tries); more than 1: the store was asked again
 ]
 
 SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
