@@ -9,7 +9,7 @@ import pytest
 
 from jobs import ledger, storage
 from tests.multinode import running
-from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, let_pass
+from tests.proxy import FaultyProxy, RandomPolicy
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, picture_file, put, save_bundle
 
@@ -57,25 +57,27 @@ def test_no_picture_is_lost_or_failed_by_a_bad_network(source: str, detector: Pa
 
 
 def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_same_command(
-    detector: Path, proxy: FaultyProxy, s3_environment: SwiftServer, tmp_path: Path
+    detector: Path, tmp_path: Path
 ) -> None:
-    source = put(f"{new_bucket()}/pictures", {f"{i}.jpg": picture_file(i, "JPEG", 200, 150) for i in range(3000)})
-    arguments = [source, "--detector", str(detector), "--out", str(tmp_path / "out"), "--outage-seconds", "5"]
-    with running(*arguments, env=proxy.environment()) as score:
+    """The store is a disk, which is away at once; what S3 clients do until they give up is tested with the stage."""
+    source, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    put(str(source), {f"{i}.jpg": picture_file(i, "JPEG", 200, 150) for i in range(3000)})
+    arguments = [str(source), "--detector", str(detector), "--out", str(tmp_path / "out"), "--outage-seconds", "5"]
+    with running(*arguments) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
-        proxy.policy = Always(Action("slow_down"))
+        source.rename(elsewhere)
         assert score.end(RUN_SECONDS) == 1, score.text()
     assert "error: the store of the pictures has not answered for 5 s" in score.text()
     assert ledger.runs(str(tmp_path / "out")) == []
-    proxy.policy = let_pass
-    with running(*arguments, env=proxy.environment()) as score:
+    elsewhere.rename(source)
+    with running(*arguments) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
         score.process.terminate()
         assert score.end(60) == 143, score.text()
     assert score.lines[-1] == "error: stopped"
     (number,) = (tmp_path / "out" / "locks").iterdir()
     assert storage.read_json(str(number)) == {"released": True}
-    with running(*arguments, env=proxy.environment()) as score:
+    with running(*arguments) as score:
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
     assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
