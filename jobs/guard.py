@@ -113,12 +113,7 @@ class GuardedDecoder:
             self._end()  # it is dead, or says what it was not asked
         if self._child is None:
             root = str(Path(__file__).resolve().parent.parent)
-            environment = {
-                **KEEPING_MEMORY,
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            }
+            environment = {**KEEPING_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             child = subprocess.Popen(
                 # -P: nothing is imported from the current folder, which may be the one with the pictures

@@ -75,12 +75,14 @@ class Source:
     """A stream of manifest rows, and what was left out of it.
 
     `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
-    matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`.
+    matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
+    pictures by its ending (`SIDECARS`) is tried where `include` names that ending, such as `*.txt`.
     """
 
     def __init__(self, uri: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         self.uri = storage.absolute(uri)
         self._include, self._exclude = _globs(include), _globs(exclude)
+        self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
         self.left_out: Counter[str] = Counter()
         """Reason -> number of objects that are no pictures."""
 
@@ -139,7 +141,7 @@ class Source:
                     self.left_out["excluded"] += 1
                 else:
                     yield from self._inside(entry, ending)
-            elif ending in SIDECARS:
+            elif ending in self._sidecars:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
                 label, generator, split = labels_from_path(relative, root)
@@ -190,7 +192,7 @@ class Source:
                     content = tar.extractfile(member)
                     text = content.read().decode().strip() if content else None
                     labels[_stem(member.name)] = _label(text, f"{entry.uri}#{member.name}", strict)
-                elif ending in SIDECARS or ending == ".cls":
+                elif ending in self._sidecars or ending == ".cls":
                     self.left_out[f"{ending} is no picture"] += 1
                 else:
                     members.append((_unicode(member.name), member.offset_data, member.size))
@@ -299,7 +301,9 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
         return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
         return storage.fetch(container, position, min(size, max_bytes + 1), etag)
-    return storage.asked_again(lambda: (_from_parquet(container, position, row["etag"])[: max_bytes + 1], 0), container)
+    return storage.with_retries(
+        lambda: (_from_parquet(container, position, row["etag"])[: max_bytes + 1], 0), container
+    )
 
 
 _READING_PARQUET: Final = threading.Lock()

@@ -271,12 +271,12 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageErr
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
             fetched = sources.fetch(row, max_bytes)
-        except ImageError as failure:
-            return failure
-        if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
-            error = ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
-            error.requests = fetched.requests
+        except ImageError as error:
             return error
+        if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
+            too_large = ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
+            too_large.requests = fetched.requests
+            return too_large
         return fetched
 
     return fetch

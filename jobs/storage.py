@@ -389,10 +389,10 @@ def fetch(uri: str, start: int = 0, length: int | None = None, etag: str | None 
 
     `etag`: the version that must come. Raises a `FetchError`.
     """
-    return asked_again(lambda: _read(uri, start, length, etag), uri)
+    return with_retries(lambda: _read(uri, start, length, etag), uri)
 
 
-def asked_again(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
+def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
     """What `read` gives of a URI: bytes, and how often the client asked again by itself. Repeated with back-off where
     that helps; raises a `FetchError`, or an error of the picture as it is.
     """

@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -459,6 +459,18 @@ def test_manifest_in_a_bucket_names_no_file_of_this_machine(s3_environment: Swif
     put(bucket, {"m.parquet": parquet_bytes({"uri": [f"{bucket}/a.jpg", "/etc/passwd"]})})
     with pytest.raises(SourceError, match=r"m\.parquet: row 1 names /etc/passwd on this machine's disk"):
         rows_of(f"{bucket}/m.parquet")
+
+
+@pytest.mark.parametrize("include", [(), ("*.txt",), ("*.jpg", "*/*.TXT")])
+def test_ending_of_sidecars_is_tried_where_it_is_asked_for(include: tuple[str, ...], tmp_path: Path) -> None:
+    put(str(tmp_path), {"a/a.jpg": b"x", "a/a.txt": b"x", "a/a.TXT": b"x", "a/a.json": b"x"})
+    put(str(tmp_path / "tar"), {"b.tar": tar_bytes({"b/b.txt": b"x", "b/b.json": b"x"})})
+    listed, tar = Source(str(tmp_path / "a"), include), Source(str(tmp_path / "tar" / "b.tar"), include)
+    found = {PurePosixPath(row["uri"]).name for source in (listed, tar) for row in source.rows()}
+    expected = {(): {"a.jpg"}, ("*.txt",): {"a.txt", "b.txt"}, ("*.jpg", "*/*.TXT"): {"a.jpg"}}
+    assert found == expected[include]
+    assert listed.left_out[".json is no picture"] == tar.left_out[".json is no picture"] == 1
+    assert (listed.left_out[".txt is no picture"] == 2) == (not include)
 
 
 def test_excluded_container_is_not_opened(place: str) -> None:
