@@ -372,6 +372,7 @@ def test_run_that_a_later_plan_overtakes_takes_itself_back(
 
     if moment == "before the record":
         overtake()
+        monkeypatch.setattr(storage, "create", None)  # no reader may see the record, not for a moment
     else:
         monkeypatch.setattr(storage, "create", create_late)
     before = {record["run_id"] for record in ledger.runs(out)} | {"20260102T000000Z-bbbbbb"}
