@@ -144,7 +144,8 @@ def write_todo(
     """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
 
     A known caption is taken over from the same version of the picture, else from one of the same file name and size:
-    a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched.
+    a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched. What was seen
+    under a transform is another picture.
     """
     name = "hash(regexp_extract(uri, '[^/]*$'))"
     with database() as rows:
@@ -161,19 +162,21 @@ def write_todo(
         rows.create(
             "captions",
             f"nextval('numbers') as c, {identified}, {name} as name, size_bytes, caption as known_caption, "
-            "content_hash as known_hash, caption_run_id as known_run_id",
+            "content_hash as known_hash, caption_run_id as known_run_id, transform is null as plain",
             schema.CAPTIONED,
             where=f"starts_with(caption_id, '{captioner_id}-') and ({ID}::uuid in (select {ID} from left_over) "
             f"or ({name}, size_bytes) in (select (name, size_bytes) from left_over))",
         )
         rows.insert("captions", known)
         # of several the first: numbers are small where captions would not fit into memory
-        for table, key in (("same", ID), ("alike", "name, size_bytes")):
-            rows.execute(f"create table {table} as select {key}, min(c) as c from captions group by {key}")
+        for table, key, which in (("same", ID, "true"), ("alike", "name, size_bytes", "plain")):
+            rows.execute(
+                f"create table {table} as select {key}, min(c) as c from captions where {which} group by {key}"
+            )
         batches = rows.select(
             f"select l.* replace (replace(l.{ID}::varchar, '-', '') as {ID}), known_caption, known_hash, known_run_id "
             f"from left_over l left join same on l.{ID} = same.{ID} "
-            "left join alike on l.name = alike.name and l.size_bytes = alike.size_bytes "
+            "left join alike on l.name = alike.name and l.size_bytes = alike.size_bytes and l.transform is null "
             "left join captions k on k.c = coalesce(same.c, alike.c) order by n"
         )
         task_rows = max(LEAST_TASK_ROWS, min(MOST_TASK_ROWS, rows.number("select count(*) from left_over") // TASKS))

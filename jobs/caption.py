@@ -1,35 +1,49 @@
-"""`nsnet caption`: a source of pictures to captions in Parquet."""
+"""`nsnet caption`: a source of pictures to captions and their text features, once for all trainings."""
 
-import secrets
-import time
-from dataclasses import replace
-from typing import Any
+import hashlib
+import json
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import console, storage
-from jobs.console import say
+from jobs import console, ledger, schema, storage
+from jobs.attempts import Attempt
+from jobs.ledger import Run
+from jobs.plan import Selection
+from jobs.runs import Request, Work, carry_out
+from jobs.sources import Source
 from nsnet.config import to_dict
-from nsnet.errors import ConfigError, UsageError
+from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
+
+if TYPE_CHECKING:  # these import torch
+    from jobs.stages import Models
+    from nsnet.detector import DetectorConfig
 
 
 @click.command()
 @click.argument("source")
-@click.option("--out", required=True, help="Where the caption Parquet goes: a folder or s3:// URI.")
-@click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner is asked.")
+@click.option("--out", required=True, help="Where captions are published: a folder or s3:// URI.")
+@click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@click.option("--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's.")
+@console.selection_options
+@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
 @console.max_failed_option
+@console.weights_options
 @console.limit_options
 @console.address_option
 def command(source: str, **options: Any) -> int:
-    """Caption every picture of SOURCE: one row each, a caption or the reason why there is none.
+    """Caption the pictures of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
+    features by the frozen text tower, or the reason why there is none. The same command continues a run that was
+    stopped.
 
-    The rows count once OUT/captions.json is there, which is written last.
+    Training reads them (`nsnet train --captions OUT`), and loads neither captioner nor text tower.
     """
+    limits = console.limits_from(options)
+    selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed = options.pop("max_failed")
-    record = caption(source, limits=console.limits_from(options), **options)
+    record = caption(source, limits=limits, selection=selection, **options)
     return console.exit_code(record["counts"], record["rows"], allowed)
 
 
@@ -38,78 +52,81 @@ def caption(
     *,
     out: str,
     recipe: str = "tiny",
+    selection: Selection | None = None,
     batch_size: int = 32,
+    wait: bool = False,
+    clip_weights: str | None = None,
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Caption a source; returns the record of what was written."""
-    from jobs import attempts, ledger, parquet
-    from jobs.plan import write_manifest
-    from jobs.sources import Source
+    """Caption a source and publish; returns the run's record, or one of 0 rows where there was nothing to do."""
     from jobs.stages import Models
     from nsnet import recipes
-    from nsnet.captions import captioner_id, thumbnail_px
-    from nsnet.preparation import PreparationConfig
 
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
-    started = time.monotonic()
-    out, limits = storage.absolute(out), limits or DecodeLimits()
+    source, out, limits = storage.absolute(source), storage.absolute(out), limits or DecodeLimits()
     storage.check_output(out)
-    rows, record_uri = storage.join(out, "captions"), storage.join(out, "captions.json")
-    if storage.exists(rows):
-        stopped = "" if storage.exists(record_uri) else ", left unfinished by a run that was stopped: remove it, or"
-        raise UsageError(f"{rows} exists{stopped or ';'} choose another --out")
-    source = storage.absolute(source)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(captioner=storage.model_path(captioner))
-    folder = models.captioner_folder(config.captioner)
-    models, side = replace(models, captioner_id=captioner_id(config.captioner, folder)), thumbnail_px(folder)
-    work = storage.join(out, f"staging-{secrets.token_hex(4)}")
-    plan = write_manifest(source, storage.join(work, "manifest.parquet"))
-    say(f"source: {plan.describe()}")
-    todo = storage.join(work, "todo")
-    attempts.write_todo(plan.uri, todo)
-
-    from jobs import pipeline, resources, schema
-
-    resources.connect(address)
-    stream = pipeline.captioned(
-        todo,
-        source,
-        PreparationConfig(thumbnail_px=side, patches=config.patches, limits=limits),
-        config.captioner,
-        models,
-        keep=schema.CAPTIONS,
-        batch_size=batch_size,
-    )
-    stream.write(rows, "caption", plan.count, ("prepared", "captioned"))
-    files = [entry.uri for entry in storage.list_files(rows)]
-    counts = ledger.Counts()
-    ledger.verify_ids(
-        parquet.read(plan.uri, schema.IDS), counts.watch(parquet.read_small(files, schema.CAPTIONS))
+    models = Models(clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner))
+    models = replace(models, captioner_id=_captioner_id(config, models))
+    request = Request(
+        source=source, out=out, product=ledger.CAPTIONS, maker=features_id(config, models),
+        selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
     )  # fmt: skip
-    record = {
-        "source": source,
-        "rows": counts.rows,
-        "counts": counts.by_column(),
-        "store": counts.store(),
-        "captioner_id": models.captioner_id,
-        "left_out": plan.left_out,
-        "seconds": round(time.monotonic() - started, 1),
-        "settings": {
-            "recipe": recipe,
-            "batch_size": batch_size,
-            "limits": to_dict(limits),
-            "captioner": to_dict(config.captioner),
-        },
-    }
-    storage.write_json(record_uri, record)
-    storage.remove_folder(work)
-    say(f"{ledger.summary(record)}\ncaptions: {rows}\nrecord:   {record_uri}")
-    return record
+
+    def work(run: Run) -> Work:
+        from jobs.pipeline import Stream, prepared
+        from jobs.stages import Embed
+        from nsnet.captions import thumbnail_px
+        from nsnet.preparation import PreparationConfig
+
+        asked = replace(models, run_id=run.run_id)
+        side = thumbnail_px(models.captioner_folder(config.captioner))
+        preparation = PreparationConfig(thumbnail_px=side, patches=None, fingerprint=True, limits=limits)
+
+        def stream(attempt: Attempt) -> Stream:
+            pictures = prepared(
+                attempt.todo, source, preparation, asked, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
+                checkpoint=attempt.checkpoint,
+            ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
+            return pictures.through(
+                Embed, pictures.shares.scorers, pictures.models, config.clip, schema.CAPTIONS, batch_size,
+                pictures.report,
+            )  # fmt: skip
+
+        return Work(
+            title="caption",
+            stages=("prepared", "captioned", "embedded"),
+            stream=stream,
+            known=ledger.published(out, schema.CAPTIONED, ledger.CAPTIONS, captioner_id=models.captioner_id),
+            captioner_id=models.captioner_id,
+            details={
+                "captioner_id": models.captioner_id,
+                "settings": {"batch_size": batch_size, "captioner": to_dict(config.captioner)},
+            },
+        )
+
+    return carry_out(request, work)
+
+
+CAPTIONING_COLUMNS = schema.CAPTIONS.remove(schema.CAPTIONS.get_field_index(schema.TEXT_FEATURES.name))
+
+
+def features_id(config: "DetectorConfig", models: "Models") -> str:
+    """Identity of captions and their features, 16 hexadecimal digits: of the captioner and the text tower."""
+    from nsnet.clip import find_weights, text_tower_id
+
+    tower = text_tower_id(config.clip, find_weights(config.clip, models.clip_path()))
+    return hashlib.sha256(json.dumps([_captioner_id(config, models), tower]).encode()).hexdigest()[:16]
+
+
+def _captioner_id(config: "DetectorConfig", models: "Models") -> str:
+    from nsnet.captions import captioner_id
+
+    return captioner_id(config.captioner, models.captioner_folder(config.captioner))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ import click
 from jobs import console
 
 COMMANDS: Final = {
-    "caption": "Caption the pictures of a source.",
+    "caption": "Caption the pictures of a source, once for all trainings.",
     "train": "Train a detector on labelled pictures.",
+    "ablate": "Train variants of a recipe on one split, and compare them.",
+    "calibrate": "Choose another operating point for a detector.",
+    "import-head": "Make a detector of a published linear head.",
     "score": "Score what is new or changed in a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
     "predict": "Judge single pictures, without a cluster.",
@@ -26,7 +29,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"jobs.{name}").command
+        command: click.Command = importlib.import_module(f"jobs.{name.replace('-', '_')}").command
         command.name = name
         return command
 

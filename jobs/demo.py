@@ -36,6 +36,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
     """Run the demo; returns the evaluation."""
     from jobs.evaluate import evaluate
     from jobs.pictures import write_bucket
+    from jobs.request import TrainRequest
     from jobs.score import score
     from jobs.train import train
 
@@ -47,7 +48,12 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
     for name, scenes in parts.items():
         count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))
         say(f"pictures: {count} in {out / 'pictures' / name}")
-    train(str(out / "pictures" / "training"), out=str(out / "detector"), workers=workers, seed=seed, address=address)
+    train(
+        TrainRequest(
+            source=str(out / "pictures" / "training"), out=str(out / "detector"), workers=(workers, workers), seed=seed,
+            address=address,
+        )
+    )  # fmt: skip
     score(str(out / "pictures" / "held_out"), detector=str(out / "detector"), out=str(out / "scored"), address=address)
     result = evaluate(str(out / "scored"), out=str(out / "evaluation"))
     say(

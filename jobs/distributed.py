@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsnet.losses import SINGLE_PROCESS, Gather
+
 
 class DistributedGather:
     """All-gather over the default process group, in rank order; every process passes the same number of rows."""
@@ -36,3 +38,17 @@ class _AllGather(torch.autograd.Function):
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed)
         return summed.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of each value over all processes; the values themselves where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+def gather() -> Gather:
+    """How this process sees the rows of all processes."""
+    return DistributedGather() if dist.is_initialized() and dist.get_world_size() > 1 else SINGLE_PROCESS

@@ -1,140 +1,129 @@
-"""Training examples: prepared once by Ray Data, then read at random by the training workers.
+"""Training examples: who is trained on, validated and tested on, and where their captions' features lie.
 
-Dimensions: n examples, K mosaic slots, N patch side, D embedding, G images of a step over all workers, B of one worker.
+Dimensions: n examples, D embedding.
 
-What does not change between epochs (decoding, patch ranking, captions, text features) is done once. An epoch then only
-shuffles: the order of the pictures and the slots of each mosaic are pure functions of (seed, epoch, picture).
+A split is a Parquet manifest (`SPLIT`): a source like any other, and everything that a second training needs to use the
+same pictures for the same purpose.
 """
 
-import hashlib
-import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from jobs import storage
-from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
-from nsnet.training import Batch
+from jobs import ledger, parquet, schema
+from jobs.ledger import Product
+from nsnet.errors import SourceError
+
+SPLIT: Final = pa.schema(
+    [
+        *schema.MANIFEST,
+        pa.field("content_hash", pa.string()),
+        pa.field("group", pa.int64()),  # number of the near-duplicate group, which lies in one split
+    ]
+)
+"""A split as it is stored: a manifest with each picture's content and near-duplicate group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Examples of one node: light columns in memory, patches in a file that is mapped."""
+    """The pictures of a split, in the order of their ids, with the features of their captions."""
 
-    image_ids: list[str]
-    """Ascending: the order does not depend on how the files were written."""
-    labels: npt.NDArray[np.int64]
-    """(n,) real = 0, fake = 1."""
-    validation: npt.NDArray[np.bool_]
-    """(n,) True: validation; False: training."""
-    text_features: npt.NDArray[np.float32]
-    """(n, D)."""
-    patches: npt.NDArray[np.uint8]
-    """(n, K, N, N, 3) memory-mapped, in the order of the files."""
-    place: npt.NDArray[np.int64]
-    """(n,) where in `patches` an example lies."""
+    table: pa.Table
+    """(n,) rows of `SPLIT`."""
+    text_features: npt.NDArray[np.float32] | None = None
+    """(n, D), NaN where there is none; None where the detector needs no captions."""
 
-    def batch(self, rows: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_], shuffle: str | None) -> Batch:
-        """Rows as tensors on the CPU. `shuffle`: what the slot order depends on beside the picture; None: scoring's."""
-        mosaics = np.stack([assemble_mosaic(self.patches[self.place[i]], self._slot_seed(i, shuffle)) for i in rows])
-        return Batch(
-            mosaics=torch.from_numpy(mosaics),
-            text_features=torch.from_numpy(self.text_features[rows]),
-            labels=torch.from_numpy(self.labels[rows]),
-            valid=torch.from_numpy(valid),
-        )
+    @cached_property
+    def image_ids(self) -> list[str]:
+        """(n,) ascending: the order does not depend on how files were written."""
+        ids: list[str] = self.table.column("image_id").to_pylist()
+        return ids
 
-    def _slot_seed(self, row: int, shuffle: str | None) -> int:
-        if shuffle is None:
-            return SCORING_SEED
-        digest = hashlib.sha256(f"{shuffle}/{self.image_ids[row]}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(n,) real = 0, fake = 1."""
+        return np.asarray(self.table.column("label").to_numpy(), dtype=np.int64)
 
+    @cached_property
+    def generators(self) -> list[str | None]:
+        """(n,) of each picture."""
+        names: list[str | None] = self.table.column("generator").to_pylist()
+        return names
 
-def is_validation(content_hash: str, seed: int, share: float) -> bool:
-    """Whether a picture of a pool without a split is kept for validation: by content, so copies stay together."""
-    digest = hashlib.sha256(f"{seed}/{content_hash}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") < share * 2**64
+    def rows(self, split: str) -> npt.NDArray[np.int64]:
+        """Numbers of the rows of a split."""
+        return np.flatnonzero(pc.equal(self.table.column("split"), split).fill_null(False).to_numpy())
+
+    def names(self, rows: npt.NDArray[np.int64]) -> list[dict[str, str]]:
+        """What people know pictures by."""
+        found: list[dict[str, str]] = self.table.select(["image_id", "uri"]).take(rows).to_pylist()
+        return found
 
 
-def read_labels(folder: str) -> list[dict[str, Any]]:
-    """The light columns of all examples below a URI, failed ones included."""
-    columns = ["image_id", "uri", "content_hash", "label", "generator", "split", "status", "error_stage"]
-    columns += ["error_class", "error_message"]
-    rows: list[dict[str, Any]] = []
-    for entry in _files(folder):
-        system, path = storage.arrow_filesystem(entry)
-        rows += pq.read_table(path, columns=columns, filesystem=system).to_pylist()
+def read_split(uri: str) -> pa.Table:
+    """A stored split, ordered by id. Raises `SourceError` where the file is none."""
+    try:
+        table = pa.Table.from_batches(parquet.read(uri, SPLIT), SPLIT)
+    except FileNotFoundError as error:
+        raise SourceError(f"there is no split {uri}") from error
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise SourceError(
+            f"{uri} is no split of a training (split.parquet): {' '.join(str(error).split())[:200]}"
+        ) from error
+    return table.sort_by("image_id")
+
+
+def write_split(table: pa.Table, uri: str) -> None:
+    """Store a split."""
+    parquet.write(table.combine_chunks().to_batches(), SPLIT, uri)
+
+
+def published(out: str, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:
+    """Rows of untransformed pictures that a maker published, oldest run first."""
+    wanted = columns if "transform" not in product.columns.names else pa.schema([*columns, schema.TRANSFORM])
+    for batch in ledger.published(out, wanted, product, **{product.maker: maker}):
+        if "transform" in wanted.names:
+            batch = batch.filter(pc.is_null(batch.column("transform")))
+        yield batch.select(columns.names)
+
+
+def load_text_features(captions: str, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
+    """Features (n, D) of the captions of a split's pictures, as a file of this machine that is mapped; NaN: none."""
+    columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
+    ids = table.column("image_id").combine_chunks()
+    features: npt.NDArray[np.float32] | None = None
+    for batch in published(captions, columns, ledger.CAPTIONS, features_id):
+        batch = batch.filter(pc.is_valid(batch.column("text_features")))
+        at = pc.index_in(batch.column("image_id"), value_set=ids)
+        batch, at = batch.filter(pc.is_valid(at)), at.drop_null().to_numpy()
+        if len(at) == 0:
+            continue
+        values = batch.column("text_features").flatten().to_numpy().reshape(len(at), -1)
+        if features is None:
+            features = _mapped(len(ids), values.shape[1])
+        features[at] = values
+    return features if features is not None else np.full((len(ids), 0), np.nan, dtype=np.float32)
+
+
+def _mapped(rows: int, dim: int) -> npt.NDArray[np.float32]:
+    """Room for a large array that need not stay in memory, full of NaN; its file goes with the process."""
+    with tempfile.NamedTemporaryFile(prefix="nsnet-features-") as file:
+        room = np.memmap(Path(file.name), dtype=np.float32, mode="w+", shape=(rows, dim))
+    for start in range(0, rows, parquet.BATCH_ROWS):
+        room[start : start + parquet.BATCH_ROWS] = np.nan
+    return room
+
+
+def without_captions(table: pa.Table, features: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
+    """The pictures of a split that have no caption features."""
+    missing = np.isnan(features[:, :1]).any(axis=1) if features.shape[1] else np.ones(table.num_rows, dtype=bool)
+    rows: list[dict[str, Any]] = table.select(["image_id", "uri"]).take(np.flatnonzero(missing)).to_pylist()
     return rows
-
-
-def load(folder: str, validation_ids: set[str], config: PatchConfig, cache: Path, *, write: bool) -> Examples:
-    """Load the examples below a URI, but for failed ones and those kept for testing (split `test`).
-
-    `write`: copy the patches to the file `cache`; else another process has.
-    """
-    shape = (config.slots, config.patch_px, config.patch_px, 3)
-    ids: list[str] = []
-    labels: list[int] = []
-    features: list[npt.NDArray[np.float32]] = []
-    with open(cache if write else os.devnull, "wb") as file:
-        for entry in _files(folder):
-            system, path = storage.arrow_filesystem(entry)
-            columns = ["image_id", "label", "split", "status", "text_features", *(["patches"] if write else [])]
-            for batch in pq.ParquetFile(path, filesystem=system).iter_batches(batch_size=256, columns=columns):
-                for row in range(batch.num_rows):
-                    if batch.column("status")[row].as_py() != "scored" or batch.column("split")[row].as_py() == "test":
-                        continue
-                    ids.append(batch.column("image_id")[row].as_py())
-                    labels.append(batch.column("label")[row].as_py())
-                    features.append(np.asarray(batch.column("text_features")[row].as_py(), dtype=np.float32))
-                    if write:
-                        file.write(batch.column("patches")[row].as_buffer())
-    order = np.argsort(np.array(ids), kind="stable")
-    return Examples(
-        image_ids=[ids[i] for i in order],
-        labels=np.array(labels, dtype=np.int64)[order],
-        validation=np.array([ids[i] in validation_ids for i in order]),
-        text_features=np.stack(features)[order],
-        patches=np.memmap(cache, dtype=np.uint8, mode="r", shape=(len(ids), *shape)),
-        place=order,
-    )
-
-
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Optimisation steps of an epoch: every example is used once, the last step may be smaller."""
-    return -(-count // batch_size)
-
-
-def epoch_rows(
-    rows: npt.NDArray[np.int64], *, batch_size: int, seed: int, epoch: int, rank: int, world_size: int
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-    """One worker's (rows (B,), valid (B,) bool) of every step of an epoch.
-
-    The global order depends on seed and epoch, not on the number of workers. Each step's G rows are cut into equal
-    parts; a part that comes out short is padded with rows that are marked as not valid.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    for start in range(0, len(order), batch_size):
-        yield part_of(order[start : start + batch_size], rank, world_size)
-
-
-def part_of(
-    rows: npt.NDArray[np.int64], rank: int, world_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """A worker's equal part of some rows, padded with the first row where it comes out short."""
-    size = -(-len(rows) // world_size)
-    part = rows[rank * size : (rank + 1) * size]
-    padding = size - len(part)
-    valid = np.arange(size) < len(part)
-    return np.concatenate([part, np.repeat(rows[:1], padding)]), valid
-
-
-def _files(folder: str) -> list[str]:
-    return sorted(entry.uri for entry in storage.list_files(folder) if entry.uri.endswith(".parquet"))

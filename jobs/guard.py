@@ -3,7 +3,7 @@
 The child (`python -m jobs.guard`) imports no torch. It reads pictures from its standard input and answers with raw
 arrays behind a JSON header: nothing is unpickled on either side, since the child handles what strangers wrote.
 
-    request   8-byte length, picture bytes
+    request   4-byte length, JSON header (bytes of the picture, transform, seed), picture bytes
     answer    4-byte length, JSON header, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); only the header on failure
 """
 
@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import select
 import signal
@@ -28,7 +29,7 @@ import numpy as np
 from nsnet import errors
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
-from nsnet.preparation import PreparationConfig, Prepared, prepare
+from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
 
 START_SECONDS: Final = 60.0
 """Longest start of a child, imports included."""
@@ -40,6 +41,8 @@ PIPE_BYTES: Final = 1 << 20
 KEEPING_MEMORY: Final = {"MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 """Environment in which the C library does not give memory back between pictures: to be given the same pages again for
 each of them took a quarter of the child's time."""
+FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash")
+"""What an answer's header says of a picture."""
 POISON_VARIABLE: Final = "NSNET_TEST_POISON"
 """Environment variable that only tests set: pictures that begin with a marker then do to the decoder what it says."""
 PR_SET_PDEATHSIG: Final = 1
@@ -50,19 +53,18 @@ class GuardedDecoder:
 
     def __init__(self, config: PreparationConfig) -> None:
         self.config = config
-        slots, side = config.patches.slots, config.patches.patch_px
-        self._patches_shape = (slots, side, side, 3)
-        self._thumbnail_shape = (config.thumbnail_px, config.thumbnail_px, 3)
+        self._shapes = shapes(config)
         self._child: subprocess.Popen[bytes] | None = None
 
-    def prepare(self, picture: bytes) -> Prepared:
+    def prepare(self, picture: bytes, transform: str = "", seed: int = 0) -> Prepared:
         """Like `preparation.prepare`; also raises `ImageTimeoutError` and `DecoderCrashError`."""
         if not picture or len(picture) > self.config.limits.max_bytes:
             return prepare(picture, self.config)  # raises, at no cost
         child = self._running()
         deadline = time.monotonic() + self.config.limits.max_seconds
+        told = {"size_bytes": len(picture), "transform": transform, "seed": seed}
         try:
-            return self._ask(child, picture, deadline)
+            return self._ask(child, told, picture, deadline)
         except ImageError:  # a whole answer
             raise
         except (EOFError, BrokenPipeError) as error:
@@ -86,9 +88,9 @@ class GuardedDecoder:
         if self._child is not None:
             self._end()
 
-    def _ask(self, child: subprocess.Popen[bytes], picture: bytes, deadline: float) -> Prepared:
+    def _ask(self, child: subprocess.Popen[bytes], told: dict[str, Any], picture: bytes, deadline: float) -> Prepared:
         assert child.stdin is not None and child.stdout is not None
-        _write(child.stdin, struct.pack("<Q", len(picture)), deadline)
+        _write(child.stdin, _framed(told), deadline)
         _write(child.stdin, picture, deadline)
         header = _read_header(child.stdout, deadline)
         if "error_class" in header:
@@ -97,7 +99,7 @@ class GuardedDecoder:
             raise (kind if known else ImageCorruptError)(_text(header["error_message"]))
         patches, thumbnail = (
             np.frombuffer(_read(child.stdout, int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
-            for shape in (self._patches_shape, self._thumbnail_shape)
+            for shape in self._shapes
         )
         return Prepared(
             patches=patches,
@@ -106,6 +108,8 @@ class GuardedDecoder:
             height=_count(header["height"]),
             format=_text(header["format"]),
             frames=_count(header["frames"]),
+            quality=None if header["quality"] is None else _count(header["quality"]),
+            perceptual_hash=_hash(header["perceptual_hash"]),
         )
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -164,6 +168,12 @@ def _count(value: Any) -> int:
     return number
 
 
+def _hash(value: Any) -> str | None:
+    if value is not None and not re.fullmatch("[0-9a-f]{16}", str(value)):
+        raise ValueError("no perceptual hash")
+    return value if value is None else str(value)
+
+
 def _ready(pipe: Any, seconds: float, event: int) -> bool:
     """Wait until a pipe can be read or written, or is broken; False: it took longer than that."""
     poll = select.poll()  # unlike select(), it takes descriptors above 1023
@@ -207,16 +217,17 @@ def _read_header(pipe: Any, deadline: float) -> dict[str, Any]:
 def serve(requests: BinaryIO, answers: BinaryIO, config: PreparationConfig) -> None:
     """The child's loop: until the end of the input."""
     _answer(answers, {"ready": True})
-    while length := requests.read(8):
-        picture = requests.read(struct.unpack("<Q", length)[0])
+    while length := requests.read(4):
+        told = json.loads(requests.read(struct.unpack("<I", length)[0]))
+        picture = requests.read(told["size_bytes"])
         if POISON_VARIABLE in os.environ:
             _poison(picture)
         try:
-            done = prepare(picture, config)
+            done = prepare(picture, config, told["transform"], told["seed"])
         except ImageError as error:
             _answer(answers, {"error_class": type(error).__name__, "error_message": str(error)})
             continue
-        header = {"width": done.width, "height": done.height, "format": done.format, "frames": done.frames}
+        header = {name: getattr(done, name) for name in FACTS}
         _answer(answers, header, done.patches.data, done.thumbnail.data)
 
 
@@ -232,9 +243,13 @@ def _poison(picture: bytes) -> None:
             hoard.append(bytearray(1 << 24))
 
 
-def _answer(answers: BinaryIO, header: dict[str, Any], *payload: memoryview) -> None:
+def _framed(header: dict[str, Any]) -> bytes:
     encoded = json.dumps(header).encode()
-    answers.write(struct.pack("<I", len(encoded)) + encoded)
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def _answer(answers: BinaryIO, header: dict[str, Any], *payload: memoryview) -> None:
+    answers.write(_framed(header))
     for part in payload:
         answers.write(part)
     answers.flush()

@@ -2,7 +2,7 @@
 
 <out>/locks/                      who writes here now (`jobs.lock`)
 <out>/staging/<run_id>/           manifest and unverified rows (`jobs.attempts`), removed after publishing
-<out>/verdicts/run_date=…/run_id=…/part-*.parquet
+<out>/verdicts/run_date=…/run_id=…/part-*.parquet    or captions/…, facts/…: what the product's name is
 <out>/runs/<run_id>.json          the commit record, written last
 """
 
@@ -28,10 +28,26 @@ from jobs.schema import IDS
 from nsnet.digest import file_digest
 from nsnet.errors import NsnetError, SourceError, StorageError
 
-ROWS_PER_FILE: Final = 500_000
-"""About 100 MB of verdicts: what query engines like to read."""
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Rows of one kind, which runs publish."""
+
+    name: str
+    """Folder below an output."""
+    columns: pa.Schema
+    maker: str
+    """Key of a record that says who made its rows: what one maker has done is not done again."""
+    rows_per_file: int
+    """About 100 MB: what query engines like to read."""
+
+
+VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)
+CAPTIONS: Final = Product(name="captions", columns=schema.CAPTIONS, maker="features_id", rows_per_file=40_000)
+FACTS: Final = Product(name="facts", columns=schema.FACTS, maker="facts_id", rows_per_file=500_000)
 
 
 class VerificationError(NsnetError):
@@ -40,9 +56,10 @@ class VerificationError(NsnetError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of scoring into an output."""
+    """One run into an output."""
 
     out: str
+    product: Product = VERDICTS
     run_id: str = field(default_factory=lambda: new_run_id())
 
     @property
@@ -54,7 +71,7 @@ class Run:
     def final(self) -> str:
         """Folder of the published files."""
         date = datetime.strptime(self.run_id[:8], "%Y%m%d").date()
-        return storage.join(self.out, "verdicts", f"run_date={date.isoformat()}", f"run_id={self.run_id}")
+        return storage.join(self.out, self.product.name, f"run_date={date.isoformat()}", f"run_id={self.run_id}")
 
     @property
     def record(self) -> str:
@@ -69,10 +86,10 @@ class Run:
         check: Callable[[], None] = lambda: None,
         planned_after: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        """Verify staged files of verdicts against the manifest, write the final files, then the record; returns it.
+        """Verify staged files of rows against the manifest, write the final files, then the record; returns it.
 
         Raises `VerificationError` when rows are missing, surplus or doubled, when the run was published already, or
-        when another run of the detector was that is not among those it was `planned_after`; then nothing is. `check`
+        when another run of the same maker was that is not among those it was `planned_after`; then nothing is. `check`
         raises when this process may no longer write here.
 
         A process that is cut off in the middle of this, and wakes up when another has published, does no harm: files
@@ -84,10 +101,13 @@ class Run:
         counts = Counts()
         files = [
             {**file, "path": file["path"].removeprefix(self.out + "/")}
-            for file in _write_parts(counts.watch(parquet.read_small(staged, schema.VERDICTS)), self.final)
+            for file in _write_parts(
+                counts.watch(parquet.read_small(staged, self.product.columns)), self.product, self.final
+            )
         ]
         record = {
             "run_id": self.run_id,
+            "product": self.product.name,
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": counts.rows,
             "counts": counts.by_column(),
@@ -114,7 +134,8 @@ class Run:
 
         def refuse_if_overtaken() -> None:
             if planned_after is not None:
-                others = run_ids(runs(self.out), record["detector_id"]) - {*planned_after, self.run_id}
+                others = run_ids(self.out, self.product, record[self.product.maker])
+                others -= {*planned_after, self.run_id}
                 if others:
                     raise VerificationError(
                         f"run {self.run_id} is not published, since {', '.join(sorted(others))} was published after it "
@@ -161,7 +182,8 @@ class Counts:
             self.rows += batch.num_rows
             for name in [name for name in COUNTED if name in batch.schema.names]:
                 self._values.update({(name, value): n for value, n in _value_counts(batch.column(name))})
-            self._captioned_by.update(dict(_value_counts(batch.column("caption_run_id"))))
+            if "caption_run_id" in batch.schema.names:
+                self._captioned_by.update(dict(_value_counts(batch.column("caption_run_id"))))
             self._requests += pc.sum(batch.column("requests")).as_py() or 0
             self._asked_again += pc.sum(pc.greater(batch.column("requests"), 1)).as_py() or 0
             yield batch
@@ -225,20 +247,21 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def runs(out: str) -> list[dict[str, Any]]:
-    """Records of all published runs below an output, oldest first."""
+def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
+    """Records of all published runs of a product below an output, oldest first."""
     folder = storage.join(storage.absolute(out), "runs")
     if storage.is_local(folder) and not storage.exists(folder):
         return []
     uris = [entry.uri for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
     with ThreadPoolExecutor(parquet.READERS) as pool:
         records = list(pool.map(_record, uris))
+    records = [record for record in records if record.get("product", VERDICTS.name) == product.name]
     return sorted(records, key=lambda record: str(record["run_id"]))
 
 
-def run_ids(records: Iterable[dict[str, Any]], detector_id: str) -> set[str]:
-    """Ids of the runs of a detector."""
-    return {record["run_id"] for record in records if record["detector_id"] == detector_id}
+def run_ids(out: str, product: Product, maker: str) -> set[str]:
+    """Ids of the published runs of one maker, such as a detector."""
+    return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker}
 
 
 def _record(uri: str) -> dict[str, Any]:
@@ -265,11 +288,14 @@ def verdicts(out: str) -> pads.Dataset:
 
 
 def published(
-    out: str, columns: pa.Schema, *, detector_id: str | None = None, captioner_id: str | None = None
+    out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of the published runs of a detector, or of a captioner, oldest first, as a stream."""
-    for record in runs(out):
-        if detector_id not in (None, record["detector_id"]) or captioner_id not in (None, record.get("captioner_id")):
+    """Some columns of the published runs of a product, oldest first, as a stream.
+
+    `whose`: what their records must say, such as a `detector_id`; None: anything.
+    """
+    for record in runs(out, product):
+        if any(wanted not in (None, record.get(key)) for key, wanted in whose.items()):
             continue
         for file in record["files"]:
             uri = storage.join(storage.absolute(out), file["path"])
@@ -289,13 +315,13 @@ def _dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
     return pads.dataset(names, schema=columns, filesystem=system, format="parquet")
 
 
-def _write_parts(batches: Iterator[pa.RecordBatch], folder: str) -> Iterator[dict[str, Any]]:
+def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
     """Write `part-*.parquet`, each first to a local file; yields path, rows, size and SHA-256 of each."""
     token = secrets.token_hex(4)
     for number in itertools.count():
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "part.parquet"
-            rows = parquet.write(_first(batches, ROWS_PER_FILE), schema.VERDICTS, str(path))
+            rows = parquet.write(_first(batches, product.rows_per_file), product.columns, str(path))
             if rows == 0:
                 return
             uri = storage.join(folder, f"part-{number:05d}-{token}.parquet")

@@ -32,6 +32,12 @@ class Stream:
     board: Any
     """The progress board; it lives as long as somebody holds it."""
 
+    def captioned(self, captioner: CaptionerConfig, keep: pa.Schema) -> "Stream":
+        """Append the captioning actors, which drop the thumbnails and keep these columns."""
+        return self.through(
+            Caption, self.shares.captioners, self.models, captioner, keep, self.batch_size, self.report
+        )  # fmt: skip
+
     def through(self, actor: Any, actors: int, *arguments: Any) -> "Stream":
         """Append a stage of actors, which take blocks as Arrow tables."""
         dataset = self.dataset.map_batches(
@@ -70,11 +76,10 @@ class Stream:
                 raise StorageError(f"the cluster failed: {faults.reason(error)}") from error
 
 
-def captioned(
+def prepared(
     todo: str,
     source: str,
     preparation: PreparationConfig,
-    captioner: CaptionerConfig,
     models: Models,
     *,
     keep: pa.Schema,
@@ -82,9 +87,9 @@ def captioned(
     checkpoint: str | None = None,
     outage_seconds: float = OUTAGE_SECONDS,
 ) -> Stream:
-    """The pipeline up to the captions, over a folder of work that `attempts.write_todo` made from a source's manifest.
+    """The pipeline up to prepared pictures, over a folder of work that `attempts.write_todo` made from a manifest.
 
-    `keep`: columns after captioning, thumbnails are dropped there. `checkpoint`: folder of Ray Data's job checkpoint.
+    `keep`: columns after it, pixels aside. `checkpoint`: folder of Ray Data's job checkpoint.
     """
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
@@ -98,10 +103,13 @@ def captioned(
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.
     pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.task_cpus, override_num_blocks=tasks)
-    with_thumbnail = keep.append(pa.field("thumbnail", pa.binary()))
     dataset = pictures.map_batches(
         Prepare(
-            config=preparation, schema=with_thumbnail, report=report, source=source, outage_seconds=outage_seconds
+            config=preparation,
+            schema=with_pixels(keep, preparation),
+            report=report,
+            source=source,
+            outage_seconds=outage_seconds,
         ).in_blocks,
         batch_format="pyarrow",
         batch_size=None,  # a whole file; with a number Ray would not put reading and preparing together
@@ -109,14 +117,16 @@ def captioned(
         compute=TaskPoolStrategy(),
         num_cpus=shares.task_cpus,
     )
-    stream = Stream(dataset=dataset, shares=shares, models=models, batch_size=batch_size, report=report, board=board)
-    return stream.through(Caption, shares.captioners, models, captioner, keep, batch_size, report)
+    return Stream(dataset=dataset, shares=shares, models=models, batch_size=batch_size, report=report, board=board)
 
 
-def with_pixels(columns: list[pa.Field], pixels: str) -> pa.Schema:
-    """A schema of light columns and one of pixels."""
-    return pa.schema([*columns, pa.field(pixels, pa.binary())])
+def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema:
+    """A schema of light columns, and of the pixels that this preparation makes."""
+    made = {"mosaic": preparation.patches is not None, "thumbnail": preparation.thumbnail_px > 0}
+    return pa.schema([*columns, *(pa.field(name, pa.binary()) for name, wanted in made.items() if wanted)])
 
 
-SCORING_COLUMNS = with_pixels([*schema.SOURCE, *schema.PICTURE, *schema.OUTCOME, *schema.LABELS], "mosaic")
-"""What a row carries from captioning to scoring."""
+SCORING_COLUMNS = pa.schema(
+    [*schema.SOURCE, *schema.PICTURE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS, schema.TRANSFORM]
+)
+"""What a row carries to scoring, pixels aside."""

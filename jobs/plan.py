@@ -5,21 +5,38 @@ Listing and history meet in a database on disk, so that neither has to fit into 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
 import pyarrow as pa
 
-from jobs import parquet, schema
+from jobs import layouts, parquet, schema
 from jobs.console import say
 from jobs.database import Database, database
+from jobs.layouts import Layout
 from jobs.sources import Source
 from nsnet.errors import ConfigError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
+MOST_FOLDERS: Final = 10_000
+"""Folders with a label of a source that may be a benchmark: none has as many, and a bucket may have millions."""
+
+LISTED: Final = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string())])
+"""What a source lists, numbered, with the folder that its labels come from."""
+FORMS: Final = pa.schema([pa.field("form", pa.int64()), schema.TRANSFORM])
+"""Forms in which each picture is done, in their order: as it is, or under a transform."""
+FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), schema.MANIFEST.field("generator"), schema.SPLIT])
+"""What folders with a label say in the layout of a benchmark."""
+
+PLAIN_ID: Final = "replace(l.image_id::varchar, '-', '')"
+"""Identity of a picture `l`, as text."""
+FORM_ID: Final = (
+    f"case when f.transform is null then {PLAIN_ID} else left(sha256({PLAIN_ID} || '/' || f.transform), 32) end"
+)
+"""Its identity in a form `f`."""
 
 NEW: Final = "new"
 CHANGED: Final = "changed"
@@ -36,7 +53,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
     """Globs of which it must match none."""
     limit: int | None = None
-    """Most pictures: the first that are found, in no order."""
+    """Most pictures, each in all its forms: the first that are found, in no order."""
     shuffle_seed: int | None = None
     """Do them in a random order; with `limit`, a random sample."""
     retry_failed: bool = False
@@ -62,64 +79,99 @@ class Plan:
     uri: str
     """The manifest Parquet."""
     count: int
-    """Pictures in it."""
+    """Pictures in it, each counted in each of its forms; so below."""
     left_out: dict[str, int]
     """Reason -> objects of the source that are not in it."""
     labels: dict[int | None, int]
     """Label -> pictures in it."""
     states: dict[str, int] = field(default_factory=dict)
     """New, changed, failed before, scored before -> pictures of the listing, in the manifest or not."""
+    layout: str | None = None
+    """The benchmark that the source was recognised as; None: none."""
+    forms: int = 1
+    """Forms of each picture: as it is, or under a transform."""
 
     def describe(self) -> str:
         """One line for the console."""
-        told = [f"{count:,} {state}" for state, count in self.states.items() if set(self.states) != {NEW}]
+        told = [f"layout {self.layout}"] if self.layout else []
+        told += [f"each counted in {self.forms} forms"] if self.forms > 1 else []
+        told += [f"{count:,} {state}" for state, count in self.states.items() if set(self.states) != {NEW}]
         told += [f"{count:,} left out: {reason}" for reason, count in sorted(self.left_out.items())]
         return f"{self.count:,} pictures to do" + (f" ({'; '.join(told)})" if told else "")
 
 
 def write_manifest(
-    source: str, uri: str, selection: Selection | None = None, published: Iterable[pa.RecordBatch] = ()
+    source: str,
+    uri: str,
+    selection: Selection | None = None,
+    published: Iterable[pa.RecordBatch] = (),
+    transforms: Sequence[str] = (),
 ) -> Plan:
     """List a source into a manifest (`schema.MANIFEST`), which may come out empty where everything was done before.
 
-    `published`: what was done before (`schema.DONE`). Raises `SourceError` when the source holds no picture; nothing is
-    left behind then.
+    `published`: what was done before (`schema.DONE`). `transforms`: chains of `nsnet.transforms`, of which each picture
+    is done under each, as a row with an identity of its own beside its others; "": as it is. Raises `SourceError` when
+    the source holds no picture; nothing is left behind then.
     """
     selection = selection or Selection()
     listing = Source(source, selection.include, selection.exclude)
     if uri.startswith(listing.uri.rstrip("/") + "/"):
         raise UsageError(f"--out lies inside the source {listing.uri}, which would list it: choose a place beside it")
+    forms = list(dict.fromkeys(transform or None for transform in transforms)) or [None]
     wanted = _quoted(selection.states())
     with database() as rows:
+        _load(rows, "forms", {"form": range(len(forms)), "transform": forms}, FORMS)
         _load_history(rows, published)
         _load_listing(rows, listing, selection, wanted)
         states = dict(rows.execute("select state, count(*) from planned group by 1"))
         if not states:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(listing.left_out.items()))
             raise SourceError(f"{listing.uri} holds no pictures" + (f" ({reasons})" if reasons else ""))
-        if repeated := rows.number("select count(*) from listed") - sum(states.values()):
+        if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
             listing.left_out["listed twice"] += repeated
-        chosen = rows.select(
-            "select listed.* replace (replace(image_id::varchar, '-', '') as image_id) from planned join listed using "
-            f"(n) where state in ({wanted}) order by {_order(selection.shuffle_seed)} {_limit(selection.limit)}"
-        )
+        layout = _recognise(rows, listing.uri)
         labels: Counter[int | None] = Counter()
-        count = parquet.write(_counted(chosen, labels), schema.MANIFEST, uri)
+        count = parquet.write(_counted(_chosen(rows, selection, wanted), labels), schema.MANIFEST, uri)
     return Plan(
         uri=uri,
         count=count,
         left_out=dict(listing.left_out),
         labels=dict(labels),
         states={state: states[state] for state in (NEW, CHANGED, FAILED, SCORED) if state in states},
+        layout=layout.name,
+        forms=len(forms),
     )
 
 
-def _order(shuffle_seed: int | None) -> str:
-    return "n" if shuffle_seed is None else f"hash(image_id::varchar || '/{shuffle_seed}'), image_id"
+def _recognise(rows: Database, source: str) -> Layout:
+    """Table `folders` of what folders say that a benchmark has in a way of its own."""
+    found = rows.execute(f"select distinct folder from listed where folder is not null limit {MOST_FOLDERS + 1}")
+    few = len(found) <= MOST_FOLDERS
+    layout = layouts.recognise([folder for (folder,) in found], source) if few else Layout()
+    generators, splits = ([told[i] for told in layout.labels.values()] for i in (0, 1))
+    _load(rows, "folders", {"folder": list(layout.labels), "generator": generators, "split": splits}, FOLDERS)
+    return layout
 
 
-def _limit(limit: int | None) -> str:
-    return "" if limit is None else f"limit {limit}"
+def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
+    """The manifest's rows. Folders are joined, since an update would write the whole listing anew."""
+    order = "n" if selection.shuffle_seed is None else f"hash({PLAIN_ID} || '/{selection.shuffle_seed}'), l.image_id"
+    first = "" if selection.limit is None else (
+        f"and n in (select n from planned join listed l using (n) where state in ({wanted}) group by n, l.image_id "
+        f"order by {order} limit {selection.limit})"
+    )  # fmt: skip
+    return rows.select(
+        f"select l.* exclude (folder) replace ({FORM_ID} as image_id, f.transform as transform, "
+        "case when d.folder is null then l.generator else d.generator end as generator, "
+        "case when d.folder is null then l.split else d.split end as split) "
+        "from planned join listed l using (n) join forms f using (form) left join folders d on l.folder = d.folder "
+        f"where state in ({wanted}) {first} order by {order}, form"
+    )
+
+
+def _load(rows: Database, table: str, columns: dict[str, Any], of: pa.Schema) -> None:
+    rows.create(table, "*", of)
+    rows.insert(table, pa.table(columns, schema=of).to_batches())
 
 
 def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
@@ -131,36 +183,37 @@ def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
 
 
 def _load_listing(rows: Database, source: Source, selection: Selection, wanted: str) -> None:
-    """Table `listed`, and table `planned` of each of its pictures once, by number and state.
+    """Table `listed`, and table `planned` of each of its pictures once in each form, by number, form and state.
 
-    Listing stops early once enough pictures to do are found, which is asked each time the listing has doubled.
+    Listing stops early once enough pictures to do are found, which is asked each time the listing has doubled. Under a
+    transform a picture is new until it was done under it, whatever became of the file.
     """
-    numbered = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST])
-    rows.create("listed", "* replace (image_id::uuid as image_id)", numbered)
+    rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED)
     rows.execute(
-        f"create view judged as select l.n, case when s.scored then '{SCORED}' when s.scored is not null then "
+        f"create view judged as select l.n, f.form, case when s.scored then '{SCORED}' when s.scored is not null then "
         f"'{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state from listed l "
-        "semi join (select min(n) as n from listed group by image_id) f on l.n = f.n "
-        "left join seen s on l.image_id = s.image_id left join known k on hash(l.uri) = k.uri"
+        "semi join (select min(n) as n from listed group by image_id) a on l.n = a.n cross join forms f "
+        f"left join seen s on case when f.transform is null then l.image_id else ({FORM_ID})::uuid end = s.image_id "
+        "left join known k on case when f.transform is null then hash(l.uri) end = k.uri"
     )
     limit = selection.limit if selection.shuffle_seed is None else None
     listing = enumerate(source.rows())
     listed, portion = 0, limit
     while True:
-        rows.insert("listed", _batches(listing if portion is None else islice(listing, portion), numbered))
+        rows.insert("listed", _batches(listing if portion is None else islice(listing, portion)))
         before, listed = listed, rows.number("select count(*) from listed")
         if limit is None or portion is None or listed - before < portion:
             break
-        if rows.number(f"select count(*) from judged where state in ({wanted})") >= limit:
+        if rows.number(f"select count(distinct n) from judged where state in ({wanted})") >= limit:
             break
         portion = listed
-    rows.execute("create table planned as select n, state from judged")
+    rows.execute("create table planned as select n, form, state from judged")
 
 
-def _batches(listing: Iterator[tuple[int, dict[str, Any]]], numbered: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(listing: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
     told = time.monotonic()
     while some := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
-        yield pa.RecordBatch.from_pylist(some, schema=numbered)
+        yield pa.RecordBatch.from_pylist(some, schema=LISTED)
         if time.monotonic() > told + TOLD_SECONDS:
             told = time.monotonic()
             say(f"listing: {some[-1]['n'] + 1:,} pictures so far")

@@ -76,6 +76,23 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
     )
 
 
+def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
+    """CPUs that each training process holds, and CPUs that are left to all decoding for them.
+
+    Without GPUs the processes compute on what they hold, at most half of all; the rest decodes. With GPUs a CPU each.
+    """
+    held = min(1.0, 0.5 * shares.cpus / workers)
+    return held, max(shares.task_cpus, shares.cpus - held * workers)
+
+
+def streaming_bytes() -> int:
+    """Bytes of the cluster's object store that training pictures may take."""
+    import ray
+
+    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(0.25 * available.get("object_store_memory", OBJECT_STORE_BYTES))
+
+
 def connect(address: str | None = None) -> None:
     """Join a cluster: the given one, the one this process runs in (`RAY_ADDRESS`), or an embedded one."""
     import ray

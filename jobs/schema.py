@@ -17,6 +17,8 @@ MANIFEST: Final = pa.schema(
         pa.field("label", pa.int8()),  # 0 real, 1 fake
         pa.field("generator", pa.string()),
         pa.field("split", pa.string()),
+        pa.field("expected_hash", pa.string()),  # SHA-256 that the file must have, where a manifest says so
+        pa.field("transform", pa.string()),  # chain of `nsnet.transforms` to apply before judging; null: none
     ]
 )
 """What is planned: one row per picture."""
@@ -46,19 +48,30 @@ PICTURE: Final = [
     pa.field("format", pa.string()),
     pa.field("frames", pa.int32()),  # of which the first is judged
     pa.field("content_hash", pa.string()),  # SHA-256 of the file
+    pa.field("requests", pa.int32()),  # of its bytes (in Parquet: tries); more than 1: the store was asked again
+]
+
+CAPTION: Final = [
     pa.field("caption", pa.string()),
     pa.field("caption_id", pa.string()),  # captioner and content: equal ids, equal captions
     pa.field("caption_run_id", pa.string()),  # run that asked the captioner; another one where it was reused
-    pa.field("requests", pa.int32()),  # of its bytes (in Parquet: tries); more than 1: the store was asked again
+]
+
+FINGERPRINT: Final = [
+    pa.field("jpeg_quality", pa.int32()),  # 1 to 100, estimated from the file's tables; null: no JPEG
+    pa.field("perceptual_hash", pa.string()),  # 64 bits, hexadecimal; null: too plain a picture
 ]
 
 SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
 LABELS: Final = [MANIFEST.field(name) for name in ("label", "generator")]
+SPLIT: Final = MANIFEST.field("split")
+TRANSFORM: Final = MANIFEST.field("transform")
 
 VERDICTS: Final = pa.schema(
     [
         *SOURCE,
         *PICTURE,
+        *CAPTION,
         pa.field("logit", pa.float64()),
         pa.field("prob_fake", pa.float64()),
         pa.field("verdict", pa.string()),  # real, fake, uncertain; null for a failed row
@@ -69,6 +82,7 @@ VERDICTS: Final = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         *LABELS,
+        TRANSFORM,  # what was done to the picture before it was judged; null: nothing
     ]
 )
 """Published verdicts: one row per planned picture."""
@@ -79,22 +93,18 @@ DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "s
 CAPTIONED: Final = pa.schema(
     [
         VERDICTS.field(name)
-        for name in ("image_id", "uri", "size_bytes", "caption", "content_hash", "caption_id", "caption_run_id")
+        for name in (
+            "image_id", "uri", "size_bytes", "caption", "content_hash", "caption_id", "caption_run_id", "transform"
+        )
     ]
-)
-"""What can be known of captions from published verdicts."""
+)  # fmt: skip
+"""What can be known of captions from published rows."""
 
-CAPTIONS: Final = pa.schema(
-    [
-        *SOURCE,
-        *PICTURE,
-        *OUTCOME,
-        *LABELS,
-    ]
-)
-"""What `nsnet caption` writes."""
+FACTS: Final = pa.schema([*SOURCE, *PICTURE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT])
+"""What is known of a picture without any model."""
 
+TEXT_FEATURES: Final = pa.field("text_features", pa.list_(pa.float32()))
+"""The frozen text tower's features (D) of a caption."""
 
-def text_features() -> pa.Field:
-    """Caption features (D) of a training example."""
-    return pa.field("text_features", pa.list_(pa.float32()))
+CAPTIONS: Final = pa.schema([*FACTS, *CAPTION, TRANSFORM, TEXT_FEATURES])
+"""What `nsnet caption` publishes, and training reads."""

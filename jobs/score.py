@@ -1,26 +1,22 @@
 """`nsnet score`: a source of pictures to published verdicts, exactly once per version of a picture and detector."""
 
-import json
-import platform
-import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from importlib.metadata import version
 from typing import Any
 
 import click
 
-from jobs import attempts, console, ledger, lock, schema, storage
-from jobs.console import say
+from jobs import console, ledger, schema, storage
+from jobs.attempts import Attempt
 from jobs.faults import OUTAGE_SECONDS
 from jobs.ledger import Run
-from jobs.plan import Selection, write_manifest
+from jobs.plan import Selection
+from jobs.runs import Request, Work, carry_out
 from jobs.sources import Source
 from nsnet import bundle
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
-
-RECORDED_PACKAGES = ("nsnet", "ray", "torch", "open_clip_torch", "transformers", "peft", "pillow", "numpy", "scipy")
 
 
 @click.command()
@@ -71,18 +67,19 @@ def score(
     clip_weights: str | None = None,
     captioner: str | None = None,
     limits: DecodeLimits | None = None,
+    transforms: Sequence[str] = (),
     address: str | None = None,
 ) -> dict[str, Any]:
     """Score a source and publish; returns the run's record, or one of 0 rows where there was nothing to do.
 
-    A run with the same settings that was not published is continued. Whatever is wrong with the request is found
+    `transforms`: chains of `nsnet.transforms` under which each picture is judged as well, as rows of their own. A run
+    with the same settings that was not published is continued. Whatever is wrong with the request is found
     before Ray or a model is started; before torch is, where there is nothing to do.
     """
     if batch_size < 1 or outage_seconds < 0:
         raise ConfigError(
             f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
         )
-    started = time.monotonic()
     selection, limits = selection or Selection(), limits or DecodeLimits()
     source, detector, out = storage.absolute(source), storage.absolute(detector), storage.absolute(out)
     clip_weights, captioner = storage.model_path(clip_weights), storage.model_path(captioner)
@@ -90,22 +87,14 @@ def score(
     storage.check_output(out)
     description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
     Source(source).check()
-    settings = {
-        "source": source,
-        "detector_id": description.detector_id,
-        "selection": to_dict(selection),
-        "limits": to_dict(limits),
-        "clip_weights": clip_weights,
-        "captioner": captioner,
-    }
-    with lock.hold(out, wait=wait) as held:
-        run = _unfinished(out, settings) or _plan(out, settings, selection, held)
-        if run is None:
-            return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
-        told = storage.read_json(storage.join(run.staging, attempts.SETTINGS))
-        plan = told["plan"]
+    request = Request(
+        source=source, out=out, product=ledger.VERDICTS, maker=description.detector_id, selection=selection,
+        transforms=("", *transforms) if transforms else (), wait=wait, address=address,
+        settings={"limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner},
+    )  # fmt: skip
 
-        from jobs import pipeline, resources  # what follows needs Ray and torch, which take seconds to import
+    def work(run: Run) -> Work:
+        from jobs.pipeline import SCORING_COLUMNS, Stream, prepared, with_pixels  # Ray and torch take seconds to import
         from jobs.stages import Models, Score
         from nsnet.captions import captioner_id, thumbnail_px
         from nsnet.clip import find_weights
@@ -119,85 +108,39 @@ def score(
         )  # fmt: skip
         if not (models.bundle_folder() / bundle.CLIP).is_dir():
             find_weights(config.clip, models.clip_path())
-        folder = models.captioner_folder(config.captioner)
-        models = replace(models, captioner_id=captioner_id(config.captioner, folder))
-        preparation = PreparationConfig(thumbnail_px=thumbnail_px(folder), patches=config.patches, limits=limits)
-        known = ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if reuse else ()
-        held.check()
-        attempt = attempts.begin(run.staging, held.number, known, models.captioner_id)
-        if attempt.accepted:
-            say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
-        if attempt.count:
-            resources.connect(address)
-            stream = pipeline.captioned(
-                attempt.todo, source, preparation, config.captioner, models,
-                keep=pipeline.SCORING_COLUMNS, batch_size=batch_size, checkpoint=attempt.checkpoint,
-                outage_seconds=outage_seconds,
+        captioned = config.projection.needs_captions
+        if captioned:
+            folder = models.captioner_folder(config.captioner)
+            models = replace(models, captioner_id=captioner_id(config.captioner, folder))
+        preparation = PreparationConfig(
+            thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits
+        )
+
+        known = reuse and captioned
+
+        def stream(attempt: Attempt) -> Stream:
+            pictures = prepared(
+                attempt.todo, source, preparation, models, keep=SCORING_COLUMNS, batch_size=batch_size,
+                checkpoint=attempt.checkpoint, outage_seconds=outage_seconds,
             )  # fmt: skip
-            stream = stream.through(Score, stream.shares.scorers, stream.models, batch_size, stream.report)
-            stages = ("prepared", "captioned", "scored")
-            stream.write(attempt.rows, "score", attempt.count, stages, attempts.commit_rows(attempt.count))
-        record = run.publish(
-            storage.join(run.staging, attempts.MANIFEST),
-            attempt.files(),
-            check=held.check,
-            planned_after=told["published"],
+            if captioned:
+                keep = replace(preparation, thumbnail_px=0)
+                pictures = pictures.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
+            return pictures.through(Score, pictures.shares.scorers, pictures.models, batch_size, pictures.report)
+
+        return Work(
+            title="score",
+            stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
+            stream=stream,
+            known=ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
+            captioner_id=models.captioner_id,
             details={
-                "source": source,
-                "left_out": plan["left_out"],
-                "listing": plan["states"],
-                "detector_id": description.detector_id,
                 "captioner_id": models.captioner_id,
-                "attempts": attempt.number,
-                "seconds": round(time.monotonic() - started, 1),  # of the last attempt
-                "settings": {**settings, "batch_size": batch_size, "reuse": reuse, "detector": to_dict(config)},
-                "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+                "settings": {"batch_size": batch_size, "reuse": reuse, "detector": to_dict(config)},
             },
         )
-    say(ledger.summary(record))
-    say(f"verdicts: {run.final}\nrecord:   {run.record}")
-    return record
 
-
-def _unfinished(out: str, settings: dict[str, Any]) -> Run | None:
-    """A run with these settings that was planned and not published; remains of published ones are removed.
-
-    One that another run has overtaken is given up: what it planned may have been published since.
-    """
-    found = None
-    wanted, records = json.loads(json.dumps(settings)), {record["run_id"]: record for record in ledger.runs(out)}
-    published = ledger.run_ids(records.values(), settings["detector_id"])
-    for run_id, told in attempts.unfinished(out).items():
-        run = Run(out=out, run_id=run_id)
-        if run_id in records:
-            run.tidy(records[run_id])
-        elif told["settings"] != wanted:
-            differing = sorted(name for name in wanted if told["settings"].get(name) != wanted[name])
-            say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
-        elif published - set(told["published"]):
-            say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
-            run.abandon()
-        else:
-            found = run
-    return found
-
-
-def _plan(out: str, settings: dict[str, Any], selection: Selection, held: lock.Lock) -> Run | None:
-    """Plan a new run; None: there is nothing to do."""
-    run, detector_id = Run(out=out), settings["detector_id"]
-    published = sorted(ledger.run_ids(ledger.runs(out), detector_id))
-    done = ledger.published(out, schema.DONE, detector_id=detector_id)
-    plan = write_manifest(settings["source"], storage.join(run.staging, attempts.MANIFEST), selection, done)
-    say(f"source: {plan.describe()}")
-    if not plan.count:
-        storage.remove_folder(run.staging)
-        return None
-    told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
-    held.check()
-    storage.write_json(
-        storage.join(run.staging, attempts.SETTINGS), {"settings": settings, "published": published, "plan": told}
-    )
-    return run
+    return carry_out(request, work)
 
 
 if __name__ == "__main__":

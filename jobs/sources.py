@@ -1,7 +1,7 @@
 """A source to manifest rows: a folder or `s3://` prefix, a Parquet manifest, image Parquet, WebDataset tars.
 
-Labels come from `0_real|1_fake`, `nature|ai`, `real|fake` folders (generator = the folder above) or from `label` and
-`generator` columns. What a listing leaves out is counted by reason, never silent.
+Labels come from folders (`layouts`) or from `label` and `generator` columns. What a listing leaves out is counted by
+reason, never silent.
 """
 
 import bisect
@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 from jobs import faults, parquet, storage
 from jobs.console import say
 from jobs.faults import Fault
+from jobs.layouts import SPLIT_FOLDERS, Labels, labels_from_path
+from jobs.schema import MANIFEST
 from jobs.storage import Fetched
 from nsnet.errors import ImageTooLargeError, SourceError, UsageError
 
-LABEL_FOLDERS: Final = {"0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1}
 LABEL_NAMES: Final = {"0": 0, "real": 0, "1": 1, "fake": 1}
-SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 SIDECARS: Final = frozenset(
     ".7z .arrow .bz2 .cfg .ckpt .css .csv .feather .gz .h5 .htm .html .ini .ipynb .js .json .jsonl .lock .log .md .npy "
@@ -42,6 +42,8 @@ SIDECARS: Final = frozenset(
 
 TEXTS: Final = frozenset({"uri", "etag", "label", "generator", "split"})
 """Columns of a manifest, or beside stored pictures, that may be texts; what repeats there stays stored once."""
+HASH: Final = "content_hash"
+"""Column of a manifest with the SHA-256 that a file must have; a stored picture comes with its own bytes."""
 TEXT_BYTES: Final = 8192
 """Longest of them: a small file may hold a long one a million times."""
 GROUP_BYTES: Final = 2 * 2**30
@@ -58,17 +60,6 @@ CONTAINERS: Final = (".tar", ".parquet")
 def image_id(uri: str, etag: str) -> str:
     """Identity of a version of an object: 32 hexadecimal digits of SHA-256 over URI and version."""
     return hashlib.sha256(f"{uri}\0{etag}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def labels_from_path(relative: str, root: str = "") -> tuple[int | None, str | None, str | None]:
-    """(label, generator, split) that the folders of a path below the source say, each None where they say nothing."""
-    folders = PurePosixPath(relative).parts[:-1]
-    split = next((SPLIT_FOLDERS[part.lower()] for part in folders if part.lower() in SPLIT_FOLDERS), None)
-    at = next((i for i in range(len(folders) - 1, -1, -1) if folders[i].lower() in LABEL_FOLDERS), None)
-    if at is None:
-        return None, None, split
-    above = [part for part in folders[:at] if part.lower() not in SPLIT_FOLDERS]
-    return LABEL_FOLDERS[folders[at].lower()], above[-1] if above else (root or None), split
 
 
 class Source:
@@ -97,7 +88,10 @@ class Source:
             raise SourceError(f"there is no folder or prefix {self.uri}{hint}")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Manifest rows (`schema.MANIFEST`). Raises what `check` raises."""
+        """Manifest rows (`schema.MANIFEST`) with the `folder` that their labels come from (`layouts.Labels`), if any.
+
+        Raises what `check` raises.
+        """
         self.check()
         if not self._is_file():
             rows = self._folder(self.uri)
@@ -125,7 +119,6 @@ class Source:
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
         prefix = uri.rstrip("/") + "/"
-        root = PurePosixPath(uri).name
         for entry in storage.list_files(uri, self.left_out):
             relative = entry.uri.removeprefix(prefix)
             name = PurePosixPath(relative).name
@@ -144,10 +137,9 @@ class Source:
             elif ending in self._sidecars:
                 self.left_out[f"{ending} is no picture"] += 1
             else:
-                label, generator, split = labels_from_path(relative, root)
                 yield _row(
                     entry.uri, entry.etag, entry.size_bytes, listed=True, modified_at=entry.modified_at,
-                    label=label, generator=generator, split=split,
+                    **labels_from_path(relative, uri)._asdict(),
                 )  # fmt: skip
 
     def _inside(self, entry: storage.Entry, ending: str) -> Iterator[dict[str, Any]]:
@@ -201,15 +193,17 @@ class Source:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"it is damaged or cut off at byte {tar.offset:,}")
         for name, offset, size in members:
-            from_path, generator, split = labels_from_path(name)
-            label = labels.get(_stem(name), from_path)
+            told = labels_from_path(name)
+            if (stem := _stem(name)) in labels:
+                told = told._replace(label=labels[stem], folder=None)
             yield _row(
                 f"{entry.uri}#{name}", entry.etag, size, listed=True, modified_at=entry.modified_at,
-                container=entry.uri, position=offset, label=label, generator=generator, split=split,
+                container=entry.uri, position=offset, **told._asdict(),
             )  # fmt: skip
 
     def _parquet(self, uri: str, strict: bool = True) -> Iterator[dict[str, Any]]:
-        """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional.
+        """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional, and
+        `content_hash` and `size_bytes` of a manifest.
 
         Not `strict`: a label that is neither real nor fake counts as none, and no URI is believed, neither of a list
         nor of stored pictures: whoever may put a file into a bucket could have anything read that this job may read.
@@ -217,7 +211,7 @@ class Source:
         with _reading(uri, " Parquet file"):
             source = storage.open_file(uri)
             found = pq.read_schema(source)
-            texts = [name for name in TEXTS & set(found.names) if _is_text(found.field(name).type)]
+            texts = [name for name in (TEXTS | {HASH}) & set(found.names) if _is_text(found.field(name).type)]
             file = pq.ParquetFile(source, read_dictionary=texts)
             size_bytes = source.size()
         columns = set(found.names)
@@ -229,7 +223,7 @@ class Source:
         if stored and (rows := file.metadata.num_rows) * LEAST_ROW_BYTES > size_bytes:
             raise SourceError(f"{uri} says that its {size_bytes:,} bytes hold {rows:,} pictures: that cannot be")
         own = storage.describe(uri) if stored else None
-        wanted = sorted(columns & (TEXTS | {"size_bytes"}))
+        wanted = sorted(columns & (TEXTS if stored else TEXTS | {"size_bytes", HASH}))
         position = 0
         for some in _table_rows(uri, file, wanted):
             for values in some:
@@ -249,7 +243,8 @@ class Source:
                 else:
                     where = f"{uri}: row {position}"
                     etag, size = _text(values.get("etag")) or "", _size(values.get("size_bytes"), where)
-                    yield _row(_place(name, uri, where), etag, size, **labels)
+                    expected = _hash(values.get(HASH), where)
+                    yield _row(_place(name, uri, where), etag, size, expected_hash=expected, **labels)
                 position += 1
 
 
@@ -353,10 +348,12 @@ def _open_parquet(container: str, version: str) -> pq.ParquetFile:
     return pq.ParquetFile(storage.open_file(container))
 
 
+_EMPTY_ROW: Final = dict.fromkeys((*MANIFEST.names, *Labels._fields))
+
+
 def _row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"listed": listed}
-    row |= dict.fromkeys(("modified_at", "container", "position", "label", "generator", "split"))
-    return {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, **row, **values}
+    row = {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, "listed": listed}
+    return {**_EMPTY_ROW, **row, **values}
 
 
 def _place(name: Any, manifest: str, where: str) -> str:
@@ -383,6 +380,15 @@ def _size(value: Any, where: str) -> int | None:
     if not 0 <= size < 2**63:
         raise SourceError(f"{where}: size_bytes {value!r} is no number of bytes")
     return size
+
+
+def _hash(value: Any, where: str) -> str | None:
+    """64 hexadecimal digits, small, or nothing."""
+    if value is None or value == "" or value != value:  # pandas writes NaN for nothing
+        return None
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", str(value)):
+        raise SourceError(f"{where}: {HASH} {str(value)[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+    return str(value).lower()
 
 
 def _label(value: Any, where: str, strict: bool) -> int | None:

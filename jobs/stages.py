@@ -53,7 +53,7 @@ MANY: Final = 8
 """A store that fails for so many pictures of a block and gives none is away, whatever else it answers."""
 REMEMBERED: Final = 65_536
 """Contents whose results an actor remembers."""
-HEAVY: Final = ("mosaic", "patches", "thumbnail")
+HEAVY: Final = ("mosaic", "thumbnail")
 """Columns of pixels, as bytes."""
 
 Rows = list[dict[str, Any]]
@@ -83,7 +83,8 @@ class Models:
 
     def key(self, row: dict[str, Any]) -> str:
         """Rows of the same key have the same results. A known caption belongs to it: that of a copy may be another."""
-        return f"{row['content_hash'] if self.reuse else row['image_id']} {row.get('caption') or ''}"
+        content = row["content_hash"] if self.reuse else row["image_id"]
+        return f"{content} {row.get('transform') or ''} {row.get('caption') or ''}"
 
     def bundle_folder(self) -> Path:
         """The bundle as a local folder."""
@@ -152,15 +153,16 @@ def _decoder(config: PreparationConfig) -> GuardedDecoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Fetch, hash, decode, select patches, make the thumbnail: one pass over the bytes, CPU only, no torch.
+    """Fetch, hash, decode, transform, select patches, make the thumbnail: one pass over the bytes, CPU only, no torch.
 
-    A row whose known caption is of these very bytes gets no thumbnail. Raises `OutageError` when the store of the
+    A row whose known caption is of these very bytes gets no thumbnail. A row may bring a `transform`, and a `slot_seed`
+    that orders its mosaic in the place of scoring's. Raises `OutageError` when the store of the
     pictures is away for longer than `outage_seconds`: rows that fail for no fault of theirs would be worse.
     """
 
     config: PreparationConfig
     schema: pa.Schema
-    """Columns to keep of the manifest and to add; `mosaic` or `patches`, and `thumbnail`, are binary."""
+    """Columns to keep of the manifest and to add; `mosaic` and `thumbnail` are binary."""
     report: StageReport = field(default_factory=StageReport)
     source: str | None = None
     """URI of the source, which must be there for a missing picture to be taken for one."""
@@ -192,9 +194,10 @@ class Prepare:
         repeated, where other pictures fail than before, must give the same rows in the same blocks, or rows are lost
         (verification then says so, and the next attempt makes them). A known caption is taken to be of these bytes.
         """
-        mosaic = bytes(3 * self.config.patches.mosaic_px**2)
-        pixels = {"mosaic": mosaic, "patches": mosaic}
-        if row.get("known_hash") is None:
+        pixels = {}
+        if self.config.patches is not None:
+            pixels["mosaic"] = bytes(3 * self.config.patches.mosaic_px**2)
+        if self.config.thumbnail_px and row.get("known_hash") is None:
             pixels["thumbnail"] = bytes(3 * self.config.thumbnail_px**2)
         return {**row, **pixels}
 
@@ -249,19 +252,33 @@ class Prepare:
             return failed(row, fetched)
         content_hash = hashlib.sha256(fetched.data).hexdigest()
         row |= {"content_hash": content_hash, "size_bytes": len(fetched.data)}
+        if row.get("expected_hash") not in (None, content_hash):
+            return failed(row, ObjectChangedError("its content is not what the manifest says (content_hash)"))
+        slot_seed = row.get("slot_seed", SCORING_SEED)
         try:
-            done = _decoder(self.config).prepare(fetched.data)
+            done = _decoder(self.config).prepare(
+                fetched.data, row.get("transform") or "", transform_seed(row["image_id"], slot_seed)
+            )
         except ImageError as error:
             return failed(row, error)
-        row |= {"width": done.width, "height": done.height, "format": done.format, "frames": done.frames}
+        row |= {
+            "width": done.width, "height": done.height, "format": done.format, "frames": done.frames,
+            "jpeg_quality": done.quality, "perceptual_hash": done.perceptual_hash,
+        }  # fmt: skip
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
-        else:
+        elif self.config.thumbnail_px:
             row["thumbnail"] = done.thumbnail.tobytes()
+        if self.config.patches is not None:
+            row["mosaic"] = assemble_mosaic(done.patches, self.config.patches.slot_seed(slot_seed)).tobytes()
         row["status"] = "scored"
-        if "patches" in self.schema.names:
-            return {**row, "patches": done.patches.tobytes()}
-        return {**row, "mosaic": assemble_mosaic(done.patches, SCORING_SEED).tobytes()}
+        return row
+
+
+def transform_seed(image_id: str, slot_seed: int) -> int:
+    """Seed of a transform's random choices: of the picture, and in training of the epoch."""
+    digest = hashlib.sha256(f"{slot_seed}/{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageError]:
@@ -342,19 +359,25 @@ class Caption:
                 if caption is None:
                     rows[i] = failed(rows[i], CaptionError("the captioner gave no word"))
                     continue
-            rows[i]["caption_id"] = caption_id(self.models.captioner_id, rows[i]["content_hash"])
+            rows[i]["caption_id"] = caption_id(
+                self.models.captioner_id, rows[i]["content_hash"], rows[i].get("transform")
+            )
         self.memory.trim()
         self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
         return _with_heavy(rows, table, self.schema)
 
 
-def caption_id(captioner_id: str, content_hash: str) -> str:
-    """Identity of a caption: the captioner's, and the first 16 hexadecimal digits of the content's SHA-256."""
-    return f"{captioner_id}-{content_hash[:16]}"
+def caption_id(captioner_id: str, content_hash: str, transform: str | None = None) -> str:
+    """Identity of a caption: the captioner's, and 16 hexadecimal digits of the SHA-256 of what it was shown."""
+    shown = hashlib.sha256(f"{content_hash}/{transform}".encode()).hexdigest() if transform else content_hash
+    return f"{captioner_id}-{shown[:16]}"
 
 
 class Embed:
-    """Captions to features of the frozen text tower, in an actor; for training, which then needs no text tower."""
+    """Captions to features of the frozen text tower, in an actor; for training, which then needs no text tower.
+
+    Every call has the same number of captions, as in `Caption`.
+    """
 
     def __init__(
         self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: StageReport
@@ -369,15 +392,16 @@ class Embed:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, alive = _light_rows(table)
         for some in _batches(alive, self.batch_size):
-            features = self.clip.encode_text([rows[i]["caption"] for i in some]).cpu().numpy()
-            for i, feature in zip(some, features, strict=True):
+            captions = [rows[i]["caption"] for i in some]
+            features = self.clip.encode_text(captions + captions[:1] * (self.batch_size - len(some))).cpu().numpy()
+            for i, feature in zip(some, features, strict=False):
                 rows[i]["text_features"] = feature.tolist()
         self.report.add(embedded=len(rows))
         return _with_heavy(rows, table, self.schema)
 
 
 class Score:
-    """Mosaics and captions to verdicts, in an actor with the detector; drops the mosaic.
+    """Mosaics, and captions where the detector uses them, to verdicts, in an actor with the detector; drops the mosaic.
 
     Every call has the same number of pictures, as in `Caption`: a continued run gives the same bits as a whole one.
     """
@@ -402,8 +426,11 @@ class Score:
         side = self.detector.config.patches.mosaic_px
         for some in _batches(_first_of_each(rows, alive, self.models, self.memory), self.batch_size):
             mosaics = _padded(_pixels(table, "mosaic", some, (side, side, 3)), self.batch_size)
-            captions = [rows[i]["caption"] for i in some]
-            scores = self.detector.score(mosaics, captions + captions[:1] * (self.batch_size - len(some)))
+            captions = None
+            if self.detector.config.projection.needs_captions:
+                captions = [rows[i]["caption"] for i in some]
+                captions += captions[:1] * (self.batch_size - len(some))
+            scores = self.detector.score(mosaics, captions)
             for at, i in enumerate(some):
                 self.memory[self.models.key(rows[i])] = {
                     "logit": float(scores.logit[at]),

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -590,6 +591,18 @@ def upload_file(path: Path, uri: str) -> None:
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, target)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A file as one of this machine, for libraries that want a path."""
+    if is_local(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PurePosixPath(uri).name
+        path.write_bytes(read_bytes(uri))
+        yield path
 
 
 def read_json(uri: str) -> Any:

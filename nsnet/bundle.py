@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nsnet.card import model_card
 from nsnet.digest import file_digest
 from nsnet.errors import BundleError
 
@@ -66,7 +67,8 @@ def seal(
         clip_digest=clip_digest,
         files=files,
     )
-    (folder / CARD).write_text(model_card(description), encoding="utf-8")
+    card = model_card(description.detector_id, config, calibration, description.training)
+    (folder / CARD).write_text(card, encoding="utf-8")
     partial = folder / f".{DESCRIPTION}.partial"
     values = json.loads(json.dumps({"format_version": FORMAT_VERSION, **vars(description)}))  # as `read` will see it
     partial.write_text(json.dumps({**values, "sha256": _seal_of(values)}, indent=2) + "\n")
@@ -114,37 +116,6 @@ def captioner_of(folder: Path) -> Path | None:
     """The captioner inside a bundle, if it holds one."""
     own = folder / CAPTIONER
     return own if own.is_dir() else None
-
-
-def model_card(description: Description) -> str:
-    """The model card, in Markdown."""
-    clip, captioner = description.config["clip"], description.config["captioner"]
-    training = json.dumps(description.training, indent=2, ensure_ascii=False)
-    limits = (
-        "This detector was trained from random weights: it knows the artefacts of its training pictures, nothing more."
-        if clip["pretrained"] is None
-        else "Generators that were not in the training data are found less often than the numbers below suggest."
-    )
-    return f"""# AI-generated image detector `{description.detector_id}`
-
-Advanced NS-Net: null-space projection of CLIP image features by mapped captions (after arXiv 2508.01248).
-
-| part | |
-|---|---|
-| image and text towers | {clip["model"]}, weights {clip["pretrained"] or "trained from seeded random ones"} |
-| captioner | {captioner["model"] or "tiny BLIP with random weights: its captions mean nothing"} |
-| temperature, threshold | {description.calibration["temperature"]:.4g}, {description.calibration["threshold"]:.4g} \
-(fitted on {description.calibration["fitted_on"]} validation images) |
-
-## Limits
-{limits}
-A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it alone.
-
-## Training
-```json
-{training}
-```
-"""
 
 
 def _weights(files: dict[str, str]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown or missing setting is an error, never a guess."""
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any, TypeVar
@@ -53,3 +54,22 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def override(config: T, name: str, value: str) -> T:
+    """The same dataclass with one setting replaced: `name` such as `lora.rank`, `value` as JSON, or a bare word.
+
+    Raises `ConfigError` where there is no such setting, or the value does not fit it.
+    """
+    values = to_dict(config)
+    place: Any = values
+    path = name.split(".")
+    for part in path[:-1]:
+        place = place.get(part) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or path[-1] not in place:
+        raise ConfigError(f"{type(config).__name__} has no setting {name!r}; it has {', '.join(sorted(values))}")
+    try:
+        place[path[-1]] = json.loads(value)
+    except ValueError:
+        place[path[-1]] = value
+    return from_dict(type(config), values)

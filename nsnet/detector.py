@@ -158,6 +158,7 @@ class Detector:
         """Load a bundle for inference: adapters merged, everything frozen.
 
         `clip_weights`, `captioner`: local paths that replace the hub's; `captioner=False` leaves it out (no `predict`).
+        A detector that judges without captions has no captioner.
         Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or others).
         """
         folder = Path(path)
@@ -187,7 +188,7 @@ class Detector:
         if strange:
             raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(strange)}")
         speaker = None
-        if captioner is not False:
+        if captioner is not False and config.projection.needs_captions:
             speaker = Captioner.load(config.captioner, captioner or bundle.captioner_of(folder), device)
         loaded = cls(config, clip, network, captioner=speaker, calibration=calibration, description=description)
         loaded.network.requires_grad_(False).eval()
@@ -267,19 +268,29 @@ class Detector:
 
     def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
         """How pictures are prepared for this detector."""
-        if self.captioner is None:
-            raise ConfigError("this detector was loaded without its captioner")
+        self._check_captioner()
         return PreparationConfig(
-            thumbnail_px=self.captioner.thumbnail_px,
+            thumbnail_px=self.captioner.thumbnail_px if self.captioner is not None else 0,
             patches=self.config.patches,
             limits=limits or DecodeLimits(),
         )
 
+    def _check_captioner(self) -> None:
+        if self.captioner is None and self.config.projection.needs_captions:
+            raise ConfigError("this detector was loaded without its captioner")
+
     @torch.inference_mode()
-    def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str]) -> Scores:
-        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32, without dropout."""
+    def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Scores:
+        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32, without dropout.
+
+        None is for a detector that judges without captions.
+        """
         self.network.eval()  # a detector that was built comes ready for training
-        text_features = self.clip.encode_text(captions).to(self.device)
+        text_features = None
+        if self.config.projection.needs_captions:
+            if captions is None:
+                raise ConfigError("this detector cannot judge a picture without its caption")
+            text_features = self.clip.encode_text(captions).to(self.device)
         out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # a copy: batches may be read-only
         logit = out.logit.double().cpu().numpy()
         prob_fake = self.calibration.probability(logit)
@@ -313,11 +324,11 @@ class Detector:
 
     def predict_prepared(self, pictures: Sequence[Prepared | ImageError]) -> list[Verdict]:
         """Verdicts of prepared pictures, as one batch; errors become failed verdicts in their place."""
-        if self.captioner is None:
-            raise ConfigError("this detector was loaded without its captioner")
+        self._check_captioner()
         verdicts = [failed_verdict(picture) if isinstance(picture, ImageError) else None for picture in pictures]
         good = [(i, picture) for i, picture in enumerate(pictures) if isinstance(picture, Prepared)]
-        if good:
+        captions: list[str | None] = [None] * len(good)
+        if good and self.captioner is not None:
             captions = self.captioner.caption(np.stack([picture.thumbnail for _, picture in good]))
             for (i, _), caption in zip(good, captions, strict=True):
                 if caption is None:
@@ -325,8 +336,9 @@ class Detector:
             good = [(i, picture) for i, picture in good if verdicts[i] is None]
             captions = [caption for caption in captions if caption is not None]
         if good:
-            mosaics = np.stack([assemble_mosaic(picture.patches, SCORING_SEED) for _, picture in good])
-            scores = self.score(mosaics, cast(list[str], captions))
+            slot_seed = self.config.patches.slot_seed(SCORING_SEED)
+            mosaics = np.stack([assemble_mosaic(picture.patches, slot_seed) for _, picture in good])
+            scores = self.score(mosaics, cast(list[str], captions) if self.captioner is not None else None)
             for row, (i, picture) in enumerate(good):
                 verdicts[i] = Verdict(
                     status="scored",

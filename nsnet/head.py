@@ -4,6 +4,7 @@ Dimensions: B images, D embedding, F head feature.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,18 @@ from nsnet.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Sizes of the projection head."""
+    """Kind and sizes of the projection head."""
 
+    kind: Literal["mlp", "linear"] = "mlp"
+    """`mlp`: the paper's. `linear`: the logit straight from ũ, UniversalFakeDetect's probe (arXiv 2302.10174)."""
     hidden_dim: int = 768
     """Width of the hidden layer."""
     feature_dim: int = 512
     """Dimension d_f of the unit-length feature f."""
 
     def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "linear"):
+            raise ConfigError(f"the head's kind must be 'mlp' or 'linear', got {self.kind!r}")
         if self.hidden_dim < 1 or self.feature_dim < 1:
             raise ConfigError(f"head sizes must be positive, got {self.hidden_dim} and {self.feature_dim}")
 
@@ -30,10 +35,15 @@ class ProjectionHead(nn.Module):
     """f = H(ũ)/‖H(ũ)‖ with a two-layer H, then logit = w·f + b: (B, D) -> f (B, F) unit length, logit (B,).
 
     The logit comes from the unit-length f as in eq. 19; the published code took it from the un-normalised feature.
+    A linear head has no H: logit = w·ũ + b, and f = ũ/‖ũ‖ is (B, D).
     """
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
+        if config.kind == "linear":
+            self.layers = nn.Sequential()
+            self.classifier = nn.Linear(dim, 1)
+            return
         self.layers = nn.Sequential(
             nn.Linear(dim, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.feature_dim)
         )
@@ -43,5 +53,5 @@ class ProjectionHead(nn.Module):
         hidden = self.layers(projected)
         # the length in at least fp32, also under autocast
         features = functional.normalize(hidden if hidden.dtype == torch.float64 else hidden.float(), dim=1)
-        logit: Tensor = self.classifier(features).squeeze(1)
+        logit: Tensor = self.classifier(features if len(self.layers) else projected).squeeze(1)
         return features, logit

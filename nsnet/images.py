@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pillow_heif
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from nsnet.errors import (
     ConfigError,
@@ -50,6 +50,22 @@ WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 """Formats whose 16-bit samples use all 16 bits."""
 
 
+def _luminance_tables() -> npt.NDArray[np.int64]:
+    """(100, 64): quantisation of qualities 1 to 100, as libjpeg scales the standard's (ITU-T T.81, table K.1)."""
+    standard = np.array([
+        16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29,
+        51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121,
+        120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+    ])  # fmt: skip
+    qualities = np.arange(1, 101)
+    percent = np.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
+    tables: npt.NDArray[np.int64] = np.clip((standard * percent[:, None] + 50) // 100, 1, 255)
+    return tables
+
+
+LUMINANCE_TABLES: Final = _luminance_tables()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeLimits:
     """What one picture may cost."""
@@ -79,6 +95,8 @@ class DecodedImage:
     """Pillow's name of the format, from the content."""
     frames: int
     """Number of frames or pages in the file; only the first is decoded."""
+    quality: int | None
+    """Estimated quality of a JPEG on libjpeg's scale, 1 to 100; None for other formats."""
 
     @property
     def width(self) -> int:
@@ -118,9 +136,13 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
             _check_pixels(image.width, image.height, limits)
             if image.format == "HEIF":
                 _check_coded_pixels(data, limits)
+            quality = _jpeg_quality(image)  # before Pillow moves to another frame
             image.load()
             return DecodedImage(
-                pixels=image_to_rgb(image, limits), format=image.format or "unknown", frames=_count_frames(image)
+                pixels=image_to_rgb(image, limits),
+                format=image.format or "unknown",
+                frames=_count_frames(image),
+                quality=quality,
             )
 
 
@@ -174,6 +196,23 @@ def _count_frames(image: Image.Image) -> int:
         return max(1, int(getattr(image, "n_frames", 1)))
     except Exception:  # struct.error, OSError, SyntaxError and more
         return 1
+
+
+def _jpeg_quality(image: Image.Image) -> int | None:
+    """Quality whose luminance table is nearest to the file's, by the sum of absolute differences; None where damaged.
+
+    Exact for what libjpeg's scale wrote. Cameras and Photoshop have tables of their own: there it is the likest.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return None
+    try:
+        table = np.array(image.quantization[image.layer[0][3]])  # of the first component, which is the luminance
+        if table.shape != (64,) or table.min() < 1:
+            return None
+        # Baseline files, which the tables are of, stop at 255; some have 16 bits.
+        return 1 + int(np.abs(LUMINANCE_TABLES - np.minimum(table, 255)).sum(axis=1).argmin())
+    except Exception:  # no table of this name, no component, and whatever a later Pillow leaves out
+        return None
 
 
 def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:

@@ -1,4 +1,4 @@
-"""The objective L = L_ctr + α L_BCE + β L_align (eq. 18 to 21).
+"""The objective L = γ L_ctr + α L_BCE + β L_align (eq. 18 to 21).
 
 Dimensions: B images of this process, G images of all processes (the global batch), F head feature, D embedding.
 
@@ -25,6 +25,8 @@ class LossConfig:
 
     temperature: float = 0.07
     """τ of the contrastive loss."""
+    contrastive_weight: float = 1.0
+    """γ of the contrastive loss; the paper's is 1."""
     bce_weight: float = 0.2
     """α of the binary cross-entropy."""
     alignment_weight: float = 0.3
@@ -33,10 +35,12 @@ class LossConfig:
     """Over D: `mean` is what the published numbers used, `sum` is eq. 20 to the letter, D times larger."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and self.bce_weight >= 0 and self.alignment_weight >= 0):
+        weights = (self.contrastive_weight, self.bce_weight, self.alignment_weight)
+        if not (self.temperature > 0 and all(weight >= 0 for weight in weights) and max(weights[:2]) > 0):
             raise ConfigError(
-                f"need temperature > 0 and weights ≥ 0, got temperature {self.temperature}, bce_weight "
-                f"{self.bce_weight}, alignment_weight {self.alignment_weight}"
+                f"need temperature > 0 and weights ≥ 0, one of the contrastive and the bce weight > 0, got temperature "
+                f"{self.temperature}, contrastive_weight {self.contrastive_weight}, bce_weight {self.bce_weight}, "
+                f"alignment_weight {self.alignment_weight}"
             )
         if self.alignment_reduction not in ("mean", "sum"):
             raise ConfigError(f"alignment_reduction must be 'mean' or 'sum', got {self.alignment_reduction!r}")
@@ -127,9 +131,10 @@ def objective(
     valid: Tensor | None = None,
     gather: Gather = SINGLE_PROCESS,
 ) -> Losses:
-    """L = L_ctr + α L_BCE + β L_align (eq. 21) over f[B, F], logit[B], u[B, D], mapped v[B, D], labels y[B] in {0, 1}.
+    """L = γ L_ctr + α L_BCE + β L_align (eq. 21, where γ = 1).
 
-    v None: no mapper, no alignment. `valid`[B] bool marks the rows that count; B must be the same on every process.
+    Over f[B, F], logit[B], u[B, D], mapped v[B, D], labels y[B] in {0, 1}; v None: no mapper, no alignment. `valid`[B]
+    bool marks the rows that count; B must be the same on every process.
     """
     with torch.autocast(f.device.type, enabled=False):
         u = u if u.dtype == torch.float64 else u.float()
@@ -143,5 +148,9 @@ def objective(
             if v is not None
             else bce.new_zeros(())
         )
-        weighted = contrastive + config.bce_weight * bce + config.alignment_weight * aligned
+        weighted = (
+            config.contrastive_weight * contrastive
+            + config.bce_weight * bce
+            + config.alignment_weight * aligned
+        )  # fmt: skip
         return Losses(weighted, contrastive, bce, aligned)

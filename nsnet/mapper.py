@@ -1,11 +1,13 @@
 """The semantic mapper (eq. 14): caption features to the semantic directions that are removed.
 
-Dimensions: B captions, D embedding, h hidden.
+Dimensions: B captions of this process, G of all processes (the global batch), D embedding, h hidden.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nsnet.errors import ConfigError
 
@@ -15,23 +17,57 @@ class MapperConfig:
     """Size and dropout of the semantic mapper."""
 
     hidden_dim: int = 1024
-    """Width h of the hidden layer."""
+    """Width h of the hidden layer; 0: no mapper, the caption's own feature is removed."""
     dropout: float = 0.1
     """Dropout after the hidden activation, in [0, 1). The paper has none, its published code 0.1."""
 
     def __post_init__(self) -> None:
-        if self.hidden_dim < 1 or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"need hidden_dim ≥ 1 and 0 ≤ dropout < 1, got {self.hidden_dim} and {self.dropout}")
+        if self.hidden_dim < 0 or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"need hidden_dim ≥ 0 and 0 ≤ dropout < 1, got {self.hidden_dim} and {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOfBatch:
+    """Which rows of a global batch a process is given, for random choices that must not depend on it."""
+
+    seed: int
+    """Of the step."""
+    first: int
+    """Number of its first row in the global batch."""
+    total: int
+    """G, padding included."""
+
+
+class RowDropout(nn.Module):
+    """Dropout over (B, ..., h) whose mask belongs to a row's place in the global batch, not to who computes it.
+
+    So the loss of a step does not depend on the number of processes, nor on how many rows go through at a time. Without
+    `rows` it is plain dropout.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.rows: RowsOfBatch | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or self.rows is None:
+            return functional.dropout(hidden, self.p, self.training)
+        # drawn on the CPU, where the first rows of a longer draw are those of a shorter one
+        generator = torch.Generator().manual_seed(self.rows.seed)
+        drawn = torch.rand((self.rows.total, *hidden.shape[1:]), generator=generator)
+        kept = drawn[self.rows.first : self.rows.first + len(hidden)] >= self.p
+        return hidden * kept.to(hidden.device) / (1.0 - self.p)
 
 
 class SemanticMapper(nn.Module):
-    """M(v) = LayerNorm(v + W2 ReLU(W1 v + b1) + b2), (B, D) -> (B, D)."""
+    """M(v) = LayerNorm(v + W2 ReLU(W1 v + b1) + b2), (B, ..., D) -> (B, ..., D)."""
 
     def __init__(self, dim: int, config: MapperConfig) -> None:
         super().__init__()
         self.inner = nn.Linear(dim, config.hidden_dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = RowDropout(config.dropout)
         self.outer = nn.Linear(config.hidden_dim, dim)
         self.norm = nn.LayerNorm(dim)
 

@@ -1,21 +1,39 @@
-"""Metrics of a detector, in NumPy. Labels: real = 0, fake = 1; scores: higher means fake.
+"""Metrics of a detector and their bootstrap intervals, in NumPy. Labels: real = 0, fake = 1; scores: higher means fake.
 
-Dimensions: n images. What is not defined (one class only, no image) is None, never 0 and never NaN. Scores that are
-not finite are an error: a metric over them would be an invention.
+Dimensions: n images, S predictions of the same images (by detectors of several seeds), K bootstrap samples, d distinct
+scores. What is not defined (one class only, no image, no alarm) is None, never 0; in arrays of bootstrap values it is
+NaN, and left out. Scores that are not finite are an error: a metric over them would be an invention.
+
+Each formula is written once, for weighted images: weights of 1 give the metric, and whole numbers that say how often an
+image was drawn give the metric of a bootstrap sample. So the scores are sorted once for many samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+Labels = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
+Marks = npt.NDArray[np.bool_]
 
 BINS: Final = 15
 
+FPR_LIMITS: Final = {"tpr_at_fpr_1": 0.01, "tpr_at_fpr_01": 0.001}
+"""Metric -> largest share of reals that may be flagged."""
 
-def check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Array]:
+BASE_RATES: Final = {"precision_at_10": 0.1, "precision_at_1": 0.01, "precision_at_01": 0.001}
+"""Metric -> share of fakes in the stream."""
+
+METRICS: Final = ("acc", "real_acc", "fake_acc", "ap", "auroc", *FPR_LIMITS, "ece", *BASE_RATES)
+"""What `summary` and `bootstrap` give, in this order."""
+
+CHUNK: Final = 2**20
+"""Weights that are held at once, 8 MiB; it changes no result."""
+
+
+def check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Labels, Array]:
     """Labels (n,) in {0, 1} and finite scores (n,), as arrays; `ValueError` otherwise."""
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if y.shape != s.shape or y.ndim != 1:
@@ -32,88 +50,265 @@ def accuracies(
 ) -> tuple[float | None, float | None, float | None]:
     """(acc, real_acc, fake_acc) with fake = score ≥ threshold."""
     y, s = check(labels, scores)
-    correct = (s >= threshold) == (y == 1)
-
-    def share(of: npt.NDArray[np.bool_]) -> float | None:
-        return float(correct[of].mean()) if of.any() else None
-
-    return share(np.ones(len(y), dtype=bool)), share(y == 0), share(y == 1)
-
-
-def _cumulative(y: npt.NDArray[np.int64], s: Array) -> tuple[Array, Array]:
-    """Fakes and reals at or above each distinct score, from the highest score down."""
-    order = np.argsort(-s, kind="stable")
-    y, s = y[order], s[order]
-    last_of_tie = np.append(np.flatnonzero(np.diff(s)), len(s) - 1)
-    true_positives = np.cumsum(y)[last_of_tie].astype(np.float64)
-    return true_positives, (last_of_tie + 1) - true_positives
+    acc, real_acc, fake_acc, _ = _rates(y, s >= threshold, np.ones(len(y)))
+    return _number(acc), _number(real_acc), _number(fake_acc)
 
 
 def average_precision(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float | None:
     """AP = Σ (recall_k − recall_{k−1}) precision_k over distinct scores; None without both classes."""
     y, s = check(labels, scores)
-    if not 0 < y.sum() < len(y):
-        return None
-    tp, fp = _cumulative(y, s)
-    recall = tp / y.sum()
-    return float(np.sum(np.diff(recall, prepend=0.0) * tp / (tp + fp)))
+    return float(_average_precision(*_cumulative(y, s, np.ones(len(y))))) if _both(y) else None
+
+
+def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Array, Array] | None:
+    """(fpr, tpr), each (d + 1,), from (0, 0) to (1, 1), one point per distinct score; None without both classes."""
+    y, s = check(labels, scores)
+    return _roc(*_cumulative(y, s, np.ones(len(y)))) if _both(y) else None
 
 
 def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float | None:
     """Area under the ROC curve, ties counted half; None without both classes."""
-    y, s = check(labels, scores)
-    if not 0 < y.sum() < len(y):
-        return None
-    tp, fp = _cumulative(y, s)
-    tpr = np.concatenate([[0.0], tp / tp[-1]])
-    fpr = np.concatenate([[0.0], fp / fp[-1]])
-    return float(np.trapezoid(tpr, fpr))
+    curve = roc_curve(labels, scores)
+    return float(_area(*curve)) if curve is not None else None
 
 
 def tpr_at_fpr(labels: npt.ArrayLike, scores: npt.ArrayLike, fpr: float) -> float | None:
-    """Largest share of fakes found by a threshold that flags at most this share of reals; None without both classes."""
+    """Largest share of fakes found by a threshold that flags at most this share of reals; None without both classes.
+
+    With fewer than 1 / fpr reals it is the TPR at no false alarm: strict, and decided by the one real that scores
+    highest. For 0.1 % that is so below 1000 reals.
+    """
     y, s = check(labels, scores)
-    if not 0 < y.sum() < len(y):
-        return None
-    tp, fp = _cumulative(y, s)
-    allowed = fp <= fpr * (y == 0).sum() + 1e-9
-    return float(tp[allowed].max(initial=0.0) / y.sum())
+    return float(_tpr_at(*_cumulative(y, s, np.ones(len(y))), fpr)) if _both(y) else None
+
+
+def precision_at_base_rate(labels: npt.ArrayLike, said_fake: npt.ArrayLike, base_rate: float) -> float | None:
+    """Share of right alarms in a stream of which the share b is fake: b·TPR / (b·TPR + (1 − b)·FPR).
+
+    `said_fake` (n,), true where the verdict is fake. None without both classes, and without any alarm. Where none of R
+    reals raised an alarm this is 1, however rare fakes are: R reals cannot show an FPR far below 1 / R.
+    """
+    y, said = _check_said(labels, said_fake)
+    if not 0.0 < base_rate < 1.0:
+        raise ValueError(f"base_rate must be between 0 and 1, got {base_rate}")
+    _, _, tpr, fpr = _rates(y, said, np.ones(len(y)))
+    return _number(_precision(tpr, fpr, base_rate))
+
+
+def reliability(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = BINS
+) -> tuple[Array, Array, npt.NDArray[np.int64]]:
+    """(mean probability, share of fakes, images) of each equal-width bin of the probability that is not empty."""
+    y, p = _check_probabilities(labels, probabilities)
+    size, total, fakes = (_per_bin(p, values, np.ones(len(y)), bins) for values in (np.ones(len(y)), p, y))
+    filled = size > 0
+    return total[filled] / size[filled], fakes[filled] / size[filled], size[filled].astype(np.int64)
 
 
 def expected_calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = BINS) -> float | None:
     """ECE: mean |share of fakes − mean probability| over equal-width bins of the probability, weighted by size."""
-    y, p = check(labels, probabilities)
-    if len(y) == 0:
-        return None
-    if p.min() < 0.0 or p.max() > 1.0:
-        raise ValueError("probabilities must be in [0, 1]")
-    index = np.minimum((p * bins).astype(np.int64), bins - 1)
-    size = np.bincount(index, minlength=bins)
-    gap = np.abs(np.bincount(index, weights=y, minlength=bins) - np.bincount(index, weights=p, minlength=bins))
-    return float(gap[size > 0].sum() / len(y))
+    y, p = _check_probabilities(labels, probabilities)
+    return _number(_calibration_error(y, p, np.ones(len(y)), bins))
 
 
-def bootstrap_interval(
-    metric: Callable[[Array, Array], float | None],
+def summary(labels: npt.ArrayLike, probabilities: npt.ArrayLike, said_fake: npt.ArrayLike) -> dict[str, float | None]:
+    """Every one of `METRICS`, None where undefined.
+
+    Labels (n,); probabilities and said_fake (n,), or (S, n) for the mean over S predictions of the same images. Those
+    for which a metric is undefined are left out of its mean. Accuracies and precisions are of `said_fake`, that is at
+    the detector's own threshold; the rest is of the probabilities.
+    """
+    y, p, said = _check_predictions(labels, probabilities, said_fake)
+    return {name: _number(value) for name, value in _mean_values(y, p, said, np.ones(len(y))).items()}
+
+
+def bootstrap(
     labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    said_fake: npt.ArrayLike,
     *,
     samples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of metric(labels, scores), resampled within each class; None where undefined."""
-    y, s = check(labels, scores)
-    if metric(y.astype(np.float64), s) is None:
-        return None
-    rng = np.random.default_rng(seed)
-    groups = [group for group in (np.flatnonzero(y == 0), np.flatnonzero(y == 1)) if len(group)]
-    values = []
-    for _ in range(samples):
-        chosen = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        value = metric(y[chosen].astype(np.float64), s[chosen])
-        if value is not None:
-            values.append(value)
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(values, [tail, 1.0 - tail])
-    return float(low), float(high)
+    seed: int | Sequence[int] = 0,
+) -> dict[str, Array]:
+    """`summary` of K = `samples` bootstrap samples: metric -> (K,) values, NaN where a sample leaves it undefined.
+
+    Arguments as for `summary`; each sample draws reals from the reals and fakes from the fakes, the same images for all
+    S predictions. The same labels, seed and samples draw the same images: values of two detectors may be subtracted.
+    """
+    y, p, said = _check_predictions(labels, probabilities, said_fake)
+    parts = [_mean_values(y, p, said, weights) for weights in resamples(y, samples=samples, seed=seed)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
+
+
+def macro_mean(groups: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """`bootstrap` of the unweighted mean over groups, from that of each; where undefined, a group is left out.
+
+    Give each group a seed of its own, such as (seed, its number): groups of one size would draw the same places.
+    """
+    return {name: _mean_defined([group[name] for group in groups]) for name in METRICS}
+
+
+def intervals(values: Mapping[str, Array], confidence: float = 0.95) -> dict[str, tuple[float, float] | None]:
+    """Percentile interval (low, high) of each metric of `bootstrap` or `macro_mean`; None where undefined.
+
+    No width means that all samples agree (no real was flagged, say), not that the metric is known exactly. The ECE of a
+    sample tends to be larger than that of its images, for drawing adds noise to each bin: of few images its interval
+    lies too high.
+    """
+    tails = [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0]
+    found: dict[str, tuple[float, float] | None] = {}
+    for name, value in values.items():
+        defined = value[~np.isnan(value)]
+        low, high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)
+        found[name] = (float(low), float(high)) if len(defined) else None
+    return found
+
+
+def resamples(labels: npt.ArrayLike, *, samples: int, seed: int | Sequence[int] = 0) -> Iterator[Array]:
+    """Weights (k, n) of bootstrap samples, `samples` rows in all: how often each image was drawn, within its class."""
+    y = np.asarray(labels)
+    members = [np.flatnonzero(y == label) for label in (0, 1)]
+    streams = np.random.default_rng(seed).spawn(2)  # a stream per class: chunks of any size draw the same
+    size = max(1, CHUNK // max(1, len(y)))
+    for start in range(0, samples, size):
+        k = min(size, samples - start)
+        weights = np.zeros((k, len(y)))
+        for member, stream in zip(members, streams, strict=True):
+            if m := len(member):
+                drawn = stream.integers(m, size=(k, m)) + m * np.arange(k)[:, None]
+                weights[:, member] = np.bincount(drawn.ravel(), minlength=k * m).reshape(k, m)
+        yield weights
+
+
+# --- formulas over weights (..., n); results (...,), NaN where undefined ----------------------------------------------
+
+
+def _mean_values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array]:
+    """Every metric, as the mean over the S predictions for which it is defined."""
+    rows = [_values(y, p_row, said_row, weights) for p_row, said_row in zip(p, said, strict=True)]
+    return {name: _mean_defined([row[name] for row in rows]) for name in METRICS}
+
+
+def _values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array]:
+    acc, real_acc, fake_acc, fpr = _rates(y, said, weights)
+    values = dict.fromkeys(METRICS, np.full(weights.shape[:-1], np.nan))
+    values |= {"acc": acc, "real_acc": real_acc, "fake_acc": fake_acc, "ece": _calibration_error(y, p, weights, BINS)}
+    values |= {name: _precision(fake_acc, fpr, base_rate) for name, base_rate in BASE_RATES.items()}
+    if _both(y):
+        tp, fp = _cumulative(y, p, weights)
+        values |= {"ap": _average_precision(tp, fp), "auroc": _area(*_roc(tp, fp))}
+        values |= {name: _tpr_at(tp, fp, limit) for name, limit in FPR_LIMITS.items()}
+    return values
+
+
+def _rates(y: Labels, said: Marks, weights: Array) -> tuple[Array, Array, Array, Array]:
+    """(acc, real_acc, fake_acc, fpr); fake_acc is the TPR."""
+    reals, fakes = weights @ (y == 0), weights @ (y == 1)
+    false_alarms, found = weights @ ((y == 0) & said), weights @ ((y == 1) & said)
+    passed = reals - false_alarms
+    return (
+        _ratio(passed + found, reals + fakes),
+        _ratio(passed, reals),
+        _ratio(found, fakes),
+        _ratio(false_alarms, reals),
+    )
+
+
+def _precision(tpr: Array, fpr: Array, base_rate: float) -> Array:
+    alarms = base_rate * tpr + (1.0 - base_rate) * fpr
+    return _ratio(base_rate * tpr, alarms)
+
+
+def _cumulative(y: Labels, s: Array, weights: Array) -> tuple[Array, Array]:
+    """Fakes and reals at or above each distinct score, (..., d) each, from the highest score down; n ≥ 1."""
+    order = np.argsort(-s, kind="stable")
+    last_of_tie = np.append(np.flatnonzero(np.diff(s[order])), len(s) - 1)
+    ranked = weights[..., order]
+    above = np.cumsum(ranked, axis=-1)[..., last_of_tie]
+    true_positives = np.cumsum(ranked * y[order], axis=-1)[..., last_of_tie]
+    return true_positives, above - true_positives
+
+
+def _average_precision(tp: Array, fp: Array) -> Array:
+    recall = tp / tp[..., -1:]
+    precision = tp / np.maximum(tp + fp, 1.0)  # weights are whole: only 0/0 is changed, where no image was drawn
+    return np.asarray(np.sum(np.diff(recall, prepend=0.0) * precision, axis=-1))
+
+
+def _roc(tp: Array, fp: Array) -> tuple[Array, Array]:
+    zero = np.zeros((*tp.shape[:-1], 1))
+    return np.concatenate([zero, fp / fp[..., -1:]], axis=-1), np.concatenate([zero, tp / tp[..., -1:]], axis=-1)
+
+
+def _area(fpr: Array, tpr: Array) -> Array:
+    return np.asarray(np.trapezoid(tpr, fpr, axis=-1))
+
+
+def _tpr_at(tp: Array, fp: Array, limit: float) -> Array:
+    allowed = fp <= limit * fp[..., -1:] + 1e-9
+    return np.asarray(np.where(allowed, tp, 0.0).max(axis=-1) / tp[..., -1])
+
+
+def _calibration_error(y: Labels, p: Array, weights: Array, bins: int) -> Array:
+    return _ratio(np.abs(_per_bin(p, y - p, weights, bins)).sum(axis=-1), weights.sum(axis=-1))
+
+
+def _per_bin(p: Array, values: Labels | Array, weights: Array, bins: int) -> Array:
+    """Sums (..., bins) of values (n,) over the images of each bin of the probability."""
+    index = np.minimum((p * bins).astype(np.int64), bins - 1)
+    inside = [np.flatnonzero(index == k) for k in range(bins)]
+    return np.stack([np.asarray(weights[..., members] @ values[members]) for members in inside], axis=-1)
+
+
+def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Array:
+    """part / whole; NaN where the whole is 0 or NaN."""
+    numerator, denominator = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    undefined = np.full(numerator.shape, np.nan)
+    return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
+
+
+def _mean_defined(rows: Sequence[Array]) -> Array:
+    """Mean over rows of one shape, without those that are NaN; NaN where all are."""
+    values = np.asarray(rows, dtype=np.float64)
+    defined = ~np.isnan(values)
+    return _ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
+
+
+def _number(value: Array) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+# --- checks of what is given ------------------------------------------------------------------------------------------
+
+
+def _both(y: Labels) -> bool:
+    return bool(0 < y.sum() < len(y))
+
+
+def _check_probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[Labels, Array]:
+    y, p = check(labels, probabilities)
+    if len(p) and (p.min() < 0.0 or p.max() > 1.0):
+        raise ValueError("probabilities must be in [0, 1]")
+    return y, p
+
+
+def _check_said(labels: npt.ArrayLike, said_fake: npt.ArrayLike) -> tuple[Labels, Marks]:
+    y, said = check(labels, said_fake)
+    if not np.isin(said, (0.0, 1.0)).all():
+        raise ValueError("said_fake must be true or false")
+    return y, said == 1.0
+
+
+def _check_predictions(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, said_fake: npt.ArrayLike
+) -> tuple[Labels, Array, Marks]:
+    """Labels (n,), probabilities (S, n) and said_fake (S, n); `ValueError` where they do not fit."""
+    rows = [np.atleast_2d(np.asarray(given)) for given in (probabilities, said_fake)]
+    if rows[0].shape != rows[1].shape or rows[0].ndim != 2 or not len(rows[0]):
+        raise ValueError(
+            f"probabilities and said_fake must both be (n,) or (S, n), got {np.shape(probabilities)} and "
+            f"{np.shape(said_fake)}"
+        )
+    p = np.stack([_check_probabilities(labels, row)[1] for row in rows[0]])
+    said = np.stack([_check_said(labels, row)[1] for row in rows[1]])
+    return check(labels, p[0])[0], p, said

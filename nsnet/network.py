@@ -1,33 +1,57 @@
 """The trainable network: image tower, mapper, projection, head.
 
-Dimensions: B images, M mosaic side, D embedding, F head feature, R rank of a global semantic basis.
+Dimensions: B images, M mosaic side, D embedding, F head feature, R rank of a global semantic basis, N captions of a
+bank.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from nsnet.clip import Clip
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig, ProjectionHead
 from nsnet.mapper import MapperConfig, SemanticMapper
-from nsnet.nullspace import project_global, project_per_sample
+from nsnet.nullspace import project_global, project_per_sample, project_rank_k
+
+SAME_CAPTION: Final = 1.0 - 1e-5
+"""Cosine from which two captions are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
     """What is removed from the image feature."""
 
-    kind: Literal["per_sample", "global", "none"] = "per_sample"
-    """`per_sample`: the mapped caption (eq. 16); `global`: a basis of many captions (eq. 15); `none`: nothing."""
+    kind: Literal["per_sample", "rank_k", "global", "none"] = "per_sample"
+    """`per_sample`: the mapped caption (eq. 16); `rank_k`: that and the nearest of a bank of captions, mapped as well;
+    `global`: a basis of many captions (eq. 15); `none`: nothing."""
     rank: int = 0
-    """R of the global basis."""
+    """R of the global basis, 0 as long as it was not computed; or number of directions of `rank_k`; else 0."""
+    bank: int = 0
+    """N captions of `rank_k`'s bank, 0 as long as it was not made."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("per_sample", "global", "none") or (self.kind == "global") != (self.rank > 0):
-            raise ConfigError(f"a global projection needs a rank ≥ 1, any other rank 0; got {self.kind}, {self.rank}")
+        if self.kind not in ("per_sample", "rank_k", "global", "none"):
+            raise ConfigError(f"unknown projection {self.kind!r}: choose per_sample, rank_k, global or none")
+        least = {"rank_k": 2, "global": 0}.get(self.kind)
+        if self.rank < (least or 0) or (least is None and self.rank) or (self.kind != "rank_k" and self.bank):
+            raise ConfigError(
+                f"a global projection has a rank ≥ 1, rank_k one ≥ 2 and a bank, others none of them; got {self.kind}, "
+                f"rank {self.rank}, bank {self.bank}"
+            )
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a picture cannot be judged without its caption."""
+        return self.kind in ("per_sample", "rank_k")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is nothing left to be computed from captions: basis or bank."""
+        return {"global": self.rank, "rank_k": self.bank}.get(self.kind, 1) > 0
 
 
 class Features(NamedTuple):
@@ -40,7 +64,7 @@ class Features(NamedTuple):
     image: Tensor
     """u (B, D), the image tower's feature."""
     semantic: Tensor | None
-    """v (B, D), the mapped caption; None without per-sample projection."""
+    """v (B, D), the mapped caption; None without a mapper."""
     projected: Tensor
     """ũ (B, D)."""
 
@@ -57,25 +81,36 @@ class Network(nn.Module):
         head: HeadConfig,
     ) -> None:
         super().__init__()
+        if not projection.fitted:
+            raise ConfigError(f"the {projection.kind} projection has no basis or bank yet: compute it first")
         dim = clip.embed_dim
         self.projection = projection
         self.visual = visual
-        self.mapper = SemanticMapper(dim, mapper) if projection.kind == "per_sample" else None
+        mapped = projection.needs_captions and mapper.hidden_dim > 0
+        self.mapper = SemanticMapper(dim, mapper) if mapped else None
         self.head = ProjectionHead(dim, head)
         basis = torch.eye(dim, projection.rank) if projection.kind == "global" else torch.zeros(dim, 0)
         self.register_buffer("semantic_basis", basis)
+        self.register_buffer("caption_bank", torch.zeros(projection.bank, dim))
         self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, mosaics: Tensor, text_features: Tensor) -> Features:
-        """Mosaics (B, M, M, 3) uint8 and text features (B, D) -> `Features`."""
+    def forward(self, mosaics: Tensor, text_features: Tensor | None = None) -> Features:
+        """Mosaics (B, M, M, 3) uint8 and, where the projection needs captions, their features (B, D) -> `Features`."""
         pixels = mosaics.permute(0, 3, 1, 2).float() / 255.0
         encoded = self.visual((pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std))
         image = encoded[0] if isinstance(encoded, tuple) else encoded
         semantic = None
-        if self.mapper is not None:
-            semantic = self.mapper(text_features)
-            projected = project_per_sample(image, semantic)
+        if self.projection.needs_captions:
+            assert text_features is not None
+            directions = self._directions(text_features)
+            mapped = self.mapper(directions) if self.mapper is not None else directions
+            semantic = mapped[:, 0] if self.mapper is not None else None
+            projected = (
+                project_per_sample(image, mapped[:, 0])
+                if self.projection.kind == "per_sample"
+                else project_rank_k(image, mapped)
+            )
         elif self.projection.kind == "global":
             projected = project_global(image, cast(Tensor, self.semantic_basis))
         else:
@@ -83,8 +118,20 @@ class Network(nn.Module):
         features, logit = self.head(projected)
         return Features(logit=logit, features=features, image=image, semantic=semantic, projected=projected)
 
+    def _directions(self, text_features: Tensor) -> Tensor:
+        """Caption features (B, D) -> what is removed, before the mapper: (B, 1, D), or (B, k, D) with the nearest."""
+        own = text_features[:, None]
+        if self.projection.kind == "per_sample":
+            return own
+        bank = cast(Tensor, self.caption_bank)
+        similarity = normalize(text_features.float(), dim=1) @ normalize(bank.float(), dim=1).T
+        # a picture's own caption may lie in the bank, and would add nothing
+        similarity = similarity.masked_fill(similarity > SAME_CAPTION, -torch.inf)
+        nearest = similarity.topk(self.projection.rank - 1, dim=1).indices
+        return torch.cat([own, bank[nearest].to(own.dtype)], dim=1)
+
     def heads_state(self) -> dict[str, Any]:
-        """The weights that are neither the image tower's nor its adapters': mapper, head, semantic basis."""
+        """The weights that are neither the image tower's nor its adapters': mapper, head, semantic basis, bank."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("visual.")}
 
 

@@ -6,12 +6,12 @@ Projections run in at least fp32, also under autocast: in bf16, ũ·v would be o
 """
 
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
-from nsnet.errors import NullSpaceError
+from nsnet.errors import ConfigError, NullSpaceError
 
 EPSILON: Final = 1e-8
 """Smallest ‖v‖² that is divided by (paper, section V-9)."""
@@ -80,6 +80,39 @@ def project_global(u: Tensor, semantic_basis: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BasisRule:
+    """How many directions of the captions' spectrum are semantic: exactly one of the three."""
+
+    rank: int | None = None
+    """So many."""
+    tau: float | None = None
+    """All with a singular value above tau times the largest (the paper: 1e-6)."""
+    energy: float | None = None
+    """The fewest that hold this share of Σ σ²."""
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.rank, self.tau, self.energy) if value is not None]
+        if len(given) != 1 or not given[0] > 0 or (self.rank is None and given[0] > 1):
+            raise ConfigError(
+                f"choose exactly one of rank ≥ 1, 0 < tau ≤ 1 and 0 < energy ≤ 1, got {self.rank}, {self.tau}, "
+                f"{self.energy}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A rule as `rank=64`, `tau=1e-6` or `energy=0.9`. Raises `ConfigError`."""
+        name, _, value = text.partition("=")
+        try:
+            number: Any = int(value) if name == "rank" else float(value)
+            return cls(**{name: number})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{text!r} is no rule such as rank=64, tau=1e-6 or energy=0.9") from error
+
+    def __str__(self) -> str:
+        return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SemanticSpectrum:
     """Right singular vectors and values of all captions seen; choose a basis from it."""
 
@@ -89,10 +122,9 @@ class SemanticSpectrum:
     """(min(n, D), D) fp64, orthonormal rows, in the order of the values."""
 
     def basis(self, *, rank: int | None = None, tau: float | None = None, energy: float | None = None) -> Tensor:
-        """The semantic basis W (D, R) fp64, orthonormal columns, by exactly one rule.
+        """The semantic basis W (D, R) fp64, orthonormal columns, by exactly one rule, as in `BasisRule`.
 
-        rank: R directions; tau: all with a singular value above tau times the largest (the paper: 1e-6);
-        energy: the fewest that hold this share of Σ σ². `NullSpaceError` when nothing would be left of the image.
+        `NullSpaceError` when nothing would be left of the image.
         """
         if sum(rule is not None for rule in (rank, tau, energy)) != 1:
             raise ValueError("choose exactly one of rank, tau and energy")
@@ -126,26 +158,34 @@ class StreamingSVD:
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.count = 0
-        self._triangle = torch.zeros(0, dim, dtype=torch.float64)
+        self.triangle = torch.zeros(0, dim, dtype=torch.float64)
+        """R (≤ D, D) fp64: all that is kept of the captions."""
+
+    @classmethod
+    def from_triangle(cls, triangle: Tensor, count: int) -> Self:
+        """The state of another shard, from its `triangle` and `count`."""
+        found = cls(triangle.shape[1])
+        found.triangle, found.count = triangle.to("cpu", torch.float64), count
+        return found
 
     def update(self, captions: Tensor) -> Self:
         """Add a block of caption features (n, D), any floating dtype."""
         if captions.ndim != 2 or captions.shape[1] != self.dim:
             raise ValueError(f"captions must be (n, {self.dim}), got {tuple(captions.shape)}")
         for block in torch.split(captions.detach(), BLOCK_ROWS):
-            stacked = torch.cat([self._triangle, block.to("cpu", torch.float64)])
-            self._triangle = torch.linalg.qr(stacked, mode="r").R
+            stacked = torch.cat([self.triangle, block.to("cpu", torch.float64)])
+            self.triangle = torch.linalg.qr(stacked, mode="r").R
         self.count += len(captions)
         return self
 
     def merge(self, other: Self) -> Self:
         """Add everything that another shard has seen."""
         count = self.count + other.count
-        self.update(other._triangle)
+        self.update(other.triangle)
         self.count = count
         return self
 
     def spectrum(self) -> SemanticSpectrum:
         """The spectrum of everything seen so far."""
-        _, values, directions = torch.linalg.svd(self._triangle, full_matrices=False)
+        _, values, directions = torch.linalg.svd(self.triangle, full_matrices=False)
         return SemanticSpectrum(singular_values=values, directions=directions)

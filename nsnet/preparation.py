@@ -9,18 +9,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nsnet import transforms
+from nsnet.duplicates import perceptual_hash
 from nsnet.images import DecodedImage, DecodeLimits, decode_image, image_to_rgb, thumbnail
 from nsnet.patches import PatchConfig, select_patches
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationConfig:
-    """How a picture is prepared."""
+    """What is made of a picture."""
 
-    thumbnail_px: int
-    """Side S of the captioner's thumbnail, in pixels."""
-    patches: PatchConfig = field(default_factory=PatchConfig)
-    """Geometry of the mosaic."""
+    thumbnail_px: int = 0
+    """Side S of the captioner's thumbnail, in pixels; 0: none is made."""
+    patches: PatchConfig | None = field(default_factory=PatchConfig)
+    """Geometry of the mosaic; None: no patches are chosen."""
+    fingerprint: bool = False
+    """Compute the perceptual hash."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     """What one picture may cost."""
 
@@ -30,27 +34,49 @@ class Prepared:
     """One picture, ready for the models."""
 
     patches: npt.NDArray[np.uint8]
-    """(K, N, N, 3) uint8 in rank order; `patches.assemble_mosaic` shuffles them."""
+    """(K, N, N, 3) uint8 in rank order, which `patches.assemble_mosaic` arranges; (0, 0, 0, 3): none are wanted."""
     thumbnail: npt.NDArray[np.uint8]
-    """(S, S, 3) uint8."""
+    """(S, S, 3) uint8; S = 0 where none is wanted."""
     width: int
+    """Width and height in pixels of the file's picture, before any transform."""
     height: int
     format: str
     frames: int
+    quality: int | None = None
+    """Estimated quality of a JPEG file, 1 to 100."""
+    perceptual_hash: str | None = None
+    """64 bits as hexadecimal digits; None where it is not wanted or the picture is too plain for one."""
 
 
-def prepare(picture: bytes | Image.Image, config: PreparationConfig) -> Prepared:
-    """Decode, select patches, make the thumbnail. Raises an `ImageError`; see `images.decode_image`."""
+def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the patches and of the thumbnail that `prepare` gives."""
+    patches = config.patches
+    chosen = (patches.slots, patches.patch_px, patches.patch_px, 3) if patches is not None else (0, 0, 0, 3)
+    return chosen, (config.thumbnail_px, config.thumbnail_px, 3)
+
+
+def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
+    """Decode, transform, select patches, make the thumbnail. Raises an `ImageError`; see `images.decode_image`.
+
+    `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the picture before it.
+    """
     if isinstance(picture, Image.Image):
         pixels = image_to_rgb(picture, config.limits)
-        image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1)
+        image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1, quality=None)
     else:
         image = decode_image(picture, config.limits)
+    pixels = image.pixels
+    if transform:
+        chain = transforms.parse(transform)
+        pixels = transforms.apply(pixels, chain, seed=seed, max_pixels=config.limits.max_pixels)
+    no_patches, no_thumbnail = (np.empty(shape, dtype=np.uint8) for shape in ((0, 0, 0, 3), (0, 0, 3)))
     return Prepared(
-        patches=select_patches(image.pixels, config.patches),
-        thumbnail=thumbnail(image.pixels, config.thumbnail_px),
+        patches=select_patches(pixels, config.patches) if config.patches is not None else no_patches,
+        thumbnail=thumbnail(pixels, config.thumbnail_px) if config.thumbnail_px else no_thumbnail,
         width=image.width,
         height=image.height,
         format=image.format,
         frames=image.frames,
+        quality=image.quality,
+        perceptual_hash=perceptual_hash(image.pixels) if config.fingerprint else None,
     )

@@ -1,7 +1,9 @@
-"""Named, complete configurations: `tiny`, `vit-l-14`, or any model that open_clip can build, by its name."""
+"""Named, complete configurations: `tiny`, `vit-l-14`, or any model that open_clip can build, by its name; and the
+variants of each, which are compared with it.
+"""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nsnet.captions import CaptionerConfig
@@ -10,6 +12,8 @@ from nsnet.detector import DetectorConfig
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig
 from nsnet.mapper import MapperConfig
+from nsnet.network import ProjectionConfig
+from nsnet.nullspace import BasisRule
 from nsnet.patches import PatchConfig
 from nsnet.training import TrainingConfig
 
@@ -21,6 +25,8 @@ class Recipe:
     name: str
     detector: DetectorConfig
     training: TrainingConfig
+    basis: BasisRule | None = None
+    """How the rank of a global projection is chosen, once the captions' spectrum is known."""
 
 
 VIT_L_14: Final = Recipe(name="vit-l-14", detector=DetectorConfig(), training=TrainingConfig())
@@ -83,6 +89,66 @@ def get(name: str) -> Recipe:
         ),
         training=VIT_L_14.training,
     )
+
+
+VARIANTS: Final = {
+    "advanced": "the mapped caption is removed, per sample; mapper, alignment (the recipe as it is)",
+    "original": "a global basis of raw captions is removed (NS-Net); original:RULE, such as original:rank=64",
+    "linear": "a linear probe on the frozen image tower, the middle of the picture (UniversalFakeDetect)",
+    "rank-k": "the mapped caption and its nearest in a bank are removed; rank-k:K, default 4",
+    "no-projection": "nothing is removed",
+    "no-mapper": "the caption's own feature is removed, per sample",
+    "no-alignment": "advanced without the alignment loss",
+    "constant-caption": "advanced, every picture with the same caption (a control: not for use)",
+    "shuffled-captions": "advanced, every picture with another's caption (a control: not for use)",
+}
+"""Name -> what it does."""
+
+DEFAULT_RULE: Final = BasisRule(energy=0.9)
+"""Of `original`: the paper's tau = 1e-6 leaves no null space as soon as there are as many captions as dimensions."""
+BANK: Final = 4096
+"""Captions in the bank of `rank-k`, at most."""
+
+
+def variant(recipe: Recipe, name: str) -> Recipe:
+    """A variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` for an unknown one."""
+    kind, _, setting = name.partition(":")
+    if kind not in VARIANTS or (setting and kind not in ("original", "rank-k")):
+        raise ConfigError(f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE or rank-k:K")
+    detector, training, basis = recipe.detector, recipe.training, None
+    no_alignment = replace(detector.loss, alignment_weight=0.0)
+    if kind == "original":
+        basis = BasisRule.parse(setting) if setting else DEFAULT_RULE
+        detector = replace(detector, projection=ProjectionConfig(kind="global"), loss=no_alignment)
+    elif kind == "linear":
+        detector = replace(
+            detector,
+            projection=ProjectionConfig(kind="none"),
+            patches=replace(detector.patches, selection="center"),
+            lora=replace(detector.lora, rank=0),
+            head=replace(detector.head, kind="linear"),
+            loss=replace(no_alignment, contrastive_weight=0.0, bce_weight=1.0),
+            train_backbone=False,
+        )
+    elif kind == "rank-k":
+        detector = replace(detector, projection=ProjectionConfig(kind="rank_k", rank=_number(setting or "4")))
+    elif kind == "no-projection":
+        detector = replace(detector, projection=ProjectionConfig(kind="none"), loss=no_alignment)
+    elif kind == "no-mapper":
+        detector = replace(detector, mapper=replace(detector.mapper, hidden_dim=0), loss=no_alignment)
+    elif kind == "no-alignment":
+        detector = replace(detector, loss=no_alignment)
+    elif kind == "constant-caption":
+        training = replace(training, captions="constant")
+    elif kind == "shuffled-captions":
+        training = replace(training, captions="shuffled")
+    return replace(recipe, detector=detector, training=training, basis=basis)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{text!r} is no number of directions, such as rank-k:4")
+    return int(text)
 
 
 def _patch_px(side: int) -> int:

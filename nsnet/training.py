@@ -1,18 +1,21 @@
 """One process's part of training: parameter groups, schedule, optimisation step.
 
-Dimensions: B images of this process, M mosaic side, D embedding.
+Dimensions: B images of this process, G of all processes, M mosaic side, D embedding.
 """
 
+import contextlib
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nsnet.errors import ConfigError
 from nsnet.losses import SINGLE_PROCESS, Gather, LossConfig, Losses, objective
+from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network, residual_energy
+from nsnet.transforms import AugmentationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +38,43 @@ class TrainingConfig:
     """Largest norm of the gradient."""
     precision: str = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU."""
+    micro_batch: int = 0
+    """Most images of a process that go through the network at a time; 0: all of its part. Fewer need less memory and a
+    forward pass more; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""
+    activation_checkpointing: bool = False
+    """Compute the image tower's activations again in the backward pass instead of keeping them."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """What happens to training pictures before their patches are chosen, anew in every epoch."""
+    captions: Literal["own", "constant", "shuffled"] = "own"
+    """Whose caption a picture gets, in training and validation: the controls of an ablation."""
     validation_share: float = 0.15
     """Share of a pool without a split that is kept for validation, in (0, 1)."""
+    test_share: float = 0.15
+    """Share of such a pool that is kept for the test, in [0, 1)."""
     patience: int = 0
     """Epochs without a better validation AP after which training stops; 0: never early."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints inside an epoch; 0: only at its end."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
             raise ConfigError(f"need epochs ≥ 1 and batch_size ≥ 2, got {self.epochs} and {self.batch_size}")
         if not (self.head_lr > 0 and self.backbone_lr > 0 and self.weight_decay >= 0 and self.clip_norm > 0):
             raise ConfigError("learning rates and clip_norm must be positive, weight_decay at least 0")
-        if not 0.0 <= self.warmup < 1.0 or not 0.0 < self.validation_share < 1.0:
+        if not 0.0 <= self.warmup < 1.0:
+            raise ConfigError(f"need 0 ≤ warmup < 1, got {self.warmup}")
+        if not 0.0 < self.validation_share < 1.0 or not 0.0 <= self.test_share < 1.0 - self.validation_share:
             raise ConfigError(
-                f"need 0 ≤ warmup < 1, 0 < validation_share < 1, got {self.warmup}, {self.validation_share}"
+                "need 0 < validation_share, 0 ≤ test_share and a rest for training, got "
+                f"{self.validation_share:g} and {self.test_share:g}"
             )
+        if min(self.micro_batch, self.patience, self.checkpoint_steps) < 0:
+            raise ConfigError(
+                f"need micro_batch, patience and checkpoint_steps ≥ 0, got {self.micro_batch}, {self.patience}, "
+                f"{self.checkpoint_steps}"
+            )
+        if self.captions not in ("own", "constant", "shuffled"):
+            raise ConfigError(f"captions must be own, constant or shuffled, got {self.captions!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
 
@@ -63,12 +89,20 @@ class Batch(NamedTuple):
 
     mosaics: Tensor
     """(B, M, M, 3) uint8."""
-    text_features: Tensor
-    """(B, D) fp32."""
+    text_features: Tensor | None
+    """(B, D) fp32; None where the network needs no captions."""
     labels: Tensor
     """(B,) int64: real = 0, fake = 1."""
     valid: Tensor
     """(B,) bool: False marks padding."""
+
+
+def use_activation_checkpointing(network: Network) -> None:
+    """Let the image tower compute its activations again in the backward pass. `ConfigError` where it cannot."""
+    switch = getattr(network.visual, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(f"{type(network.visual).__name__} has no activation checkpointing: leave it off")
+    switch(True)
 
 
 def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
@@ -107,19 +141,73 @@ def training_step(
     loss: LossConfig,
     config: TrainingConfig,
     gather: Gather = SINGLE_PROCESS,
-) -> tuple[Losses, float]:
-    """Forward, objective, backward, step. Returns the losses, detached, and the mean residual energy ‖ũ‖/‖u‖."""
-    dtype = config.autocast_dtype(batch.mosaics.device)
-    with torch.autocast(batch.mosaics.device.type, dtype=dtype, enabled=dtype is not None):
-        out: Features = model(batch.mosaics, batch.text_features)
-    losses = objective(
-        out.features, out.logit, out.image, out.semantic, batch.labels, loss, valid=batch.valid, gather=gather
-    )
+    seed: int = 0,
+) -> tuple[Losses, Tensor]:
+    """Forward, objective, backward, step. Returns the losses, detached, and the sum of ‖ũ‖/‖u‖ over valid rows.
+
+    `seed`: of the step's dropout, the same on every process.
+    """
     optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]
+    size = len(batch.labels)
+    most = config.micro_batch or size
+    parts = [slice(start, min(start + most, size)) for start in range(0, size, most)]
+
+    def forward(part: slice) -> Features:
+        return _forward(model, batch, part, config, RowsOfBatch(seed=seed, first=gather.rank * size + part.start,
+                                                                total=gather.world_size * size))  # fmt: skip
+
+    def judge(out: Features) -> Losses:
+        return objective(
+            out.features, out.logit, out.image, out.semantic, batch.labels, loss, valid=batch.valid, gather=gather
+        )
+
+    if len(parts) == 1:
+        out = forward(parts[0])
+        losses = judge(out)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+    else:
+        out, losses = _in_parts(model, parts, forward, judge)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     optimizer.step()
-    # a process whose rows are all padding has no mean: 0, not NaN
-    energy = (residual_energy(out) * batch.valid).sum() / batch.valid.sum().clamp_min(1)
-    return Losses(*(value.detach() for value in losses)), float(energy)
+    energy = (residual_energy(out) * batch.valid).sum()
+    return Losses(*(value.detach() for value in losses)), energy
+
+
+def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig, rows: RowsOfBatch) -> Features:
+    """The network on a part of a process's rows, with random choices that belong to the rows."""
+    for module in model.modules():
+        if isinstance(module, RowDropout):
+            module.rows = rows
+    torch.manual_seed(rows.seed * 1_000_003 + rows.first)  # what else is random: dropout of the adapters
+    dtype = config.autocast_dtype(batch.mosaics.device)
+    text_features = batch.text_features[part] if batch.text_features is not None else None
+    with torch.autocast(batch.mosaics.device.type, dtype=dtype, enabled=dtype is not None):
+        features: Features = model(batch.mosaics[part], text_features)
+    return features
+
+
+def _in_parts(model: nn.Module, parts: list[slice], forward: Any, judge: Any) -> tuple[Features, Losses]:
+    """Gradients of the whole batch with the activations of one part at a time.
+
+    First all features without activations, of which the objective gives the gradients; then each part again, whose
+    features are sent these gradients.
+    """
+    with torch.no_grad():
+        outputs = [forward(part) for part in parts]
+    joined: list[Any] = [torch.cat(some) if some[0] is not None else None for some in zip(*outputs, strict=True)]
+    whole = Features(*joined)
+    detached: list[Any] = [value.detach().requires_grad_() if value is not None else None for value in whole]
+    leaves = Features(*detached)
+    losses = judge(leaves)
+    losses.total.backward()
+    for i, part in enumerate(parts):
+        alone = getattr(model, "no_sync", contextlib.nullcontext) if i < len(parts) - 1 else contextlib.nullcontext
+        with alone():
+            pairs = [
+                (value, leaf.grad[part])
+                for value, leaf in zip(forward(part), leaves, strict=True)
+                if leaf is not None and leaf.grad is not None and value.requires_grad
+            ]
+            torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+    return whole, losses

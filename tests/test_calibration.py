@@ -1,15 +1,23 @@
-"""Temperature and threshold: recovered where they are known, best by brute force where they are not."""
+"""Temperature, threshold and band: recovered where they are known, best by brute force where they are not."""
 
+import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
-from nsnet.calibration import Calibration, fit
+from nsnet import calibration as calibration_module
+from nsnet.calibration import MOST_CORRECT, Calibration, OperatingPoint, fit, rate_upper
+from nsnet.config import from_dict, to_dict
 from nsnet.errors import ConfigError
+from nsnet.metrics import tpr_at_fpr
 
 Labels = NDArray[np.int64]
 Array = NDArray[np.float64]
@@ -38,7 +46,8 @@ SETS = sets()
 
 
 def correct_at(y: Labels, p: Array, threshold: float) -> int:
-    return sum((probability >= threshold) == (label == 1) for label, probability in zip(y, p, strict=True))
+    pairs = zip(y.tolist(), p.tolist(), strict=True)
+    return sum((probability >= threshold) == (label == 1) for label, probability in pairs)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 3.0, 20.0])
@@ -92,9 +101,320 @@ def test_threshold_is_the_middle_of_the_widest_of_the_best_gaps(case: int) -> No
     assert calibration.threshold == pytest.approx((low + high) / 2, abs=1e-12)
 
 
+# --- operating points -------------------------------------------------------------------------------------------------
+
+
+def separable() -> list[tuple[Labels, Array]]:
+    """Told apart without an error, saturated to both sides, and saturated to one."""
+    y = np.arange(30, dtype=np.int64) % 2
+    fake, spread = y.astype(np.float64), np.random.default_rng(2).random(30)
+    logits = [6 * fake - 3 + spread, 1e4 * (2 * fake - 1), 700 + 700 * fake + spread, -9 * spread - 900 * fake]
+    return [(y, values) for values in logits]
+
+
+EVERY = SETS + separable()
+THIRD = [*range(0, len(SETS), 3), *range(len(SETS), len(EVERY))]
+"""Both kinds of random sets, and all that can be told apart."""
+
+
+def gaps(p: Array) -> list[tuple[float, float]]:
+    """Ends of the gaps between distinct probabilities, from 0 to 1, lowest first."""
+    marks = sorted({0.0, *p.tolist(), 1.0})
+    return list(zip(marks, marks[1:], strict=False))
+
+
+def counted(y: Labels, p: Array, threshold: float) -> tuple[int, int]:
+    """(false alarms, fakes missed), one picture after the other."""
+    pairs = list(zip(y.tolist(), p.tolist(), strict=True))
+    false_alarms = sum(label == 0 and probability >= threshold for label, probability in pairs)
+    return false_alarms, sum(label == 1 and probability < threshold for label, probability in pairs)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.001, 0.1, 1 / 3, 0.7])
+@pytest.mark.parametrize("case", THIRD)
+def test_fpr_rule_takes_the_middle_of_the_lowest_gap_that_keeps_the_limit(case: int, limit: float) -> None:
+    y, logits = EVERY[case]
+    calibration = fit(y, logits, OperatingPoint(rule="fpr", fpr=limit))
+    p, reals = calibration.probability(logits), int((1 - y).sum())
+    kept = [gap for gap in gaps(p) if counted(y, p, gap[1])[0] <= Fraction(limit).limit_denominator(1000) * reals]
+    if p[y == 0].max() == 1.0 and not kept:
+        assert calibration.threshold > 0.5
+        return
+    low, high = kept[0]
+    assert low < calibration.threshold <= high
+    assert calibration.threshold == pytest.approx((low + high) / 2, abs=1e-12)
+    assert calibration.validation_tpr == tpr_at_fpr(y, p, limit)
+
+
+@pytest.mark.parametrize(
+    ("false_alarm_cost", "miss_cost", "base_rate"),
+    [(1.0, 1.0, 0.5), (1.0, 3.0, 0.25), (8.0, 0.5, 1 / 64), (1, 500, 0.5)],
+)
+@pytest.mark.parametrize("case", THIRD)
+def test_cost_rule_takes_the_middle_of_the_widest_of_the_cheapest_gaps(
+    case: int, false_alarm_cost: float, miss_cost: float, base_rate: float
+) -> None:
+    """Costs as fractions, so that equal ones are equal."""
+    y, logits = EVERY[case]
+    point = OperatingPoint(rule="cost", false_alarm_cost=false_alarm_cost, miss_cost=miss_cost, base_rate=base_rate)
+    calibration = fit(y, logits, point)
+    p, fakes, reals = calibration.probability(logits), int(y.sum()), int((1 - y).sum())
+
+    def cost(threshold: float) -> Fraction:
+        false_alarms, missed = counted(y, p, threshold)
+        share = Fraction(base_rate)
+        alarms = Fraction(false_alarm_cost) * false_alarms / reals
+        return share * Fraction(miss_cost) * missed / fakes + (1 - share) * alarms
+
+    best = min(cost(high) for _, high in gaps(p))
+    assert cost(calibration.threshold) == best
+    widest = max(((high - low, low, high) for low, high in gaps(p) if cost(high) == best), key=lambda gap: gap[0])
+    assert calibration.threshold == pytest.approx((widest[1] + widest[2]) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", range(len(SETS)))
+def test_equal_costs_at_the_share_of_fakes_in_validation_are_accuracy(case: int) -> None:
+    y, logits = SETS[case]
+    point = OperatingPoint(rule="cost", false_alarm_cost=2.0, miss_cost=2.0, base_rate=float(np.mean(y)))
+    assert fit(y, logits, point).threshold == fit(y, logits).threshold
+
+
+@pytest.mark.parametrize("case", THIRD)
+def test_stricter_points_never_lower_the_threshold(case: int) -> None:
+    y, logits = EVERY[case]
+    by_fpr = [fit(y, logits, OperatingPoint.parse(f"fpr={limit}")) for limit in (0.9, 0.5, 0.2, 0.1, 0.01, 0)]
+    by_cost = [fit(y, logits, OperatingPoint.parse(f"cost={cost}:1@0.5")) for cost in (0.01, 0.2, 1.001, 7, 300)]
+    by_rate = [fit(y, logits, OperatingPoint.parse(f"cost=1:1@{rate}")) for rate in (0.999, 0.8, 0.49, 0.1, 0.001)]
+    for fitted in (by_fpr, by_cost, by_rate):
+        thresholds = [calibration.threshold for calibration in fitted]
+        found = [calibration.validation_tpr for calibration in fitted]
+        assert thresholds == sorted(thresholds) and found == sorted(found, reverse=True)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("rule", ["accuracy", "fpr=10%", "cost=5:1@0.1"])
+@pytest.mark.parametrize("case", THIRD)
+def test_rates_on_validation_are_those_of_the_threshold(case: int, rule: str) -> None:
+    y, logits = EVERY[case]
+    point = OperatingPoint.parse(rule)
+    calibration = fit(y, logits, point, version=3)
+    false_alarms, missed = counted(y, calibration.probability(logits), calibration.threshold)
+    fakes, reals = int(y.sum()), int((1 - y).sum())
+    assert calibration.validation_fpr == false_alarms / reals
+    assert calibration.validation_tpr == (fakes - missed) / fakes
+    assert calibration.validation_fpr_upper == rate_upper(false_alarms, reals)
+    assert (calibration.point, calibration.version, calibration.fitted_on) == (point, 3, len(y))
+
+
+def test_limit_below_one_real_means_no_false_alarm_and_is_not_verified() -> None:
+    y = np.repeat([0, 1], 100)
+    logits = np.concatenate([np.linspace(-3, 1, 100), np.linspace(0, 4, 100)])
+    calibration = fit(y, logits, OperatingPoint.parse("fpr=0.1%"))
+    p = calibration.probability(logits)
+    above = p[(y == 1) & (p > p[y == 0].max())].min()
+    assert p[y == 0].max() < calibration.threshold < above
+    assert calibration.validation_fpr == 0.0
+    assert calibration.validation_fpr_upper == pytest.approx(1 - 0.05 ** (1 / 100)) and 0.029 < 1 - 0.05**0.01 < 0.03
+
+
+def test_limit_that_no_score_keeps_puts_the_threshold_above_the_highest_real() -> None:
+    y = np.array([0, 0, 1, 1])
+    calibration = fit(y, [2.0, 1.0, 0.0, -1.0], OperatingPoint.parse("fpr=0"))
+    highest = float(calibration.probability(2.0))
+    assert calibration.threshold == pytest.approx((highest + 1) / 2) and calibration.validation_tpr == 0.0
+
+
+def test_limit_allows_a_share_of_reals_that_is_exactly_the_limit() -> None:
+    """29 of 100 reals at 0.29: in binary 0.29 · 100 is a little under 29."""
+    y = np.repeat([0, 1], [100, 10])
+    calibration = fit(y, np.linspace(-2, 2, 110), OperatingPoint.parse("fpr=29%"))
+    assert calibration.validation_fpr == 0.29
+
+
+def test_reals_saturated_at_1_show_that_the_limit_is_not_kept() -> None:
+    calibration = fit([0, 0, 1, 1], [1e6, 0.0, 1.0, -1.0], OperatingPoint.parse("fpr=1%"))
+    assert calibration.probability(1.0) < calibration.threshold < 1
+    assert calibration.validation_fpr == 0.5 and calibration.validation_tpr == 0.0
+
+
+def test_threshold_stays_below_1_where_probabilities_leave_no_room() -> None:
+    p = np.array([np.nextafter(1, 0), 1.0])
+    assert calibration_module._threshold(np.array([0, 1]), p, OperatingPoint(rule="fpr", fpr=0.0)) == p[0]
+
+
+def test_neighbouring_probabilities_are_told_apart_where_there_is_no_middle() -> None:
+    """The upper of two neighbours in fp64 is the threshold: at the lower one the real would be called fake."""
+    logits = np.array([0.0, *np.arange(1, 100) * 1e-16, *[40.0] * 100])
+    y = (logits > 0).astype(np.int64)
+    calibration = fit(y, logits, OperatingPoint.parse("fpr=0"))
+    assert np.nextafter(0.5, 1) in calibration.probability(logits)
+    assert calibration.threshold == np.nextafter(0.5, 1) and calibration.validation_fpr == 0.0
+    assert calibration.validation_tpr == np.mean(calibration.probability(logits[1:]) > 0.5)
+
+
+# --- the bound of a rate ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+@pytest.mark.parametrize(("count", "of"), [(0, 1), (0, 100), (1, 100), (7, 30), (99, 100), (30, 30)])
+def test_upper_bound_equals_scipy(count: int, of: int, confidence: float) -> None:
+    expected = binomtest(count, of, alternative="less").proportion_ci(confidence, method="exact").high
+    assert rate_upper(count, of, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+def test_upper_bound_holds_for_the_true_fpr_although_the_threshold_was_chosen_on_the_same_reals() -> None:
+    """Logits of reals are logistic, so the true FPR at a logit z is σ(−z)."""
+    rng, held, kept = np.random.default_rng(4), 0, 0
+    y = np.repeat([0, 1], [60, 20])
+    for _ in range(200):
+        logits = np.concatenate([rng.logistic(size=60), rng.logistic(3, size=20)])
+        calibration = fit(y, logits, OperatingPoint(rule="fpr", fpr=0.1))
+        assert calibration.validation_fpr == 0.1 and calibration.validation_fpr_upper is not None
+        z = calibration.temperature * math.log(calibration.threshold / (1 - calibration.threshold))
+        true_fpr = 1 / (1 + math.exp(z))
+        held += true_fpr <= calibration.validation_fpr_upper
+        kept += true_fpr <= 0.1
+    assert held / 200 >= 0.93
+    assert kept / 200 < 0.7  # what was kept on validation is kept in use about half the time: the bound is needed
+
+
+# --- the uncertain band -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.29, 0.5, 0.99])
+@pytest.mark.parametrize("rule", ["accuracy", "fpr=1%", "cost=1:4@0.3"])
+def test_band_holds_the_share_of_validation_nearest_to_the_threshold(rule: str, share: float) -> None:
+    y, logits = drawn(400, 2.0)
+    calibration = fit(y, logits, replace(OperatingPoint.parse(rule), uncertain_share=share))
+    p = calibration.probability(logits)
+    uncertain = np.array([calibration.verdict(float(value)) == "uncertain" for value in p])
+    assert uncertain.sum() == round(share * 400)
+    distance = np.abs(p - calibration.threshold)
+    assert distance[uncertain].max(initial=0.0) < distance[~uncertain].min()
+    assert calibration.threshold == fit(y, logits, OperatingPoint.parse(rule)).threshold
+    assert share > 0 or calibration.uncertain_margin == 0.0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("case", THIRD)
+def test_band_of_tied_probabilities_never_holds_more_than_the_share(case: int, share: float) -> None:
+    y, logits = EVERY[case]
+    calibration = fit(y, logits, OperatingPoint(uncertain_share=share))
+    distance = np.sort(np.abs(calibration.probability(logits) - calibration.threshold))
+    inside = int((distance < calibration.uncertain_margin).sum())
+    allowed = math.floor(Fraction(share).limit_denominator(1000) * len(y))
+    assert inside <= allowed
+    assert inside == allowed or distance[inside] == distance[allowed]  # the next ones are tied: all of them or none
+
+
+def test_band_that_reaches_a_saturated_probability_stays_below_1() -> None:
+    y, logits = np.repeat([0, 1], 10), np.repeat([-1e6, -3e3, 1e6], [5, 5, 10])
+    calibration = fit(y, logits, OperatingPoint.parse("fpr=50%,uncertain=60%"))
+    assert 1 - calibration.threshold == 1.0 and calibration.uncertain_margin < 1
+    assert [calibration.verdict(float(p)) for p in calibration.probability([-1e6, -3e3, 1e6])] == [
+        "uncertain", "uncertain", "fake"
+    ]  # fmt: skip
+
+
+# --- an operating point as text and as JSON ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("accuracy", OperatingPoint()),
+        ("fpr=1%", OperatingPoint(rule="fpr", fpr=0.01)),
+        ("fpr=0.01", OperatingPoint(rule="fpr", fpr=0.01)),
+        ("fpr=0.1%", OperatingPoint(rule="fpr", fpr=0.001)),
+        ("fpr=0", OperatingPoint(rule="fpr", fpr=0.0)),
+        (
+            "cost=10:1@0.01",
+            OperatingPoint(rule="cost", false_alarm_cost=10.0, miss_cost=1.0, base_rate=0.01),
+        ),
+        (
+            " cost=0.5:2e1@1%, uncertain=5% ",
+            OperatingPoint(rule="cost", false_alarm_cost=0.5, miss_cost=20.0, base_rate=0.01, uncertain_share=0.05),
+        ),
+        ("accuracy,uncertain=0.1", OperatingPoint(uncertain_share=0.1)),
+    ],
+)
+def test_operating_point_is_read_from_text(text: str, expected: OperatingPoint) -> None:
+    assert OperatingPoint.parse(text) == expected
+    assert OperatingPoint.parse(str(expected)) == expected
+
+
+@pytest.mark.parametrize("text", ["accuracy", "fpr=0.01", "cost=10:1@0.01", "cost=0.5:3@0.2,uncertain=0.05"])
+def test_operating_point_is_written_as_short_as_it_is_read(text: str) -> None:
+    assert str(OperatingPoint.parse(text)) == text
+
+
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+costs = st.floats(min_value=0, max_value=1e300, exclude_min=True)
+points = st.one_of(
+    st.builds(OperatingPoint, uncertain_share=shares),
+    st.builds(OperatingPoint, rule=st.just("fpr"), fpr=shares, uncertain_share=shares),
+    st.builds(OperatingPoint, rule=st.just("cost"), false_alarm_cost=costs, miss_cost=costs, base_rate=shares),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(points)
+def test_text_of_an_operating_point_is_read_as_the_same(point: OperatingPoint) -> None:
+    assert OperatingPoint.parse(str(point)) == point
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "best", "accuracy=1", "accuracy=", "fpr", "fpr=", "fpr=x", "fpr=1%%", "fpr=1% of all", "fpr=1:2", "fpr=nan",
+        "fpr=100%", "fpr=-1%", "cost", "cost=", "cost=10", "cost=10:1", "cost=10@0.1", "cost=:1@0.1", "cost=1:@0.1",
+        "cost=1:1@", "cost=1:1@0", "cost=1:1@1", "cost=1:1@nan", "cost=0:1@0.1", "cost=1:-1@0.1", "cost=inf:1@0.1",
+        "cost=10%:1@0.1", "cost=1:1:1@0.1", "cost=1:1@0.1@0.1", "FPR=1%", "accuracy,", "accuracy,uncertain",
+        "f pr=1%", "fpr=1.2.3",
+        "accuracy,uncertain=", "accuracy,uncertain=100%", "accuracy,certain=5%", "accuracy,fpr=1%", "uncertain=5%",
+        "fpr=1%,uncertain=5%,uncertain=5%", ",uncertain=5%",
+    ],
+)  # fmt: skip
+def test_text_that_is_no_operating_point_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OperatingPoint.parse(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "best"}, "'best'"), ({"fpr": 0.1}, "the rule accuracy .* no fpr, got 0.1"),
+        ({"rule": "fpr", "base_rate": 0.1}, "the rule fpr .* no base_rate, got 0.1"),
+        ({"rule": "cost", "fpr": 0.0}, "the rule cost .* no fpr, got 0.0"), ({"miss_cost": 2.0}, "no miss_cost"),
+        ({"rule": "fpr", "fpr": 1.0}, r"fpr < 1.* 1\.0"), ({"rule": "cost", "miss_cost": 0.0}, r"costs > 0.* 0\.0"),
+        ({"rule": "cost", "base_rate": 1.0}, r"base_rate < 1.* 1\.0"), ({"uncertain_share": 1.0}, r"share < 1.* 1\.0"),
+        ({"uncertain_share": -0.1}, r"-0\.1"), ({"uncertain_share": math.nan}, "nan"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_the_rule_or_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OperatingPoint(**settings)
+
+
+@pytest.mark.parametrize("text", ["accuracy", "fpr=1%,uncertain=5%", "cost=10:1@0.01"])
+def test_calibration_is_stored_as_json_with_its_operating_point(text: str) -> None:
+    y, logits = drawn(100, 2.0)
+    calibration = fit(y, logits, OperatingPoint.parse(text), version=2)
+    stored = json.loads(json.dumps(to_dict(calibration), allow_nan=False))
+    assert from_dict(Calibration, stored) == calibration
+    assert from_dict(Calibration, to_dict(Calibration())) == Calibration() and Calibration().point == MOST_CORRECT
+    for path in ("point", "version"):
+        with pytest.raises(ConfigError, match=path):
+            from_dict(Calibration, {name: value for name, value in stored.items() if name != path})
+    with pytest.raises(ConfigError, match=r"Calibration\.point\.rule must be one of"):
+        from_dict(Calibration, {**stored, "point": {**stored["point"], "rule": "best"}})
+
+
 @pytest.mark.parametrize("labels", [[], [0], [1, 1, 1], [0, 0]])
 def test_without_both_classes_the_default_comes_back(labels: list[int]) -> None:
-    assert fit(labels, np.arange(len(labels), dtype=float)) == Calibration()
+    logits = np.arange(len(labels), dtype=float)
+    assert fit(labels, logits) == Calibration()
+    assert fit(labels, logits, OperatingPoint.parse("fpr=1%,uncertain=5%"), version=2) == Calibration()
     assert Calibration().fitted_on == 0 and Calibration().threshold == 0.5 and Calibration().temperature == 1.0
 
 
@@ -191,7 +511,8 @@ def test_temperature_never_changes_the_order(temperature: float) -> None:
     "settings",
     [
         {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"threshold": 0.0}, {"threshold": 1.0},
-        {"threshold": math.nan}, {"uncertain_margin": -0.1}, {"uncertain_margin": 1.0},
+        {"threshold": math.nan}, {"uncertain_margin": -0.1}, {"uncertain_margin": 1.0}, {"fitted_on": -1},
+        {"version": 0}, {"validation_fpr": 1.5}, {"validation_fpr_upper": -0.1}, {"validation_tpr": math.nan},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:

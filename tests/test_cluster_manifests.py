@@ -3,6 +3,7 @@
 KubeRay's resource definitions check the RayJob, and hold the schema of a pod, which checks the CronJob's too.
 """
 
+import json
 import re
 import shlex
 import stat
@@ -18,17 +19,21 @@ import duckdb
 import jsonschema
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
-from jobs import cli, score, storage
+from jobs import cli, score, storage, train
 from jobs.ledger import Run
+from jobs.request import TrainRequest
 from jobs.resources import NODE_ENVIRONMENT, shares
+from nsnet import recipes
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
 REPO_ROOT = Path(__file__).parents[1]
 CLUSTER = REPO_ROOT / "cluster"
 CRDS = REPO_ROOT.parent / "shared/data/kuberay-crds"
 GUIDE = REPO_ROOT / "docs/operations.md"
+REPRODUCE = REPO_ROOT / "docs/reproduce.md"
 
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 LONGEST_NAME = 47
@@ -120,6 +125,20 @@ def rayjob() -> dict[str, Any]:
 
 
 @pytest.fixture
+def training() -> dict[str, Any]:
+    """The RayJob of a training."""
+    (document,) = documents("train-rayjob.yaml")
+    return document
+
+
+@pytest.fixture
+def ray_up() -> dict[str, Any]:
+    """The cluster without Kubernetes."""
+    (document,) = documents("ray-up.yaml")
+    return document
+
+
+@pytest.fixture
 def cronjob() -> dict[str, Any]:
     (document,) = of_kind("CronJob")
     return document
@@ -148,6 +167,12 @@ def limits(group: dict[str, Any]) -> dict[str, str]:
 def test_rayjob_is_what_kuberay_declares(rayjob: dict[str, Any], rayjob_schema: dict[str, Any]) -> None:
     assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
     assert complaints(rayjob, rayjob_schema) == []
+
+
+def test_rayjob_of_a_training_is_what_kuberay_declares(training: dict[str, Any], rayjob_schema: dict[str, Any]) -> None:
+    assert (training["apiVersion"], training["kind"]) == ("ray.io/v1", "RayJob")
+    assert complaints(training, rayjob_schema) == []
+    assert len(training["metadata"]["name"]) <= LONGEST_NAME
 
 
 def test_cronjob_is_what_kubernetes_declares(cronjob: dict[str, Any], rayjob_schema: dict[str, Any]) -> None:
@@ -279,6 +304,69 @@ def test_cluster_runs_the_version_of_ray_that_is_locked(rayjob: dict[str, Any]) 
     assert locked is not None and rayjob["spec"]["rayClusterSpec"]["rayVersion"] == locked[1]
 
 
+# The RayJob of a training, and the cluster without Kubernetes.
+
+
+def trained(arguments: list[str]) -> dict[str, Any]:
+    """What `nsnet train` makes of arguments; raises for an option that there is not."""
+    return train.command.make_context("train", arguments).params
+
+
+def test_entrypoint_of_a_training_is_a_command_that_exists(training: dict[str, Any]) -> None:
+    program, name, *arguments = shlex.split(training["spec"]["entrypoint"])
+    assert (program, name) == ("nsnet", "train")
+    options = trained(arguments)
+    assert all(options[part].startswith("s3://") for part in ("source", "captions", "out"))
+    options.pop("max_bytes"), options.pop("max_pixels"), options.pop("max_seconds")
+    TrainRequest(**options).resolved()  # every setting is one
+
+
+def test_elastic_range_of_a_training_is_that_of_its_gpu_group(training: dict[str, Any]) -> None:
+    groups = {group["groupName"]: group for group in training["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    low, high = trained(shlex.split(training["spec"]["entrypoint"])[2:])["workers"]
+    gpus = int(limits(groups["training"])["nvidia.com/gpu"])
+    assert (low, high) == (gpus * groups["training"]["minReplicas"], gpus * groups["training"]["maxReplicas"])
+    assert low < high and "nvidia.com/gpu" not in limits(groups["decoding"])
+    assert all("spot" in {item["key"] for item in pod(group)["tolerations"]} for group in groups.values())
+    head = training["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert "tolerations" not in pod(head) and head["rayStartParams"] == {"num-cpus": "0"}
+    assert training["spec"]["shutdownAfterJobFinishes"] is True and training["spec"]["backoffLimit"] >= 1
+
+
+def test_training_and_scoring_run_the_same_image(training: dict[str, Any], rayjob: dict[str, Any]) -> None:
+    images = {item["image"] for item in walk([training, rayjob]) if "image" in item}
+    versions = {document["spec"]["rayClusterSpec"]["rayVersion"] for document in (training, rayjob)}
+    assert len(images) == len(versions) == 1
+    assert {item["serviceAccountName"] for item in walk(training) if "serviceAccountName" in item} == {"nsnet-score"}
+
+
+def test_cluster_without_kubernetes_is_what_ray_declares(ray_up: dict[str, Any], rayjob: dict[str, Any]) -> None:
+    declared = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
+    assert complaints(ray_up, declared) == []
+    assert complaints({**ray_up, "max_worker": 3}, declared) != []  # the schema is closed: it would see a misspelling
+    types = ray_up["available_node_types"]
+    assert ray_up["head_node_type"] in types and types["head"]["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    workers = {name: kind for name, kind in types.items() if name != "head"}
+    assert all(kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"} for kind in workers.values())
+    assert sum(kind["max_workers"] for kind in workers.values()) <= ray_up["max_workers"]
+    assert 1 <= types["training"]["min_workers"] < types["training"]["max_workers"]
+    assert ray_up["docker"]["image"] in {item["image"] for item in walk(rayjob) if "image" in item}
+
+
+def test_commands_of_the_cluster_files_and_of_the_reproduction_exist() -> None:
+    comments = "\n".join(line.lstrip("# ") for line in (CLUSTER / "ray-up.yaml").read_text().splitlines())
+    text = "\n".join([*blocks("", REPRODUCE), comments]).replace("\\\n", " ")
+    commands = re.findall(rf"nsnet ({'|'.join(cli.COMMANDS)}) (s3://.*|univfd.*)$", text, re.MULTILINE)
+    assert len(commands) >= 10
+    for name, arguments in commands:
+        command = cli.group.get_command(click.Context(cli.group), name)
+        assert command is not None
+        options = command.make_context(name, shlex.split(arguments)).params
+        for variant in options.get("variants") or ():
+            recipes.variant(recipes.VIT_L_14, variant)
+
+
 # The CronJob: one RayJob per night, and never two at a time.
 
 
@@ -355,8 +443,12 @@ def test_second_start_of_a_night_fails_and_waits_for_nothing(tmp_path: Path, cro
 # No secrets, and an image that can be built.
 
 
-def test_no_manifest_holds_a_credential(cronjob: dict[str, Any], rayjob: dict[str, Any]) -> None:
-    assert not [item for item in walk([cronjob, rayjob]) if "env" in item]  # credentials come by reference
+def test_no_manifest_holds_a_credential(
+    cronjob: dict[str, Any], rayjob: dict[str, Any], training: dict[str, Any], ray_up: dict[str, Any]
+) -> None:
+    assert not [
+        item for item in walk([cronjob, rayjob, training, ray_up]) if "env" in item
+    ]  # credentials come by reference
     assert all(document["kind"] != "Secret" for document in documents("score-cronjob.yaml"))
     text = "".join(path.read_text() for path in CLUSTER.iterdir())
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key|//[^/\s]+:[^/\s]+@", text, re.IGNORECASE)

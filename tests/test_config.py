@@ -26,12 +26,14 @@ from nsnet.training import TrainingConfig
 OWN = DetectorConfig(
     clip=ClipConfig(model="other", pretrained=None, architecture={"embed_dim": 8, "text_cfg": {"layers": [1]}}, seed=9),
     captioner=CaptionerConfig(model="a/b", revision="c0ffee", max_new_tokens=3, seed=4),
-    patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power"),
+    patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power", selection="center"),
     lora=LoraSettings(rank=2, alpha=0.1, dropout=0.25),
-    projection=ProjectionConfig(kind="global", rank=5),
+    projection=ProjectionConfig(kind="rank_k", rank=5, bank=7),
     mapper=MapperConfig(hidden_dim=7, dropout=0.0),
-    head=HeadConfig(hidden_dim=5, feature_dim=3),
-    loss=LossConfig(temperature=1 / 3, bce_weight=0.0, alignment_weight=2.0, alignment_reduction="sum"),
+    head=HeadConfig(kind="linear", hidden_dim=5, feature_dim=3),
+    loss=LossConfig(
+        temperature=1 / 3, contrastive_weight=0.5, bce_weight=0.0, alignment_weight=2.0, alignment_reduction="sum"
+    ),
     train_backbone=True,
 )
 """Every setting differs from its default."""
@@ -147,7 +149,7 @@ def test_choice_outside_its_list_is_refused_with_its_place(path: tuple[str, ...]
     [
         (("patches", "mosaic_px"), 65, r"mosaic_px \(65\)"),
         (("lora", "dropout"), 1.0, "dropout < 1"),
-        (("projection", "rank"), 0, "rank ≥ 1"),
+        (("projection", "rank"), 0, "rank_k one ≥ 2"),
         (("loss", "temperature"), 0.0, "temperature > 0"),
         (("loss", "bce_weight"), float("nan"), "bce_weight nan"),
         (("head", "feature_dim"), 0, "must be positive"),
@@ -186,7 +188,7 @@ def test_place_can_be_given_a_name() -> None:
         from_dict(Pair, {}, "bundle.json")
 
 
-@pytest.mark.parametrize("settings", [("global", 0), ("none", 3), ("per_sample", 1), ("global", -1), ("other", 0)])
+@pytest.mark.parametrize("settings", [("none", 3), ("per_sample", 1), ("global", -1), ("rank_k", 1)])
 def test_projection_and_rank_that_contradict_each_other_are_refused(settings: tuple[Any, int]) -> None:
-    with pytest.raises(ConfigError, match=f"rank ≥ 1, any other rank 0; got {settings[0]}, {settings[1]}"):
+    with pytest.raises(ConfigError, match=f"others none of them; got {settings[0]}, rank {settings[1]}"):
         ProjectionConfig(kind=settings[0], rank=settings[1])

@@ -176,10 +176,10 @@ def test_without_dropout_training_and_inference_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"hidden_dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}]
+    "settings", [{"hidden_dim": -1}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}]
 )
 def test_mapper_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="hidden_dim ≥ 1 and 0 ≤ dropout < 1"):
+    with pytest.raises(ConfigError, match="hidden_dim ≥ 0 and 0 ≤ dropout < 1"):
         MapperConfig(**settings)  # type: ignore[arg-type]
 
 

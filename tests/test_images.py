@@ -708,3 +708,89 @@ def test_heic_of_the_collection_has_its_pixels() -> None:
     # The same portrait lies there in a format that was always decoded.
     other = decode(next(HOSTILE.glob("*_hopper_orientation_3.jpg")).read_bytes())
     assert np.abs(decoded.pixels.astype(int) - other).mean() < 25
+
+
+def quality(data: bytes) -> int | None:
+    return decode_image(data).quality
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}])
+def test_quality_of_a_jpeg_is_the_one_it_was_saved_with(options: dict[str, Any]) -> None:
+    for pixels in (slope(), slope()[..., 0]):
+        found = [quality(encode(np.ascontiguousarray(pixels), "JPEG", quality=q, **options)) for q in range(1, 101)]
+        assert found == list(range(1, 101))
+
+
+def test_quality_is_of_the_luminance_table_whatever_its_number() -> None:
+    data = encode(slope(), "JPEG", quality=70)
+    other = bytearray(data)
+    for number in (0, 1):
+        other[data.index(bytes([0xFF, 0xDB, 0, 67, number])) + 4] = 1 - number
+    frame = data.index(b"\xff\xc0")
+    for component in range(3):
+        at = frame + 12 + 3 * component
+        assert data[at] == min(component, 1)
+        other[at] = 1 - data[at]
+    np.testing.assert_array_equal(decode(bytes(other)), decode(data))
+    assert (quality(data), quality(bytes(other))) == (70, 70)
+
+
+@pytest.mark.parametrize("expected", [5, 40, 75, 92])
+def test_quality_of_foreign_tables_is_the_nearest(expected: int) -> None:
+    rng = np.random.default_rng(expected)
+    table = images.LUMINANCE_TABLES[expected - 1]
+    moved = np.clip(table + rng.integers(-1, 2, 64), 1, 255)
+    distances = [sum(abs(int(a) - int(b)) for a, b in zip(moved, row, strict=True)) for row in images.LUMINANCE_TABLES]
+    found = quality(encode(slope(), "JPEG", qtables=[moved.tolist()]))
+    assert found is not None and distances[found - 1] == min(distances) and abs(found - expected) <= 2
+
+
+def test_quality_of_a_multi_picture_file_is_that_of_its_first_picture() -> None:
+    others = [Image.fromarray(slope())]
+    data = encode(slope(), "MPO", save_all=True, append_images=others, quality=63)
+    decoded = decode_image(data)
+    assert (decoded.format, decoded.frames, decoded.quality) == ("MPO", 2, 63)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_quality_is_kept_when_a_jpeg_is_turned_upright(orientation: int) -> None:
+    assert quality(encode(slope(), "JPEG", quality=81, exif=exif(orientation))) == 81
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "GIF", "HEIF", "BMP"])
+def test_other_formats_have_no_quality(file_format: str) -> None:
+    options = {"compression": "jpeg"} if file_format == "TIFF" else {}
+    assert quality(encode(slope(), file_format, **options)) is None
+
+
+def test_quality_of_16_bit_tables_counts_values_up_to_255() -> None:
+    """libjpeg writes them for low qualities when it is not held to the baseline: 16 × 50 = 800 at quality 1."""
+    data = encode(slope()[..., 0].copy(), "JPEG", quality=1)
+    at = data.index(b"\xff\xdb\0\x43\0")
+    wide = b"\xff\xdb" + struct.pack(">HB64H", 3 + 128, 0x10, *[800] * 64)
+    with Image.open(io.BytesIO(data[:at] + wide + data[at + 69 :])) as image:
+        assert images._jpeg_quality(image) == 1
+
+
+def test_damaged_tables_give_no_quality() -> None:
+    with Image.open(io.BytesIO(encode(slope(), "JPEG"))) as image:
+        for tables in ({}, {0: [1] * 63}, {0: [0] * 64}, {0: None}, {1: [1] * 64}, {0: ["a"] * 64}):
+            image.quantization = tables  # type: ignore[attr-defined]
+            assert images._jpeg_quality(image) is None, tables
+        image.quantization, image.layer = {0: [1] * 64}, []  # type: ignore[attr-defined]
+        assert images._jpeg_quality(image) is None
+
+
+def test_quality_of_the_awkward_files_is_a_number_for_each_jpeg_and_nothing_else() -> None:
+    if not HOSTILE.is_dir():
+        pytest.skip(f"{HOSTILE} is not here")
+    found = 0
+    for path in sorted(HOSTILE.glob("*.jp*")) + sorted(HOSTILE.glob("*.mpo")):
+        try:
+            decoded = decode_image(path.read_bytes())
+        except ImageError:
+            continue
+        is_jpeg = decoded.format in ("JPEG", "MPO")
+        assert (decoded.quality in range(1, 101)) == is_jpeg, path.name
+        found += is_jpeg
+    assert found >= 10

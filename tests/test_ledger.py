@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from itertools import count
 from pathlib import Path
@@ -131,8 +132,13 @@ def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
     assert written.field("logit").type == pa.float64() and written.field("label").type == pa.int8()
 
 
+def in_small_files(run: Run) -> Run:
+    """The same run, publishing files of four rows."""
+    return replace(run, product=replace(ledger.VERDICTS, rows_per_file=4))
+
+
 def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "ROWS_PER_FILE", 4)
+    run = in_small_files(run)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
     record = run.publish(*stage(run, rows_for(URIS[:5]), rows_for(URIS[5:])), {})
     sizes = [file["rows"] for file in record["files"]]
@@ -242,10 +248,9 @@ def cut(run: Run, manifest: str, staged: list[str], after: int) -> list[str]:
         storage.write_bytes(uri, path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "ROWS_PER_FILE", 4)
         patch.setattr(storage, "upload_file", upload)
         with pytest.raises(OSError, match="the network is gone"):
-            run.publish(manifest, staged, {})
+            in_small_files(run).publish(manifest, staged, {})
     return [uri.rpartition("/")[2] for uri in uploaded]
 
 

@@ -1,9 +1,12 @@
-"""The plan: a source's listing as a manifest, each picture once, less what was done before; nothing left behind by a
-source without any picture."""
+"""The plan: a source as a manifest, each picture once in each form, less what was done before, with the labels of its
+benchmark; nothing left behind by a source without any picture."""
 
+import hashlib
+import io
 import os
+import tarfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ def manifest_of(uri: str) -> Rows:
 
 def rows_of(source: str) -> Rows:
     """What a source lists, sorted: folders come in no order."""
-    return sorted(Source(source).rows(), key=lambda row: row["uri"])
+    rows = [{name: row[name] for name in schema.MANIFEST.names} for row in Source(source).rows()]
+    return sorted(rows, key=lambda row: row["uri"])
 
 
 def write_parquet(path: Path, columns: dict[str, Any]) -> str:
@@ -38,9 +42,18 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> str:
     return str(path)
 
 
-def done(*outcomes: tuple[str, str, str]) -> Iterator[pa.RecordBatch]:
-    """What was published of (uri, etag, status), in this order."""
-    rows = ({"image_id": image_id(uri, etag), "uri": uri, "status": status} for uri, etag, status in outcomes)
+def form_id(uri: str, etag: str, transform: str | None) -> str:
+    """Identity of a picture under a transform."""
+    plain = image_id(uri, etag)
+    return hashlib.sha256(f"{plain}/{transform}".encode()).hexdigest()[:32] if transform else plain
+
+
+def done(*outcomes: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """What was published of (uri, etag, status) or (uri, etag, status, transform), in this order."""
+    rows = (
+        {"image_id": form_id(uri, etag, more[0] if more else None), "uri": uri, "status": status}
+        for uri, etag, status, *more in outcomes
+    )
     return batches(rows, schema.DONE, size=2)
 
 
@@ -57,16 +70,24 @@ class Planner:
         self.folder = folder
         self.uri = str(folder / "manifest.parquet")
 
+    def rows(self) -> Rows:
+        """The manifest that was written last."""
+        return manifest_of(self.uri)
+
     def __call__(
-        self, listing: list[tuple[str, str]], *outcomes: tuple[str, str, str], **selection: Any
+        self,
+        listing: list[tuple[str, str]],
+        *outcomes: tuple[str, ...],
+        transforms: Sequence[str] = (),
+        **selection: Any,
     ) -> tuple[Plan, list[tuple[str, str]]]:
         """Plan (uri, etag) pairs of which those outcomes were published -> the plan, and the pairs in the manifest."""
         source = write_parquet(
             self.folder / "source.parquet",
             {"uri": [uri for uri, _ in listing], "etag": [etag for _, etag in listing]},
         )
-        written = write_manifest(source, self.uri, Selection(**selection), done(*outcomes))
-        rows = manifest_of(self.uri)
+        written = write_manifest(source, self.uri, Selection(**selection), done(*outcomes), transforms)
+        rows = self.rows()
         assert written.count == len(rows)
         return written, [(row["uri"], row["etag"]) for row in rows]
 
@@ -338,3 +359,171 @@ def test_globs_choose_pictures_and_the_rest_is_counted(
 def test_globs_that_match_nothing_say_so(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds no pictures .*9: not included"):
         write_manifest(pictures, str(tmp_path / "m.parquet"), Selection(include=("*.png",)))
+
+
+# Benchmarks.
+
+
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def told(written: Plan, place: str) -> dict[str, tuple[int | None, str | None, str | None]]:
+    """Name below a place -> label, generator and split in a manifest."""
+    rows = manifest_of(written.uri)
+    return {row["uri"][len(place) + 1 :]: (row["label"], row["generator"], row["split"]) for row in rows}
+
+
+BENCHMARK = {
+    **{f"train/{name}/{label}/x.y.PNG": (int(label[0]), "ProGAN" if name != "sdv1.4" else name, "train")
+       for name in ("car", "cat", "chair", "horse", "sdv1.4") for label in ("0_real", "1_fake")},
+    "test/ProGAN/1_fake/deeper/1.webp": (1, "ProGAN", "test"),
+    "test/FLUX1-dev/0_real/1.jfif": (0, "FLUX1-dev", "test"),
+    "extra/1.avif": (None, None, None),
+}  # fmt: skip
+
+
+def test_layout_of_a_benchmark_corrects_generators(place: str) -> None:
+    source = put(f"{place}/mine", dict.fromkeys(BENCHMARK, b"x"))
+    written = write_manifest(source, f"{place}/m.parquet")
+    assert told(written, source) == BENCHMARK
+    assert written.layout == "AIGIBench"
+    assert written.describe() == "13 pictures to do (layout AIGIBench)"
+    assert written.labels == {0: 6, 1: 6, None: 1}
+
+
+def test_class_train_of_a_benchmark_is_no_split(place: str) -> None:
+    names = [f"{name}/{label}/1.png" for name in ("airplane", "train", "tvmonitor") for label in ("0_real", "1_fake")]
+    source = put(f"{place}/progan", dict.fromkeys(names, b"x"))
+    written = write_manifest(source, f"{place}/m.parquet")
+    assert told(written, source) == {name: (int("1_fake" in name), "progan", None) for name in names}
+    assert written.layout == "ForenSynths"
+
+
+def test_layout_is_that_of_tars_too_and_other_labels_are_never_changed(tmp_path: Path) -> None:
+    members = {name: b"x" for name in BENCHMARK} | {"train/car/0_real/x.cls": b"1", "train/cat/0_real/z.PNG": b"x"}
+    stored = pa.table({"bytes": [b"x"], "label": ["real"], "generator": ["car"], "split": ["test"]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(stored, sink)
+    files = {"a.tar": tar_bytes(members), "b.parquet": bytes(sink.getvalue()), "train/horse/1_fake/1.png": b"x"}
+    source = put(str(tmp_path / "mine"), files)
+    written = write_manifest(source, str(tmp_path / "m.parquet"))
+    of_tar = {f"a.tar#{name}": labels for name, labels in BENCHMARK.items()}
+    assert told(written, source) == of_tar | {
+        "a.tar#train/car/0_real/x.y.PNG": (1, "car", "train"),  # what its .cls says
+        "a.tar#train/cat/0_real/z.PNG": (0, "ProGAN", "train"),
+        "b.parquet#0": (0, "car", "test"),
+        "train/horse/1_fake/1.png": (1, "ProGAN", "train"),
+    }
+
+
+def test_plain_source_has_no_layout(pictures: str, tmp_path: Path) -> None:
+    assert write_manifest(pictures, str(tmp_path / "m.parquet")).layout is None
+
+
+def test_source_with_too_many_labelled_folders_is_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = put(str(tmp_path / "mine"), dict.fromkeys(BENCHMARK, b"x"))
+    for most, layout in ((12, "AIGIBench"), (11, None)):
+        monkeypatch.setattr(plan, "MOST_FOLDERS", most)
+        assert write_manifest(source, str(tmp_path / "m.parquet")).layout == layout
+
+
+# Forms of each picture.
+
+FORMS = ["", "jpeg:50", "blur:1+it's 'odd'; ü"]
+HASHES = [("/a", "1"), ("/b", "1"), ("/c", "1")]
+
+
+def forms_of(rows: Rows) -> list[tuple[str, str | None]]:
+    return [(row["uri"], row["transform"]) for row in rows]
+
+
+def test_picture_has_a_row_per_form_beside_each_other(planned: Planner) -> None:
+    written, _ = planned(HASHES, transforms=FORMS)
+    rows = planned.rows()
+    assert forms_of(rows) == [(uri, form or None) for uri, _ in HASHES for form in FORMS]
+    assert [row["image_id"] for row in rows] == [form_id(row["uri"], "1", row["transform"]) for row in rows]
+    assert len({row["image_id"] for row in rows}) == 9
+    assert (written.count, written.states, written.labels, written.forms) == (9, {NEW: 9}, {None: 9}, 3)
+    assert written.describe() == "9 pictures to do (each counted in 3 forms)"
+
+
+def test_identity_under_a_transform_is_what_it_always_was(planned: Planner) -> None:
+    """Published rows are matched by it: it may not change."""
+    planned([("s3://b/a.jpg", "v")], transforms=["", "jpeg:50"])
+    ids = ["9f22e9e08f77cb63132d9b1ebce76bec", "0dedd97e51ac40e1ff39aa7fe42009b7"]
+    assert [row["image_id"] for row in planned.rows()] == ids
+
+
+def test_form_that_is_not_asked_for_is_not_done(planned: Planner) -> None:
+    planned(HASHES, transforms=["jpeg:50"])
+    assert forms_of(planned.rows()) == [(uri, "jpeg:50") for uri, _ in HASHES]
+
+
+def test_form_named_twice_is_done_once(planned: Planner) -> None:
+    written, _ = planned(HASHES, transforms=["", "jpeg:50", "", "jpeg:50"])
+    assert written.count == 6 and written.left_out == {}
+
+
+def test_rows_of_a_picture_differ_in_identity_and_transform_only(pictures: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "m.parquet")
+    write_manifest(pictures, uri, transforms=FORMS)
+    rows = manifest_of(uri)
+    same = {name: None for name in ("image_id", "transform")}
+    plain = {row["uri"]: row | same for row in rows_of(pictures)}
+    assert all(row | same == plain[row["uri"]] for row in rows) and len(rows) == 3 * len(plain)
+    assert sorted((row for row in rows if row["transform"] is None), key=lambda row: row["uri"]) == rows_of(pictures)
+
+
+def test_each_form_has_a_history_of_its_own(planned: Planner) -> None:
+    outcomes = [
+        ("/a", "1", "scored"), ("/a", "1", "failed", "jpeg:50"), ("/b", "1", "scored", "jpeg:50"),
+        ("/c", "0", "scored"),
+    ]  # fmt: skip
+    written, _ = planned(HASHES, *outcomes, transforms=["", "jpeg:50"])
+    assert forms_of(planned.rows()) == [("/b", None), ("/c", None), ("/c", "jpeg:50")]
+    # /b is known under a transform, /c in another version; under a transform what was never done is new
+    assert written.states == {NEW: 1, CHANGED: 2, FAILED: 1, SCORED: 2}
+    planned(HASHES, *outcomes, transforms=["", "jpeg:50"], retry_failed=True)
+    assert forms_of(planned.rows())[0] == ("/a", "jpeg:50") and len(planned.rows()) == 4
+    planned(HASHES, *outcomes, transforms=["", "jpeg:50"], rescore=True)
+    assert len(planned.rows()) == 6
+
+
+def test_history_without_a_form_does_not_do_for_it(planned: Planner) -> None:
+    written, rows = planned(HASHES, *[(uri, etag, "scored") for uri, etag in HASHES], transforms=["jpeg:50"])
+    assert rows == HASHES and written.states == {NEW: 3}
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_limit_is_one_of_pictures_with_all_their_forms(seed: int | None, planned: Planner) -> None:
+    outcomes = [(uri, etag, "scored", form) for uri, etag in MANY[:10] for form in FORMS]
+    outcomes += [(*MANY[10], "scored", "")]
+    _, plain = planned(MANY, *[(uri, etag, "scored") for uri, etag in MANY[:10]], shuffle_seed=seed, limit=20)
+    written, rows = planned(MANY, *outcomes, transforms=FORMS, shuffle_seed=seed, limit=20)
+    lacking = MANY[10] in plain
+    assert list(dict.fromkeys(rows)) == plain and written.count == 60 - lacking
+    assert rows == [pair for pair in plain for form in FORMS if pair != MANY[10] or form]
+
+
+def test_limit_stops_the_listing_of_forms_as_early(planned: Planner, drawn: type[Drawn]) -> None:
+    planned(MANY, transforms=FORMS, limit=10)
+    assert drawn.count == 10
+
+
+def test_forms_of_a_picture_stay_together_in_a_random_order(planned: Planner) -> None:
+    _, whole = planned(MANY, shuffle_seed=5)
+    _, rows = planned(MANY, transforms=FORMS, shuffle_seed=5)
+    assert rows == [pair for pair in whole for _ in FORMS]
+    assert [row["transform"] for row in planned.rows()] == [form or None for form in FORMS] * len(MANY)
+
+
+def test_forms_of_what_is_listed_twice_are_planned_once(planned: Planner) -> None:
+    written, rows = planned([*HASHES, *HASHES[:2]], transforms=FORMS)
+    assert written.left_out == {"listed twice": 2} and len(rows) == 9

@@ -1,75 +1,211 @@
-"""A training that is killed continues where it was, and ends as if nothing had happened."""
+"""A training that is killed goes on in the middle of an epoch, and any number of workers takes the same steps."""
 
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from jobs import pictures
+from jobs.request import TrainRequest
+from jobs.train import train
 from nsnet import bundle
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    # Ray's own
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
-EPOCHS = 6
-KILL_AT = 3
+BATCH, SCENES, EPOCHS = 8, 20, 5
+STEPS = 2 * SCENES // BATCH
+"""Of an epoch: a scene is two pictures."""
+COMPARED = 20
+SETTINGS = ("checkpoint_steps=2", "detector.lora.rank=0", "augmentation.jpeg_share=0.5", "augmentation.crop_share=0.5")
+WEIGHTS = (bundle.NETWORK, f"{bundle.CLIP}/open_clip_model.safetensors")
 
 
-def run_training(source: Path, out: Path, kill_at: int | None = None) -> dict[int, str]:
-    """`nsnet train` in a process group of its own, killed when it tells of an epoch; what it told of each epoch."""
-    command = [sys.executable, "-m", "jobs.train", str(source), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--epochs", str(EPOCHS), "--batch-size", "8"],
-        cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "pictures"
+    pictures.write_bucket(folder / "train", range(SCENES), seed=0, size_px=224, processes=1)
+    pictures.write_bucket(folder / "val", range(SCENES, SCENES + 4), seed=0, size_px=224, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captions(source: Path, cluster: None) -> Path:
+    """Captions, once for all trainings."""
+    from jobs.caption import caption
+
+    caption(str(source), out=str(source.parent / "captions"))
+    return source.parent / "captions"
+
+
+@pytest.fixture(scope="module")
+def request_for(source: Path, captions: Path) -> Callable[..., TrainRequest]:
+    """The same training, by other workers and elsewhere."""
+
+    def ask(name: str, workers: int) -> TrainRequest:
+        return TrainRequest(
+            source=str(source), out=str(source.parent / name), captions=str(captions), workers=(workers, workers),
+            epochs=EPOCHS, batch_size=BATCH, settings=SETTINGS,
+        )  # fmt: skip
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request_for: Callable[..., TrainRequest]) -> TrainRequest:
+    """A training by two workers to which nothing happens."""
+    request = request_for("undisturbed", 2)
+    train(request)
+    return request
+
+
+def checkpoint_steps(request: TrainRequest) -> list[int]:
+    """Steps of the checkpoints that are there now."""
+    found = []
+    for state in Path(request.work, "checkpoints").glob("checkpoint_*/state.json"):
+        try:
+            found.append(json.loads(state.read_text())["step"])
+        except (OSError, ValueError):  # just removed, or just being written
+            continue
+    return sorted(found)
+
+
+def wait_for_the_middle_of_an_epoch(request: TrainRequest, seconds: float = 200.0) -> int:
+    """Until the newest checkpoint is one inside the second epoch or later; its step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        steps = checkpoint_steps(request)
+        if steps and steps[-1] > STEPS and steps[-1] % STEPS:
+            return steps[-1]
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint in {seconds:g} s")
+
+
+def training_workers() -> list[psutil.Process]:
+    """Ray Train's workers on this machine that descend from this process or its Ray cluster."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
+    ]
+
+
+def assert_same_outcome(found: TrainRequest, expected: TrainRequest) -> None:
+    """Equal weights, and a history with equal losses in every epoch."""
+    for name in WEIGHTS:
+        theirs, ours = load_file(Path(expected.out, name)), load_file(Path(found.out, name))
+        assert theirs.keys() == ours.keys()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    theirs_told, ours_told = (
+        json.loads(Path(request.work, "result.json").read_text()) for request in (expected, found)
+    )
+    assert len(ours_told["history"]) == EPOCHS
+    assert [pytest.approx(record, abs=1e-6) for record in theirs_told["history"]] == ours_told["history"]
+    assert ours_told["calibration"]["temperature"] == pytest.approx(theirs_told["calibration"]["temperature"], abs=1e-6)
+
+
+def losses(request: TrainRequest) -> list[float]:
+    """The loss of each step, as TensorBoard's files have it; after a restart the newer file counts."""
+    found: dict[int, float] = {}
+    for path in sorted(Path(request.work, "tensorboard").iterdir()):
+        for event in events(path.read_bytes()):
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    found[event.step] = value.simple_value
+    return [found[step] for step in sorted(found)]
+
+
+def events(data: bytes) -> Iterator[Any]:
+    """Records of an event file: length, its checksum, an `Event`, its checksum."""
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event()
+        event.ParseFromString(data[at + 12 : at + 12 + length])
+        yield event
+        at += 16 + length
+
+
+def test_training_whose_worker_is_killed_ends_as_if_nothing_had_happened(
+    request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
+) -> None:
+    request = request_for("worker-killed", 2)
+    killed: list[int] = []
+
+    def kill() -> None:
+        step = wait_for_the_middle_of_an_epoch(request)
+        training_workers()[0].kill()
+        killed.append(step)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    train(request)
+    killer.join()
+    assert killed and killed[0] < EPOCHS * STEPS
+    assert len(list(Path(request.work, "tensorboard").iterdir())) == 2  # it began, and went on
+    assert_same_outcome(request, undisturbed)
+
+
+def test_training_whose_driver_is_killed_is_continued_by_the_same_command(
+    request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
+) -> None:
+    request = request_for("driver-killed", 2)
+    command = [sys.executable, "-m", "jobs.train", request.source, "--out", request.out, "--workers", "2"]
+    command += ["--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--captions", str(request.captions)]
+    command += [part for setting in SETTINGS for part in ("--set", setting)]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    process = start()
+    try:
+        wait_for_the_middle_of_an_epoch(request)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+    assert not Path(request.out, bundle.DESCRIPTION).exists()
+
+    process = start()
     timer = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
-    told: dict[int, str] = {}
-    lines = []
     try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith("train: epoch "):
-                epoch = int(line.split()[2].partition("/")[0])
-                told[epoch] = line
-                if epoch == kill_at:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    break
-        code = process.wait(timeout=60)
-        assert code == (0 if kill_at is None else -signal.SIGKILL), "".join(lines[-20:])
+        _, told = process.communicate()
     finally:
         timer.cancel()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        process.stderr.close()
-    return told
+    assert process.returncode == 0, told[-3000:]
+    assert "continuing an unfinished training" in told
+    assert f"train: epoch {EPOCHS}/{EPOCHS}" in told and "train: epoch 1/" not in told
+    assert_same_outcome(request, undisturbed)
 
 
-def test_killed_training_continues_and_gives_the_same_weights(tmp_path: Path) -> None:
-    source, undisturbed, killed = tmp_path / "pictures", tmp_path / "undisturbed", tmp_path / "killed"
-    pictures.write_bucket(source / "train", range(12), seed=0, size_px=224, processes=1)
-    pictures.write_bucket(source / "val", range(12, 18), seed=0, size_px=224, processes=1)
-    whole = run_training(source, undisturbed)
-    assert list(whole) == list(range(1, EPOCHS + 1))
-
-    assert list(run_training(source, killed, kill_at=KILL_AT)) == list(range(1, KILL_AT + 1))
-    assert not (killed / bundle.DESCRIPTION).exists()
-    rest = run_training(source, killed)
-    # Ray Train holds one report in its queue and one waiting for it, so two checkpoints may be lost with the process;
-    # never the first, for starting over is what this test is about
-    assert 1 < KILL_AT - 1 <= min(rest) <= KILL_AT + 1
-    # losses and validation of every epoch: weights, optimiser, order and schedule are those of the undisturbed training
-    assert rest == {epoch: whole[epoch] for epoch in range(min(rest), EPOCHS + 1)}
-
-    for name in (bundle.NETWORK, f"{bundle.CLIP}/open_clip_model.safetensors"):
-        expected, found = load_file(undisturbed / name), load_file(killed / name)
-        assert expected.keys() == found.keys()
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert bundle.read(killed).calibration == pytest.approx(bundle.read(undisturbed).calibration, abs=1e-6)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_takes_the_same_steps(
+    workers: int, request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
+) -> None:
+    request = request_for(f"{workers}-workers", workers)
+    train(request)
+    expected, found = losses(undisturbed), losses(request)
+    assert len(expected) == len(found) == EPOCHS * STEPS >= COMPARED
+    assert found[:COMPARED] == pytest.approx(expected[:COMPARED], abs=1e-4)
+    assert max(expected) - min(expected) > 0.1  # it learned: equal constants would prove nothing

@@ -1,5 +1,6 @@
 """Sources: what becomes a row, with which label, and what is left out and counted; on disk and on S3."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -13,7 +14,7 @@ import pytest
 
 from jobs import faults, schema, sources, storage
 from jobs.faults import Fault
-from jobs.sources import Source, image_id, labels_from_path
+from jobs.sources import Source, image_id
 from nsnet.errors import (
     FetchError,
     ImageTooLargeError,
@@ -30,6 +31,7 @@ from tests.tables import manifest_row, new_bucket, picture_file, put
 Rows = list[dict[str, Any]]
 PICTURE = picture_file()
 LARGE = 10**9
+HASH = hashlib.sha256(PICTURE).hexdigest()
 
 
 @pytest.fixture
@@ -77,44 +79,6 @@ def identities(rows: Rows) -> set[str]:
     return {row["image_id"] for row in rows}
 
 
-# Labels of folders.
-
-LAYOUTS: dict[str, tuple[int | None, str | None, str | None]] = {
-    # AIGIBench
-    "train/car/0_real/1.png": (0, "car", "train"),
-    "val/sdv1.4/1_fake/1.png": (1, "sdv1.4", "val"),
-    "test/Midjourney-V6/1_fake/1.png": (1, "Midjourney-V6", "test"),
-    # GenImage
-    "ADM/train/nature/1.JPEG": (0, "ADM", "train"),
-    "ADM/val/ai/1.PNG": (1, "ADM", "val"),
-    # UniversalFakeDetect, ForenSynths
-    "progan/airplane/1_fake/1.png": (1, "airplane", None),
-    "biggan/0_real/1.png": (0, "biggan", None),
-    # DALLE Recognition and its namesake
-    "real/1.jpg": (0, "root", None),
-    "fake/deeper/fake-v2/1.jpg": (1, "root", None),
-    "test/fake/1.jpg": (1, "root", "test"),
-    "validation/REAL/1.jpg": (0, "root", "val"),
-    "Valid/0_Real/1.jpg": (0, "root", "val"),
-    "Nature/AI/1.jpg": (1, "Nature", None),  # the nearest folder decides
-    # nothing said
-    "1.jpg": (None, None, None),
-    "train/cat/1.jpg": (None, None, "train"),
-    "fakeV2/1.jpg": (None, None, None),
-    "1_fake": (None, None, None),  # a file
-    "a/real.jpg": (None, None, None),
-}
-
-
-@pytest.mark.parametrize("path", LAYOUTS)
-def test_folders_say_label_generator_and_split(path: str) -> None:
-    assert labels_from_path(path, "root") == LAYOUTS[path]
-
-
-def test_label_folders_without_a_root_have_no_generator() -> None:
-    assert labels_from_path("real/1.jpg") == (0, None, None)
-
-
 # Folders and prefixes.
 
 
@@ -126,6 +90,7 @@ def test_folder_gives_a_row_per_picture_with_its_labels(place: str) -> None:
     for i, (name, labels) in enumerate(zip(files, expected, strict=True)):
         row = rows.pop(name)
         assert (row["label"], row["generator"], row["split"]) == labels
+        assert row["folder"] == (name.rpartition("/")[0] or None)
         assert row["uri"] == f"{place}/{name}" and row["size_bytes"] == len(PICTURE) + i
         assert row["etag"] == storage.describe(row["uri"]).etag != ""
         assert row["image_id"] == image_id(row["uri"], row["etag"])
@@ -253,6 +218,7 @@ def test_manifest_says_uri_label_generator_and_split(place: str) -> None:
         "label": ["real", "FAKE", "1", None],
         "generator": ["g", None, "ü", ""],
         "split": ["train", "Validation", "test", "other"],
+        "content_hash": [HASH, HASH.upper(), None, ""],
         "etag": ["v1", None, "", "v2"],
         "size_bytes": pa.array([1, 1, None, 1], pa.int64()),
         "more": [1, 2, 3, 4],
@@ -262,6 +228,8 @@ def test_manifest_says_uri_label_generator_and_split(place: str) -> None:
     assert [row["label"] for row in rows] == [0, 1, 1, None]
     assert [row["generator"] for row in rows] == ["g", None, "ü", ""]
     assert [row["split"] for row in rows] == ["train", "val", "test", None]
+    assert [row["expected_hash"] for row in rows] == [HASH, HASH, None, None]
+    assert {row["folder"] for row in rows} == {row["transform"] for row in rows} == {None}
     assert [row["etag"] for row in rows] == ["v1", "", "", "v2"]
     assert [row["size_bytes"] for row in rows] == [1, 1, None, 1]
     assert [fetch(row, LARGE) for row in rows] == [bytes([i]) for i in range(4)]
@@ -290,6 +258,38 @@ def test_other_label_is_an_error_that_says_where(value: Any, tmp_path: Path) -> 
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "label": [None, value]})})
     with pytest.raises(SourceError, match=r"m\.parquet: row 1: label .* is neither 0/real nor 1/fake"):
         rows_of(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize(
+    "value", [HASH[:-1], HASH + "0", f" {HASH}", "sha256:" + HASH, "g" * 64, "\u0661" * 64, "-", 7, bytes.fromhex(HASH)]
+)
+def test_other_content_hash_is_an_error_that_says_where(value: Any, tmp_path: Path) -> None:
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "content_hash": [None, value]})})
+    with pytest.raises(SourceError, match=r"m\.parquet: row 1: content_hash .* is no SHA-256 of 64 hexadecimal digits"):
+        rows_of(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_content_hash_of_any_text_type_is_understood(kind: pa.DataType, tmp_path: Path) -> None:
+    columns = {"uri": ["/a", "/b"], "content_hash": pa.array([HASH, None]).cast(kind)}
+    put(str(tmp_path), {"m.parquet": parquet_bytes(columns)})
+    assert [row["expected_hash"] for row in rows_of(tmp_path / "m.parquet")] == [HASH, None]
+
+
+def test_stored_pictures_have_no_expected_hash(tmp_path: Path) -> None:
+    columns = {"bytes": [b"x", b"y"], "content_hash": ["none of it", None]}
+    put(str(tmp_path), {"m.parquet": parquet_bytes(columns)})
+    assert [row["expected_hash"] for row in rows_of(tmp_path / "m.parquet")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(["val", "", None], ["val", None, None]), (pa.nulls(2), [None, None]), (["TRAIN", "valid"], ["train", "val"])],
+)
+def test_split_of_a_manifest_may_be_missing(values: Any, expected: list[str | None], tmp_path: Path) -> None:
+    columns = {"uri": [f"/{i}" for i in range(len(expected))], "split": values}
+    put(str(tmp_path), {"m.parquet": parquet_bytes(columns)})
+    assert [row["split"] for row in rows_of(tmp_path / "m.parquet")] == expected
 
 
 def test_generators_that_are_numbers_become_text(tmp_path: Path) -> None:
@@ -388,6 +388,18 @@ HOSTILE_PARQUET = {
     "rows of nothing": lambda: parquet_bytes({"bytes": pa.nulls(100_000, pa.binary())}),
     "long text many times": lambda: parquet_bytes({"label": ["x" * 10_000] * 3000, "bytes": [b""] * 3000}),
 }
+
+
+def test_long_hash_many_times_does_not_fill_the_memory(tmp_path: Path) -> None:
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["x" * 2**20]))
+    columns = {"uri": ["/a"] * 5000, "content_hash": often}
+    content = parquet_bytes(columns, store_schema=False, dictionary_pagesize_limit=2**24)
+    assert len(content) < 2 * 2**20
+    put(str(tmp_path), {"m.parquet": content})
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(SourceError, match="a text of column `content_hash` has 1,048,576 bytes, the limit is 8,192"):
+        rows_of(tmp_path / "m.parquet")
+    assert pa.default_memory_pool().max_memory() - before < 50 * 2**20
 
 
 @pytest.mark.parametrize("content", HOSTILE_PARQUET.values(), ids=list(HOSTILE_PARQUET))
@@ -573,6 +585,8 @@ def test_tar_gives_a_row_per_member(place: str) -> None:
         "0_real/a.jpg": (0, None, None), "train/Glide/1_fake/b.c.png": (1, "Glide", "train"), "c.jpg": (1, None, None),
         "d.jpg": (None, None, None), "e/f.webp": (0, None, None),
     }  # fmt: skip
+    told = {name: row["folder"] for name, row in rows.items() if row["folder"]}  # a .cls file is no folder
+    assert told == {"0_real/a.jpg": "0_real", "train/Glide/1_fake/b.c.png": "train/Glide/1_fake"}
     for name, row in rows.items():
         assert fetch(row, LARGE) == files[name] and row["size_bytes"] == len(files[name])
         assert row["container"] == f"{place}/shard-000.tar"

@@ -18,7 +18,18 @@ from numpy.typing import NDArray
 
 from jobs import faults, schema, sources, stages, storage
 from jobs.sources import Source
-from jobs.stages import ROWS_PER_BLOCK, Caption, Embed, Memory, Models, Prepare, Score, StageReport
+from jobs.stages import (
+    ROWS_PER_BLOCK,
+    Caption,
+    Embed,
+    Memory,
+    Models,
+    Prepare,
+    Score,
+    StageReport,
+    caption_id,
+    transform_seed,
+)
 from nsnet.captions import Captioner
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, OutageError
@@ -33,11 +44,11 @@ REPORT = StageReport()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
 CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
-COLUMNS = [*schema.SOURCE, *schema.PICTURE, *schema.OUTCOME, *schema.LABELS]
-MOSAIC, PATCHES, THUMBNAIL = (pa.field(name, pa.binary()) for name in ("mosaic", "patches", "thumbnail"))
+COLUMNS = [*schema.SOURCE, *schema.PICTURE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS]
+MOSAIC, THUMBNAIL = (pa.field(name, pa.binary()) for name in ("mosaic", "thumbnail"))
 PREPARED = pa.schema([*COLUMNS, MOSAIC, THUMBNAIL])
 CAPTIONED = pa.schema([*COLUMNS, MOSAIC])
-PIXELS = {"mosaic", "patches", "thumbnail"}
+PIXELS = {"mosaic", "thumbnail"}
 
 FILES = {
     "a.png": picture_file(1),
@@ -114,7 +125,7 @@ def scorer(models: Models) -> Score:
 
 @pytest.fixture(scope="module")
 def embedder(models: Models) -> Embed:
-    return Embed(models, FROZEN.clip, CAPTIONED.append(schema.text_features()), 4, REPORT)
+    return Embed(models, FROZEN.clip, CAPTIONED.append(schema.TEXT_FEATURES), 4, REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +235,53 @@ def test_hash_is_of_the_whole_file_or_is_not_given(prepared: pa.Table) -> None:
     assert by_name(prepared)["large.png"]["size_bytes"] == len(FILES["large.png"])
 
 
-def test_patches_are_kept_in_rank_order_where_they_are_asked_for(manifest: pa.Table) -> None:
-    wanted = pa.schema([*COLUMNS, PATCHES, THUMBNAIL])
-    rows = by_name(Prepare(config=CONFIG, schema=wanted)(manifest))
+def test_facts_alone_make_no_pixels(manifest: pa.Table) -> None:
+    config = replace(CONFIG, thumbnail_px=0, patches=None, fingerprint=True)
+    rows = by_name(Prepare(config=config, schema=schema.FACTS)(manifest))
     for name in GOOD:
-        assert rows[name]["patches"] == prepare(FILES[name], CONFIG).patches.tobytes()
+        expected = prepare(FILES[name], config)
+        facts = (expected.width, expected.height, expected.quality, expected.perceptual_hash)
+        assert tuple(rows[name][key] for key in ("width", "height", "jpeg_quality", "perceptual_hash")) == facts
+    assert rows["b.jpg"]["jpeg_quality"] == 75 and rows["a.png"]["jpeg_quality"] is None
+    assert {row["error_class"] for name, row in rows.items() if name not in GOOD} == {
+        kind for _, kind in OUTCOMES.values() if kind is not None
+    }
+
+
+def test_row_is_shown_transformed_and_in_its_own_order(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(FILES["large.png"])
+    config = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches)
+    columns = pa.schema([*PREPARED, schema.TRANSFORM])
+    row = {**todo_row(str(tmp_path / "a.png")), "transform": "crop:0.5+jpeg:30", "slot_seed": 7}
+    table = todo_table({name: value for name, value in row.items() if name != "slot_seed"})
+    (done,) = Prepare(config=config, schema=columns)(
+        table.append_column("slot_seed", pa.array([7], pa.int64()))
+    ).to_pylist()  # fmt: skip
+    seed = transform_seed(row["image_id"], 7)
+    expected = prepare(FILES["large.png"], config, "crop:0.5+jpeg:30", seed)
+    assert done["mosaic"] == assemble_mosaic(expected.patches, 7).tobytes()
+    assert done["thumbnail"] == expected.thumbnail.tobytes()
+    assert (done["width"], done["height"], done["transform"]) == (100, 100, "crop:0.5+jpeg:30")
+    assert done["content_hash"] == hashlib.sha256(FILES["large.png"]).hexdigest()
+    assert transform_seed(row["image_id"], 8) != seed != transform_seed("another", 7)
+
+
+def test_picture_that_is_not_what_its_manifest_says_fails(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(FILES["a.png"])
+    right, wrong = hashlib.sha256(FILES["a.png"]).hexdigest(), "0" * 64
+    rows = [todo_row(str(tmp_path / "a.png"), expected_hash=digest) for digest in (right, wrong)]
+    first, second = Prepare(config=CONFIG, schema=PREPARED)(todo_table(*rows)).to_pylist()
+    assert first["status"] == "scored"
+    assert (second["status"], second["error_class"]) == ("failed", "ObjectChangedError")
+
+
+def test_what_was_captioned_under_a_transform_has_an_id_of_its_own() -> None:
+    ids = {caption_id(CAPTIONER_ID, "a" * 64, transform) for transform in (None, "jpeg:50", "jpeg:30")}
+    assert len(ids) == 3 and caption_id(CAPTIONER_ID, "a" * 64) == f"{CAPTIONER_ID}-{'a' * 16}"
+    models = Models()
+    row = {"content_hash": "a", "caption": None}
+    keys = {models.key({**row, "transform": transform}) for transform in (None, "jpeg:50", "jpeg:30")}
+    assert len(keys) == 3
 
 
 def test_pictures_in_a_container_are_prepared(tmp_path: Path) -> None:
@@ -760,7 +813,7 @@ def test_picture_without_a_caption_fails_there(captioner: Caption, prepared: pa.
 
 def test_embedding_adds_the_features_of_the_captions(embedder: Embed, captioned: pa.Table) -> None:
     done = embedder(captioned)
-    assert done.schema.equals(CAPTIONED.append(schema.text_features()))
+    assert done.schema.equals(CAPTIONED.append(schema.TEXT_FEATURES))
     assert done.drop_columns("text_features").equals(captioned)
     rows = by_name(done)
     expected = embedder.clip.encode_text([rows[name]["caption"] for name in GOOD]).numpy()
@@ -842,7 +895,7 @@ def test_stages_without_a_living_row_still_give_their_tables(
     assert table.schema.equals(PREPARED) and set(table.column("status").to_pylist()) <= {"failed"}
     described = captioner(table)
     assert described.schema.equals(CAPTIONED)
-    assert embedder(described).schema.equals(CAPTIONED.append(schema.text_features()))
+    assert embedder(described).schema.equals(CAPTIONED.append(schema.TEXT_FEATURES))
     done = scorer(described)
     assert done.schema.equals(schema.VERDICTS)
     assert table.num_rows == described.num_rows == done.num_rows == (0 if empty else len(OUTCOMES))

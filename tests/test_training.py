@@ -143,7 +143,7 @@ def test_steps_reduce_the_loss_and_leave_frozen_weights(variant: str) -> None:
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def test_step_returns_detached_losses_and_the_mean_residual_energy() -> None:
+def test_step_returns_detached_losses_and_the_sum_of_residual_energies() -> None:
     network, data = build(), batch()
     with torch.no_grad():
         out = network(data.mosaics, data.text_features)
@@ -152,8 +152,7 @@ def test_step_returns_detached_losses_and_the_mean_residual_energy() -> None:
     losses, energy = training_step(network, data, build_optimizer(network, CONFIG), LossConfig(), CONFIG)
     assert not any(value.requires_grad for value in losses)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    assert energy == pytest.approx(sum(shares) / len(shares), rel=1e-5)
-    assert 0 < energy <= 1
+    assert float(energy) == pytest.approx(sum(shares), rel=1e-5)
 
 
 def test_step_equals_adamw_by_hand() -> None:
@@ -253,8 +252,10 @@ def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, 
         ({"head_lr": math.nan}, "learning rates"), ({"backbone_lr": -1.0}, "learning rates"),
         ({"weight_decay": -0.1}, "weight_decay"), ({"weight_decay": math.nan}, "weight_decay"),
         ({"clip_norm": 0.0}, "clip_norm"), ({"warmup": 1.0}, "warmup < 1"), ({"warmup": -0.1}, "warmup < 1"),
-        ({"warmup": math.nan}, "warmup < 1"), ({"validation_share": 0.0}, "validation_share < 1"),
-        ({"validation_share": 1.0}, "validation_share < 1"), ({"precision": "fp16"}, "fp16"),
+        ({"warmup": math.nan}, "warmup < 1"), ({"validation_share": 0.0}, "0 < validation_share"),
+        ({"validation_share": 1.0}, "a rest for training"), ({"precision": "fp16"}, "fp16"),
+        ({"validation_share": 0.5, "test_share": 0.5}, "a rest for training"), ({"test_share": -0.1}, "0 ≤ test_share"),
+        ({"micro_batch": -1}, "micro_batch"), ({"patience": -1}, "patience"), ({"captions": "other"}, "shuffled"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from jobs import attempts, ledger, lock, parquet, schema, score, storage
+from jobs import attempts, ledger, lock, parquet, runs, schema, storage
 from jobs.ledger import Run
 from jobs.plan import Plan, Selection, write_manifest
+from jobs.runs import Request
 from nsnet.config import to_dict
 from nsnet.errors import LockedError
 from nsnet.images import DecodeLimits
@@ -25,22 +26,22 @@ class Nights:
     def __init__(self, folder: str) -> None:
         self.source, self.out = put(f"{folder}/pictures", dict.fromkeys(NAMES, b"x")), f"{folder}/out"
 
-    def settings(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any]:
+    def request(self, changes: dict[str, Any] | None = None, **selection: Any) -> Request:
         """What a run is asked to do, as `score` puts it together."""
-        return {
-            "source": self.source,
-            "detector_id": "one",
-            "selection": to_dict(Selection(**selection)),
-            "limits": to_dict(DecodeLimits()),
-            "clip_weights": None,
-            "captioner": None,
-            **(changes or {}),
-        }
+        settings = {"limits": to_dict(DecodeLimits()), "clip_weights": None, "captioner": None, **(changes or {})}
+        return Request(
+            source=settings.pop("source", self.source),
+            out=self.out,
+            product=ledger.VERDICTS,
+            maker=settings.pop("detector_id", "one"),
+            settings=settings,
+            selection=Selection(**selection),
+        )
 
     def begin(self, held: lock.Lock, changes: dict[str, Any] | None = None, **selection: Any) -> Run | None:
         """The run that a start continues or plans."""
-        settings = self.settings(changes, **selection)
-        return score._unfinished(self.out, settings) or score._plan(self.out, settings, Selection(**selection), held)
+        request = self.request(changes, **selection)
+        return runs._unfinished(request) or runs._plan(request, held)
 
     def killed(self, changes: dict[str, Any] | None = None, **selection: Any) -> Run:
         """A night that is killed once it was planned."""
@@ -56,7 +57,7 @@ class Nights:
             if run is None:
                 return None
             attempt = self.work(run, held.number)
-            details = {"detector_id": self.settings(changes)["detector_id"], "attempts": attempt.number}
+            details = {"detector_id": self.request(changes).maker, "attempts": attempt.number}
             told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
             manifest = f"{run.staging}/{attempts.MANIFEST}"
             return run.publish(manifest, attempt.files(), details, held.check, told["published"])
@@ -95,7 +96,7 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines for the person who runs the command."""
     lines: list[str] = []
-    monkeypatch.setattr(score, "say", lines.append)
+    monkeypatch.setattr(runs, "say", lines.append)
     return lines
 
 
@@ -153,7 +154,7 @@ def test_runs_that_were_published_before_change_nothing(nights: Nights) -> None:
 
 def test_of_two_unfinished_runs_the_newer_is_continued_and_the_other_given_up(nights: Nights, said: list[str]) -> None:
     with lock.hold(nights.out) as held:  # as of two processes of which one lost the lock too late
-        first, second = (score._plan(nights.out, nights.settings(), Selection(), held) for _ in range(2))
+        first, second = (runs._plan(nights.request(), held) for _ in range(2))
     assert first is not None and second is not None
     record = nights.whole()
     assert record is not None and record["run_id"] == second.run_id
@@ -248,7 +249,7 @@ def test_run_with_other_settings_is_left_alone_and_they_are_named(
     run = nights.killed(limit=3)
     before = [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)]
     said.clear()
-    assert score._unfinished(nights.out, nights.settings(changes, **selection)) is None
+    assert runs._unfinished(nights.request(changes, **selection)) is None
     assert said == [f"left alone: the unfinished run {run.run_id} has other settings ({named}): {run.staging}"]
     assert [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)] == before
 
@@ -283,7 +284,7 @@ def test_remains_of_a_run_that_was_published_are_removed(
     record = killed_after_its_record(nights, monkeypatch)
     run = Run(out=nights.out, run_id=record["run_id"])
     said.clear()
-    assert score._unfinished(nights.out, nights.settings(**selection)) is None
+    assert runs._unfinished(nights.request(**selection)) is None
     assert nights.staged() == [] and said == []
     assert [entry.uri for entry in storage.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
     assert ledger.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
@@ -302,11 +303,22 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
     run = nights.killed(retry_failed=True)
     told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
-    assert told == {
-        "settings": json.loads(json.dumps(nights.settings(retry_failed=True))),
-        "published": [record["run_id"] for record in published[:2] if record],
-        "plan": {"count": 3, "left_out": {}, "states": {"new": 3, "scored before": 2}},
-    }
+    assert (
+        told
+        == {
+            "product": "verdicts",
+            "settings": {
+                "source": nights.source,
+                "detector_id": "one",
+                "selection": json.loads(json.dumps(to_dict(Selection(retry_failed=True)))),
+                "limits": to_dict(DecodeLimits()),
+                "clip_weights": None,
+                "captioner": None,
+            },  # fmt: skip
+            "published": [record["run_id"] for record in published[:2] if record],
+            "plan": {"count": 3, "left_out": {}, "states": {"new": 3, "scored before": 2}},
+        }
+    )
 
 
 def test_nothing_to_do_leaves_nothing(nights: Nights) -> None:
@@ -318,14 +330,14 @@ def test_nothing_to_do_leaves_nothing(nights: Nights) -> None:
 def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_slowly(*arguments: Any) -> Plan:
+    def write_slowly(*arguments: Any, **more: Any) -> Plan:
         storage.write_bytes(f"{nights.out}/locks/00000002.json", b'{"token": "of another"}')
-        return write_manifest(*arguments)
+        return write_manifest(*arguments, **more)
 
     with monkeypatch.context() as patch, lock.hold(nights.out) as held:
-        patch.setattr(score, "write_manifest", write_slowly)
+        patch.setattr(runs, "write_manifest", write_slowly)
         with pytest.raises(LockedError, match="was lost"):
-            score._plan(nights.out, nights.settings(), Selection(), held)
+            runs._plan(nights.request(), held)
     assert [storage.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
-    assert score._unfinished(nights.out, nights.settings()) is None  # and what it left goes
+    assert runs._unfinished(nights.request()) is None  # and what it left goes
     assert nights.staged() == []

@@ -1,0 +1,84 @@
+"""`nsnet import-head`: a published linear head on CLIP features, such as UniversalFakeDetect's, to a bundle."""
+
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs import console, storage
+from jobs.console import say
+from nsnet.digest import file_digest
+from nsnet.errors import UsageError, WeightsError
+
+
+@click.command("import-head")
+@click.argument("head")
+@click.option("--out", required=True, help="Where the detector bundle goes: a folder or s3:// URI.")
+@click.option("--recipe", default="vit-l-14", show_default=True, help="The CLIP that the head was trained on.")
+@click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's.")
+def command(head: str, **options: Any) -> int:
+    """Make a detector of HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
+    frozen CLIP image tower: a .safetensors file, or a .pth file, of which nothing but tensors is read.
+
+    It looks at the middle of a picture, as UniversalFakeDetect does, and calls it fake from a probability of 0.5 on.
+    """
+    import_head(head, **options)
+    return 0
+
+
+def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: str | None = None) -> str:
+    """Write the bundle; returns the detector's id. Raises `WeightsError` where head and tower do not fit."""
+    from nsnet import recipes
+    from nsnet.detector import Detector
+
+    out = storage.absolute(out)
+    storage.check_output(out)
+    if storage.exists(storage.join(out, "detector.json")):
+        raise UsageError(f"{out} already holds a detector; choose another --out")
+    path = Path(storage.model_path(head) or "")
+    tensors = _read(path)
+    config = recipes.variant(recipes.get(recipe), "linear").detector
+    weights = storage.model_path(clip_weights)
+    detector = Detector.build(config, Path(weights) if weights else None)
+    expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != expected:
+        raise WeightsError(f"{path} holds {found}; a linear head of {config.clip.model} has {expected}")
+    detector.network.head.classifier.load_state_dict(tensors)
+    origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
+    with tempfile.TemporaryDirectory() as scratch:
+        described = detector.save(Path(scratch) / "bundle", training=origin)
+        storage.upload_folder(Path(scratch) / "bundle", out, last="detector.json")
+    say(f"detector {described.detector_id}: {out}")
+    return described.detector_id
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tensors of a file, which may come from strangers."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}")
+    try:
+        loaded = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+        return {name: value.float() for name, value in dict(loaded).items()}
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, or is damaged; for safety only tensors are read"
+        ) from error
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
+        raise WeightsError(
+            f"{path} is no file of tensors: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+if __name__ == "__main__":
+    console.run(command, "nsnet import-head")

@@ -1,0 +1,167 @@
+"""A run from the request to the record, whatever it publishes: locked, planned, continued, worked, verified, published.
+
+`score`, `caption` and `audit` differ in what a picture becomes; how no picture is lost or done twice is here once.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+
+from jobs import attempts, ledger, lock, schema, storage
+from jobs.console import say
+from jobs.ledger import Product, Run
+from jobs.plan import Selection, write_manifest
+from nsnet.config import to_dict
+
+if TYPE_CHECKING:  # Ray takes seconds to import, and a run with nothing to do needs none
+    from jobs.pipeline import Stream
+
+RECORDED_PACKAGES: Final = (
+    "nsnet", "ray", "torch", "open_clip_torch", "transformers", "peft", "pillow", "numpy", "scipy"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command was asked for."""
+
+    source: str
+    out: str
+    product: Product
+    maker: str
+    """Who makes the rows, such as a detector's id: what it has published is not done again."""
+    settings: dict[str, Any]
+    """What makes it the same run: one with equal settings that was not published is continued."""
+    selection: Selection = field(default_factory=Selection)
+    transforms: tuple[str, ...] = ()
+    """Chains of `nsnet.transforms` under which each picture is done, "" for as it is; none: as it is."""
+    wait: bool = False
+    """Wait while another run writes to the output."""
+    address: str | None = None
+    """The Ray cluster."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON gives them back."""
+        told = {
+            "source": self.source,
+            self.product.maker: self.maker,
+            "selection": to_dict(self.selection),
+            **({"transforms": self.transforms} if self.transforms else {}),
+            **self.settings,
+        }
+        values: dict[str, Any] = json.loads(json.dumps(told))
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How pictures become rows; made once there is something to do, since its models take seconds to import."""
+
+    title: str
+    """Verb of the progress line."""
+    stages: tuple[str, ...]
+    """What the progress line counts, in the order of the stream."""
+    stream: Callable[[attempts.Attempt], "Stream"]
+    """The pipeline over what is left; called on a connected cluster."""
+    known: Iterable[pa.RecordBatch] = ()
+    """Captions that were published before (`schema.CAPTIONED`)."""
+    captioner_id: str = ""
+    """Whose of them are taken over."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the record says besides."""
+
+
+def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
+    """Do what is to be done and publish it; returns the record, or one of 0 rows where there was nothing to do."""
+    started = time.monotonic()
+    with lock.hold(request.out, wait=request.wait) as held:
+        run = _unfinished(request) or _plan(request, held)
+        if run is None:
+            return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
+        told = storage.read_json(storage.join(run.staging, attempts.SETTINGS))
+        plan, way = told["plan"], work(run)
+        held.check()
+        attempt = attempts.begin(run.staging, held.number, way.known, way.captioner_id)
+        if attempt.accepted:
+            say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
+        if attempt.count:
+            from jobs import resources
+
+            resources.connect(request.address)
+            rows_per_file = attempts.commit_rows(attempt.count)
+            way.stream(attempt).write(attempt.rows, way.title, attempt.count, way.stages, rows_per_file)
+        record = run.publish(
+            storage.join(run.staging, attempts.MANIFEST),
+            attempt.files(),
+            check=held.check,
+            planned_after=told["published"],
+            details={
+                "source": request.source,
+                "left_out": plan["left_out"],
+                "listing": plan["states"],
+                request.product.maker: request.maker,
+                "attempts": attempt.number,
+                "seconds": round(time.monotonic() - started, 1),  # of the last attempt
+                "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+                **way.details,
+                "settings": {**request.identity(), **way.details.get("settings", {})},
+            },
+        )
+    say(ledger.summary(record))
+    say(f"{request.product.name}: {run.final}\nrecord: {run.record}")
+    return record
+
+
+def _unfinished(request: Request) -> Run | None:
+    """A run with these settings that was planned and not published; remains of published ones are removed.
+
+    One that another run has overtaken is given up: what it planned may have been published since.
+    """
+    found = None
+    out, product, wanted = request.out, request.product, request.identity()
+    records = {record["run_id"]: record for record in ledger.runs(out, product)}
+    published = ledger.run_ids(out, product, request.maker)
+    for run_id, told in attempts.unfinished(out).items():
+        if told.get("product", ledger.VERDICTS.name) != product.name:
+            continue
+        run = Run(out=out, run_id=run_id, product=product)
+        if run_id in records:
+            run.tidy(records[run_id])
+        elif told["settings"] != wanted:
+            keys = wanted.keys() | told["settings"].keys()
+            differing = sorted(name for name in keys if told["settings"].get(name) != wanted.get(name))
+            say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
+        elif published - set(told["published"]):
+            say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
+            run.abandon()
+        else:
+            found = run
+    return found
+
+
+def _plan(request: Request, held: lock.Lock) -> Run | None:
+    """Plan a new run; None: there is nothing to do."""
+    product, run = request.product, Run(out=request.out, product=request.product)
+    published = sorted(ledger.run_ids(request.out, product, request.maker))
+    done = ledger.published(request.out, schema.DONE, product, **{product.maker: request.maker})
+    plan = write_manifest(
+        request.source, storage.join(run.staging, attempts.MANIFEST), request.selection, done,
+        transforms=request.transforms,
+    )  # fmt: skip
+    say(f"source: {plan.describe()}")
+    if not plan.count:
+        storage.remove_folder(run.staging)
+        return None
+    told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
+    held.check()
+    storage.write_json(
+        storage.join(run.staging, attempts.SETTINGS),
+        {"product": product.name, "settings": request.identity(), "published": published, "plan": told},
+    )
+    return run

@@ -1,0 +1,191 @@
+"""The model card of a bundle, in Markdown, filled from what is known of its training.
+
+Everything that comes from data, such as the names of generators, is escaped: the card is a page that people open.
+"""
+
+import html
+import json
+import re
+from typing import Any, Final
+
+SHOWN: Final = {"acc": "acc", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
+"""Metrics of the card -> their names for people."""
+LONGEST_NAME: Final = 60
+LONGEST_TEXT: Final = 400
+UNDEFINED: Final = "undefined"
+
+
+def model_card(detector_id: str, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any]) -> str:
+    """The card. `training`: the record of a training (`result.json`), of an import, or {}."""
+    parts = [
+        f"# AI-generated image detector `{detector_id}`",
+        _method(config),
+        _parts(config, calibration),
+        "## Limits\n" + _limits(config, training),
+    ]
+    if "split" in training:
+        parts.append("## Data\n" + _data(training))
+    for part, title in (("test", "Test"), ("validation", "Validation")):
+        if training.get(part):
+            parts.append(f"## {title}\n" + _notes(training, part) + _numbers(training[part]))
+    if training:
+        told = {key: value for key, value in training.items() if key not in ("test", "validation", "history", "split")}
+        parts.append(f"## Training\n{_fenced(json.dumps(told, indent=2, ensure_ascii=False))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(config: dict[str, Any]) -> str:
+    if config["projection"]["kind"] == "none":
+        return "A classifier on CLIP image features."
+    return (
+        "Null-space projection of CLIP image features by their captions, after arXiv 2508.01248 and its successor "
+        "Advanced NS-Net."
+    )
+
+
+def _parts(config: dict[str, Any], calibration: dict[str, Any]) -> str:
+    clip, captioner, projection = config["clip"], config["captioner"], config["projection"]
+    captions = {"per_sample", "rank_k"} & {projection["kind"]}
+    rows = [
+        ("image and text towers", f"{clip['model']}, weights {clip['pretrained'] or 'from seeded random ones'}"),
+        ("projection", _projection(config)),
+        (
+            "captioner",
+            (captioner["model"] or "tiny BLIP with random weights: its captions mean nothing") if captions else "none",
+        ),
+        (
+            "temperature, threshold",
+            f"{calibration['temperature']:.4g}, {calibration['threshold']:.4g} "
+            + (
+                f"(fitted on {calibration['fitted_on']} validation images)"
+                if calibration["fitted_on"]
+                else "(not fitted)"
+            ),
+        ),
+        ("operating point", _point(calibration)),
+    ]
+    return _table(["part", ""], [[name, _text(value, longest=LONGEST_TEXT)] for name, value in rows])
+
+
+def _projection(config: dict[str, Any]) -> str:
+    projection = config["projection"]
+    caption = "the mapped caption" if config["mapper"]["hidden_dim"] else "the caption"
+    return {
+        "per_sample": f"of {caption} of each picture",
+        "rank_k": f"of {caption} of each picture and its {projection['rank'] - 1} nearest of {projection['bank']}",
+        "global": f"of a basis of many captions, rank {projection['rank']}",
+        "none": "none",
+    }[str(projection["kind"])]
+
+
+def _point(calibration: dict[str, Any]) -> str:
+    point = calibration.get("point") or {"rule": "accuracy"}
+    if point["rule"] == "fpr":
+        said = f"at most {point['fpr']:.3%} of real pictures called fake"
+    elif point["rule"] == "cost":
+        said = (
+            f"a false alarm costs {point['false_alarm_cost']:g}, a miss {point['miss_cost']:g}, at "
+            f"{point['base_rate']:.2%} fakes"
+        )
+    else:
+        said = "most correct verdicts"
+    band = f", uncertain within ±{calibration['uncertain_margin']:.3g}" if calibration["uncertain_margin"] else ""
+    return f"{said}{band}; version {calibration.get('version', 1)}"
+
+
+def _limits(config: dict[str, Any], training: dict[str, Any]) -> str:
+    lines = [
+        "This detector was trained from random weights: it knows the artefacts of its training pictures, nothing more."
+        if config["clip"]["pretrained"] is None
+        else "Generators that were not in the training data are found less often than those that were."
+    ]
+    if training.get("leave_out"):
+        lines.append(f"No picture of {_text(training['leave_out'])} was trained on: it stands for a new generator.")
+    if training.get("leaking"):
+        lines.append(
+            f"{training['leaking']} pictures of validation and test are near-duplicates of training pictures, as the "
+            "source splits them: their numbers flatter."
+        )
+    lines.append(
+        "A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it "
+        "alone. Where fakes are rare, most alarms are false: read the true positive rate at 1 % false positives."
+    )
+    return "\n".join(lines)
+
+
+def _data(training: dict[str, Any]) -> str:
+    """The source, and pictures per split and generator."""
+    split: dict[str, dict[str, list[int]]] = training["split"]
+    names = [name for name in ("train", "val", "test", "unused") if name in split]
+    generators = sorted({generator for name in names for generator in split[name]})
+    rows = []
+    for generator in generators:
+        pairs = [split[name].get(generator, [0, 0]) for name in names]
+        rows.append([_text(generator), *(f"{real} + {fake}" for real, fake in pairs)])
+    source = _text(str(training.get("source", "")), longest=LONGEST_TEXT)
+    return (
+        f"Source: {source}; variant {_text(str(training.get('variant')))}, seed {training.get('seed')}. Pictures, "
+        "real + fake:\n\n" + _table(["generator", *names], rows)
+    )
+
+
+def _notes(training: dict[str, Any], part: str) -> str:
+    """What must be known to read the numbers of a part."""
+    note = ""
+    if part == "validation":
+        note += "The threshold was chosen on these pictures: accuracies flatter.\n\n"
+    if "calibrated_from" in training:
+        note += f"Accuracies are at the threshold of detector {_text(str(training['calibrated_from']))}.\n\n"
+    return note
+
+
+def _numbers(compared: dict[str, Any]) -> str:
+    """Metrics with their 95 % bootstrap intervals, worst generator first."""
+
+    def accuracy(item: tuple[str, dict[str, Any]]) -> tuple[bool, float, str]:
+        value = _value(item[1].get("acc"))
+        return value is None, value or 0.0, item[0]
+
+    groups = sorted(compared["generators"].items(), key=accuracy)
+    rows = [
+        [_text(name), str(group["real"]), str(group["fake"]), *(_cell(group.get(metric)) for metric in SHOWN)]
+        for name, group in groups
+    ]
+    macro = compared["macro_mean"]
+    rows.append(["macro mean", "", "", *(_cell(macro.get(metric)) for metric in SHOWN)])
+    return _table(["generator", "real", "fake", *SHOWN.values()], rows)
+
+
+def _value(found: Any) -> float | None:
+    value: float | None = found["value"] if isinstance(found, dict) else found
+    return value
+
+
+def _cell(found: Any) -> str:
+    value = _value(found)
+    if value is None:
+        return UNDEFINED
+    if isinstance(found, dict) and found.get("low") is not None:
+        return f"{value:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{value:.3f}"
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that may be hostile, as text of a Markdown table: no markup, no link, no new line."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in name)
+    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
+    shown = html.escape(shown, quote=False)
+    escaped = re.sub(r"([\\`*_\[\]|~#!$:]|(?<=www)\.)", r"\\\1", shown, flags=re.IGNORECASE)
+    return re.sub("@+", r"`\g<0>`", escaped)  # GitHub makes links of addresses, escaped or not
+
+
+def _fenced(text: str) -> str:
+    """Text as a block of code whose end the text cannot hold, and in which every letter shows itself."""
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+    fence = "`" * max(3, max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
+    return f"{fence}json\n{shown}\n{fence}"
