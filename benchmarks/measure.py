@@ -182,8 +182,11 @@ def at(samples: Sequence[Sample], scored: int) -> Sample:
 class PeakMemory:
     """Largest resident memory of a process (None: this one) while a block runs, looked at ten times a second."""
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None = None, *, with_children: bool = False) -> None:
+        """`with_children`: also that of all its processes together, what they share left out (`peak_of_all`)."""
         self._process = psutil.Process(pid)
+        self._with_children = with_children
+        self.peak_of_all = 0
 
     def __enter__(self) -> "PeakMemory":
         self.before = self.peak = self._process.memory_info().rss
@@ -200,11 +203,23 @@ class PeakMemory:
         with contextlib.suppress(psutil.NoSuchProcess):
             while not self._stop.wait(0.1):
                 self.peak = max(self.peak, self._process.memory_info().rss)
+                if self._with_children:
+                    self.peak_of_all = max(self.peak_of_all, own_memory(self._process.pid))
 
     @property
     def text(self) -> str:
         """Peak, and how much of it came in the block."""
         return f"{self.peak / 2**20:.0f} MiB, of which {(self.peak - self.before) / 2**20:.0f} MiB came by this step"
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that a process and its descendants hold each for itself."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            memory = process.memory_info()
+            total += memory.rss - memory.shared
+    return total
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -173,7 +173,7 @@ def test_plain_picture_has_no_hash(name: str) -> None:
     assert perceptual_hash(jpeg(PLAIN[name], 75)) is None
 
 
-@pytest.mark.parametrize(("share", "hashed"), [(0.02, False), (0.1, False), (0.2, True), (1.0, True)])
+@pytest.mark.parametrize(("share", "hashed"), [(0.02, False), (0.07, False), (0.1, True), (1.0, True)])
 def test_faint_picture_has_a_hash_while_its_contrast_is_enough(share: float, hashed: bool) -> None:
     cells = np.random.default_rng(4).integers(-100, 101, (32, 32)) * share
     found = perceptual_hash(grey((128 + np.rint(cells)).astype(np.int64)))
@@ -356,15 +356,13 @@ def test_hashes_that_share_most_of_their_bits_are_grouped_exactly(shared: str) -
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs() -> None:
-    """4000 hashes with the same value in most bands: 8 million pairs to compare, and nearly as many are near."""
-    rng = np.random.default_rng(7)
-    values = np.unique(rng.integers(0, 2**13, 6000, dtype=np.uint64))[:4000]
-    hashes, contents = hexadecimal(values), unlike(len(values))
+    """2048 hashes with the same value in most bands: 2 million pairs, of which 0.12 million are near."""
+    hashes, contents = hexadecimal(list(range(2048))), unlike(2048)
     tracemalloc.start()
-    groups = near_duplicate_groups(contents, hashes, 12)
+    groups = near_duplicate_groups(contents, hashes, 2)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (groups == 0).all() and peak_bytes < 4 * 2**20
+    assert (groups == 0).all() and peak_bytes < 2**20
 
 
 def test_a_hundred_thousand_pictures_are_grouped_in_seconds() -> None:

@@ -253,6 +253,14 @@ def test_several_benchmarks_side_by_side_are_all_told() -> None:
     assert told == tree and name == "AIGIBench, ForenSynths, GenImage"
 
 
+def test_training_part_under_another_name_is_known_by_what_is_beside_its_classes() -> None:
+    whole = {folder[len("train/") :]: told for folder, told in merged(aigibench()).items() if folder.startswith("train")}
+    expected = {folder: (generator, None) for folder, (generator, _) in whole.items()}
+    assert told_by(whole, "/data/mine") == (AIGIBENCH, expected)
+    classes = {folder for folder in whole if not folder.startswith("sdv")}
+    assert told_by(classes, "/data/mine") == (FORENSYNTHS, dict.fromkeys(classes, ("mine", None)))  # whose are they?
+
+
 def test_class_train_is_a_split_again_without_other_classes() -> None:
     assert told_by(["progan/train/0_real", "progan/val/1_fake"], "/data/mine")[1] == {
         "progan/train/0_real": ("progan", "train"), "progan/val/1_fake": ("progan", "val"),

@@ -1,0 +1,125 @@
+"""AIGIBench's size, the input side of training: one epoch over 144,000 pictures as a training process is given them.
+
+    python -m benchmarks.ingest --work /tmp/ingest
+
+Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and goes through one epoch of shuffled, augmented
+batches for `tiny`, without a network behind it: what is timed is fetching, decoding, augmenting, choosing patches, and
+the way to the training process. Beside it, in the same run, two plain processes that do the same work on pictures of
+the same sizes, without Ray.
+"""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from benchmarks import measure
+from jobs import resources
+from jobs.examples import SPLIT, Examples
+from jobs.ingest import Ingest, Order, picture_seed
+from jobs.sources import Source
+from jobs.stages import transform_seed
+from nsnet import recipes, transforms
+from nsnet.patches import assemble_mosaic
+from nsnet.preparation import PreparationConfig, prepare
+from nsnet.transforms import AugmentationConfig
+
+BATCH = 64
+AUGMENTATION = AugmentationConfig(jpeg_share=0.5, blur_share=0.1, resize_share=0.1, crop_share=0.5)
+CONFIG = PreparationConfig(patches=recipes.TINY.detector.patches)
+
+
+def split_of(source: Path) -> Examples:
+    """All pictures, for training."""
+    rows = [
+        {**dict.fromkeys(SPLIT.names), **row, "label": i % 2, "split": "train", "group": i}
+        for i, row in enumerate(Source(str(source)).rows())
+    ]
+    return Examples(table=pa.Table.from_pylist(rows, schema=SPLIT).sort_by("image_id"))
+
+
+def plain(paths: list[str]) -> int:
+    """The same work on some pictures in this process."""
+    for path in paths:
+        seed = picture_seed(0, 0, path)
+        chain = transforms.to_text(transforms.draw(AUGMENTATION, seed))
+        done = prepare(Path(path).read_bytes(), CONFIG, chain, transform_seed(path, seed))
+        assemble_mosaic(done.patches, seed)
+    return len(paths)
+
+
+def plain_speed(pictures: list[Path], processes: int) -> float:
+    """Pictures a second by plain processes."""
+    chunks = [[str(path) for path in pictures[i::8]] for i in range(8)]
+    with ProcessPoolExecutor(processes) as pool:
+        list(pool.map(plain, [chunk[:8] for chunk in chunks]))  # imports
+        started = time.monotonic()
+        done = sum(pool.map(plain, chunks))
+    return done / (time.monotonic() - started)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("--count", type=int, default=144_000)
+    arguments.add_argument("--distinct", type=int, default=3_000)
+    options = arguments.parse_args()
+    pictures = measure.write_jpegs(options.work / "distinct", options.distinct)
+    source = options.work / f"pictures-{options.count}"
+    measure.link(pictures, source, options.count)
+    cores = os.cpu_count() or 1
+    before = plain_speed(pictures, cores)
+    examples = split_of(source)
+    resources.connect("local")
+    order = Order(rows=np.arange(options.count), batch_size=BATCH, seed=0, rank=0, world_size=1)
+    ingest = Ingest(
+        examples=examples, preparation=CONFIG, source=str(source), seed=0, augmentation=AUGMENTATION,
+        task_cpus=resources.cluster_shares().task_cpus, cpus=float(cores),
+        memory_bytes=resources.streaming_bytes(),
+    )  # fmt: skip
+    started, driver = time.monotonic(), psutil.Process()
+    marks: list[tuple[float, int, int, int]] = []
+    count = failed = 0
+    for step, arrival in enumerate(ingest.stream(order, 0, order.steps_per_epoch)):
+        count, failed = count + int(arrival.valid.sum()), failed + len(arrival.failed)
+        if step % 50 == 0 or count + failed == options.count:
+            memory = driver.memory_info().rss
+            marks.append((time.monotonic() - started, count, memory, measure.own_memory(driver.pid)))
+            print(f"{count:,} pictures, {count / marks[-1][0]:.1f} images/s, {memory / 2**20:.0f} MiB", flush=True)
+    after = plain_speed(pictures, cores)
+
+    def at(share: float) -> tuple[float, int, int, int]:
+        return next(mark for mark in marks if mark[1] >= share * count)
+
+    def speed(a: float, b: float) -> float:
+        first, last = at(a), at(b)
+        return (last[1] - first[1]) / (last[0] - first[0])
+
+    whole = speed(0.0, 1.0)
+    measure.write_result(
+        options.results,
+        "ingest",
+        [
+            f"{options.count:,} hard links to {options.distinct:,} JPEGs, long sides {measure.SIDES_PX} px, batches of "
+            f"{BATCH}, one training process. Augmentation: {AUGMENTATION}.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| pictures that came, that failed | {count:,}, {failed} |",
+            f"| seconds until the first batch | {marks[0][0]:.0f} |",
+            f"| images/s from there: whole epoch, first tenth, last tenth | {whole:.1f}, {speed(0.0, 0.1):.1f}, "
+            f"{speed(0.9, 1.0):.1f} |",
+            f"| images/s of {cores} plain processes, before and after | {before:.1f}, {after:.1f} |",
+            f"| stream / plain | {2 * whole / (before + after):.2f} |",
+            f"| training process at a tenth, at the end | {at(0.1)[2] / 2**20:.0f} MiB, {marks[-1][2] / 2**20:.0f} MiB |",
+            f"| all processes, each for itself, likewise | {at(0.1)[3] / 2**20:.0f} MiB, {marks[-1][3] / 2**20:.0f} MiB |",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
