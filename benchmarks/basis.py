@@ -109,12 +109,13 @@ def main() -> None:
             "| | a tenth | all | all / a tenth |",
             "|---|---|---|---|",
             f"| seconds | {tenth[0]:.1f} | {whole[0]:.1f} | {whole[0] / tenth[0]:.2f} |",
-            f"| driver's most memory, MiB | {tenth[1] / 2**20:.0f} | {whole[1] / 2**20:.0f} | {whole[1] / tenth[1]:.3f} |",
+            f"| driver's most memory, MiB | {tenth[1] / 2**20:.0f} | {whole[1] / 2**20:.0f} "
+            f"| {whole[1] / tenth[1]:.3f} |",
             f"| most memory of all processes, MiB | {tenth[2] / 2**20:.0f} | {whole[2] / 2**20:.0f} "
             f"| {whole[2] / tenth[2]:.3f} |",
             "",
-            f"One SVD of them all in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {once:.1f} s. Largest relative "
-            f"difference of a singular value: {error:.1e}. Largest principal angle between the two bases:",
+            f"One SVD of them all in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {once:.1f} s. Largest "
+            f"relative difference of a singular value: {error:.1e}. Largest principal angle between the two bases:",
             "",
             "| rank | radians |",
             "|---|---|",

@@ -62,6 +62,11 @@ def plain_speed(pictures: list[Path], processes: int) -> float:
     return done / (time.monotonic() - started)
 
 
+def mib(size: int) -> str:
+    """Bytes as MiB."""
+    return f"{size / 2**20:.0f}"
+
+
 def main() -> None:
     """Run the benchmark."""
     arguments = measure.parser(__doc__)
@@ -115,8 +120,8 @@ def main() -> None:
             f"{speed(0.9, 1.0):.1f} |",
             f"| images/s of {cores} plain processes, before and after | {before:.1f}, {after:.1f} |",
             f"| stream / plain | {2 * whole / (before + after):.2f} |",
-            f"| training process at a tenth, at the end | {at(0.1)[2] / 2**20:.0f} MiB, {marks[-1][2] / 2**20:.0f} MiB |",
-            f"| all processes, each for itself, likewise | {at(0.1)[3] / 2**20:.0f} MiB, {marks[-1][3] / 2**20:.0f} MiB |",
+            f"| MiB of the training process at a tenth, at the end | {mib(at(0.1)[2])}, {mib(marks[-1][2])} |",
+            f"| MiB of all processes, each for itself, likewise | {mib(at(0.1)[3])}, {mib(marks[-1][3])} |",
         ],
     )
 
