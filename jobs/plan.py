@@ -155,7 +155,8 @@ def _recognise(rows: Database, source: str) -> Layout:
 
 def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
     """The manifest's rows. Folders are joined, since an update would write the whole listing anew."""
-    order = "n" if selection.shuffle_seed is None else f"hash(l.image_id::varchar || '/{selection.shuffle_seed}'), l.image_id"
+    seed = selection.shuffle_seed
+    order = "n" if seed is None else f"hash(l.image_id::varchar || '/{seed}'), l.image_id"
     first = "" if selection.limit is None else (
         f"and n in (select n from planned join listed l using (n) where state in ({wanted}) group by n, l.image_id "
         f"order by {order} limit {selection.limit})"

@@ -31,7 +31,7 @@ class RowsOfBatch:
     """Which rows of a global batch a process is given, for random choices that must not depend on it."""
 
     seed: int
-    """Of the step."""
+    """Of the step; any whole number."""
     first: int
     """Number of its first row in the global batch."""
     total: int
@@ -54,7 +54,7 @@ class RowDropout(nn.Module):
         if not self.training or self.p == 0.0 or self.rows is None:
             return functional.dropout(hidden, self.p, self.training)
         # drawn on the CPU, where the first rows of a longer draw are those of a shorter one
-        generator = torch.Generator().manual_seed(self.rows.seed)
+        generator = torch.Generator().manual_seed(self.rows.seed % 2**63)
         drawn = torch.rand((self.rows.total, *hidden.shape[1:]), generator=generator)
         kept = drawn[self.rows.first : self.rows.first + len(hidden)] >= self.p
         return hidden * kept.to(hidden.device) / (1.0 - self.p)

@@ -29,8 +29,8 @@ BASE_RATES: Final = {"precision_at_10": 0.1, "precision_at_1": 0.01, "precision_
 METRICS: Final = ("acc", "real_acc", "fake_acc", "ap", "auroc", *FPR_LIMITS, "ece", *BASE_RATES)
 """What `summary` and `bootstrap` give, in this order."""
 
-CHUNK: Final = 2**20
-"""Weights that are held at once, 8 MiB; it changes no result."""
+CHUNK: Final = 2**18
+"""Weights that are held at once: 2 MiB, which stays in the cache (8 MiB take twice as long). It changes no result."""
 
 
 def check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Labels, Array]:

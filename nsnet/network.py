@@ -42,6 +42,11 @@ class ProjectionConfig:
                 f"a global projection has a rank ≥ 1, rank_k one ≥ 2 and a bank, others none of them; got {self.kind}, "
                 f"rank {self.rank}, bank {self.bank}"
             )
+        if 0 < self.bank < self.rank:  # a picture's own caption may be among them
+            raise ConfigError(
+                f"the {self.rank} directions of rank_k come from a bank of at least {self.rank} different captions, got "
+                f"{self.bank}: choose fewer directions, or caption more pictures"
+            )
 
     @property
     def needs_captions(self) -> bool:

@@ -109,7 +109,7 @@ class BasisRule:
             raise ConfigError(f"{text!r} is no rule such as rank=64, tau=1e-6 or energy=0.9") from error
 
     def __str__(self) -> str:
-        return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
+        return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

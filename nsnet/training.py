@@ -100,9 +100,11 @@ class Batch(NamedTuple):
 def use_activation_checkpointing(network: Network) -> None:
     """Let the image tower compute its activations again in the backward pass. `ConfigError` where it cannot."""
     switch = getattr(network.visual, "set_grad_checkpointing", None)
-    if switch is None:
+    if switch is not None:
+        switch(True)
+    # open_clip's ResNets and some of timm's towers take the call, and go on without
+    if not any(getattr(module, "grad_checkpointing", False) for module in network.visual.modules()):
         raise ConfigError(f"{type(network.visual).__name__} has no activation checkpointing: leave it off")
-    switch(True)
 
 
 def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
@@ -179,7 +181,7 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
     for module in model.modules():
         if isinstance(module, RowDropout):
             module.rows = rows
-    torch.manual_seed(rows.seed * 1_000_003 + rows.first)  # what else is random: dropout of the adapters
+    torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # what else is random: dropout of the adapters
     dtype = config.autocast_dtype(batch.mosaics.device)
     text_features = batch.text_features[part] if batch.text_features is not None else None
     with torch.autocast(batch.mosaics.device.type, dtype=dtype, enabled=dtype is not None):

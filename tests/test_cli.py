@@ -228,11 +228,6 @@ def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> N
     put(str(tmp_path / "trained"), {"detector.json": b"{}"})
     message = complaint("train", pictures, "--out", str(tmp_path / "trained"))
     assert "already holds a trained detector; choose another --out" in message
-    put(str(tmp_path / "described"), {"captions/0.parquet": b""})
-    message = complaint("caption", pictures, "--out", str(tmp_path / "described"))
-    assert "captions exists, left unfinished by a run that was stopped: remove it, or choose another --out" in message
-    put(str(tmp_path / "described"), {"captions.json": b"{}"})
-    assert "captions exists; choose another" in complaint("caption", pictures, "--out", str(tmp_path / "described"))
 
 
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (1, 0), (2, 3)])

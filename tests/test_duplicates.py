@@ -200,11 +200,11 @@ def test_real_pictures_are_near_their_copies_and_far_from_each_other() -> None:
     if not DEV.is_dir():
         pytest.skip(f"{DEV} is not here")
     with (DEV / "manifest.csv").open(encoding="utf-8", newline="") as file:
-        paths = [row["path"] for row in csv.DictReader(file)][::15]
+        paths = [row["path"] for row in csv.DictReader(file)][::25]
     pictures = [decode((DEV / path).read_bytes()) for path in paths]
     hashes = [perceptual_hash(picture) for picture in pictures]
     copies = [perceptual_hash(jpeg(resized(picture, 0.75), 75)) for picture in pictures]
-    assert len(hashes) > 30
+    assert len(hashes) >= 15
     assert max(map(bits_apart, hashes, copies)) <= DISTANCE
     assert min(bits_apart(one, other) for one, other in combinations(hashes, 2)) > 2 * DISTANCE
 

@@ -2,18 +2,22 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import attempts, ledger, pictures, pipeline, resources, schema, storage
+from jobs import attempts, examples, ledger, parquet, pictures, pipeline, resources, results, schema, storage
 from jobs.caption import caption
 from jobs.evaluate import evaluate
 from jobs.plan import Selection, write_manifest
+from jobs.request import TrainRequest
 from jobs.score import score
+from jobs.sources import Source
 from jobs.stages import Models, Score
 from jobs.train import train
 from nsnet.captions import CaptionerConfig
@@ -59,13 +63,26 @@ def detector(bucket: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.train._bundle", stop)
         with pytest.raises(Stopped):
-            train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16)
+            train(request(bucket, out))
     with pytest.raises(UsageError, match="unfinished training with other settings .seed."):
-        train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16, seed=1)
+        train(request(bucket, out, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.plan.write_manifest", stop)  # what was prepared is not prepared again
-        train(f"{bucket}/training", out=out, workers=2, epochs=2, batch_size=16)
+        patch.setattr("jobs.plan.write_manifest", stop)  # what was found out is not found out again
+        train(request(bucket, out))
     return out
+
+
+def request(bucket: str, out: str, **values: Any) -> TrainRequest:
+    """Two epochs by two workers."""
+    return TrainRequest(
+        source=f"{bucket}/training",
+        out=out,
+        workers=(2, 2),
+        epochs=2,
+        batch_size=16,
+        operating_point="fpr=10%",
+        **values,
+    )
 
 
 def stop(*_: object, **__: object) -> None:
@@ -78,12 +95,38 @@ def by_uri(out: str) -> dict[str, dict[str, object]]:
 
 def test_training_writes_a_bundle_and_refuses_to_train_over_it(bucket: str, detector: str) -> None:
     described = storage.read_json(f"{detector}/detector.json")
-    assert described["training"]["pictures"]["training"] == 80
-    assert described["training"]["pictures"]["validation"] == 16
-    assert described["calibration"]["fitted_on"] == 16
-    assert storage.exists(f"{detector}/MODEL_CARD.md")
+    assert described["training"]["split"] == {
+        "train": {"upsampler": [40, 40]}, "val": {"upsampler": [8, 8]}
+    }  # fmt: skip
+    assert described["calibration"]["fitted_on"] == 16 and described["calibration"]["point"]["rule"] == "fpr"
+    card = storage.read_bytes(f"{detector}/MODEL_CARD.md").decode()
+    assert "| upsampler | 8 | 8 |" in card and "at most 10.000% of real pictures called fake" in card
     with pytest.raises(UsageError, match="already holds a trained detector"):
-        train(f"{bucket}/training", out=detector, workers=2, epochs=2, batch_size=16)
+        train(request(bucket, detector))
+
+
+def test_training_leaves_its_split_records_and_predictions(bucket: str, detector: str) -> None:
+    work = f"{detector}.training"
+    split = examples.read_split(f"{work}/split.parquet")
+    assert Counter(split["split"].to_pylist()) == {"train": 80, "val": 16}
+    assert Counter(row["split"] for row in Source(f"{work}/split.parquet").rows()) == {"train": 80, "val": 16}
+    assert [entry.uri for entry in storage.list_files(f"{work}/tensorboard")]
+    told = storage.read_json(f"{work}/result.json")
+    assert len(told["history"]) == 2 and told["test"] is None
+    assert all(0 < record["residual_energy"] <= 1 for record in told["history"])
+
+
+def test_predictions_of_a_training_are_what_scoring_gives(bucket: str, detector: str) -> None:
+    """The weights, captions, features and mosaics of training's own validation are those of the published detector."""
+    score(f"{bucket}/training/val", detector=detector, out=f"{bucket}/scored-val")
+    scored = by_uri(f"{bucket}/scored-val")
+    batches = parquet.read(f"{detector}.training/predictions.parquet", results.PREDICTIONS)
+    predicted = {row["uri"]: row for batch in batches for row in batch.to_pylist()}
+    assert predicted.keys() == scored.keys() and len(predicted) == 16
+    for uri, row in predicted.items():
+        assert row["logit"] == pytest.approx(scored[uri]["logit"], abs=1e-5)
+        assert row["prob_fake"] == pytest.approx(scored[uri]["prob_fake"], abs=1e-5)
+        assert row["detector_id"] == scored[uri]["detector_id"]
 
 
 def test_scoring_from_s3_to_s3_gives_one_row_per_picture_the_same_in_any_batch(bucket: str, detector: str) -> None:
@@ -121,20 +164,18 @@ def test_evaluation_of_published_verdicts_is_written(bucket: str, detector: str,
 
 def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Path) -> None:
     record = caption(f"{bucket}/held out", out=str(tmp_path))
-    table = pq.read_table(tmp_path / "captions")
+    table = pq.read_table(tmp_path / "captions", partitioning=None, schema=schema.CAPTIONS)
     assert table.num_rows == record["rows"] == 25
+    features = [row for row in table.column("text_features").to_pylist() if row is not None]
+    assert len(features) == 24 and {len(row) for row in features} == {128}
     words = table.filter(pa.compute.equal(table.column("status"), "scored")).column("caption").to_pylist()
     assert all(words) and len(words) == 24
     assert record["counts"]["status"] == {"failed": 1, "scored": 24}
     assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
     assert record["left_out"] == {".txt is no picture": 1}
-    assert json.loads((tmp_path / "captions.json").read_text()) == record
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions", "captions.json"]
-    with pytest.raises(UsageError, match="captions exists; choose another --out"):
-        caption(f"{bucket}/held out", out=str(tmp_path))
-    (tmp_path / "captions.json").unlink()
-    with pytest.raises(UsageError, match="left unfinished by a run that was stopped"):
-        caption(f"{bucket}/held out", out=str(tmp_path))
+    assert ledger.runs(str(tmp_path), ledger.CAPTIONS) == [record] and ledger.runs(str(tmp_path)) == []
+    assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
+    assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
 
 
 def test_manifest_image_parquet_and_tar_score_like_the_folder(bucket: str, detector: str, tmp_path: Path) -> None:
@@ -188,15 +229,12 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     plan = write_manifest(str(tmp_path / "pictures"), str(tmp_path / "manifest.parquet"))
     attempts.write_todo(plan.uri, str(tmp_path / "todo"))
     monkeypatch.setattr(pipeline, "cluster_shares", lambda: resources.shares(cpus=16, gpus=2))
-    stream = pipeline.captioned(
-        str(tmp_path / "todo"),
-        str(tmp_path / "pictures"),
-        PreparationConfig(thumbnail_px=64),
-        CaptionerConfig(model=None),
-        Models(),
-        keep=pipeline.SCORING_COLUMNS,
+    preparation = PreparationConfig(thumbnail_px=64)
+    stream = pipeline.prepared(
+        str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=pipeline.SCORING_COLUMNS,
         batch_size=256,
-    )
+    )  # fmt: skip
+    stream = stream.captioned(CaptionerConfig(model=None), pipeline.with_pixels(pipeline.SCORING_COLUMNS, preparation))
     stream = stream.through(Score, stream.shares.scorers, stream.models, 256, stream.report)
     assert stream.models.device == "cuda"
     assert stream.shares.scorers == 2
@@ -207,4 +245,4 @@ def test_training_refuses_a_source_without_both_classes(bucket: str, tmp_path: P
     for path in (tmp_path / "pictures").rglob("1_fake/*.jpg"):
         path.unlink()
     with pytest.raises(SourceError, match="both are needed"):
-        train(str(tmp_path / "pictures"), out=str(tmp_path / "detector"), workers=1, epochs=1)
+        train(TrainRequest(source=str(tmp_path / "pictures"), out=str(tmp_path / "detector")))

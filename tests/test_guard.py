@@ -357,12 +357,13 @@ def test_child_that_cannot_start_is_an_error_of_its_own(monkeypatch: pytest.Monk
 # A child that lies: it answers with the bytes of the picture that it is sent.
 
 ECHO = f"""#!{sys.executable} -IS
-import struct, sys
+import json, struct, sys
 requests, answers = sys.stdin.buffer, sys.stdout.buffer
 answers.write(struct.pack("<I", 2) + b"{{}}")
 answers.flush()
-while length := requests.read(8):
-    answers.write(requests.read(struct.unpack("<Q", length)[0]))
+while length := requests.read(4):
+    told = json.loads(requests.read(struct.unpack("<I", length)[0]))
+    answers.write(requests.read(told["size_bytes"]))
     answers.flush()
 """
 
@@ -389,7 +390,7 @@ def message(header: bytes, payload: bytes = b"") -> bytes:
 
 
 PAYLOAD = bytes(4 * 8 * 8 * 3 + 16 * 16 * 3)
-FINE = {"width": 5, "height": 6, "format": "PNG", "frames": 1}
+FINE = {"width": 5, "height": 6, "format": "PNG", "frames": 1, "quality": 75, "perceptual_hash": "0123456789abcdef"}
 
 
 def answer(**changes: Any) -> bytes:
@@ -413,6 +414,10 @@ NONSENSE = {
     "pickle": pickle.dumps(FINE) + PAYLOAD,
     "error without a message": error(error_class="ImageCorruptError"),
     "width missing": answer(width=None),
+    "quality missing": answer(quality=None),
+    "quality no number": answer(quality="high"),
+    "perceptual hash too long": answer(perceptual_hash="0" * 17),
+    "perceptual hash no number": answer(perceptual_hash="g" * 16),
     "width no number": answer(width="wide"),
     "width a list": answer(width=[1]),
     "width 0": answer(width=0),

@@ -254,8 +254,8 @@ def test_several_benchmarks_side_by_side_are_all_told() -> None:
 
 
 def test_training_part_under_another_name_is_known_by_what_is_beside_its_classes() -> None:
-    whole = {folder[len("train/") :]: told for folder, told in merged(aigibench()).items() if folder.startswith("train")}
-    expected = {folder: (generator, None) for folder, (generator, _) in whole.items()}
+    whole = [folder[len("train/") :] for folder in merged(aigibench()) if folder.startswith("train/")]
+    expected = {folder: ("sdv1.4" if folder.startswith("sdv") else "ProGAN", None) for folder in whole}
     assert told_by(whole, "/data/mine") == (AIGIBENCH, expected)
     classes = {folder for folder in whole if not folder.startswith("sdv")}
     assert told_by(classes, "/data/mine") == (FORENSYNTHS, dict.fromkeys(classes, ("mine", None)))  # whose are they?
