@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
-from nsnet.transforms import AugmentationConfig
 from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jobs import schema
@@ -27,6 +26,7 @@ from jobs.stages import Prepare, StageReport
 from nsnet import transforms
 from nsnet.patches import SCORING_SEED
 from nsnet.preparation import PreparationConfig
+from nsnet.transforms import AugmentationConfig
 
 PICTURES_PER_TASK: Final = 64
 """A task costs some 25 ms by itself, as much as four pictures."""

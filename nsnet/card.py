@@ -75,7 +75,7 @@ def _projection(config: dict[str, Any]) -> str:
         "rank_k": f"of {caption} of each picture and its {projection['rank'] - 1} nearest of {projection['bank']}",
         "global": f"of a basis of many captions, rank {projection['rank']}",
         "none": "none",
-    }[str(projection["kind"])]
+    }.get(str(projection["kind"]), "unknown")
 
 
 def _point(calibration: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
             _check_pixels(image.width, image.height, limits)
             if image.format == "HEIF":
                 _check_coded_pixels(data, limits)
-            quality = _jpeg_quality(image)  # before Pillow moves to another frame
+            quality = jpeg_quality(image)  # before Pillow moves to another frame
             image.load()
             return DecodedImage(
                 pixels=image_to_rgb(image, limits),
@@ -198,7 +198,7 @@ def _count_frames(image: Image.Image) -> int:
         return 1
 
 
-def _jpeg_quality(image: Image.Image) -> int | None:
+def jpeg_quality(image: Image.Image) -> int | None:
     """Quality whose luminance table is nearest to the file's, by the sum of absolute differences; None where damaged.
 
     Exact for what libjpeg's scale wrote. Cameras and Photoshop have tables of their own: there it is the likest.

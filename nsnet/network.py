@@ -44,7 +44,7 @@ class ProjectionConfig:
             )
         if 0 < self.bank < self.rank:  # a picture's own caption may be among them
             raise ConfigError(
-                f"the {self.rank} directions of rank_k come from a bank of at least {self.rank} different captions, got "
+                f"the {self.rank} directions of rank_k come from a bank of at least {self.rank} captions, got "
                 f"{self.bank}: choose fewer directions, or caption more pictures"
             )
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nsnet import transforms
 from nsnet.duplicates import perceptual_hash
-from nsnet.images import DecodedImage, DecodeLimits, decode_image, image_to_rgb, thumbnail
+from nsnet.images import DecodedImage, DecodeLimits, decode_image, image_to_rgb, jpeg_quality, thumbnail
 from nsnet.patches import PatchConfig, select_patches
 
 
@@ -61,8 +61,9 @@ def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: 
     `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the picture before it.
     """
     if isinstance(picture, Image.Image):
+        quality = jpeg_quality(picture)
         pixels = image_to_rgb(picture, config.limits)
-        image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1, quality=None)
+        image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1, quality=quality)
     else:
         image = decode_image(picture, config.limits)
     pixels = image.pixels

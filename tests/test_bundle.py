@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from nsnet import bundle, captions
 from nsnet.calibration import Calibration
+from nsnet.card import model_card
+from nsnet.config import to_dict
 from nsnet.detector import Detector
 from nsnet.digest import file_digest
 from nsnet.errors import BundleError, WeightsError
+from nsnet.network import ProjectionConfig
 from tests import models
 
 TRAINING = {"epochs": 3, "ap": 0.75, "data": "pictures of a café"}
@@ -84,9 +87,8 @@ def test_description_is_read_as_it_was_written(saved: Path, detector: Detector) 
     description = bundle.read(saved)
     assert description == Detector.load(saved).description
     assert description.training == TRAINING
-    assert description.calibration == {
-        "temperature": 0.5, "threshold": 0.4, "uncertain_margin": 0.0, "fitted_on": 10
-    }  # fmt: skip
+    expected = to_dict(Calibration(temperature=0.5, threshold=0.4, fitted_on=10))
+    assert description.calibration == json.loads(json.dumps(expected))
     on_disk = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
     assert set(description.files) == on_disk - {bundle.DESCRIPTION, bundle.CARD}
     assert {name.partition("/")[0] for name in description.files} == {
@@ -111,12 +113,11 @@ def test_card_states_identity_threshold_and_training(saved: Path) -> None:
 
 
 def test_card_of_named_weights_claims_no_random_ones() -> None:
-    config = {"clip": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}, "captioner": {"model": "some/blip"}}
-    description = bundle.Description(
-        detector_id="0123456789abcdef", config=config, calibration=vars(Calibration()), training={}, clip_digest="",
-        files={},
-    )  # fmt: skip
-    card = bundle.model_card(description)
+    config = {
+        "clip": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}, "captioner": {"model": "some/blip"},
+        "projection": to_dict(ProjectionConfig()),
+    }  # fmt: skip
+    card = model_card("0123456789abcdef", config, to_dict(Calibration()), {})
     assert "ViT-L-14-quickgelu, weights openai" in card and "some/blip" in card and "random" not in card
 
 

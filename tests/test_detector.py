@@ -186,7 +186,9 @@ def test_features_are_of_unit_length_and_energy_a_share(kind: str) -> None:
     assert out.logit.shape == (4,) and bool(((energy > 0) & (energy <= 1.000001)).all())
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("global", -1), ("per_sample", 3), ("none", 1), ("rank_k", 1), ("sideways", 0)])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("global", -1), ("per_sample", 3), ("none", 1), ("rank_k", 1), ("sideways", 0)]
+)
 def test_projection_that_contradicts_itself_is_refused(kind: Any, rank: int) -> None:
     with pytest.raises(ConfigError, match="has a rank|unknown projection"):
         ProjectionConfig(kind=kind, rank=rank)

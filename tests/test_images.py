@@ -769,16 +769,16 @@ def test_quality_of_16_bit_tables_counts_values_up_to_255() -> None:
     at = data.index(b"\xff\xdb\0\x43\0")
     wide = b"\xff\xdb" + struct.pack(">HB64H", 3 + 128, 0x10, *[800] * 64)
     with Image.open(io.BytesIO(data[:at] + wide + data[at + 69 :])) as image:
-        assert images._jpeg_quality(image) == 1
+        assert images.jpeg_quality(image) == 1
 
 
 def test_damaged_tables_give_no_quality() -> None:
     with Image.open(io.BytesIO(encode(slope(), "JPEG"))) as image:
         for tables in ({}, {0: [1] * 63}, {0: [0] * 64}, {0: None}, {1: [1] * 64}, {0: ["a"] * 64}):
             image.quantization = tables  # type: ignore[attr-defined]
-            assert images._jpeg_quality(image) is None, tables
+            assert images.jpeg_quality(image) is None, tables
         image.quantization, image.layer = {0: [1] * 64}, []  # type: ignore[attr-defined]
-        assert images._jpeg_quality(image) is None
+        assert images.jpeg_quality(image) is None
 
 
 def test_quality_of_the_awkward_files_is_a_number_for_each_jpeg_and_nothing_else() -> None:

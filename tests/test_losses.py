@@ -227,7 +227,7 @@ def naive_objective(batch: Inputs, config: LossConfig, valid: Tensor) -> list[Te
     bce = sum(-torch.log(fake[i] if batch.y[i] else 1 - fake[i]) for i in rows) / len(rows)
     squared = [(batch.v[i] - batch.u[i].detach()) ** 2 for i in rows]
     aligned = sum(s.mean() if config.alignment_reduction == "mean" else s.sum() for s in squared) / len(rows)
-    total = contrastive + config.bce_weight * bce + config.alignment_weight * aligned
+    total = config.contrastive_weight * contrastive + config.bce_weight * bce + config.alignment_weight * aligned
     return [torch.as_tensor(value) for value in (total, contrastive, bce, aligned)]
 
 
@@ -235,11 +235,13 @@ CONFIGS = [
     LossConfig(),
     LossConfig(temperature=0.5, bce_weight=1.5, alignment_weight=0.7, alignment_reduction="sum"),
     LossConfig(bce_weight=0.0, alignment_weight=0.0),
+    LossConfig(contrastive_weight=2.5, bce_weight=0.7),
+    LossConfig(contrastive_weight=0.0, bce_weight=1.0, alignment_weight=0.0),
 ]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "own", "contrastive only"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "own", "contrastive only", "more contrastive", "bce only"])
 def test_objective_equals_the_weighted_sum_of_the_loops(config: LossConfig, masked: bool) -> None:
     valid = torch.tensor([True, True, False] * 3) if masked else torch.ones(9, dtype=torch.bool)
     gradients, values = [], []
@@ -264,6 +266,22 @@ def test_objective_equals_the_weighted_sum_of_the_loops(config: LossConfig, mask
         assert (left is None) == (right is None)
         if left is not None:
             torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
+def test_without_a_contrastive_weight_cross_entropy_alone_decides_the_gradient() -> None:
+    batch = inputs()
+    for leaf in batch[:4]:
+        leaf.requires_grad_()
+    config = LossConfig(contrastive_weight=0.0, bce_weight=0.6, alignment_weight=0.0)
+    losses = objective(*batch, config)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    assert float(losses.total.detach()) == pytest.approx(0.6 * float(losses.bce.detach()), abs=1e-15)
+    assert losses.contrastive > 0, "it is told, though it has no weight"
+    for leaf in (batch.f, batch.v):
+        assert leaf.grad is not None and torch.equal(leaf.grad, torch.zeros_like(leaf))
+    # d/ds of the mean cross-entropy
+    expected = 0.6 * (torch.sigmoid(batch.logit.detach()) - batch.y) / 9
+    torch.testing.assert_close(batch.logit.grad, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_objective_without_a_mapper_has_no_alignment() -> None:
@@ -299,7 +317,8 @@ def test_objective_of_bf16_features_is_computed_in_fp32() -> None:
     [
         {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"bce_weight": -0.1},
         {"bce_weight": math.nan}, {"alignment_weight": -0.1}, {"alignment_weight": math.nan},
-        {"alignment_reduction": "max"},
+        {"alignment_reduction": "max"}, {"contrastive_weight": -0.1}, {"contrastive_weight": math.nan},
+        {"contrastive_weight": 0.0, "bce_weight": 0.0},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
@@ -356,6 +375,7 @@ CASES: dict[int, dict[str, Case]] = {
         "positives on the other process only": Case("01101001", "11001100"),
         "no positive at all": Case("01101001", "10001000"),
         "sum, other weights": Case("01011010", "11110110", CONFIGS[1]),
+        "more contrastive": Case("01011010", "11110110", CONFIGS[3]),
     },
     3: {
         "all rows": Case("010110100011", "111111111111"),

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from jobs import faults, schema, sources, stages, storage
+from jobs.guard import GuardedDecoder
 from jobs.sources import Source
 from jobs.stages import (
     ROWS_PER_BLOCK,
@@ -75,10 +77,18 @@ GOOD = [name for name, outcome in OUTCOMES.items() if outcome == (None, None)]
 @pytest.fixture(scope="module", autouse=True)
 def decoders() -> Iterator[None]:
     """The decoding children end with this module."""
-    with one_thread():
+    made: list[GuardedDecoder] = []
+
+    @cache
+    def decoder(config: PreparationConfig) -> GuardedDecoder:
+        made.append(GuardedDecoder(config))
+        return made[-1]
+
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_decoder", decoder)
         yield
-    stages._decoder(CONFIG).close()
-    stages._decoder.cache_clear()
+    for one in made:
+        one.close()
 
 
 @pytest.fixture(scope="module")
