@@ -1,6 +1,6 @@
 """A run from the request to the record, whatever it publishes: locked, planned, continued, worked, verified, published.
 
-`score`, `caption` and `audit` differ in what a picture becomes; how no picture is lost or done twice is here once.
+`score`, `caption` and `facts` differ in what a picture becomes; how no picture is lost or done twice is here once.
 """
 
 import json
