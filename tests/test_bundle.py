@@ -20,6 +20,7 @@ from nsnet.config import to_dict
 from nsnet.detector import Detector
 from nsnet.digest import file_digest
 from nsnet.errors import BundleError, WeightsError
+from nsnet.mapper import MapperConfig
 from nsnet.network import ProjectionConfig
 from tests import models
 
@@ -115,7 +116,7 @@ def test_card_states_identity_threshold_and_training(saved: Path) -> None:
 def test_card_of_named_weights_claims_no_random_ones() -> None:
     config = {
         "clip": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}, "captioner": {"model": "some/blip"},
-        "projection": to_dict(ProjectionConfig()),
+        "projection": to_dict(ProjectionConfig()), "mapper": to_dict(MapperConfig()),
     }  # fmt: skip
     card = model_card("0123456789abcdef", config, to_dict(Calibration()), {})
     assert "ViT-L-14-quickgelu, weights openai" in card and "some/blip" in card and "random" not in card
