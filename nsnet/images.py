@@ -209,8 +209,8 @@ def jpeg_quality(image: Image.Image) -> int | None:
         table = np.array(image.quantization[image.layer[0][3]])  # of the first component, which is the luminance
         if table.shape != (64,) or table.min() < 1:
             return None
-        # Baseline files, which the tables are of, stop at 255; some have 16 bits.
-        return 1 + int(np.abs(LUMINANCE_TABLES - np.minimum(table, 255)).sum(axis=1).argmin())
+        # The tables stop at 255, as baseline files do: what is above, in one of 16 bits, adds the same to all sums.
+        return 1 + int(np.abs(LUMINANCE_TABLES - table).sum(axis=1).argmin())
     except Exception:  # no table of this name, no component, and whatever a later Pillow leaves out
         return None
 

@@ -721,6 +721,14 @@ def test_quality_of_a_jpeg_is_the_one_it_was_saved_with(options: dict[str, Any])
         assert found == list(range(1, 101))
 
 
+def test_tables_are_those_that_libjpeg_writes() -> None:
+    written = []
+    for q in range(1, 101):
+        with Image.open(io.BytesIO(encode(slope(), "JPEG", quality=q))) as image:
+            written.append(image.quantization[0])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(images.LUMINANCE_TABLES, written)
+
+
 def test_quality_is_of_the_luminance_table_whatever_its_number() -> None:
     data = encode(slope(), "JPEG", quality=70)
     other = bytearray(data)
@@ -770,6 +778,10 @@ def test_quality_of_16_bit_tables_counts_values_up_to_255() -> None:
     wide = b"\xff\xdb" + struct.pack(">HB64H", 3 + 128, 0x10, *[800] * 64)
     with Image.open(io.BytesIO(data[:at] + wide + data[at + 69 :])) as image:
         assert images.jpeg_quality(image) == 1
+        standard = images.LUMINANCE_TABLES[49]  # quality 50 leaves it as it is
+        for low in range(1, 25):
+            image.quantization = {0: ((standard * (5000 // low) + 50) // 100).tolist()}  # type: ignore[attr-defined]
+            assert images.jpeg_quality(image) == low
 
 
 def test_damaged_tables_give_no_quality() -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +20,9 @@ from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig, ProjectionHead
 from nsnet.losses import LossConfig, Losses, alignment, binary_cross_entropy, objective, supervised_contrastive
 from nsnet.mapper import MapperConfig, SemanticMapper
+from nsnet.network import Network, ProjectionConfig
 from nsnet.nullspace import project_per_sample
+from nsnet.training import Batch, TrainingConfig, build_optimizer, training_step
 
 
 @pytest.fixture(autouse=True)
@@ -396,6 +399,50 @@ def step(model: nn.Module, case: Case, rows: slice, gather: Any = None) -> Losse
     return losses
 
 
+PROJECTIONS = {"per sample": ProjectionConfig(), "rank k": ProjectionConfig(kind="rank_k", rank=3, bank=6)}
+MICRO_BATCHES = (0, 3)
+"""Rows of a process that go through at a time; 0: all."""
+
+
+def small_network(projection: ProjectionConfig) -> Network:
+    """The network itself, with dropout, on a linear tower in fp64."""
+    tower = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
+    facts: Any = SimpleNamespace(embed_dim=5, mean=(0.5, 0.4, 0.3), std=(0.3, 0.3, 0.2))
+    network = Network(
+        tower, facts, projection, MapperConfig(hidden_dim=6, dropout=0.3), HeadConfig(hidden_dim=6, feature_dim=4)
+    ).double()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), network.caption_bank):
+            assert isinstance(tensor, Tensor)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return network
+
+
+def trained(
+    model: nn.Module, network: Network, rows: slice, micro_batch: int = 0, gather: Any = None
+) -> dict[str, Any]:
+    """Losses, gradients and weights of one step on some rows of a global batch of twelve, two of them padding."""
+    generator = torch.Generator().manual_seed(5)
+    batch = Batch(
+        mosaics=torch.randint(0, 256, (12, 4, 4, 3), generator=generator, dtype=torch.uint8),
+        text_features=torch.randn(12, 5, generator=generator, dtype=torch.float64),
+        labels=torch.arange(12) % 3 % 2,
+        valid=torch.arange(12) % 5 != 3,
+    )
+    config = TrainingConfig(precision="fp32", micro_batch=micro_batch, clip_norm=0.5)
+    options = {"gather": gather} if gather else {}
+    mine = Batch(*(value[rows] for value in batch))
+    losses, _ = training_step(
+        model, mine, build_optimizer(network, config), LossConfig(), config, seed=20_261_231 * 1_000_003, **options
+    )
+    return {
+        "losses": torch.stack(list(losses)),
+        "gradients": {key: of(parameter).clone() for key, parameter in network.named_parameters()},
+        "weights": {key: parameter.detach().clone() for key, parameter in network.named_parameters()},
+    }
+
+
 def gathered(gather: DistributedGather) -> dict[str, Any]:
     """What the gather itself returns, forward and backward."""
     weight = torch.arange(1.0, gather.world_size * 2 + 1, dtype=torch.float64)[:, None]
@@ -437,6 +484,13 @@ def run_rank(rank: int, folder: Path) -> None:
             losses = step(model, case, slice(rank * ROWS, (rank + 1) * ROWS), gather)
             gradients = {key: of(parameter).clone() for key, parameter in model.module.named_parameters()}
             found[name] = {"losses": torch.stack(list(losses)).detach(), "gradients": gradients}
+        size = 12 // world_size
+        for kind, projection in PROJECTIONS.items():
+            for micro_batch in MICRO_BATCHES:
+                network = small_network(projection)
+                rows = slice(rank * size, (rank + 1) * size)
+                step_of = trained(DistributedDataParallel(network), network, rows, micro_batch, gather)
+                found[f"{kind}, {micro_batch}"] = step_of
         torch.save(found, folder / f"{world_size}-{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
@@ -479,6 +533,25 @@ def test_processes_together_equal_one_process_on_the_joined_batch(
     for key, parameter in model.named_parameters():
         for rank in ranks:
             torch.testing.assert_close(rank["gradients"][key], parameter.grad, rtol=1e-10, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("size", CASES)
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_step_of_processes_in_whole_and_in_parts_equals_that_of_one_process(
+    processes: dict[int, list[dict[str, Any]]], kind: str, micro_batch: int, size: int
+) -> None:
+    """Dropout included: it belongs to the rows, not to who computes them."""
+    network = small_network(PROJECTIONS[kind])
+    before = {key: parameter.detach().clone() for key, parameter in network.named_parameters()}
+    expected = trained(network, network, slice(None))
+    ranks = [found[f"{kind}, {micro_batch}"] for found in processes[size]]
+    mean = torch.stack([rank["losses"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(mean, expected["losses"], rtol=1e-10, atol=1e-10)
+    for rank in ranks:
+        for part, atol in (("gradients", 1e-10), ("weights", 1e-9)):
+            torch.testing.assert_close(rank[part], expected[part], rtol=1e-8, atol=atol)
+    assert all(not torch.equal(before[key], after) for key, after in expected["weights"].items())
 
 
 def test_cases_of_several_processes_tell_right_from_wrong() -> None:
