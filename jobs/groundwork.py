@@ -92,9 +92,12 @@ def share_split(request: TrainRequest) -> str:
     from jobs.stages import Models
 
     recipe, stored = request.resolved(), storage.join(request.work, SPLIT)
-    if not storage.exists(stored):
+    settings = request.identity(recipe)
+    if not request.belongs_to(settings) or not storage.exists(stored):
         models = Models(clip_weights=request.clip_weights, captioner=request.captioner)
-        examples.write_split(_make_split(request, recipe, where(request, recipe, models)), stored)
+        made = _make_split(request, recipe, where(request, recipe, models))
+        storage.write_json(storage.join(request.work, SETTINGS), settings)
+        examples.write_split(made, stored)
     return stored
 
 

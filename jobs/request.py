@@ -94,6 +94,20 @@ class TrainRequest:
             captioner=storage.model_path(self.captioner),
         )
 
+    def belongs_to(self, settings: dict[str, Any]) -> bool:
+        """Whether its place holds something of a training with these settings; `UsageError` where they are others."""
+        uri = storage.join(self.work, SETTINGS)
+        if not storage.exists(uri):
+            return False
+        found = storage.read_json(uri)
+        if found != settings:
+            changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+            raise UsageError(
+                f"{self.work} holds a training with other settings ({', '.join(changed)}); give the same command to "
+                "continue it, or choose another --out"
+            )
+        return True
+
     def identity(self, recipe: "Recipe") -> dict[str, Any]:
         """What makes it the same training, whatever the machines; JSON-ready."""
         names = ("source", "recipe", "variant", "seed", "captions", "split", "leave_out", "clip_weights", "captioner")

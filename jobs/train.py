@@ -94,7 +94,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
     find_weights(recipe.detector.clip, models.clip_path())
     settings = request.identity(recipe)
     with lock.hold(request.work):
-        _check_unfinished(request.work, settings)
+        if request.belongs_to(settings):
+            say("continuing an unfinished training")
         facts = groundwork.where(request, recipe, models)
         examples = groundwork.examples_of(request, recipe, facts, settings)
         recipe = groundwork.fitted(request, recipe, facts, examples)
@@ -103,21 +104,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
 
         last = fit(request, recipe, facts, examples, settings)
         return _finish(request, recipe, models, examples, last, point)
-
-
-def _check_unfinished(work: str, settings: dict[str, Any]) -> None:
-    """Make sure that an unfinished training at this place, if there is one, has the same settings."""
-    uri = storage.join(work, SETTINGS)
-    if not storage.exists(uri):
-        return
-    found = storage.read_json(uri)
-    if found != settings:
-        changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
-        raise UsageError(
-            f"{work} holds an unfinished training with other settings ({', '.join(changed)}); give the same "
-            "command to continue it, or choose another --out"
-        )
-    say("continuing an unfinished training")
 
 
 def _finish(
@@ -136,20 +122,26 @@ def _finish(
     split = Split(table=examples.table)
     told |= {"training": settings["training"], "split": split.counts(), "leaking": split.leaking, "work": request.work}
     result = results.describe(judged, progress, told)
-    detector_id = request.variant  # of a control, which is for no use
-    if recipe.training.captions == "own":
-        detector_id = _bundle(request, recipe, models, progress.best, judged.calibration, result)
-    results.write_predictions(judged, detector_id, storage.join(request.work, PREDICTIONS))
-    storage.write_json(storage.join(request.work, RESULT), result)
+    for_use = recipe.training.captions == "own"  # a control is for comparison alone
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        detector_id = request.variant
+        if for_use:
+            detector_id = _bundle(request, recipe, models, progress.best, judged.calibration, result, folder)
+        results.write_predictions(judged, detector_id, storage.join(request.work, PREDICTIONS))
+        storage.write_json(storage.join(request.work, RESULT), result)
+        if for_use:  # last: where a bundle is, the training is finished
+            storage.upload_folder(folder, request.out, last="detector.json")
+            say(f"detector {detector_id}: {request.out}")
     say(results.summary(result))
     return result
 
 
 def _bundle(
     request: TrainRequest, recipe: "Recipe", models: "Models", best: dict[str, Any], calibration: Calibration,
-    result: dict[str, Any],
+    result: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
-    """Write the bundle; returns the detector's id."""
+    """Write the bundle to a folder of this machine; returns the detector's id."""
     from jobs import checkpoints, worker
     from jobs.groundwork import FITTED
     from nsnet.detector import Detector
@@ -161,10 +153,7 @@ def _bundle(
     detector.with_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:
         captioner = _captioner(recipe, models, Path(scratch) / "captioner")
-        described = detector.save(Path(scratch) / "bundle", captioner=captioner, training=result)
-        storage.upload_folder(Path(scratch) / "bundle", request.out, last="detector.json")
-    say(f"detector {described.detector_id}: {request.out}")
-    return described.detector_id
+        return detector.save(folder, captioner=captioner, training=result).detector_id
 
 
 def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None:

@@ -238,7 +238,7 @@ def test_more_failures_than_allowed_are_exit_code_3(failed: int, code: int) -> N
 def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:
     put(str(tmp_path / "out.training"), {"settings.json": b'{"seed": 7}'})
     message = complaint("train", pictures, "--out", str(tmp_path / "out"))
-    assert "unfinished training with other settings (" in message and "seed" in message
+    assert "training with other settings (" in message and "seed" in message
 
 
 def test_evaluation_without_verdicts_is_refused(pictures: str, tmp_path: Path) -> None:

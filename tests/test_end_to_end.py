@@ -64,7 +64,7 @@ def detector(bucket: str) -> str:
         patch.setattr("jobs.train._bundle", stop)
         with pytest.raises(Stopped):
             train(request(bucket, out))
-    with pytest.raises(UsageError, match="unfinished training with other settings .seed."):
+    with pytest.raises(UsageError, match="training with other settings .seed."):
         train(request(bucket, out, seed=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.plan.write_manifest", stop)  # what was found out is not found out again
