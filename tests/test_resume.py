@@ -87,7 +87,7 @@ def checkpoint_steps(request: TrainRequest) -> list[int]:
     return sorted(found)
 
 
-def wait_for_the_middle_of_an_epoch(request: TrainRequest, seconds: float = 200.0) -> int:
+def wait_for_the_middle_of_an_epoch(request: TrainRequest, seconds: float = 400.0) -> int:
     """Until the newest checkpoint is one inside the second epoch or later; its step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -187,7 +187,7 @@ def test_training_whose_driver_is_killed_is_continued_by_the_same_command(
     assert not Path(request.out, bundle.DESCRIPTION).exists()
 
     process = start()
-    timer = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
+    timer = threading.Timer(480, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     try:
         _, told = process.communicate()
