@@ -133,7 +133,7 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
                 f"supported: {', '.join(FORMATS)}"
             ) from error
         with image:
-            _check_pixels(image.width, image.height, limits)
+            check_pixels(image.width, image.height, limits)
             if image.format == "HEIF":
                 _check_coded_pixels(data, limits)
             quality = jpeg_quality(image)  # before Pillow moves to another frame
@@ -152,7 +152,7 @@ def image_to_rgb(image: Image.Image, limits: DecodeLimits | None = None) -> npt.
     Raises an `ImageError`, as `decode_image` does.
     """
     with _image_errors():
-        _check_pixels(image.width, image.height, limits or DecodeLimits())
+        check_pixels(image.width, image.height, limits or DecodeLimits())
         return _to_rgb(_upright(image), image.format)
 
 
@@ -215,7 +215,8 @@ def jpeg_quality(image: Image.Image) -> int | None:
         return None
 
 
-def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
+def check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
+    """Raise `ImageTooLargeError` where a picture, its short sides widened to a patch, has more pixels than allowed."""
     padded = max(width, MIN_SIDE_PX) * max(height, MIN_SIDE_PX)
     if padded > limits.max_pixels:
         raise ImageTooLargeError(
@@ -239,7 +240,7 @@ def _check_coded_pixels(heif: bytes, limits: DecodeLimits) -> None:
         end = at + max(length, 8) if length else len(heif)
         if kind == b"meta":
             for size in re.finditer(rb"(?=ispe.{4}(.{4})(.{4}))", heif[at:end], re.DOTALL):
-                _check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
+                check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
         at = end
 
 

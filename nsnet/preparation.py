@@ -11,7 +11,7 @@ from PIL import Image
 
 from nsnet import transforms
 from nsnet.duplicates import perceptual_hash
-from nsnet.images import DecodedImage, DecodeLimits, decode_image, image_to_rgb, jpeg_quality, thumbnail
+from nsnet.images import DecodedImage, DecodeLimits, check_pixels, decode_image, image_to_rgb, jpeg_quality, thumbnail
 from nsnet.patches import PatchConfig, select_patches
 
 
@@ -70,6 +70,7 @@ def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: 
     if transform:
         chain = transforms.parse(transform)
         pixels = transforms.apply(pixels, chain, seed=seed, max_pixels=config.limits.max_pixels)
+        check_pixels(pixels.shape[1], pixels.shape[0], config.limits)  # patch selection widens thin strips
     no_patches, no_thumbnail = (np.empty(shape, dtype=np.uint8) for shape in ((0, 0, 0, 3), (0, 0, 3)))
     return Prepared(
         patches=select_patches(pixels, config.patches) if config.patches is not None else no_patches,
