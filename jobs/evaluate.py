@@ -1,38 +1,85 @@
-"""`nsnet evaluate`: verdicts against labels, per generator and as the unweighted mean over generators."""
+"""`nsnet evaluate`: verdicts against labels, per generator and as the unweighted mean over generators, as a report."""
 
-from typing import Any, Final
+import io
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
 
 import click
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import console, storage
+from jobs import console, labelled, schema, storage
+from jobs.comparison import SAMPLES, compare, long_table
 from jobs.console import say
-from nsnet import metrics
+from jobs.curves import curves
+from jobs.table import as_text
+from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
 
-COLUMNS: Final = ("acc", "real_acc", "fake_acc", "ap", "auroc", "tpr_at_fpr_1")
 NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
-NO_GENERATOR: Final = "(none)"
+WANTED: Final = ("image_id", "threshold", "transform", "split")
+"""Columns that verdicts may have besides."""
+TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT]}
+STANDARD: Final = "standard"
+AUTO: Final = "auto"
+EVERY_SPLIT: Final = "all"
+
+Pairs = Mapping[str, str] | Literal["auto"]
 
 
 @click.command()
 @click.argument("verdicts_or_source", metavar="VERDICTS_OR_SOURCE")
-@click.option("--out", required=True, help="Folder for evaluation.json and evaluation.txt.")
+@click.option("--out", required=True, help="Folder for evaluation.json, .txt and .parquet, and for report.html.")
 @click.option("--detector", default=None, help="Bundle that scores the pictures, when a labelled source is given.")
 @click.option("--detector-id", default=None, help="Only verdicts of this detector, where several have scored.")
+@click.option(
+    "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|CHAIN,…]",
+    help="Score each picture under these transforms as well, such as jpeg:75,resize:0.5+jpeg:75.",
+)  # fmt: skip
+@click.option(
+    "--pair", "pairs", multiple=True, metavar="FAKE=REAL",
+    help="Compare a generator with fakes only with the reals of another; several; auto: as benchmarks do.",
+)  # fmt: skip
+@click.option("--split", default=None, help="Rows of this split, or all. Default: test, where there is one.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
 @console.weights_options
 @console.address_option
-def command(verdicts_or_source: str, out: str, **options: Any) -> int:
+def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], **options: Any) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 
-    Given a labelled source of pictures instead, with --detector, scores it first, below OUT.
+    Given a labelled source of pictures instead, with --detector, scores it first, below OUT; the same command
+    continues. The predictions of a training (OUT.training/predictions.parquet) are verdicts as well.
     """
-    evaluate(verdicts_or_source, out=out, **options)
+    evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
     return 0
+
+
+def parse_pairs(texts: Sequence[str]) -> Pairs:
+    """`FAKE=REAL` each, or `auto` alone."""
+    if list(texts) == [AUTO]:
+        return "auto"
+    parts = {text: text.partition("=") for text in texts}
+    for text, (fake, _, real) in parts.items():
+        if not fake or not real:
+            raise ConfigError(f"--pair {text}: give FAKE=REAL, or auto alone")
+    pairs = {fake: real for fake, _, real in parts.values()}
+    if len(pairs) < len(texts):
+        raise ConfigError("--pair: a generator is given twice, it can have one partner only")
+    return pairs
+
+
+def parse_chains(text: str) -> tuple[str, ...]:
+    """Chains of transforms, separated by commas, or those of `standard`."""
+    if text == STANDARD:
+        return transforms.ROBUSTNESS
+    chains = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if "" in chains:
+        raise ConfigError(f"--robustness {text!r}: give {STANDARD}, or chains such as jpeg:75,resize:0.5+jpeg:75")
+    for chain in chains:
+        transforms.parse(chain)
+    return chains
 
 
 def evaluate(
@@ -41,11 +88,16 @@ def evaluate(
     out: str,
     detector: str | None = None,
     detector_id: str | None = None,
+    robustness: str | None = None,
+    pairs: Pairs | None = None,
+    split: str | None = None,
+    samples: int = SAMPLES,
     clip_weights: str | None = None,
     captioner: str | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
+    chains = parse_chains(robustness) if robustness is not None else ()
     uri, out = storage.absolute(verdicts_or_source), storage.absolute(out)
     storage.reachable(uri)
     storage.check_output(out)
@@ -53,102 +105,100 @@ def evaluate(
     if table is None:
         if detector is None:
             raise SourceError(f"{uri} holds no published verdicts; to score its pictures first, give --detector")
-        from jobs.score import score
+        models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
+        detector_id = detector_id or _id_of(detector)
+        table = _score(uri, detector, storage.join(out, "scored"), chains, models)
+    table = _of_detector(table, detector_id, uri)
+    table, rows = _of_split(table, split, uri)
+    if chains:
+        table = _of_chains(table, chains, uri)
+    found = labelled.find_pairs(table) if pairs == AUTO else dict(pairs or {})
+    names = pc.unique(table.column("detector_id")).to_pylist()
+    result = {
+        "verdicts": uri,
+        "detector_id": names[0] if names else None,
+        "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+        **compare(table, samples=samples, pairs=found),
+        "curves": curves(table),
+    }
+    _write(result, out)
+    return result
 
-        scored = storage.join(out, "scored")
-        score(uri, detector=detector, out=scored, clip_weights=clip_weights, captioner=captioner, address=address)
-        table = _verdicts(scored)
-        assert table is not None
+
+def _id_of(detector: str) -> str:
+    from nsnet import bundle
+
+    folder = storage.fetch_bundle(storage.absolute(detector), bundle.DESCRIPTION)
+    return bundle.read(folder).detector_id
+
+
+def _score(source: str, detector: str, out: str, chains: Sequence[str], models: dict[str, Any]) -> pa.Table:
+    from jobs.score import score
+
+    score(source, detector=detector, out=out, transforms=chains, **models)
+    table = _verdicts(out)
+    assert table is not None
+    return table
+
+
+def _of_detector(table: pa.Table, detector_id: str | None, uri: str) -> pa.Table:
+    """The verdicts of one detector."""
     if detector_id is not None:
         table = table.filter(pc.equal(table.column("detector_id"), detector_id))
         if table.num_rows == 0:
             raise ConfigError(f"{uri} holds no verdict of detector {detector_id}")
-    detectors = sorted(set(table.column("detector_id").to_pylist()))
+    detectors = sorted(pc.unique(table.column("detector_id")).to_pylist(), key=str)
     if len(detectors) > 1:
-        raise ConfigError(f"verdicts of several detectors ({', '.join(detectors)}): choose one with --detector-id")
-    result = {"verdicts": uri, "detector_id": detectors[0] if detectors else None, **compare(table)}
-    text = as_text(result)
+        raise ConfigError(
+            f"verdicts of several detectors ({', '.join(map(str, detectors))}): choose one with --detector-id"
+        )
+    return table
+
+
+def _of_split(table: pa.Table, split: str | None, uri: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of a split, and what is told of them. What was trained on, or chosen by, says little of a detector."""
+    present: set[Any] = set()
+    if "split" in table.column_names:
+        present = set(pc.unique(table.column("split")).to_pylist()) - {None}
+    chosen = ("test" if "test" in present else EVERY_SPLIT) if split is None else split
+    if chosen == EVERY_SPLIT:
+        return table, {"split": None, "used": table.num_rows, "left_out": 0}
+    if chosen not in present:
+        there = f"there are {', '.join(sorted(present))}" if present else "its rows have no split"
+        raise ConfigError(f"{uri} holds no verdict of the split {chosen}: {there}")
+    kept = table.filter(pc.equal(table.column("split"), chosen))
+    say(f"rows: {kept.num_rows:,} of the split {chosen}; {table.num_rows - kept.num_rows:,} others are left out")
+    return kept, {"split": chosen, "used": kept.num_rows, "left_out": table.num_rows - kept.num_rows}
+
+
+def _of_chains(table: pa.Table, chains: Sequence[str], uri: str) -> pa.Table:
+    """The rows of pictures as they are, and under these transforms, which must all be there."""
+    present = labelled.transforms_of(table)
+    missing = [chain for chain in chains if chain not in set(pc.unique(present).to_pylist())]
+    if missing:
+        raise ConfigError(
+            f"--robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the pictures, and "
+            "--detector to score them"
+        )
+    return table.filter(pc.is_in(present, pa.array([labelled.UNTRANSFORMED, *chains])))
+
+
+def _write(result: dict[str, Any], out: str) -> None:
+    from jobs.report import render  # matplotlib takes a second to import
+
+    text, page = as_text(result), render(result)
     storage.write_json(storage.join(out, "evaluation.json"), result)
     storage.write_bytes(storage.join(out, "evaluation.txt"), (text + "\n").encode())
+    parquet = io.BytesIO()
+    pq.write_table(long_table(result), parquet)
+    storage.write_bytes(storage.join(out, "evaluation.parquet"), parquet.getvalue())
+    storage.write_bytes(storage.join(out, "report.html"), page.encode())
     click.echo(text)
-    say(f"table: {storage.join(out, 'evaluation.json')}")
-    return result
+    say(f"table: {storage.join(out, 'evaluation.json')}\nreport: {storage.join(out, 'report.html')}")
 
 
-def compare(table: pa.Table) -> dict[str, Any]:
-    """Metrics of verdict rows (`schema.VERDICTS`) per generator, and their unweighted mean."""
-    labelled = table.filter(pc.is_valid(table.column("label")))
-    if labelled.num_rows == 0:
-        raise SourceError("no verdict has a label: nothing can be compared")
-    scored = labelled.filter(pc.equal(labelled.column("status"), "scored"))
-    labels = scored.column("label").to_numpy().astype(np.int64)
-    probabilities = scored.column("prob_fake").to_numpy()
-    said_fake = np.array([verdict == "fake" for verdict in scored.column("verdict").to_pylist()])
-    generators = np.array([name or NO_GENERATOR for name in scored.column("generator").to_pylist()])
-    groups = {
-        name: _metrics(labels[generators == name], probabilities[generators == name], said_fake[generators == name])
-        for name in sorted(set(generators))
-    }
-    return {
-        "generators": groups,
-        "macro_mean": {column: _mean([group[column] for group in groups.values()]) for column in COLUMNS},
-        "all": _metrics(labels, probabilities, said_fake),
-        "failed": labelled.num_rows - scored.num_rows,
-        "without_label": table.num_rows - labelled.num_rows,
-    }
-
-
-def _metrics(
-    labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], said_fake: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
-    """Accuracies are of the verdicts, that is at the detector's own threshold; the rest is of the probabilities."""
-    acc, real_acc, fake_acc = metrics.accuracies(labels, said_fake.astype(np.float64))
-    return {
-        "real": int((labels == 0).sum()),
-        "fake": int((labels == 1).sum()),
-        "acc": acc,
-        "real_acc": real_acc,
-        "fake_acc": fake_acc,
-        "ap": metrics.average_precision(labels, probabilities),
-        "auroc": metrics.auroc(labels, probabilities),
-        "tpr_at_fpr_1": metrics.tpr_at_fpr(labels, probabilities, 0.01),
-    }
-
-
-def _mean(values: list[float | None]) -> float | None:
-    """Mean over the generators for which the metric is defined."""
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """The table for people, worst accuracy first."""
-    heading = ["generator", "real", "fake", "acc", "real_acc", "fake_acc", "AP", "AUROC", "TPR@1%FPR"]
-    groups = sorted(result["generators"].items(), key=lambda item: (item[1]["acc"] is None, item[1]["acc"], item[0]))
-    rows = [[console.printable(name), str(group["real"]), str(group["fake"]), *_cells(group)] for name, group in groups]
-    rows.append(["macro mean", "", "", *_cells(result["macro_mean"])])
-    widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in [heading, *rows]
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    if result["failed"]:
-        lines.append(f"{result['failed']} labelled pictures failed and are in no number above")
-    if result["without_label"]:
-        lines.append(f"{result['without_label']} pictures have no label and are in no number above")
-    if any(cell == UNDEFINED for row in rows for cell in row):
-        lines.append(f"{UNDEFINED}: undefined, one class only")
-    return "\n".join(lines)
-
-
-UNDEFINED: Final = "–"
-
-
-def _cells(group: dict[str, Any]) -> list[str]:
-    return [UNDEFINED if group[column] is None else f"{group[column]:.4f}" for column in COLUMNS]
+# Verdicts from storage.
 
 
 def _verdicts(uri: str) -> pa.Table | None:
@@ -159,24 +209,33 @@ def _verdicts(uri: str) -> pa.Table | None:
     from jobs import ledger
 
     if uri.lower().endswith(".parquet"):
-        system, path = storage.arrow_filesystem(uri)
-        if not storage.exists(uri):
-            raise SourceError(f"there is no {uri}")
-        try:
-            names = set(pq.read_schema(path, filesystem=system).names)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{uri} is no Parquet file: {error}") from error
-        if not set(NEEDED) <= names:
-            return None
-        return pq.read_table(path, columns=list(NEEDED), filesystem=system)
+        return _from_file(uri)
     if not storage.is_folder(uri):
         raise SourceError(f"there is no {uri}")
     if not ledger.runs(uri):
         return None
-    table = ledger.verdicts(uri).to_table(columns=[*NEEDED, "image_id"])
+    columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
+    table = ledger.verdicts(uri).to_table(columns=columns)
     pictures = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
     newest = {picture: row for row, picture in enumerate(pictures)}  # the oldest run comes first
     return table.take(list(newest.values()))
+
+
+def _from_file(uri: str) -> pa.Table | None:
+    system, path = storage.arrow_filesystem(uri)
+    if not storage.exists(uri):
+        raise SourceError(f"there is no {uri}")
+    try:
+        names = set(pq.read_schema(path, filesystem=system).names)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{uri} is no Parquet file: {error}") from error
+    if not set(NEEDED) <= names:
+        return None
+    table = pq.read_table(path, columns=[*NEEDED, *(name for name in WANTED if name in names)], filesystem=system)
+    try:
+        return table.cast(pa.schema([pa.field(name, TYPES[name]) for name in table.column_names]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SourceError(f"{uri} holds no verdicts: {error}") from error
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def describe(judged: Judged, progress: Progress, told: dict[str, Any]) -> dict[s
 
     `told`: what the record says besides. Without test pictures `test` is null.
     """
-    from jobs.evaluate import compare
+    from jobs.comparison import compare
 
     best = next(record for record in progress.history if record["epoch"] == progress.best_epoch)
     test = judged.of("test")
@@ -97,7 +97,7 @@ def describe(judged: Judged, progress: Progress, told: dict[str, Any]) -> dict[s
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines."""
-    from jobs.evaluate import as_text
+    from jobs.table import as_text
 
     best, fitted = result["best_epoch"], result["calibration"]
     ap = "undefined" if best["val_ap"] is None else f"{best['val_ap']:.4f}"

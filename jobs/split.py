@@ -215,6 +215,6 @@ def describe(split: Split) -> list[str]:
     if split.leaking:
         told.append(
             f"warning: {split.leaking} pictures of validation and test are near-duplicates of training pictures, as "
-            "the source splits them: their numbers flatter"
+            "the source splits them: their numbers flatter; nsnet audit lists them"
         )
     return told

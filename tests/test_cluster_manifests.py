@@ -358,7 +358,7 @@ def test_commands_of_the_cluster_files_and_of_the_reproduction_exist() -> None:
     comments = "\n".join(line.lstrip("# ") for line in (CLUSTER / "ray-up.yaml").read_text().splitlines())
     text = "\n".join([*blocks("", REPRODUCE), comments]).replace("\\\n", " ")
     commands = re.findall(rf"nsnet ({'|'.join(cli.COMMANDS)}) (s3://.*|univfd.*)$", text, re.MULTILINE)
-    assert len(commands) >= 7
+    assert len(commands) >= 10
     for name, arguments in commands:
         command = cli.group.get_command(click.Context(cli.group), name)
         assert command is not None
@@ -506,7 +506,7 @@ def test_commands_of_the_guide_exist() -> None:
 def test_options_of_the_guide_exist() -> None:
     prose = re.sub(r"^ *```.*?^ *```$", "", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<=[`( ])--[a-z-]+", prose)) - {"--from-env-file"}
-    commands = [cli.group.get_command(click.Context(cli.group), name) for name in ("score", "evaluate")]
+    commands = [cli.group.get_command(click.Context(cli.group), name) for name in cli.COMMANDS]
     known = {option for command in commands if command for parameter in command.params for option in parameter.opts}
     assert named <= known
 

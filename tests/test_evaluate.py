@@ -1,57 +1,46 @@
-"""Evaluation: scikit-learn's numbers per generator, and what is undefined, failed or unlabelled said as such."""
+"""Evaluation: which verdicts are compared, and what is written of it, for people and for programs."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn import metrics as reference
 
 from jobs import evaluate as module
 from jobs import ledger, storage
-from jobs.evaluate import NEEDED, as_text, compare, evaluate
+from jobs.comparison import compare, long_table
+from jobs.evaluate import NEEDED, evaluate, parse_chains, parse_pairs
 from jobs.ledger import Run
+from jobs.results import PREDICTIONS
+from jobs.table import LONGEST_NAME, WIDEST, as_text
 from nsnet.errors import ConfigError, SourceError
-from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
+from nsnet.transforms import ROBUSTNESS
+from tests.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
-THRESHOLD = 0.3
 SIZES = {"Glide": (40, 25), "ADM": (7, 160), "sd v1.4": (300, 3), None: (12, 12)}
 """Generator -> real and fake pictures."""
+QUICK = 50
+"""Bootstrap samples where intervals do not matter."""
+FILES = ["evaluation.json", "evaluation.parquet", "evaluation.txt", "report.html"]
 
 
-def labelled_rows(seed: int = 0) -> Rows:
-    """Verdicts with ties, of generators of very different sizes, some easier than others."""
-    rng = np.random.default_rng(seed)
+def labelled_rows(transform: str | None = None) -> Rows:
+    """Verdicts of generators of very different sizes, some easier than others."""
+    rng = np.random.default_rng(0)
     rows = []
     for strength, (generator, sizes) in enumerate(SIZES.items()):
         for label, size in enumerate(sizes):
             probabilities = 1 / (1 + np.exp(-(rng.normal(size=size) + (strength + 0.5) * (label - 0.5))))
             for i, prob_fake in enumerate(probabilities.round(2)):
-                verdict = "fake" if prob_fake >= THRESHOLD else "real"
-                values = {"label": label, "generator": generator, "verdict": verdict, "threshold": THRESHOLD}
-                rows.append(verdict_row(f"/{generator}/{label}/{i}", float(prob_fake), **values))
-    rng.shuffle(rows)
+                uri, told = f"/{generator}/{label}/{i}/{transform}", {"label": label, "generator": generator}
+                rows.append(verdict_row(uri, float(prob_fake), **told, transform=transform))
     return rows
-
-
-def expected_metrics(rows: Rows) -> dict[str, float]:
-    labels = np.array([row["label"] for row in rows])
-    scores = np.array([row["prob_fake"] for row in rows])
-    said = np.array([row["verdict"] == "fake" for row in rows])
-    fpr, tpr, _ = reference.roc_curve(labels, scores, drop_intermediate=False)
-    return {
-        "real": int((labels == 0).sum()),
-        "fake": int((labels == 1).sum()),
-        "acc": reference.accuracy_score(labels, said),
-        "real_acc": reference.recall_score(labels, said, pos_label=0),
-        "fake_acc": reference.recall_score(labels, said, pos_label=1),
-        "ap": reference.average_precision_score(labels, scores),
-        "auroc": reference.roc_auc_score(labels, scores),
-        "tpr_at_fpr_1": tpr[fpr <= 0.01].max(),
-    }
 
 
 def publish(out: Path, rows: Rows, run_id: str | None = None) -> Run:
@@ -64,84 +53,59 @@ def publish(out: Path, rows: Rows, run_id: str | None = None) -> Run:
     return run
 
 
-# Numbers.
-
-
-def test_metrics_per_generator_are_those_of_scikit_learn() -> None:
-    rows = labelled_rows()
-    result = compare(verdict_table(*rows))
-    assert set(result["generators"]) == {"Glide", "ADM", "sd v1.4", "(none)"}
-    for name, group in result["generators"].items():
-        own = [row for row in rows if (row["generator"] or "(none)") == name]
-        assert group == pytest.approx(expected_metrics(own), abs=1e-12)
-    assert result["all"] == pytest.approx(expected_metrics(rows), abs=1e-12)
-    assert result["failed"] == result["without_label"] == 0
-
-
-def test_macro_mean_counts_generators_not_pictures() -> None:
-    result = compare(verdict_table(*labelled_rows()))
-    for column in module.COLUMNS:
-        values = [group[column] for group in result["generators"].values()]
-        assert result["macro_mean"][column] == pytest.approx(np.mean(values), abs=1e-12)
-    assert abs(result["macro_mean"]["ap"] - result["all"]["ap"]) > 0.01
-
-
-def test_accuracies_are_of_the_verdicts_not_of_a_probability_of_one_half() -> None:
-    rows = [verdict_row("/a", 0.4, label=1, verdict="fake"), verdict_row("/b", 0.35, label=0, verdict="fake")]
-    result = compare(verdict_table(*rows))["all"]
-    assert (result["acc"], result["real_acc"], result["fake_acc"]) == (0.5, 0.0, 1.0)
-
-
-def test_undefined_metrics_are_none_and_leave_the_mean_alone() -> None:
-    both = [verdict_row(f"/a{i}", i / 10, label=i % 2, generator="both") for i in range(10)]
-    one = [verdict_row(f"/b{i}", 0.9, label=1, generator="one class") for i in range(3)]
-    result = compare(verdict_table(*both, *one))
-    group = result["generators"]["one class"]
-    assert (group["real_acc"], group["ap"], group["auroc"], group["tpr_at_fpr_1"]) == (None,) * 4
-    assert (group["acc"], group["fake_acc"], group["real"]) == (1.0, 1.0, 0)
-    for column in ("real_acc", "ap", "auroc", "tpr_at_fpr_1"):
-        assert result["macro_mean"][column] == result["generators"]["both"][column]
-    (line,) = [line for line in as_text(result).splitlines() if line.startswith("one class")]
-    assert line.split()[2:] == ["0", "3", "1.0000", "–", "1.0000", "–", "–", "–"]
-    assert "–: undefined, one class only" in as_text(result)
-
-
-def test_failed_and_unlabelled_pictures_are_counted_and_in_no_number() -> None:
-    rows = labelled_rows()
-    failed = [verdict_row(f"/f{i}", None, label=i % 2, generator="Glide") for i in range(4)]
-    unlabelled = [verdict_row(f"/u{i}", 0.9, label=None) for i in range(5)] + [verdict_row("/uf", None)]
-    result = compare(verdict_table(*failed, *rows, *unlabelled))
-    assert (result["failed"], result["without_label"]) == (4, 6)
-    before = compare(verdict_table(*rows))
-    assert (result["generators"], result["all"]) == (before["generators"], before["all"])
-    text = as_text(result)
-    assert "4 labelled pictures failed and are in no number above" in text
-    assert "6 pictures have no label and are in no number above" in text
-
-
-def test_verdicts_without_a_label_cannot_be_compared() -> None:
-    for rows in ([], [verdict_row("/a", 0.5)]):
-        with pytest.raises(SourceError, match="no verdict has a label"):
-            compare(verdict_table(*rows))
-
-
-def test_labelled_pictures_that_all_failed_have_no_metric() -> None:
-    result = compare(verdict_table(verdict_row("/a", None, label=1), verdict_row("/b", None, label=0)))
-    assert result["generators"] == {} and result["failed"] == 2
-    assert set(result["macro_mean"].values()) == {None}
-    assert "2 labelled pictures failed" in as_text(result)
-
-
 # The table for people.
 
 
 def test_table_shows_the_worst_generator_first_and_all_in_columns() -> None:
-    lines = as_text(compare(verdict_table(*labelled_rows()))).splitlines()
-    assert lines[0].split()[:5] == ["generator", "real", "fake", "acc", "real_acc"]
-    shown = [float(line.split()[-6]) for line in lines[2:-1]]
-    assert shown == sorted(shown) and len(shown) == len(SIZES)
-    assert lines[-1].startswith("macro mean")
-    assert len({len(line) for line in lines}) == 1
+    result = compare(verdict_table(*labelled_rows()), samples=QUICK)
+    lines = as_text(result).splitlines()
+    assert lines[0].split() == [
+        "generator", "real", "fake", "acc", "real_acc", "fake_acc", "AP", "AUROC", "TPR@1%FPR"
+    ]  # fmt: skip
+    names = [re.split("  +", line)[0] for line in lines[2:]]
+    worst_first = sorted(result["generators"], key=lambda name: result["generators"][name]["acc"]["value"])
+    assert names == [*worst_first, "macro mean", "all pictures"]
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= WIDEST
+    for line, name in zip(lines[2:], worst_first, strict=False):
+        numbers = result["generators"][name]
+        for metric in ("acc", "ap"):
+            number = numbers[metric]
+            assert f"{number['value']:.4f} ({number['low']:.3f}-{number['high']:.3f})" in line
+        assert line.split()[-1] == f"{numbers['tpr_at_fpr_1']['value']:.4f}"
+
+
+def test_table_leaves_intervals_out_where_they_do_not_fit_and_shortens_names() -> None:
+    rows = [{**row, "generator": "g" * 10_000} for row in labelled_rows()]
+    lines = as_text(compare(verdict_table(*rows), samples=QUICK)).splitlines()
+    assert "(" not in "".join(lines) and max(map(len, lines)) <= WIDEST
+    assert lines[2].startswith("g" * (LONGEST_NAME - 1) + "… ")
+
+
+def test_table_says_what_is_undefined_failed_unlabelled_and_uncertain() -> None:
+    rows = [verdict_row(f"/b{i}", 0.9, label=1, generator="one class") for i in range(3)]
+    rows += [verdict_row("/f", None, label=1, generator="one class"), verdict_row("/u", 0.5)]
+    rows += [verdict_row("/c", 0.5, label=1, generator="one class", verdict="uncertain")]
+    text = as_text(compare(verdict_table(*rows), samples=1))
+    (line,) = [line for line in text.splitlines() if line.startswith("one class")]
+    assert line.split()[2:] == ["0", "4", "0.7500", line.split()[5], "–", "0.7500", "–", "–", "–"]
+    assert "1 labelled pictures failed and are in no number above" in text
+    assert "1 pictures have no label and are in no number above" in text
+    assert "1 verdicts are uncertain: acc counts them as not right; without them it is 1.0000" in text
+    assert "–: undefined, one class only" in text
+
+
+def test_table_without_anything_to_say_says_nothing() -> None:
+    lines = as_text(compare(verdict_table(*labelled_rows()), samples=QUICK)).splitlines()
+    assert len(lines) == 2 + len(SIZES) + 2
+
+
+def test_table_of_transforms_stands_beside_the_untransformed() -> None:
+    rows = labelled_rows() + labelled_rows("jpeg:75")
+    result = compare(verdict_table(*rows), samples=QUICK)
+    below = as_text(result).split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in below[2:]] == ["none", "jpeg:75"]
+    assert below[2].split()[1] == f"{result['macro_mean']['acc']['value']:.4f}"
+    assert below[3].split()[1] == f"{result['robustness']['jpeg:75']['macro_mean']['acc']['value']:.4f}"
 
 
 def test_control_characters_of_a_generator_do_not_reach_the_terminal(
@@ -150,7 +114,7 @@ def test_control_characters_of_a_generator_do_not_reach_the_terminal(
     name = "\x1b[2J\x1b]0;owned\x07evil\n\r\x9b31m\u202e"
     rows = [verdict_row(f"/{i}", i / 4, label=i % 2, generator=name) for i in range(4)]
     pq.write_table(verdict_table(*rows), tmp_path / "v.parquet")
-    result = evaluate(str(tmp_path / "v.parquet"), out=str(tmp_path / "out"))
+    result = evaluate(str(tmp_path / "v.parquet"), out=str(tmp_path / "out"), samples=1)
     shown = "".join(capsys.readouterr())
     assert "evil" in shown and all(letter.isprintable() or letter == "\n" for letter in shown)
     assert list(result["generators"]) == [name]
@@ -162,7 +126,7 @@ def test_control_characters_of_a_generator_do_not_reach_the_terminal(
 
 
 @pytest.mark.parametrize("published", [False, True])
-def test_result_is_written_as_json_and_text(
+def test_result_is_written_as_json_text_rows_and_page(
     published: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = labelled_rows() + [verdict_row("/one", 0.9, label=1, generator="one class")]
@@ -172,11 +136,14 @@ def test_result_is_written_as_json_and_text(
     else:
         uri = str(tmp_path / "v.parquet")
         pq.write_table(verdict_table(*rows).select(NEEDED), uri)
-    result = evaluate(uri, out=str(tmp_path / "out"))
+    result = evaluate(uri, out=str(tmp_path / "out"), samples=QUICK)
     assert result["verdicts"] == uri and result["detector_id"] == "d" * 16
-    assert {key: result[key] for key in ("generators", "macro_mean", "all")} == {
-        key: compare(verdict_table(*rows))[key] for key in ("generators", "macro_mean", "all")
-    }
+    expected = compare(verdict_table(*rows), samples=QUICK)
+    assert {key: result[key] for key in expected} == expected
+    assert result["rows"] == {"split": None, "used": len(rows), "left_out": 0}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert pq.read_table(tmp_path / "out" / "evaluation.parquet").equals(long_table(result))
+    assert result["detector_id"] in (tmp_path / "out" / "report.html").read_text()
     text = (tmp_path / "out" / "evaluation.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == result
     assert capsys.readouterr().out == (tmp_path / "out" / "evaluation.txt").read_text() == as_text(result) + "\n"
@@ -188,7 +155,7 @@ def test_verdicts_of_several_detectors_need_a_choice(tmp_path: Path) -> None:
     pq.write_table(verdict_table(*rows), uri)
     with pytest.raises(ConfigError, match=r"several detectors \(a, b\): choose one with --detector-id"):
         evaluate(uri, out=str(tmp_path / "out"))
-    result = evaluate(uri, out=str(tmp_path / "out"), detector_id="b")
+    result = evaluate(uri, out=str(tmp_path / "out"), detector_id="b", samples=1)
     assert result["detector_id"] == "b" and result["all"]["real"] + result["all"]["fake"] == 4
     with pytest.raises(ConfigError, match="holds no verdict of detector c"):
         evaluate(uri, out=str(tmp_path / "out"), detector_id="c")
@@ -199,9 +166,9 @@ def test_picture_judged_by_two_runs_counts_once_as_the_newest_has_it(tmp_path: P
     second = [verdict_row("/a", 0.2, label=0), verdict_row("/b", 0.7, label=1)]
     publish(tmp_path, second, "20260103T000000Z-000000")
     publish(tmp_path, first, "20260102T000000Z-ffffff")
-    result = evaluate(str(tmp_path), out=str(tmp_path / "out"))
+    result = evaluate(str(tmp_path), out=str(tmp_path / "out"), samples=1)
     assert (result["all"]["real"], result["all"]["fake"], result["failed"]) == (1, 2, 0)
-    assert result["all"]["acc"] == 1.0
+    assert result["all"]["acc"]["value"] == 1.0
 
 
 def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
@@ -209,7 +176,7 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     unfinished = Run(out=str(tmp_path / "scored"))
     Path(unfinished.final).mkdir(parents=True)
     pq.write_table(verdict_table(verdict_row("/c", 0.9, label=0)), f"{unfinished.final}/part-00000-0a1b2c3d.parquet")
-    assert evaluate(str(tmp_path / "scored"), out=str(tmp_path / "out"))["all"]["real"] == 1
+    assert evaluate(str(tmp_path / "scored"), out=str(tmp_path / "out"), samples=1)["all"]["real"] == 1
     assert len(ledger.runs(str(tmp_path / "scored"))) == 1
 
 
@@ -233,6 +200,153 @@ def test_missing_or_other_files_are_said(tmp_path: Path) -> None:
         evaluate(str(tmp_path), out=str(tmp_path / "out"))
 
 
-def test_verdict_called_uncertain_is_not_called_fake() -> None:
-    rows = [verdict_row("/a", 0.5, label=1, verdict="uncertain"), verdict_row("/b", 0.9, label=1, verdict="fake")]
-    assert compare(verdict_table(*rows))["all"]["fake_acc"] == 0.5
+def test_columns_of_other_types_are_verdicts_all_the_same(tmp_path: Path) -> None:
+    table = verdict_table(*labelled_rows()).select(NEEDED)
+    expected = evaluate(_stored(table, tmp_path / "a.parquet"), out=str(tmp_path / "out"), samples=1)
+    table = table.cast(pa.schema([("label", pa.int64()), ("generator", pa.large_string()), *list(table.schema)[2:]]))
+    place = table.schema.get_field_index("verdict")
+    table = table.set_column(place, "verdict", table.column("verdict").dictionary_encode())
+    found = evaluate(_stored(table, tmp_path / "b.parquet"), out=str(tmp_path / "out"), samples=1)
+    assert found["generators"] == expected["generators"]
+    wrong = table.set_column(0, "label", pa.array(["fake"] * table.num_rows))
+    with pytest.raises(SourceError, match="holds no verdicts"):
+        evaluate(_stored(wrong, tmp_path / "c.parquet"), out=str(tmp_path / "out"))
+
+
+def _stored(table: pa.Table, path: Path) -> str:
+    pq.write_table(table, path)
+    return str(path)
+
+
+# Splits: the predictions of a training.
+
+
+def predictions(path: Path, **splits: int) -> str:
+    rows = [
+        {**verdict_row(f"/{split}/{i}", i / (count - 1), label=i % 2, generator="g"), "split": split, "logit": 0.0}
+        for split, count in splits.items()
+        for i in range(count)
+    ]
+    kept = [{name: row[name] for name in PREDICTIONS.names} for row in rows]
+    return _stored(pa.Table.from_pylist(kept, schema=PREDICTIONS), path)
+
+
+def test_predictions_of_a_training_are_judged_by_their_test_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = predictions(tmp_path / "predictions.parquet", val=30, test=20)
+    result = evaluate(uri, out=str(tmp_path / "out"), samples=1)
+    assert result["rows"] == {"split": "test", "used": 20, "left_out": 30}
+    assert result["all"]["real"] == 10
+    assert "rows: 20 of the split test; 30 others are left out" in capsys.readouterr().err
+    assert evaluate(uri, out=str(tmp_path / "out"), split="val", samples=1)["all"]["real"] == 15
+    every = evaluate(uri, out=str(tmp_path / "out"), split="all", samples=1)
+    assert every["rows"] == {"split": None, "used": 50, "left_out": 0} and every["all"]["real"] == 25
+
+
+def test_without_test_rows_all_are_compared(tmp_path: Path) -> None:
+    uri = predictions(tmp_path / "predictions.parquet", val=30)
+    assert evaluate(uri, out=str(tmp_path / "out"), samples=1)["all"]["real"] == 15
+
+
+def test_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    uri = predictions(tmp_path / "predictions.parquet", val=30)
+    with pytest.raises(ConfigError, match="no verdict of the split test: there are val"):
+        evaluate(uri, out=str(tmp_path / "out"), split="test")
+    uri = _stored(verdict_table(*labelled_rows()), tmp_path / "v.parquet")
+    with pytest.raises(ConfigError, match="no verdict of the split test: its rows have no split"):
+        evaluate(uri, out=str(tmp_path / "out"), split="test")
+
+
+# Pairs.
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ((), {}), (("auto",), "auto"), (("a=b", "c=b"), {"a": "b", "c": "b"}), (("a=b=c",), {"a": "b=c"}),
+    ],
+)  # fmt: skip
+def test_pairs_are_read(texts: tuple[str, ...], expected: Any) -> None:
+    assert parse_pairs(texts) == expected
+
+
+@pytest.mark.parametrize("texts", [("a",), ("=b",), ("a=",), ("auto", "a=b"), ("a=b", "a=c"), ("",)])
+def test_pairs_that_say_nothing_or_too_much_are_refused(texts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--pair"):
+        parse_pairs(texts)
+
+
+def test_pairs_are_given_or_found(tmp_path: Path) -> None:
+    rows = [verdict_row(f"/f{i}", 0.5 + i / 20, label=1, generator="dalle") for i in range(9)]
+    rows += [verdict_row(f"/r{i}", i / 20, label=0, generator="laion") for i in range(9)]
+    uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), str(tmp_path / "out")
+    assert evaluate(uri, out=out, samples=1)["macro_mean"]["ap"]["value"] is None
+    for pairs in ("auto", {"dalle": "laion"}):
+        result = evaluate(uri, out=out, pairs=pairs, samples=1)  # type: ignore[arg-type]
+        assert result["pairs"] == {"dalle": "laion"} and set(result["generators"]) == {"dalle"}
+        assert result["generators"]["dalle"]["ap"]["value"] == 1.0
+
+
+# Robustness.
+
+
+def test_chains_are_read() -> None:
+    assert parse_chains("standard") == ROBUSTNESS
+    assert parse_chains("jpeg:75, resize:0.5+jpeg:75,jpeg:75") == ("jpeg:75", "resize:0.5+jpeg:75")
+
+
+@pytest.mark.parametrize("text", ["", "jpeg:75,", "jpeg", "swirl:3", "jpeg:0", "s3://bucket"])
+def test_what_is_no_chain_is_refused_before_anything_is_read(text: str) -> None:
+    with pytest.raises(ConfigError):
+        evaluate("s3://nowhere/at-all", out="s3://nowhere/else", robustness=text)
+
+
+def test_robustness_of_published_verdicts_needs_their_transforms(tmp_path: Path) -> None:
+    publish(tmp_path / "scored", labelled_rows() + labelled_rows("jpeg:75") + labelled_rows("blur:1"))
+    uri, out = str(tmp_path / "scored"), str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no verdicts under jpeg:30; give the source .* --detector"):
+        evaluate(uri, out=out, robustness="jpeg:75,jpeg:30")
+    assert not (tmp_path / "out").exists()
+    assert list(evaluate(uri, out=out, robustness="jpeg:75", samples=1)["robustness"]) == ["jpeg:75"]
+    assert list(evaluate(uri, out=out, samples=1)["robustness"]) == ["jpeg:75", "blur:1"]
+
+
+def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`score` is tested where it is: here it publishes what it would, beside verdicts of another detector."""
+    source, out = tmp_path / "pictures", tmp_path / "out"
+    source.mkdir()
+    scored: list[tuple[str, Sequence[str]]] = []
+
+    def score(given: str, *, out: str, transforms: Sequence[str], **_: Any) -> None:
+        scored.append((given, tuple(transforms)))
+        rows = [row for chain in (None, *transforms) for row in labelled_rows(chain)]
+        publish(Path(out), rows)
+        publish(Path(out), [{**row, "detector_id": "e" * 16, "prob_fake": 0.5} for row in rows])
+
+    monkeypatch.setattr("jobs.score.score", score)
+    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    result = evaluate(str(source), out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
+    assert scored == [(str(source), ("jpeg:75", "blur:1"))]
+    assert list(result["robustness"]) == ["jpeg:75", "blur:1"] and result["detector_id"] == "d" * 16
+    assert sorted(path.name for path in out.iterdir()) == [*FILES, "scored"]
+    again = evaluate(str(out / "scored"), out=str(out), detector_id="d" * 16, samples=QUICK)
+    assert again["generators"] == result["generators"] and again["robustness"] == result["robustness"]
+
+
+# The command.
+
+
+def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
+    rows = [verdict_row(f"/{chain}/{i}", i / 9, label=1, generator="dalle", transform=chain)
+            for chain in (None, *ROBUSTNESS) for i in range(9)]  # fmt: skip
+    rows += [verdict_row(f"/r{i}", i / 9, label=0, generator="other") for i in range(9)]
+    uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), tmp_path / "out"
+    common = ("evaluate", uri, "--out", str(out), "--samples", "1")
+    code, shown, told = run_command(*common, "--pair", "dalle=other", "--split", "all", "--robustness")
+    assert (code, shown) == (0, (out / "evaluation.txt").read_text())
+    assert f"report: {out / 'report.html'}" in told
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(ROBUSTNESS)
+    code, _, told = run_command(*common, "--robustness", "jpeg:1")
+    assert code == 2 and "no verdicts under jpeg:1" in told
