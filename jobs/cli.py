@@ -8,6 +8,7 @@ import click
 from jobs import console
 
 COMMANDS: Final = {
+    "audit": "Look for what would fool a detector in a labelled source.",
     "caption": "Caption the pictures of a source, once for all trainings.",
     "train": "Train a detector on labelled pictures.",
     "ablate": "Train variants of a recipe on one split, and compare them.",

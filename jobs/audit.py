@@ -1,0 +1,141 @@
+"""`nsnet audit`: what a source holds, and what in it would fool a detector or a benchmark."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Final
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import biases, console, copies, inventory, ledger, parquet, storage
+from jobs.console import say
+from jobs.facts import FACTS_ID, examine
+from jobs.findings import as_text
+from jobs.plan import Selection, write_manifest
+from nsnet.duplicates import BITS, DISTANCE
+from nsnet.errors import ConfigError
+from nsnet.images import DecodeLimits
+
+RESULT: Final = "audit.json"
+REPORT: Final = "audit.txt"
+COPIES: Final = "duplicates.parquet"
+
+
+@click.command()
+@click.argument("source")
+@click.option("--out", default=None, help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.")
+@click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
+@click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
+@console.selection_options
+@console.max_failed_option
+@console.limit_options
+@console.address_option
+def command(source: str, **options: Any) -> int:
+    """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
+    pixel and JPEG quality alone tell real from fake.
+
+    Pictures are looked at once: with --out, the next audit of the source looks at what is new or changed.
+    """
+    limits = console.limits_from(options)
+    selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
+    allowed = options.pop("max_failed")
+    result = audit(source, limits=limits, selection=selection, **options)
+    failed = sum(error["pictures"] for error in result["failed"].values())
+    return console.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
+
+
+def audit(
+    source: str,
+    *,
+    out: str | None = None,
+    selection: Selection | None = None,
+    distance: int = DISTANCE,
+    seed: int = 0,
+    limits: DecodeLimits | None = None,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Audit a source, print the report, and store it where there is an `out`; returns the result."""
+    if not 0 <= distance < BITS or not 0 <= seed < 2**32:
+        raise ConfigError(
+            f"--distance must be 0 to {BITS - 1} bits and --seed 0 to {2**32 - 1}, got {distance} and {seed}"
+        )
+    source, selection = storage.absolute(source), selection or Selection()
+    with _place(out) as place:
+        examine(source, out=place, selection=selection, limits=limits, address=address)
+        table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
+        found, twins = findings(table, distance=distance, seed=seed)
+        result = {"source": source, "not_examined": unknown, **found}
+        text = as_text(result)
+        if out is not None:
+            parquet.write(twins.to_batches(), copies.COPIES, storage.join(place, COPIES))
+            storage.write_bytes(storage.join(place, REPORT), (text + "\n").encode())
+            storage.write_json(storage.join(place, RESULT), result)
+            say(f"report: {storage.join(place, RESULT)}")
+    click.echo(text)
+    return result
+
+
+@contextmanager
+def _place(out: str | None) -> Iterator[str]:
+    """Where facts are published: the output, or a folder that is removed afterwards."""
+    if out is not None:
+        yield storage.absolute(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
+        yield storage.absolute(folder)
+
+
+def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
+    """The pictures of the source as it is now with their facts, and how many nothing is known of.
+
+    An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
+    """
+    facts = ledger.published(place, inventory.KNOWN, ledger.FACTS, facts_id=FACTS_ID)
+    if not listed_anew:
+        listing = ledger.published(place, inventory.LISTED, ledger.FACTS, facts_id=FACTS_ID)
+        return inventory.pictures(listing, facts)
+    whole = Selection(include=selection.include, exclude=selection.exclude)
+    with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
+        manifest = storage.join(storage.absolute(folder), "manifest.parquet")
+        write_manifest(source, manifest, whole)
+        return inventory.pictures(parquet.read(manifest, inventory.LISTED), facts)
+
+
+def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tuple[dict[str, Any], pa.Table]:
+    """What rows of `inventory.PICTURES` show, JSON-ready, and the pictures that have a copy (`copies.COPIES`)."""
+    seen = inventory.readable(table)
+    say(f"comparing {seen.num_rows:,} pictures with each other")
+    contents, alike = copies.groups(seen, distance)
+    groups = np.full(table.num_rows, biases.UNREADABLE)
+    groups[pc.equal(table.column("status"), "scored").to_numpy()] = alike
+    found = {
+        "pictures": table.num_rows,
+        "failed": inventory.failures(table),
+        "splits": inventory.splits(table),
+        "everything": _described(table, groups, seed),
+        "generators": {
+            name: _described(table.take(rows), groups[rows], seed, name)
+            for name, rows in inventory.by_generator(table)
+        },
+        "duplicates": {
+            "distance": distance, "exact": copies.count(seen, contents), "alike": copies.count(seen, alike)
+        },
+        "seed": seed,
+    }  # fmt: skip
+    return found, copies.copies(seen, contents, alike)
+
+
+def _described(table: pa.Table, groups: inventory.Rows, seed: int, generator: str = "all generators") -> dict[str, Any]:
+    say(f"metadata of {generator}: {table.num_rows:,} pictures")
+    return {
+        "classes": inventory.describe(table),
+        "metadata": biases.measure(biases.metadata(table, groups), seed),
+    }
+
+
+if __name__ == "__main__":
+    console.run(command, "nsnet audit")
