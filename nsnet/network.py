@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nsnet.clip import Clip
-from nsnet.errors import ConfigError
+from nsnet.errors import ConfigError, NullSpaceError
 from nsnet.head import HeadConfig, ProjectionHead
 from nsnet.mapper import MapperConfig, SemanticMapper
 from nsnet.nullspace import project_global, project_per_sample, project_rank_k
@@ -37,7 +37,8 @@ class ProjectionConfig:
         if self.kind not in ("per_sample", "rank_k", "global", "none"):
             raise ConfigError(f"unknown projection {self.kind!r}: choose per_sample, rank_k, global or none")
         least = {"rank_k": 2, "global": 0}.get(self.kind)
-        if self.rank < (least or 0) or (least is None and self.rank) or (self.kind != "rank_k" and self.bank):
+        unwanted = (least is None and self.rank) or (self.kind != "rank_k" and self.bank)
+        if self.rank < (least or 0) or self.bank < 0 or unwanted:
             raise ConfigError(
                 f"a global projection has a rank ≥ 1, rank_k one ≥ 2 and a bank, others none of them; got {self.kind}, "
                 f"rank {self.rank}, bank {self.bank}"
@@ -89,6 +90,10 @@ class Network(nn.Module):
         if not projection.fitted:
             raise ConfigError(f"the {projection.kind} projection has no basis or bank yet: compute it first")
         dim = clip.embed_dim
+        if projection.rank >= dim:
+            raise NullSpaceError(
+                f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: choose fewer"
+            )
         self.projection = projection
         self.visual = visual
         mapped = projection.needs_captions and mapper.hidden_dim > 0

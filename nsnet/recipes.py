@@ -112,13 +112,13 @@ BANK: Final = 4096
 
 def variant(recipe: Recipe, name: str) -> Recipe:
     """A variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` for an unknown one."""
-    kind, _, setting = name.partition(":")
-    if kind not in VARIANTS or (setting and kind not in ("original", "rank-k")):
+    kind, colon, setting = name.partition(":")
+    if kind not in VARIANTS or (colon and kind not in ("original", "rank-k")):
         raise ConfigError(f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE or rank-k:K")
     detector, training, basis = recipe.detector, recipe.training, None
     no_alignment = replace(detector.loss, alignment_weight=0.0)
     if kind == "original":
-        basis = BasisRule.parse(setting) if setting else DEFAULT_RULE
+        basis = BasisRule.parse(setting) if colon else DEFAULT_RULE
         detector = replace(detector, projection=ProjectionConfig(kind="global"), loss=no_alignment)
     elif kind == "linear":
         detector = replace(
@@ -131,7 +131,9 @@ def variant(recipe: Recipe, name: str) -> Recipe:
             train_backbone=False,
         )
     elif kind == "rank-k":
-        detector = replace(detector, projection=ProjectionConfig(kind="rank_k", rank=_number(setting or "4")))
+        detector = replace(
+            detector, projection=ProjectionConfig(kind="rank_k", rank=_number(setting if colon else "4"))
+        )
     elif kind == "no-projection":
         detector = replace(detector, projection=ProjectionConfig(kind="none"), loss=no_alignment)
     elif kind == "no-mapper":

@@ -11,7 +11,7 @@ import pytest
 from nsnet.calibration import Calibration
 from nsnet.captions import CaptionerConfig
 from nsnet.clip import ClipConfig, LoraSettings
-from nsnet.config import from_dict, to_dict
+from nsnet.config import from_dict, override, to_dict
 from nsnet.detector import DetectorConfig
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig
@@ -135,7 +135,13 @@ def test_setting_of_a_wrong_type_is_refused_with_its_place(path: tuple[str, ...]
             from_dict(DetectorConfig, values)
 
 
-@pytest.mark.parametrize("path", [("patches", "spectrum"), ("projection", "kind"), ("loss", "alignment_reduction")])
+CHOICES = [
+    ("patches", "spectrum"), ("patches", "selection"), ("projection", "kind"), ("head", "kind"),
+    ("loss", "alignment_reduction"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=dotted)
 @pytest.mark.parametrize("value", ["other", "", None, 1])
 def test_choice_outside_its_list_is_refused_with_its_place(path: tuple[str, ...], value: object) -> None:
     values = copy.deepcopy(STORED)
@@ -153,6 +159,8 @@ def test_choice_outside_its_list_is_refused_with_its_place(path: tuple[str, ...]
         (("loss", "temperature"), 0.0, "temperature > 0"),
         (("loss", "bce_weight"), float("nan"), "bce_weight nan"),
         (("head", "feature_dim"), 0, "must be positive"),
+        (("projection", "bank"), 4, "a bank of at least 5 captions, got 4"),
+        (("loss", "contrastive_weight"), 0.0, "one of the contrastive and the bce weight > 0"),
     ],
 )
 def test_value_out_of_range_is_refused_on_reading(path: tuple[str, ...], value: float, message: str) -> None:
@@ -192,3 +200,91 @@ def test_place_can_be_given_a_name() -> None:
 def test_projection_and_rank_that_contradict_each_other_are_refused(settings: tuple[Any, int]) -> None:
     with pytest.raises(ConfigError, match=f"others none of them; got {settings[0]}, rank {settings[1]}"):
         ProjectionConfig(kind=settings[0], rank=settings[1])
+
+
+@pytest.mark.parametrize(("rank", "bank"), [(2, 1), (5, 1), (5, 3), (5, 4)])
+def test_bank_with_fewer_captions_than_directions_is_refused(rank: int, bank: int) -> None:
+    with pytest.raises(ConfigError, match=f"at least {rank} captions, got {bank}: choose fewer directions"):
+        ProjectionConfig(kind="rank_k", rank=rank, bank=bank)
+    assert ProjectionConfig(kind="rank_k", rank=rank, bank=rank).fitted
+
+
+# --- one setting replaced
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=dotted)
+def test_setting_replaced_by_itself_changes_nothing(path: tuple[str, ...]) -> None:
+    assert override(OWN, ".".join(path), json.dumps(inside(STORED, path))) == OWN
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lora.rank", "8", 8), ("lora.alpha", "3", 3.0), ("lora.dropout", "2.5e-1", 0.25),
+        ("train_backbone", "true", True), ("head.kind", "linear", "linear"),
+        ("patches.spectrum", "power", "power"), ("patches.selection", '"center"', "center"),
+        ("clip.pretrained", "null", None), ("clip.pretrained", "laion2b_s34b_b88k", "laion2b_s34b_b88k"),
+        ("clip.model", '"7"', "7"), ("clip.model", "ViT-B-32", "ViT-B-32"), ("captioner.model", "a/b c", "a/b c"),
+        ("clip.architecture", '{"embed_dim": 4}', {"embed_dim": 4}), ("loss.temperature", "0.5", 0.5),
+        ("projection", '{"kind": "global", "rank": 3, "bank": 0}', {"kind": "global", "rank": 3, "bank": 0}),
+    ],
+)  # fmt: skip
+def test_one_setting_is_replaced_and_no_other(name: str, value: str, expected: Any) -> None:
+    config = DetectorConfig()
+    values = to_dict(config)
+    found = override(config, name, value)
+    assert isinstance(found, DetectorConfig) and config == DetectorConfig()
+    path = tuple(name.split("."))
+    inside(values, path[:-1])[path[-1]] = expected
+    assert to_dict(found) == values != to_dict(config)
+
+
+def test_setting_inside_a_free_object_is_replaced_in_a_copy() -> None:
+    found = override(OWN, "clip.architecture.embed_dim", "9")
+    assert found.clip.architecture == {"embed_dim": 9, "text_cfg": {"layers": [1]}}
+    assert OWN.clip.architecture is not None and OWN.clip.architecture["embed_dim"] == 8
+
+
+def test_settings_of_training_are_replaced_nested_or_not() -> None:
+    config = override(TrainingConfig(), "precision", "bf16")
+    config = override(config, "augmentation.jpeg_range", "[50, 90]")
+    config = override(config, "augmentation.jpeg_share", "0.5")
+    expected = TrainingConfig(
+        precision="bf16", augmentation=replace(TrainingConfig().augmentation, jpeg_share=0.5, jpeg_range=(50, 90))
+    )
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", ".", "colour", "lora.colour", "lora.", ".rank", "lora.rank.x", "colour.rank", "train_backbone.x",
+        "clip.architecture.embed_dim", "LORA.rank", "lora rank", "detector.lora.rank",
+    ],
+)  # fmt: skip
+def test_unknown_setting_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match="DetectorConfig has no setting .*; it has captioner, clip, head, lora"
+    ) as caught:
+        override(DetectorConfig(), name, "1")
+    assert repr(name) in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lora.rank", "many", r"^DetectorConfig\.lora\.rank must be int, got 'many'"),
+        ("lora.rank", "1.5", r"lora\.rank must be int, got 1\.5"), ("lora.rank", "", "lora.rank must be int, got ''"),
+        ("lora.rank", "null", "lora.rank must be int, got None"),
+        ("lora.rank", "true", "lora.rank must be int, got True"), ("lora.alpha", '"6"', "must be float, got '6'"),
+        ("train_backbone", "yes", "must be bool, got 'yes'"), ("train_backbone", "1", "must be bool, got 1"),
+        ("clip.model", "7", "clip.model must be str, got 7"),
+        ("clip.architecture", "[1]", "clip.architecture must be dict"), ("patches.spectrum", "log", "must be one of"),
+        ("patches.spectrum", "[]", "must be one of"), ("lora", "3", "lora must be an object, got int"),
+        ("lora", '{"rank": 3}', r"missing settings \['alpha', 'dropout'\]"), ("lora.rank", "-1", "need rank ≥ 0"),
+        ("loss.temperature", "NaN", "temperature nan"), ("projection.rank", "4", "has a rank"),
+    ],
+)  # fmt: skip
+def test_value_that_does_not_fit_is_refused_with_its_place(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(DetectorConfig(), name, value)

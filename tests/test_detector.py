@@ -22,21 +22,26 @@ from nsnet.detector import Detector, DetectorConfig, Verdict
 from nsnet.errors import BundleError, ConfigError, WeightsError
 from nsnet.images import DecodeLimits
 from nsnet.network import ProjectionConfig, residual_energy
-from nsnet.patches import PatchConfig
+from nsnet.patches import SCORING_SEED, PatchConfig, center_crop, select_mosaic
 from nsnet.training import Batch, TrainingConfig, build_optimizer, training_step
 from tests import models
 
 WORDS = ["a red boat on a lake", "two dogs", "the moon over a grey tower", "a small cup"]
 GLOBAL = replace(models.FROZEN, projection=ProjectionConfig(kind="global", rank=5))
 NONE = replace(models.FROZEN, projection=ProjectionConfig(kind="none"))
-PROJECTIONS = {"per_sample": models.FROZEN, "global": GLOBAL, "none": NONE}
+RANK_K = replace(models.FROZEN, projection=ProjectionConfig(kind="rank_k", rank=3, bank=8))
+NO_MAPPER = replace(models.FROZEN, mapper=replace(models.FROZEN.mapper, hidden_dim=0))
+PROJECTIONS = {"per_sample": models.FROZEN, "rank_k": RANK_K, "no mapper": NO_MAPPER, "global": GLOBAL, "none": NONE}
+WITHOUT_CAPTIONS = ("global", "none")
 
 
 def trained(config: DetectorConfig = models.FROZEN) -> Detector:
     detector = models.as_if_trained(config)
+    network: Any = detector.network
+    generator = torch.Generator().manual_seed(4)
     if config.projection.kind == "global":
-        basis, _ = torch.linalg.qr(torch.randn(32, 5, generator=torch.Generator().manual_seed(4)))
-        detector.network.semantic_basis.copy_(basis)  # type: ignore[operator]
+        network.semantic_basis.copy_(torch.linalg.qr(torch.randn(network.semantic_basis.shape, generator=generator)).Q)
+    network.caption_bank.copy_(torch.randn(network.caption_bank.shape, generator=generator))
     return detector
 
 
@@ -69,7 +74,7 @@ def test_frozen_backbone_trains_adapters_mapper_and_head_only(kind: str) -> None
     adapters = {name for name in trainable if name.startswith("visual.") and ".lora_" in name}
     assert len(adapters) == 2 * 3 * 2  # blocks × (q, k, v) × (A, B)
     rest = {name.partition(".")[0] for name in trainable - adapters}
-    assert rest == ({"mapper", "head"} if kind == "per_sample" else {"head"})
+    assert rest == ({"mapper", "head"} if kind in ("per_sample", "rank_k") else {"head"})
     assert not any(
         parameter.requires_grad for name, parameter in built.clip.model.named_parameters() if "lora" not in name
     )
@@ -155,11 +160,11 @@ def test_per_sample_projection_removes_the_mapped_caption() -> None:
     torch.testing.assert_close(out.projected.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_per_sample_logit_depends_on_the_caption_and_the_others_do_not() -> None:
+def test_logit_depends_on_the_caption_unless_the_projection_needs_none() -> None:
     for kind, config in PROJECTIONS.items():
         detector = trained(config)
         one, two = (detector.score(models.mosaics(1), [caption]).logit for caption in WORDS[:2])
-        assert (one != two) == (kind == "per_sample")
+        assert (one != two) == (kind not in WITHOUT_CAPTIONS)
 
 
 def test_global_projection_removes_the_basis_and_none_removes_nothing() -> None:
@@ -206,7 +211,8 @@ def test_loaded_detector_gives_the_logits_of_the_trained_one(kind: str, tmp_path
     np.testing.assert_allclose(after.logit, before.logit, atol=1e-5, rtol=0)
     assert np.std(before.logit) > 1e-3 and after.verdict == before.verdict
     assert loaded.config == built.config and loaded.calibration == built.calibration
-    assert torch.equal(loaded.network.semantic_basis, built.network.semantic_basis)  # type: ignore[arg-type]
+    for name in ("semantic_basis", "caption_bank"):
+        assert torch.equal(loaded.network.state_dict()[name], built.network.state_dict()[name])
 
 
 def test_loaded_adapters_are_merged_into_open_clips_own_modules(tmp_path: Path) -> None:
@@ -321,6 +327,104 @@ def test_named_weights_out_of_reach_are_refused_with_the_command(weights: Path, 
     models.as_if_trained(models.NAMED, clip_weights=weights).save(tmp_path / "bundle")
     with models.hub_at(models.closed_address(), tmp_path / "cache"), pytest.raises(WeightsError, match="hf download"):
         Detector.load(tmp_path / "bundle", captioner=False)
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def variant(name: str) -> DetectorConfig:
+    """A variant of the tiny recipe in the smallest size, its basis or bank made, the captioner on the hub by name."""
+    small = replace(models.FROZEN, train_backbone=True)
+    config = recipes.variant(replace(recipes.TINY, detector=small), name).detector
+    made: Any = {"global": {"rank": 5}, "rank_k": {"bank": 8}}.get(config.projection.kind, {})
+    return replace(
+        config,
+        projection=replace(config.projection, **made),
+        captioner=captions.CaptionerConfig(max_new_tokens=6),
+    )
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioner")
+    captions.save_tiny_captioner(folder, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*recipes.VARIANTS, "rank-k:3"])
+def test_every_variant_is_saved_loaded_and_judges_a_picture(name: str, captioner: Path, tmp_path: Path) -> None:
+    """With captions, or without any captioner: the hub that would have it is out of reach."""
+    config = variant(name)
+    built = trained(config)
+    models.randomise(built.network.visual, 9, std=0.02)
+    built.save(tmp_path / "bundle")
+    with models.hub_at(models.closed_address(), tmp_path / "cache"):
+        loaded = Detector.load(tmp_path / "bundle", captioner=captioner if config.projection.needs_captions else None)
+    assert loaded.config == config
+    assert (loaded.captioner is None) == (not config.projection.needs_captions)
+    picture = models.picture(3, 100, 90)
+    (verdict,) = loaded.predict([picture])
+    scored(verdict)
+    mosaic = select_mosaic(np.asarray(picture), SCORING_SEED, config.patches)[None]
+    if config.projection.needs_captions:
+        assert verdict.caption
+        expected = built.score(mosaic, [verdict.caption])
+    else:
+        assert verdict.caption is None
+        expected = built.score(mosaic, None)
+    assert verdict.logit == pytest.approx(expected.logit[0], abs=1e-5)
+    assert verdict.residual_energy == pytest.approx(expected.residual_energy[0], abs=1e-5)
+    assert (verdict.residual_energy == 1.0) == (config.projection.kind == "none")
+
+
+@pytest.mark.parametrize("kind", WITHOUT_CAPTIONS)
+def test_detector_without_captions_makes_no_thumbnail_and_takes_no_caption(kind: str, tmp_path: Path) -> None:
+    trained(PROJECTIONS[kind]).save(tmp_path / "bundle")
+    with models.hub_at(models.closed_address(), tmp_path / "cache"):
+        loaded = Detector.load(tmp_path / "bundle")
+    assert loaded.captioner is None and loaded.preparation().thumbnail_px == 0
+    pictures = [models.picture(seed) for seed in range(3)]
+    verdicts = loaded.predict([pictures[0], b"no picture", *pictures[1:]])
+    assert [verdict.error_class for verdict in verdicts] == [None, "ImageUnidentifiedError", None, None]
+    assert {verdict.caption for verdict in verdicts} == {None}
+    mosaics = models.mosaics(2)
+    assert np.array_equal(loaded.score(mosaics, None).logit, loaded.score(mosaics, WORDS[:2]).logit)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PROJECTIONS if kind not in WITHOUT_CAPTIONS])
+def test_detector_that_needs_captions_does_not_score_without(kind: str) -> None:
+    with pytest.raises(ConfigError, match="cannot judge a picture without its caption") as caught:
+        trained(PROJECTIONS[kind]).score(models.mosaics(1), None)
+    models.one_line(caught.value)
+
+
+def test_picture_is_judged_by_its_middle_where_patches_are_not_chosen(tmp_path: Path) -> None:
+    trained(variant("linear")).save(tmp_path / "bundle")
+    loaded = Detector.load(tmp_path / "bundle")
+    middle = np.asarray(models.picture(3, 64, 64))
+    framed = np.random.default_rng(0).integers(0, 256, (2, 101, 90, 3), dtype=np.uint8)
+    framed[:, 18:82, 13:77] = middle  # round(18.5) = 18
+    first, *others = loaded.predict([Image.fromarray(pixels) for pixels in (middle, *framed)])
+    assert all(scored(other).logit == pytest.approx(first.logit, abs=1e-5) for other in others)
+    moved = loaded.predict([Image.fromarray(np.roll(framed[0], 1, axis=0))])[0]
+    assert abs(scored(moved).logit - first.logit) > 1e-4  # type: ignore[operator]
+
+
+def test_published_linear_head_judges_features_of_the_stock_tower(tmp_path: Path) -> None:
+    """UniversalFakeDetect: the frozen tower's feature of the middle, and one linear layer."""
+    built = Detector.build(variant("linear"))
+    probe = torch.nn.Linear(32, 1)
+    models.randomise(probe, 5)
+    built.network.head.classifier.load_state_dict(probe.state_dict())
+    built.save(tmp_path / "bundle")
+    loaded = Detector.load(tmp_path / "bundle")
+    picture = models.picture(4, 130, 90)
+    stock = clip.load_clip(built.config.clip)
+    pixels = torch.from_numpy(center_crop(np.asarray(picture), 64).copy()).permute(2, 0, 1).float() / 255
+    normal = (pixels - torch.tensor(stock.mean).view(3, 1, 1)) / torch.tensor(stock.std).view(3, 1, 1)
+    with torch.no_grad():
+        expected = float(probe(stock.visual(normal[None]))[0, 0])
+    assert loaded.predict([picture])[0].logit == pytest.approx(expected, abs=1e-5)
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def trained(
     )
     config = TrainingConfig(precision="fp32", micro_batch=micro_batch, clip_norm=0.5)
     options = {"gather": gather} if gather else {}
-    mine = Batch(*(value[rows] for value in batch))
+    mine = Batch(*(value[rows] for value in batch if value is not None))
     losses, _ = training_step(
         model, mine, build_optimizer(network, config), LossConfig(), config, seed=20_261_231 * 1_000_003, **options
     )

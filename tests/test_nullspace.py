@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from nsnet.errors import NullSpaceError
+from nsnet.errors import ConfigError, NullSpaceError
 from nsnet.nullspace import (
+    BasisRule,
     SemanticSpectrum,
     StreamingSVD,
     project_global,
@@ -435,3 +438,85 @@ def test_narrow_captions_are_factorised_in_fp64(dtype: torch.dtype) -> None:
 def test_stream_refuses_captions_of_another_width(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(n, 8\)"):
         StreamingSVD(8).update(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("sizes", [[100, 100], [3, 200], [0, 50], [40, 1, 90, 0, 2]])
+def test_shards_restored_from_their_triangles_equal_one_pass(sizes: list[int]) -> None:
+    """What travels between processes is the triangle and the count, as plain numbers."""
+    captions = randn(sum(sizes), 24, seed=1)
+    merged = StreamingSVD(24)
+    for part in torch.split(captions, sizes):
+        shard = StreamingSVD(24).update(part)
+        assert shard.triangle.shape[0] <= 24 and shard.triangle.dtype == torch.float64
+        sent = torch.tensor(shard.triangle.tolist(), dtype=torch.float64).reshape(-1, 24)
+        restored = StreamingSVD.from_triangle(sent, shard.count)
+        assert (restored.dim, restored.count) == (24, len(part))
+        merged.merge(restored)
+        assert torch.equal(sent, shard.triangle), "what was sent is left alone"
+    assert_same_spectrum(merged, captions)
+
+
+def test_restored_shard_goes_on() -> None:
+    captions = randn(90, 24)
+    shard = StreamingSVD(24).update(captions[:50])
+    restored = StreamingSVD.from_triangle(shard.triangle, shard.count).update(captions[50:])
+    assert_same_spectrum(restored, captions)
+    assert shard.count == 50
+    assert_same_spectrum(shard, captions[:50])
+
+
+# --- the rule as text
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("rank=64", BasisRule(rank=64)), ("rank=1", BasisRule(rank=1)), ("tau=1e-6", BasisRule(tau=1e-6)),
+        ("tau=0.000001", BasisRule(tau=1e-6)), ("energy=0.9", BasisRule(energy=0.9)), ("energy=1", BasisRule(energy=1)),
+    ],
+)  # fmt: skip
+def test_rule_is_read_from_its_text(text: str, rule: BasisRule) -> None:
+    assert BasisRule.parse(text) == rule
+
+
+shares = st.floats(0, 1, exclude_min=True, allow_nan=False)
+
+
+@given(
+    st.one_of(
+        st.integers(1, 10**9).map(lambda rank: BasisRule(rank=rank)),
+        shares.map(lambda tau: BasisRule(tau=tau)),
+        shares.map(lambda energy: BasisRule(energy=energy)),
+    )
+)
+@settings(deadline=None)
+def test_text_of_a_rule_gives_the_same_rule_again(rule: BasisRule) -> None:
+    assert BasisRule.parse(str(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "rank", "rank=", "64", "rank=1.5", "rank=x", "rank=0", "rank=-3", "tau=0", "tau=-1", "tau=2", "tau=nan",
+        "energy=0", "energy=1.01", "energy=nan", "energy=inf", "colour=3", "rank=64,tau=0.1",
+    ],
+)  # fmt: skip
+def test_text_that_is_no_rule_is_refused_with_the_rules(text: str) -> None:
+    with pytest.raises(ConfigError, match="rank.*tau.*energy") as caught:
+        BasisRule.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rules", [{}, {"rank": 1, "tau": 0.1}, {"tau": 0.1, "energy": 0.5}, {"rank": 1, "tau": 0.1, "energy": 0.5}]
+)
+def test_rule_is_exactly_one_of_the_three(rules: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        BasisRule(**rules)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "rank"), [("rank=2", 2), ("tau=0.4", 2), ("energy=0.64", 1), ("energy=0.95", 2)])
+def test_spectrum_takes_a_rule_as_its_settings(text: str, rank: int) -> None:
+    # squares 16, 8, 1 of 25
+    spectrum = spectrum_of(4.0, 8.0**0.5, 1.0)
+    assert torch.equal(spectrum.basis(**vars(BasisRule.parse(text))), spectrum.directions[:rank].T)

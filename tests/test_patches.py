@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from nsnet import patches
 from nsnet.errors import ConfigError
@@ -15,6 +18,7 @@ from nsnet.patches import (
     PatchConfig,
     Spectrum,
     assemble_mosaic,
+    center_crop,
     select_mosaic,
     select_patches,
     spectral_entropy,
@@ -336,7 +340,7 @@ def test_mosaic_has_its_golden_checksum() -> None:
     "settings",
     [
         {"patch_px": 0}, {"patch_px": 1}, {"patch_px": -32}, {"patch_px": 30}, {"patch_px": 256}, {"mosaic_px": 0},
-        {"mosaic_px": 225}, {"mosaic_px": -224}, {"spectrum": "log"},
+        {"mosaic_px": 225}, {"mosaic_px": -224}, {"spectrum": "log"}, {"selection": "corner"},
     ],
 )  # fmt: skip
 def test_impossible_geometry_is_refused(settings: dict[str, object]) -> None:
@@ -349,3 +353,72 @@ def test_impossible_geometry_is_refused(settings: dict[str, object]) -> None:
 )
 def test_slots_are_the_square_of_patches_across(patch_px: int, mosaic_px: int, slots: int) -> None:
     assert PatchConfig(patch_px=patch_px, mosaic_px=mosaic_px).slots == slots
+
+
+# --- the middle of the picture
+
+
+def torchvision_crop(image: Pixels, side: int) -> Pixels:
+    from torchvision.transforms import CenterCrop  # seconds to import
+
+    return np.asarray(CenterCrop(side)(Image.fromarray(image)))
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40))
+@example(31, 31, 32)
+@example(32, 32, 32)
+@example(33, 33, 32)
+@example(35, 37, 32)
+@example(34, 36, 31)
+@example(31, 45, 32)
+@example(60, 29, 32)
+@example(1, 1, 40)
+@example(30, 31, 15)
+@settings(max_examples=150, deadline=None)
+def test_center_crop_equals_torchvisions(height: int, width: int, side: int) -> None:
+    image = np.maximum(noise(height, width), 1)
+    cropped = center_crop(image, side)
+    assert cropped.shape == (side, side, 3) and cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, torchvision_crop(image, side))
+
+
+@pytest.mark.parametrize(("height", "width"), [(223, 224), (224, 224), (255, 300), (200, 401), (500, 97)])
+def test_center_crop_at_full_size_equals_torchvisions(height: int, width: int) -> None:
+    image = noise(height, width)
+    np.testing.assert_array_equal(center_crop(image, 224), torchvision_crop(image, 224))
+
+
+CENTER = [
+    PatchConfig(selection="center"),
+    PatchConfig(patch_px=16, mosaic_px=64, selection="center"),
+    PatchConfig(patch_px=15, mosaic_px=45, selection="center"),
+    PatchConfig(patch_px=64, mosaic_px=64, selection="center", spectrum="power"),
+]
+
+
+@pytest.mark.parametrize("config", CENTER, ids=["paper", "even slots", "odd side", "one patch"])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (300, 261), (40, 300), (30, 31), (1, 1)])
+def test_mosaic_of_the_center_is_the_center_crop_whatever_the_seed(
+    height: int, width: int, config: PatchConfig
+) -> None:
+    image = noise(height, width)
+    before = image.copy()
+    expected = torchvision_crop(image, config.mosaic_px)
+    selected = select_patches(image, config)
+    assert selected.shape == (config.slots, config.patch_px, config.patch_px, 3)
+    for seed in (0, 1, 12345):
+        np.testing.assert_array_equal(select_mosaic(image, seed, config), expected)
+        np.testing.assert_array_equal(assemble_mosaic(selected, config.slot_seed(seed)), expected)
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**60])
+def test_patches_of_highest_entropy_are_shuffled_by_the_seed_and_the_center_is_not(seed: int) -> None:
+    assert PatchConfig().slot_seed(seed) == seed
+    assert PatchConfig(selection="center").slot_seed(seed) is None
+
+
+def test_patches_without_a_seed_stay_as_they_come() -> None:
+    numbered = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    assert assemble_mosaic(numbered, None)[::4, ::4, 0].ravel().tolist() == list(range(9))
+    assert assemble_mosaic(numbered, 0)[::4, ::4, 0].ravel().tolist() != list(range(9))

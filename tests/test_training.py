@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +12,18 @@ from torch import Tensor
 
 from nsnet.detector import Detector, DetectorConfig
 from nsnet.errors import ConfigError
-from nsnet.losses import LossConfig, objective
-from nsnet.network import Network, ProjectionConfig
-from nsnet.training import Batch, TrainingConfig, build_optimizer, set_learning_rate, training_step
-from tests.models import FROZEN, SIDE_PX, mosaics
+from nsnet.losses import LossConfig, Losses, objective
+from nsnet.mapper import RowDropout, RowsOfBatch
+from nsnet.network import Features, Network, ProjectionConfig
+from nsnet.training import (
+    Batch,
+    TrainingConfig,
+    build_optimizer,
+    set_learning_rate,
+    training_step,
+    use_activation_checkpointing,
+)
+from tests.models import ARCHITECTURE, FROZEN, SIDE_PX, as_if_trained, mosaics
 
 STILL = replace(FROZEN, mapper=replace(FROZEN.mapper, dropout=0.0))
 """Without dropout a step is a pure function of weights and batch."""
@@ -199,11 +207,12 @@ def test_gradients_do_not_pile_up_over_steps() -> None:
 def test_padding_rows_change_nothing() -> None:
     valid = [True] * 6 + [False] * 2
     one = batch(8, seed=0, valid=valid)
-    other = Batch(*(value.clone() for value in one))
+    other = copy.deepcopy(one)
+    assert other.text_features is not None
     other.mosaics[6:], other.text_features[6:] = 255 - other.mosaics[6:], 9.0
     other.labels[6:] = 1 - other.labels[6:]
     results = []
-    for data in (one, other, Batch(*(value[:6] for value in one))):
+    for data in (one, other, Batch(*(value[:6] for value in one if value is not None))):
         network = build()
         losses, _ = training_step(network, data, build_optimizer(network, CONFIG), LossConfig(), CONFIG)
         results.append((losses, [p.grad for p in network.parameters() if p.grad is not None]))
@@ -221,6 +230,209 @@ def test_same_seed_and_batch_train_to_the_same_weights() -> None:
             training_step(network, batch(seed=step), optimizer, LossConfig(), CONFIG)
         trained.append(weights(network))
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+# --- a batch in parts
+
+DROPPED = replace(FROZEN, mapper=replace(FROZEN.mapper, dropout=0.3))
+TIMM = {
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 224, "timm_model_name": "siglip_for_tests", "timm_pool": "map", "timm_proj": "none"},
+    "text_cfg": ARCHITECTURE["text_cfg"],
+}
+KINDS: dict[str, DetectorConfig] = {
+    "per sample": DROPPED,
+    "rank k": replace(DROPPED, projection=ProjectionConfig(kind="rank_k", rank=3, bank=6)),
+    "global": replace(DROPPED, projection=ProjectionConfig(kind="global", rank=5)),
+    "none": replace(DROPPED, projection=ProjectionConfig(kind="none")),
+    "no mapper": replace(DROPPED, mapper=replace(DROPPED.mapper, hidden_dim=0)),
+    "whole tower": replace(DROPPED, train_backbone=True),
+    "linear probe": replace(
+        DROPPED,
+        projection=ProjectionConfig(kind="none"),
+        head=replace(DROPPED.head, kind="linear"),
+        lora=replace(DROPPED.lora, rank=0),
+        loss=LossConfig(contrastive_weight=0.0, bce_weight=1.0, alignment_weight=0.0),
+    ),
+    "adapter dropout": replace(DROPPED, lora=replace(DROPPED.lora, dropout=0.4)),
+    "timm": replace(
+        DROPPED,
+        clip=replace(FROZEN.clip, architecture=TIMM),
+        patches=replace(FROZEN.patches, mosaic_px=224),
+        projection=ProjectionConfig(kind="none"),
+    ),
+}
+
+
+@functools.cache
+def built_exact(kind: str) -> Network:
+    network = as_if_trained(KINDS[kind]).network.double().train()
+    generator = torch.Generator().manual_seed(8)
+    for buffer in (network.caption_bank, network.semantic_basis):
+        assert isinstance(buffer, Tensor)
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        if buffer is network.semantic_basis:
+            buffer.copy_(torch.linalg.qr(buffer).Q)
+    return network
+
+
+def build_exact(kind: str) -> Network:
+    """A network in fp64 with dropout, away from its starting values, the same one at every call."""
+    return copy.deepcopy(built_exact(kind))
+
+
+def exact_batch(kind: str, count: int = 8, valid: list[bool] | None = None) -> Batch:
+    data, config = batch(count, valid=valid), KINDS[kind]
+    assert data.text_features is not None
+    return data._replace(
+        mosaics=torch.from_numpy(mosaics(count, config.patches.mosaic_px)),
+        text_features=data.text_features.double() if config.projection.needs_captions else None,
+    )
+
+
+class Step(NamedTuple):
+    losses: Losses
+    energy: Tensor
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def step(network: Network, kind: str, data: Batch, seed: int = 11, **settings: Any) -> Step:
+    config = replace(CONFIG, **settings)
+    losses, energy = training_step(network, data, build_optimizer(network, config), KINDS[kind].loss, config, seed=seed)
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return Step(losses, energy, gradients, weights(network))
+
+
+def assert_same_step(one: Step, other: Step) -> None:
+    torch.testing.assert_close(one.losses, other.losses, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(one.energy, other.energy, rtol=1e-6, atol=0)
+    assert one.gradients.keys() == other.gradients.keys()
+    torch.testing.assert_close(one.gradients, other.gradients, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(one.weights, other.weights, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("adapter dropout", "timm")])
+def test_batch_in_parts_steps_like_the_whole_batch(kind: str) -> None:
+    """Parts that divide the batch and parts that do not, of one row and of more than there are; with dropout."""
+    data = exact_batch(kind)
+    network = build_exact(kind)
+    whole = step(network, kind, data)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert whole.gradients.keys() == trained and all(gradient.any() for gradient in whole.gradients.values())
+    for micro_batch in (1, 3, 4, 100):
+        assert_same_step(step(build_exact(kind), kind, data, micro_batch=micro_batch), whole)
+    drops = KINDS[kind].projection.needs_captions and KINDS[kind].mapper.hidden_dim > 0
+    assert (step(build_exact(kind), kind, data, seed=12).losses.total != whole.losses.total) == drops
+
+
+@pytest.mark.parametrize("kind", ["per sample", "rank k", "global", "linear probe"])
+def test_batch_with_padding_in_parts_steps_like_the_whole_batch(kind: str) -> None:
+    """One part is padding only, another in part."""
+    data = exact_batch(kind, 7, [True, True, True, True, False, False, False])
+    whole = step(build_exact(kind), kind, data)
+    for micro_batch in (1, 2, 3, 4):
+        assert_same_step(step(build_exact(kind), kind, data, micro_batch=micro_batch), whole)
+
+
+def test_gradient_of_parts_is_clipped_as_a_whole() -> None:
+    data = exact_batch("per sample")
+    found = step(build_exact("per sample"), "per sample", data, micro_batch=3, clip_norm=1e-3)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in found.gradients.values()))
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_parts_go_through_one_at_a_time() -> None:
+    network, seen = build_exact("per sample"), list[int]()
+    network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    step(network, "per sample", exact_batch("per sample"), micro_batch=3)
+    assert seen == [3, 3, 2] * 2
+    seen.clear()
+    step(network, "per sample", exact_batch("per sample"))
+    assert seen == [8]
+
+
+def by_hand(network: Network, data: Batch, size: int, seed: int) -> dict[str, Tensor]:
+    """Gradients with the activations of all parts at once, each with its own random numbers."""
+    assert data.text_features is not None
+    outputs = []
+    for start in range(0, len(data.labels), size):
+        for module in network.modules():
+            if isinstance(module, RowDropout):
+                module.rows = RowsOfBatch(seed=seed, first=start, total=len(data.labels))
+        torch.manual_seed(seed * 1_000_003 + start)
+        outputs.append(network(data.mosaics[start : start + size], data.text_features[start : start + size]))
+    out = Features(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    loss = objective(out.features, out.logit, out.image, out.semantic, data.labels, LossConfig(), valid=data.valid)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [3, 4, 8])
+def test_both_passes_of_a_part_drop_the_same_in_the_adapters(micro_batch: int) -> None:
+    data = exact_batch("adapter dropout")
+    found = step(build_exact("adapter dropout"), "adapter dropout", data, micro_batch=micro_batch, clip_norm=1e9)
+    expected = by_hand(build_exact("adapter dropout"), data, micro_batch, 11)
+    torch.testing.assert_close(found.gradients, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_step_is_a_function_of_its_seed_and_not_of_other_random_numbers(micro_batch: int) -> None:
+    kind, data = "adapter dropout", exact_batch("adapter dropout")
+    found = []
+    for seed, other in ((11, 0), (11, 1), (12, 0)):
+        torch.manual_seed(other)
+        found.append(step(build_exact(kind), kind, data, seed=seed, micro_batch=micro_batch))
+    for part in ("losses", "gradients", "weights"):
+        torch.testing.assert_close(getattr(found[0], part), getattr(found[1], part), rtol=0, atol=0)
+    assert found[0].losses.total != found[2].losses.total
+
+
+def test_step_of_a_seed_that_is_a_date_is_taken() -> None:
+    """Training passes seed × 1,000,003 + step; times as much again is more than torch takes."""
+    seed = 20_261_231 * 1_000_003 + 7
+    losses = step(build_exact("per sample"), "per sample", exact_batch("per sample"), seed=seed).losses
+    assert math.isfinite(float(losses.total))
+
+
+# --- activations computed again
+
+
+def blocks(network: Network) -> list[torch.nn.Module]:
+    return [module for module in network.visual.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize("kind", ["per sample", "whole tower", "adapter dropout", "timm"])
+def test_activation_checkpointing_gives_the_same_step(kind: str, micro_batch: int) -> None:
+    data, found, passes = exact_batch(kind, 4), {}, {}
+    for on in (False, True):
+        network, seen = build_exact(kind), list[int]()
+        assert len(blocks(network)) == 2
+        for block in blocks(network):
+            block.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        if on:
+            use_activation_checkpointing(network)
+        found[on], passes[on] = step(network, kind, data, micro_batch=micro_batch), len(seen)
+    # two blocks, and in two parts each part without gradients first
+    assert passes == ({False: 2, True: 4} if micro_batch == 0 else {False: 8, True: 12})
+    assert_same_step(found[True], found[False])
+
+
+def test_tower_without_activation_checkpointing_is_refused() -> None:
+    """open_clip's ResNet takes the call and does nothing; another module does not even take it."""
+    vision = {"image_size": SIDE_PX, "layers": [1, 1, 1, 1], "width": 8}
+    resnet = replace(
+        FROZEN,
+        clip=replace(FROZEN.clip, architecture={**ARCHITECTURE, "vision_cfg": vision}),
+        lora=replace(FROZEN.lora, rank=0),
+    )
+    network = Detector.build(resnet).network
+    with pytest.raises(ConfigError, match="ModifiedResNet has no activation checkpointing: leave it off"):
+        use_activation_checkpointing(network)
+    network.visual = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Linear has no activation checkpointing"):
+        use_activation_checkpointing(network)
 
 
 def test_bf16_step_is_near_the_fp32_step_and_keeps_fp32_weights() -> None:
