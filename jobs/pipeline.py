@@ -97,12 +97,13 @@ def prepared(
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)
-    resources.use_checkpoint(checkpoint)
     system, path = storage.arrow_filesystem(todo)
     tasks = len(list(storage.list_files(todo)))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.
     pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.task_cpus, override_num_blocks=tasks)
+    if checkpoint is not None:  # on this dataset alone, not in the process's settings: a training has others after it
+        pictures.context.checkpoint_config = resources.job_checkpoint(checkpoint)
     dataset = pictures.map_batches(
         Prepare(
             config=preparation,

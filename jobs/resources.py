@@ -3,10 +3,13 @@
 import os
 import signal
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jobs.console import say
 from nsnet.errors import StorageError
+
+if TYPE_CHECKING:
+    from ray.data.checkpoint import CheckpointConfig
 
 OBJECT_STORE_BYTES: Final = 2 * 2**30
 """Object store of an embedded cluster: pictures stream through it, they do not collect there."""
@@ -142,20 +145,16 @@ def configure_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
 
 
-def use_checkpoint(uri: str | None) -> None:
-    """Let the datasets that are made from now on commit what they write to a job checkpoint in this folder, or not."""
-    import ray.data
+def job_checkpoint(uri: str) -> "CheckpointConfig":
+    """A folder to which a dataset commits what it writes, so that its next run leaves that out."""
     from ray.data.checkpoint import CheckpointConfig
 
     from jobs import storage
 
-    config = None
-    if uri is not None:
-        system, path = storage.arrow_filesystem(uri)
-        config = CheckpointConfig(
-            id_column="image_id", checkpoint_path=path, override_filesystem=system, delete_checkpoint_on_success=False
-        )
-    ray.data.DataContext.get_current().checkpoint_config = config
+    system, path = storage.arrow_filesystem(uri)
+    return CheckpointConfig(
+        id_column="image_id", checkpoint_path=path, override_filesystem=system, delete_checkpoint_on_success=False
+    )
 
 
 def cluster_shares() -> Shares:

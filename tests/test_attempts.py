@@ -625,23 +625,21 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
                 raise ValueError("poison")
             return table
 
-        resources.use_checkpoint(attempt.checkpoint)
         system, path = storage.arrow_filesystem(attempt.todo)
         rows = ray.data.read_parquet(path, filesystem=system)
+        rows.context.checkpoint_config = resources.job_checkpoint(attempt.checkpoint)
         system, path = storage.arrow_filesystem(attempt.rows)
         rows.map_batches(check, batch_format="pyarrow", batch_size=20).write_parquet(
             path, filesystem=system, min_rows_per_file=40
         )
 
-    try:
-        first = begin_next(staging)
-        with pytest.raises(Exception, match="poison"):
-            write(first, poisoned=390)
-        second = begin_next(staging)
-        done = set(finished(second))
-        assert left_for(second) == [row["uri"] for row in planned if row["uri"] not in done]
-        assert done and len(second.accepted) == len(first.committed())
-        write(second, poisoned=None)
-    finally:
-        resources.use_checkpoint(None)
+    first = begin_next(staging)
+    with pytest.raises(Exception, match="poison"):
+        write(first, poisoned=390)
+    second = begin_next(staging)
+    done = set(finished(second))
+    assert left_for(second) == [row["uri"] for row in planned if row["uri"] not in done]
+    assert done and len(second.accepted) == len(first.committed())
+    write(second, poisoned=None)
     assert finished(second) == sorted(row["uri"] for row in planned)
+    assert ray.data.DataContext.get_current().checkpoint_config is None  # other datasets of the process have none

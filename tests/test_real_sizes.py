@@ -150,7 +150,7 @@ def test_vit_l_14_and_blip_base_take_a_training_step_and_predict(
     losses, energy = training_step(
         network, batch, build_optimizer(network, recipe.training), CONFIG.loss, recipe.training
     )
-    assert all(bool(torch.isfinite(value)) for value in losses) and 0 < energy <= 1
+    assert all(bool(torch.isfinite(value)) for value in losses) and 0 < energy / 2 <= 1  # of two rows
     after = dict(network.named_parameters())
     # A starts with B at zero, so that its first gradient is zero: all that is trained moves but A
     still = {name for name, value in before.items() if torch.equal(value, after[name])}
