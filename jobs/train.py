@@ -29,10 +29,11 @@ class WorkersType(click.ParamType[tuple[int, int]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        low, _, high = str(value).partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal():
+        low, dash, high = str(value).partition("-")
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal()):
             self.fail(f"{value!r} is no number such as 4 and no range such as 2-8", param, ctx)
-        return int(low), int(high or low)
+        return int(low), int(high)
 
 
 @click.command()

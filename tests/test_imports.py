@@ -15,7 +15,8 @@ LEAVES: dict[str, set[str]] = {
     "errors": set(), "images": {"errors"}, "patches": {"errors"}, "digest": set(), "hub": {"errors"},
     "captions": {"errors", "digest", "hub"}, "clip": {"errors", "digest", "hub"},
     "mapper": {"errors"}, "nullspace": {"errors"}, "head": {"errors"}, "losses": {"errors"}, "metrics": {"errors"},
-    "calibration": {"errors", "metrics"},
+    "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
+    "card": set(),
 }  # fmt: skip
 """Module of nsnet -> the modules of nsnet that it may import."""
 

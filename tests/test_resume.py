@@ -3,25 +3,23 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event
 
 from jobs import pictures
 from jobs.request import TrainRequest
 from jobs.train import train
 from nsnet import bundle
+from tests.events import events
 
 pytestmark = [
     pytest.mark.cluster,
@@ -76,24 +74,24 @@ def undisturbed(request_for: Callable[..., TrainRequest]) -> TrainRequest:
     return request
 
 
-def checkpoint_steps(request: TrainRequest) -> list[int]:
-    """Steps of the checkpoints that are there now."""
-    found = []
-    for state in Path(request.work, "checkpoints").glob("checkpoint_*/state.json"):
-        try:
-            found.append(json.loads(state.read_text())["step"])
-        except (OSError, ValueError):  # just removed, or just being written
-            continue
-    return sorted(found)
+def last_good_step(request: TrainRequest) -> int:
+    """Step of the checkpoint that a restart would begin with: Ray Train registers one seconds after its upload."""
+    folder = Path(request.work, "checkpoints")
+    try:
+        snapshot = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())
+        name = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+        return int(json.loads((folder / name / "state.json").read_text())["step"])
+    except (OSError, ValueError, TypeError):  # none yet, or just being written
+        return 0
 
 
 def wait_for_the_middle_of_an_epoch(request: TrainRequest, seconds: float = 400.0) -> int:
-    """Until the newest checkpoint is one inside the second epoch or later; its step."""
+    """Until the last good checkpoint is one inside the second epoch or later; its step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        steps = checkpoint_steps(request)
-        if steps and steps[-1] > STEPS and steps[-1] % STEPS:
-            return steps[-1]
+        step = last_good_step(request)
+        if step > STEPS and step % STEPS:
+            return step
         time.sleep(0.01)
     raise AssertionError(f"no checkpoint in {seconds:g} s")
 
@@ -130,17 +128,6 @@ def losses(request: TrainRequest) -> list[float]:
                 if value.tag == "loss":
                     found[event.step] = value.simple_value
     return [found[step] for step in sorted(found)]
-
-
-def events(data: bytes) -> Iterator[Any]:
-    """Records of an event file: length, its checksum, an `Event`, its checksum."""
-    at = 0
-    while at < len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        event = Event()
-        event.ParseFromString(data[at + 12 : at + 12 + length])
-        yield event
-        at += 16 + length
 
 
 def test_training_whose_worker_is_killed_ends_as_if_nothing_had_happened(
