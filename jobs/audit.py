@@ -112,14 +112,15 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
     contents, alike = copies.groups(seen, distance)
     groups = np.full(table.num_rows, biases.UNREADABLE)
     groups[pc.equal(table.column("status"), "scored").to_numpy()] = alike
+    parts = dict(inventory.by_generator(table))
+    lent = inventory.lent_reals(parts, inventory.class_numbers(table))
     found = {
         "pictures": table.num_rows,
         "failed": inventory.failures(table),
         "splits": inventory.splits(table),
-        "everything": _described(table, groups, seed),
+        "everything": _described(table, np.arange(table.num_rows), groups, seed, "all generators"),
         "generators": {
-            name: _described(table.take(rows), groups[rows], seed, name)
-            for name, rows in inventory.by_generator(table)
+            name: _described(table, rows, groups, seed, name, lent.get(name)) for name, rows in parts.items()
         },
         "duplicates": {
             "distance": distance, "exact": copies.count(seen, contents), "alike": copies.count(seen, alike)
@@ -129,11 +130,17 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
     return found, copies.copies(seen, contents, alike)
 
 
-def _described(table: pa.Table, groups: inventory.Rows, seed: int, generator: str = "all generators") -> dict[str, Any]:
-    say(f"metadata of {generator}: {table.num_rows:,} pictures")
+def _described(
+    table: pa.Table, rows: inventory.Rows, groups: inventory.Rows, seed: int, generator: str,
+    lent: tuple[str, inventory.Rows] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What some rows of the table hold, and what their metadata tell of them; with the reals that another lends."""
+    say(f"metadata of {generator}: {len(rows):,} pictures")
+    reals_of, compared = (None, rows) if lent is None else (lent[0], np.concatenate([rows, lent[1]]))
     return {
-        "classes": inventory.describe(table),
-        "metadata": biases.measure(biases.metadata(table, groups), seed),
+        "classes": inventory.describe(table.take(rows)),
+        "reals_of": reals_of,
+        "metadata": biases.measure(biases.metadata(table.take(compared), groups[compared]), seed),
     }
 
 

@@ -10,7 +10,8 @@ verdict raises no alarm, which is what the precisions count; the other metrics a
 The mean over generators gives each the same weight, however many pictures it has. Intervals are percentiles of a
 bootstrap that draws reals and fakes of each generator anew; reals that several generators are compared with are drawn
 once for all of them, or the mean would seem better known than it is. `ece` has none: drawing adds noise to each bin,
-and the interval would lie above the value. Neither the order of rows nor other generators change a generator's numbers.
+and the interval would lie above the value. A TPR at a false positive rate of 1/m has none below m reals, nor has a mean
+of such. Neither the order of rows nor other generators change a generator's numbers.
 """
 
 import os
@@ -35,7 +36,9 @@ from nsnet.transforms import KINDS
 METRICS: Final = (*metrics.METRICS, "acc_decided", "uncertain_share")
 ROBUSTNESS_METRICS: Final = ("acc", "ap", "auroc", "tpr_at_fpr_1")
 """What is compared under each transform."""
-WITHOUT_INTERVAL: Final = ("ece",)
+WITHOUT_INTERVAL: Final = frozenset({"ece"})
+OF_BOTH: Final = ("acc", "acc_decided")
+"""Metrics that are another number where there is one class only: the mean over generators leaves such a one out."""
 SAMPLES: Final = 1000
 CONFIDENCE: Final = 0.95
 
@@ -64,13 +67,15 @@ class Measured:
     """Metric -> ()."""
     samples: dict[str, Array]
     """Metric -> (K,)."""
+    without_interval: frozenset[str] = WITHOUT_INTERVAL
+    """Metrics whose samples say nothing."""
 
     def numbers(self, names: Sequence[str] = METRICS) -> dict[str, dict[str, float | None]]:
         """Metric -> value, low and high; None where undefined."""
         intervals = metrics.intervals({name: self.samples[name] for name in names}, CONFIDENCE)
         found = {}
         for name in names:
-            low, high = (None, None) if name in WITHOUT_INTERVAL else intervals[name] or (None, None)
+            low, high = (None, None) if name in self.without_interval else intervals[name] or (None, None)
             value = float(self.values[name])
             found[name] = {"value": None if np.isnan(value) else value, "low": low, "high": high}
         return found
@@ -141,11 +146,14 @@ def _generators(groups: Mapping[str, Group], names: Sequence[str], samples: int,
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of it is NumPy's, which lets other threads work
         measured = list(pool.map(measure, groups.items()))
+    whole = [each for each, group in zip(measured, groups.values(), strict=True) if group.rows.both_classes]
+    counted = {name: whole if name in OF_BOTH else measured for name in names}
     mean = Measured(
-        values={name: _mean([each.values[name] for each in measured]) for name in names},
-        samples={name: _mean([each.samples[name] for each in measured]) for name in names},
+        values={name: _mean([each.values[name] for each in some]) for name, some in counted.items()},
+        samples={name: _mean([each.samples[name] for each in some]) for name, some in counted.items()},
+        without_interval=WITHOUT_INTERVAL.union(*(each.without_interval for each in measured)),
     )
-    defined = {name: sum(not np.isnan(each.values[name]) for each in measured) for name in names}
+    defined = {name: sum(not np.isnan(each.values[name]) for each in some) for name, some in counted.items()}
     return {
         "generators": {
             name: group.rows.counts() | each.numbers(names)
@@ -167,7 +175,12 @@ def _measure(rows: Rows, samples: int, reals_seed: tuple[int, ...], fakes_seed: 
     counts = rows.confusion()
     seeds = (*reals_seed, REAL), (*fakes_seed, FAKE)
     redrawn = np.stack([_redraw(n, samples, seed) for n, seed in zip(counts, seeds, strict=True)], axis=1)
-    return Measured(values=values | _of_verdicts(counts), samples=drawn | _of_verdicts(redrawn))
+    # of so few reals a sample repeats the highest or lacks it, and says little of what other reals would score
+    few = {name for name, limit in metrics.FPR_LIMITS.items() if counts[REAL].sum() * limit < 1.0 - 1e-9}
+    return Measured(
+        values=values | _of_verdicts(counts), samples=drawn | _of_verdicts(redrawn),
+        without_interval=WITHOUT_INTERVAL | few,
+    )  # fmt: skip
 
 
 def _redraw(counts: labelled.Integers, samples: int, seed: tuple[int, ...]) -> labelled.Integers:
@@ -198,7 +211,9 @@ def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Array:
 
 
 def _mean(values: Sequence[Array]) -> Array:
-    """Mean over groups, of arrays of one shape, without those that are NaN; NaN where all are."""
+    """Mean over groups, of arrays of one shape, without those that are NaN; NaN where all are, or none is there."""
+    if not values:
+        return np.asarray(np.nan)
     stacked = np.stack(values)
     defined = ~np.isnan(stacked)
     return _ratio(np.where(defined, stacked, 0.0).sum(axis=0), defined.sum(axis=0))

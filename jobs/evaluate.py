@@ -1,6 +1,7 @@
 """`nsnet evaluate`: verdicts against labels, per generator and as the unweighted mean over generators, as a report."""
 
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import console, labelled, schema, storage
+from jobs import console, labelled, parquet, schema, storage
 from jobs.comparison import SAMPLES, compare, long_table
 from jobs.console import say
 from jobs.curves import curves
@@ -43,17 +44,24 @@ Pairs = Mapping[str, str] | Literal["auto"]
     help="Compare a generator with fakes only with the reals of another; several; auto: as benchmarks do.",
 )  # fmt: skip
 @click.option("--split", default=None, help="Rows of this split, or all. Default: test, where there is one.")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), default=None,
+    help="Call fake from this probability on, as benchmarks do with 0.5, whatever the detector said.",
+)  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
+@console.max_failed_option
 @console.weights_options
 @console.address_option
-def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], **options: Any) -> int:
+def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, **options: Any) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 
     Given a labelled source of pictures instead, with --detector, scores it first, below OUT; the same command
-    continues. The predictions of a training (OUT.training/predictions.parquet) are verdicts as well.
+    continues. Labels, generators and splits are then those that the source gives now. The predictions of a training
+    (OUT.training/predictions.parquet) are verdicts as well.
     """
-    evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
-    return 0
+    result = evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
+    failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
+    return console.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
 
 
 def parse_pairs(texts: Sequence[str]) -> Pairs:
@@ -91,6 +99,7 @@ def evaluate(
     robustness: str | None = None,
     pairs: Pairs | None = None,
     split: str | None = None,
+    threshold: float | None = None,
     samples: int = SAMPLES,
     clip_weights: str | None = None,
     captioner: str | None = None,
@@ -101,17 +110,23 @@ def evaluate(
     uri, out = storage.absolute(verdicts_or_source), storage.absolute(out)
     storage.reachable(uri)
     storage.check_output(out)
+    if detector is not None:
+        own = _id_of(detector)
+        if detector_id not in (None, own):
+            raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
+        detector_id = own
     table = _verdicts(uri)
     if table is None:
         if detector is None:
             raise SourceError(f"{uri} holds no published verdicts; to score its pictures first, give --detector")
         models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
-        detector_id = detector_id or _id_of(detector)
         table = _score(uri, detector, storage.join(out, "scored"), chains, models)
     table = _of_detector(table, detector_id, uri)
     table, rows = _of_split(table, split, uri)
     if chains:
         table = _of_chains(table, chains, uri)
+    if threshold is not None:
+        table = _decided(table, threshold)
     found = labelled.find_pairs(table) if pairs == AUTO else dict(pairs or {})
     names = pc.unique(table.column("detector_id")).to_pylist()
     result = {
@@ -119,6 +134,7 @@ def evaluate(
         "detector_id": names[0] if names else None,
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
+        "threshold": threshold,
         **compare(table, samples=samples, pairs=found),
         "curves": curves(table),
     }
@@ -139,7 +155,20 @@ def _score(source: str, detector: str, out: str, chains: Sequence[str], models: 
     score(source, detector=detector, out=out, transforms=chains, **models)
     table = _verdicts(out)
     assert table is not None
-    return table
+    return _as_listed(table, source, chains)
+
+
+def _as_listed(table: pa.Table, source: str, chains: Sequence[str]) -> pa.Table:
+    """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
+    from jobs.plan import write_manifest
+
+    columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
+    with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
+        manifest = storage.join(storage.absolute(folder), "manifest.parquet")
+        write_manifest(source, manifest, transforms=("", *chains))
+        listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
+    kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
+    return table.select(kept).join(listed, keys="image_id", join_type="inner")
 
 
 def _of_detector(table: pa.Table, detector_id: str | None, uri: str) -> pa.Table:
@@ -158,18 +187,35 @@ def _of_detector(table: pa.Table, detector_id: str | None, uri: str) -> pa.Table
 
 def _of_split(table: pa.Table, split: str | None, uri: str) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of a split, and what is told of them. What was trained on, or chosen by, says little of a detector."""
-    present: set[Any] = set()
-    if "split" in table.column_names:
-        present = set(pc.unique(table.column("split")).to_pylist()) - {None}
-    chosen = ("test" if "test" in present else EVERY_SPLIT) if split is None else split
+    splits = table.column("split") if "split" in table.column_names else pa.array([None] * table.num_rows)
+    present: set[Any] = set(pc.unique(splits).to_pylist())
+    named = sorted(present - {None})
+    chosen = ("test" if "test" in named else EVERY_SPLIT) if split is None else split
     if chosen == EVERY_SPLIT:
-        return table, {"split": None, "used": table.num_rows, "left_out": 0}
-    if chosen not in present:
-        there = f"there are {', '.join(sorted(present))}" if present else "its rows have no split"
+        # a benchmark may have no more than one: then that is what these rows are of
+        alone = named[0] if present == {*named} and len(named) == 1 else None
+        return table, {"split": alone, "used": table.num_rows, "left_out": 0, "seen": _seen(named)}
+    if chosen not in named:
+        there = f"there are {', '.join(named)}" if named else "its rows have no split"
         raise ConfigError(f"{uri} holds no verdict of the split {chosen}: {there}")
-    kept = table.filter(pc.equal(table.column("split"), chosen))
+    kept = table.filter(pc.equal(splits, chosen))
     say(f"rows: {kept.num_rows:,} of the split {chosen}; {table.num_rows - kept.num_rows:,} others are left out")
-    return kept, {"split": chosen, "used": kept.num_rows, "left_out": table.num_rows - kept.num_rows}
+    left_out = table.num_rows - kept.num_rows
+    return kept, {"split": chosen, "used": kept.num_rows, "left_out": left_out, "seen": _seen([chosen])}
+
+
+def _seen(splits: Sequence[str]) -> list[str]:
+    """Those that a training, or the choice of its threshold, has seen."""
+    return [name for name in splits if name in ("train", "val")]
+
+
+def _decided(table: pa.Table, threshold: float) -> pa.Table:
+    """The same rows with the verdicts of a threshold; none is uncertain."""
+    said = pc.if_else(pc.greater_equal(table.column("prob_fake"), threshold), "fake", "real")
+    table = table.set_column(table.schema.get_field_index("verdict"), "verdict", said)
+    thresholds = pa.array([threshold] * table.num_rows, pa.float64())
+    kept = table.drop_columns("threshold") if "threshold" in table.column_names else table
+    return kept.append_column("threshold", thresholds)
 
 
 def _of_chains(table: pa.Table, chains: Sequence[str], uri: str) -> pa.Table:
@@ -208,10 +254,10 @@ def _verdicts(uri: str) -> pa.Table | None:
     """
     from jobs import ledger
 
-    if uri.lower().endswith(".parquet"):
-        return _from_file(uri)
     if not storage.is_folder(uri):
-        raise SourceError(f"there is no {uri}")
+        if not storage.exists(uri):
+            raise SourceError(f"there is no {uri}")
+        return _from_file(uri) if uri.lower().endswith(".parquet") else None
     if not ledger.runs(uri):
         return None
     columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
@@ -223,8 +269,6 @@ def _verdicts(uri: str) -> pa.Table | None:
 
 def _from_file(uri: str) -> pa.Table | None:
     system, path = storage.arrow_filesystem(uri)
-    if not storage.exists(uri):
-        raise SourceError(f"there is no {uri}")
     try:
         names = set(pq.read_schema(path, filesystem=system).names)
     except (OSError, ValueError) as error:

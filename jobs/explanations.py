@@ -46,9 +46,9 @@ def explanations(result: Mapping[str, Any]) -> list[Explanation]:
     """The section "How to read this"."""
     return [
         ("The two kinds of numbers", [
-            "Accuracies are of the verdicts, at the threshold that the detector brings along: nothing was tuned on "
-            "these pictures. AP, AUROC and the rates at a fixed false positive rate are of the probabilities, and say "
-            "how well fakes are ranked above reals, whatever the threshold. High AP with low accuracy means that the "
+            f"Accuracies are of the verdicts, at {_threshold(result)}: nothing was tuned on these pictures. AP, AUROC "
+            "and the rates at a fixed false positive rate are of the probabilities, and say how well fakes are ranked "
+            "above reals, whatever the threshold. High AP with low accuracy means that the "
             "threshold does not suit this generator.",
         ]),
         ("The mean over generators", [
@@ -66,7 +66,9 @@ def explanations(result: Mapping[str, Any]) -> list[Explanation]:
             "training or a new generator would.",
             "An interval without width is no certainty. Where none of n pictures was judged wrongly, up to about 3/n "
             "of all such pictures may be: 3 % after 100, 0.3 % after 1,000.",
-            "The ECE has no interval: drawing adds noise to each bin, and it would lie above the number.",
+            "The ECE has no interval: drawing adds noise to each bin, and it would lie above the number. Nor has a TPR "
+            "at 1 % (0.1 %) FPR of fewer than 100 (1,000) reals, which is decided by the one real that scores highest; "
+            "such a TPR is too high in the mean, too.",
         ]),
         ("Undefined", [
             "Without reals there is no false alarm to count, and without fakes nothing to find: such numbers are "
@@ -82,6 +84,12 @@ def explanations(result: Mapping[str, Any]) -> list[Explanation]:
             "numbers here.",
         ]),
     ]  # fmt: skip
+
+
+def _threshold(result: Mapping[str, Any]) -> str:
+    if result["threshold"] is None:
+        return "the threshold that the detector brings along"
+    return f"a threshold of {result['threshold']:g} that was asked for"
 
 
 def _rare(result: Mapping[str, Any]) -> str:

@@ -116,11 +116,15 @@ def _copies(found: dict[str, Any]) -> Iterator[str]:
 
 def _metadata(result: dict[str, Any]) -> Iterator[str]:
     groups = {name: group["metadata"] for name, group in result["generators"].items()}
+    lenders = {name: group["reals_of"] for name, group in result["generators"].items() if group["reals_of"]}
     rows = [[_name(name), *_measured(told)] for name, told in groups.items()]
     rows.append(["all generators", *_measured(result["everything"]["metadata"])])
     yield "how well metadata alone tell real from fake, on pictures that the rule was not made from, and single values:"
     yield from _table(["generator", "real", "fake", "AUROC", "95 %", *map(_heading, biases.SINGLE), "told by"], rows)
     yield f"told by: what suffices alone, where the interval lies above {biases.BOUND}"
+    for lender in sorted(set(lenders.values())):
+        borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
+        yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
     reasons = {name: told["undefined"] for name, told in groups.items() if told["undefined"]}
     for reason in sorted(set(reasons.values())):
         yield f"{UNDEFINED}: {reason}: {', '.join(_name(name) for name in reasons if reasons[name] == reason)}"

@@ -3,7 +3,7 @@
 Dimensions: n pictures.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import schema
+from jobs import layouts, schema
 from jobs.database import database
 from jobs.labelled import NO_GENERATOR
 
@@ -72,6 +72,16 @@ def by_generator(table: pa.Table) -> Iterator[tuple[str, Rows]]:
     parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(codes) else []
     present = {names.dictionary[int(codes[part[0]])].as_py(): part for part in parts}
     yield from sorted(present.items())
+
+
+def lent_reals(parts: Mapping[str, Rows], numbers: Rows) -> dict[str, tuple[str, Rows]]:
+    """Generator with fakes only -> the one whose reals its benchmark compares it with, and the rows of these.
+
+    `parts`: rows of each generator; `numbers`: `class_numbers` of all rows.
+    """
+    reals = {name: rows[numbers[rows] == 0] for name, rows in parts.items()}
+    pairs = layouts.paired_reals(list(parts))
+    return {fake: (real, reals[real]) for fake, real in pairs.items() if not len(reals[fake]) and len(reals[real])}
 
 
 def class_numbers(table: pa.Table) -> Rows:

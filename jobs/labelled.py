@@ -48,6 +48,11 @@ class Rows:
             failed=failed,
         )
 
+    @property
+    def both_classes(self) -> bool:
+        """Whether there are reals and fakes."""
+        return 0 < int(self.labels.sum()) < len(self.labels)
+
     def confusion(self) -> Integers:
         """(2, 3) pictures by label and verdict."""
         return np.bincount(self.labels * 3 + self.said, minlength=6).reshape(2, 3)

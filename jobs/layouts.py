@@ -115,8 +115,16 @@ def _own_names(source: str) -> tuple[str, ...]:
 
 
 def _label_run(parts: tuple[str, ...]) -> range:
-    """Where the nearest label folder is, with those of the same label directly above it; empty: nowhere."""
+    """Where the nearest label folder is, with those of the same label directly above it; empty: nowhere.
+
+    Folders that contradict each other are no label: a class of pictures may be called `nature`. Only `0_real` and
+    `1_fake` are never anything else.
+    """
     labels = [LABEL_FOLDERS.get(part.lower()) for part in parts]
+    if {0, 1} <= {*labels}:
+        labels = [label if part.lower() in NUMBERED else None for part, label in zip(parts, labels, strict=True)]
+        if {0, 1} <= {*labels}:
+            return range(0)
     start = stop = next((i + 1 for i in reversed(range(len(parts))) if labels[i] is not None), 0)
     while start > 0 and labels[start - 1] == labels[stop - 1]:
         start -= 1

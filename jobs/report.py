@@ -28,6 +28,10 @@ COLUMNS: Final = {
     "acc": "Accuracy", "real_acc": "Reals right", "fake_acc": "Fakes right", "ap": "AP", "auroc": "AUROC",
     "tpr_at_fpr_1": "TPR at 1 % FPR", "precision_at_1": "Precision at 1 % fakes",
 }  # fmt: skip
+MORE_COLUMNS: Final = {
+    "tpr_at_fpr_01": "TPR at 0.1 % FPR", "precision_at_10": "Precision at 10 % fakes",
+    "precision_at_01": "Precision at 0.1 % fakes", "ece": "ECE",
+}  # fmt: skip
 ROBUSTNESS_COLUMNS: Final = {"acc": "Accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
 BARS: Final = ("acc", "ap")
 
@@ -45,12 +49,7 @@ def render(result: Mapping[str, Any]) -> str:
         says=_says(result, groups),
         notes=_notes(result, groups),
         generator_charts=figures.of_generators(result),
-        headings=[*COLUMNS.values(), "Real", "Fake", "Uncertain", "Failed"],
-        rows=[_row(name, numbers, result["pairs"]) for name, numbers in groups],
-        totals=[
-            {"name": "Mean over generators", "counts": [""] * 4, "numbers": _cells(result["macro_mean"], COLUMNS)},
-            {"name": "All pictures", "counts": _counts(result["all"]), "numbers": _cells(result["all"], COLUMNS)},
-        ],
+        generator_tables=_generator_tables(result, groups),
         curve_charts=figures.of_all(result),
         robustness=_robustness(result) if result["robustness"] else None,
         explanations=explanations(result),
@@ -123,8 +122,11 @@ def _spelled(number: Number) -> str:
 def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
     """What the numbers do not show."""
     counts, notes = result["all"], []
-    if result["rows"]["split"] in ("train", "val"):
-        notes.append("These pictures were used in training, or to choose the threshold: the numbers flatter.")
+    if seen := result["rows"]["seen"]:
+        notes.append(
+            f"Pictures of the split {' and '.join(seen)} are among these: they were used in training, or to choose the "
+            "threshold, and the numbers flatter."
+        )
     if result["failed"]:
         notes.append(f"{result['failed']:,} labelled pictures failed and are in no number.")
     if result["without_label"]:
@@ -137,12 +139,17 @@ def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list
     one_class = [name for name, numbers in groups if not numbers["real"] or not numbers["fake"]]
     if one_class:
         notes.append(
-            f"One class only, so that most numbers are undefined and the means leave them out: {_listed(one_class)}. "
+            f"One class only, so that most numbers are undefined and their means leave them out: {_listed(one_class)}. "
             "A generator with fakes only can be compared with the reals of another (--pair)."
         )
     few = [name for name, numbers in groups if 0 < numbers["real"] < 100 or 0 < numbers["fake"] < 100]
     if few:
         notes.append(f"Fewer than 100 reals or fakes, too few to measure a rate of 1 %: {_listed(few)}.")
+    if result["threshold"] is not None:
+        notes.append(
+            f"Verdicts are those of a threshold of {result['threshold']:g}, which was asked for, not of the detector's "
+            "own."
+        )
     return notes
 
 
@@ -201,12 +208,47 @@ def _counts(numbers: Mapping[str, Any]) -> list[str]:
     return [f"{numbers[name]:,}" for name in ("real", "fake", "uncertain", "failed")]
 
 
-def _row(name: str, numbers: Mapping[str, Any], pairs: Mapping[str, str]) -> dict[str, Any]:
+def _generator_tables(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """All metrics of all generators, in two tables: what is read first, with the counts, and the rest."""
+    told = "worst accuracy first: per cent, with 95 % intervals"
+    return [
+        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {told}, and counts of pictures."),
+        _generator_table(
+            result,
+            groups,
+            MORE_COLUMNS,
+            "more-numbers",
+            f"Where false alarms are rarer still, and calibration; {told}.",
+        ),
+    ]
+
+
+def _generator_table(
+    result: Mapping[str, Any], groups: Sequence[tuple[str, Any]], columns: Mapping[str, str], name: str, caption: str
+) -> dict[str, Any]:
+    with_counts = columns is COLUMNS
+    totals = {"Mean over generators": result["macro_mean"], "All pictures": result["all"]}
     return {
-        "name": shown(name, LONGEST),
-        "pair": shown(pairs[name], LONGEST) if name in pairs else None,
-        "counts": _counts(numbers),
-        "numbers": _cells(numbers, COLUMNS),
+        "id": name,
+        "caption": caption,
+        "headings": [*columns.values(), *(("Real", "Fake", "Uncertain", "Failed") if with_counts else ())],
+        "rows": [
+            {
+                "name": shown(name, LONGEST),
+                "pair": shown(result["pairs"][name], LONGEST) if name in result["pairs"] else None,
+                "numbers": _cells(numbers, columns),
+                "counts": _counts(numbers) if with_counts else [],
+            }
+            for name, numbers in groups
+        ],
+        "totals": [
+            {
+                "name": name,
+                "numbers": _cells(numbers, columns),
+                "counts": (_counts(numbers) if numbers is result["all"] else [""] * 4) if with_counts else [],
+            }
+            for name, numbers in totals.items()
+        ],
     }
 
 

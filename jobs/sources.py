@@ -42,6 +42,8 @@ SIDECARS: Final = frozenset(
 
 TEXTS: Final = frozenset({"uri", "etag", "label", "generator", "split"})
 """Columns of a manifest, or beside stored pictures, that may be texts; what repeats there stays stored once."""
+INSIDE: Final = frozenset({"container", "position"})
+"""Columns of a manifest whose pictures lie in a tar or in Parquet, as those that a split is stored as."""
 HASH: Final = "content_hash"
 """Column of a manifest with the SHA-256 that a file must have; a stored picture comes with its own bytes."""
 TEXT_BYTES: Final = 8192
@@ -74,6 +76,7 @@ class Source:
         self.uri = storage.absolute(uri)
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
+        self._warned_of_split = False
         self.left_out: Counter[str] = Counter()
         """Reason -> number of objects that are no pictures."""
 
@@ -203,7 +206,7 @@ class Source:
 
     def _parquet(self, uri: str, strict: bool = True) -> Iterator[dict[str, Any]]:
         """A manifest (`uri` column) or image Parquet (`bytes`); `label`, `generator`, `split`, `etag` are optional, and
-        `content_hash` and `size_bytes` of a manifest.
+        `content_hash`, `size_bytes`, `container` and `position` of a manifest.
 
         Not `strict`: a label that is neither real nor fake counts as none, and no URI is believed, neither of a list
         nor of stored pictures: whoever may put a file into a bucket could have anything read that this job may read.
@@ -211,7 +214,9 @@ class Source:
         with _reading(uri, " Parquet file"):
             source = storage.open_file(uri)
             found = pq.read_schema(source)
-            texts = [name for name in (TEXTS | {HASH}) & set(found.names) if _is_text(found.field(name).type)]
+            texts = [
+                name for name in (TEXTS | {HASH, "container"}) & set(found.names) if _is_text(found.field(name).type)
+            ]
             file = pq.ParquetFile(source, read_dictionary=texts)
             size_bytes = source.size()
         columns = set(found.names)
@@ -223,7 +228,7 @@ class Source:
         if stored and (rows := file.metadata.num_rows) * LEAST_ROW_BYTES > size_bytes:
             raise SourceError(f"{uri} says that its {size_bytes:,} bytes hold {rows:,} pictures: that cannot be")
         own = storage.describe(uri) if stored else None
-        wanted = sorted(columns & (TEXTS if stored else TEXTS | {"size_bytes", HASH}))
+        wanted = sorted(columns & (TEXTS if stored else TEXTS | INSIDE | {"size_bytes", HASH}))
         position = 0
         for some in _table_rows(uri, file, wanted):
             for values in some:
@@ -231,7 +236,7 @@ class Source:
                 labels: dict[str, Any] = {
                     "label": _label(values.get("label"), f"{uri}: row {position}", strict),
                     "generator": _text(values.get("generator")),
-                    "split": SPLIT_FOLDERS.get(str(values.get("split")).lower()),
+                    "split": self._split(values.get("split")),
                 }
                 if own is not None:
                     # a file among others may not speak for pictures that are not in it
@@ -244,8 +249,19 @@ class Source:
                     where = f"{uri}: row {position}"
                     etag, size = _text(values.get("etag")) or "", _size(values.get("size_bytes"), where)
                     expected = _hash(values.get(HASH), where)
-                    yield _row(_place(name, uri, where), etag, size, expected_hash=expected, **labels)
+                    inside = _inside_of(values, size, uri, where)
+                    # inside a container the URI is a name, which a data set may have chosen
+                    row_uri = str(name) if inside and name is not None else _place(name, uri, where)
+                    yield _row(row_uri, etag, size, expected_hash=expected, **inside, **labels)
                 position += 1
+
+    def _split(self, value: Any) -> str | None:
+        """The split that a column says, or nothing; of another word it is said once that it counts as nothing."""
+        text = "" if value is None or value != value else str(value).strip().lower()  # pandas writes NaN for nothing
+        if text and text not in SPLIT_FOLDERS and not self._warned_of_split:
+            self._warned_of_split = True
+            say(f"warning: {self.uri}: split {text[:40]!r} is none of {', '.join(SPLIT_FOLDERS)}, and counts as none")
+        return SPLIT_FOLDERS.get(text)
 
 
 @contextmanager
@@ -369,7 +385,22 @@ def _place(name: Any, manifest: str, where: str) -> str:
     return uri
 
 
-def _size(value: Any, where: str) -> int | None:
+def _inside_of(values: dict[str, Any], size: int | None, manifest: str, where: str) -> dict[str, Any]:
+    """The file that holds the picture of a manifest's row, and where in it, or nothing."""
+    container, position = values.get("container"), _size(values.get("position"), where, "position")
+    if container is None:
+        return {}
+    container = _place(container, manifest, where)
+    ending = PurePosixPath(container).suffix.lower()
+    if ending not in CONTAINERS or position is None or (size is None and ending == ".tar"):
+        raise SourceError(
+            f"{where}: a picture in {container[:200]!r} needs a container that ends in {' or '.join(CONTAINERS)}, a "
+            "position, and in a tar its size_bytes"
+        )
+    return {"container": container, "position": position}
+
+
+def _size(value: Any, where: str, name: str = "size_bytes") -> int | None:
     """A number of bytes, or nothing."""
     if value is None or value == "" or value != value:  # pandas writes NaN for nothing
         return None
@@ -378,7 +409,7 @@ def _size(value: Any, where: str) -> int | None:
     except (ValueError, OverflowError, TypeError):
         size = -1
     if not 0 <= size < 2**63:
-        raise SourceError(f"{where}: size_bytes {value!r} is no number of bytes")
+        raise SourceError(f"{where}: {name} {value!r} is no number of bytes")
     return size
 
 

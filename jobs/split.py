@@ -168,6 +168,8 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
         for i in np.flatnonzero(beside):  # a picture's twin would tell of it
             names[i] = None if names[i] != "test" else "test"
         fixed = fixed | held_out | beside
+    if "train" in given:  # what stands beside a training set of its source is not for training: it may be anything
+        fixed = fixed | np.array([name is None for name in given])
     test_share = 0.0 if any(given) else config.test_share
     share = 0.0 if "val" in given else config.validation_share
     free = np.flatnonzero(~fixed)

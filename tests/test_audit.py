@@ -94,6 +94,23 @@ def test_generators_that_cannot_be_judged_are_said_with_the_reason() -> None:
     assert line.split()[1:] == ["0", "30", *"–" * 9]
 
 
+def test_fakes_of_a_benchmark_are_compared_with_the_reals_that_it_pairs_them_with() -> None:
+    reals = [picture(i, 0, "laion") for i in range(40)]
+    unlike = [picture(100 + i, 1, "ldm_200", format="PNG", jpeg_quality=None) for i in range(40)]
+    alike = [picture(200 + i, 1, "glide_100_10") for i in range(40)]
+    own = plain("dalle", 300)
+    result, _ = found([*reals, *unlike, *alike, *own])
+    told = {name: group["metadata"] for name, group in result["generators"].items()}
+    assert {name: group["reals_of"] for name, group in result["generators"].items()} == {
+        "laion": None, "ldm_200": "laion", "glide_100_10": "laion", "dalle": None
+    }  # fmt: skip
+    assert told["ldm_200"]["biased"] and [told["ldm_200"][name] for name in ("real", "fake")] == [40, 40]
+    assert told["glide_100_10"]["biased"] is False and told["dalle"]["real"] == 20
+    assert [*result["generators"]["ldm_200"]["classes"]] == ["fake"]  # what it holds is its own
+    assert conclusion(result).startswith("1 of 3 generators can be told from metadata alone: ldm_200 (format")
+    assert "compared with the reals of laion, as its benchmark does: glide_100_10, ldm_200" in as_text(result)
+
+
 def test_bias_between_generators_that_no_generator_has_is_said() -> None:
     reals = [picture(i, 0, "camera") for i in range(30)]
     fakes = [picture(100 + i, 1, "model", format="WEBP", jpeg_quality=None) for i in range(30)]

@@ -236,6 +236,29 @@ def test_calibration_error_has_no_interval() -> None:
         assert numbers["ece"]["value"] > 0 and numbers["ece"]["low"] is numbers["ece"]["high"] is None
 
 
+def test_rate_that_so_few_reals_cannot_show_has_no_interval() -> None:
+    rows = [*rows_of("few", 0, 99), *rows_of("few", 1, 20), *rows_of("more", 0, 100), *rows_of("more", 1, 20)]
+    result = compare(verdict_table(*rows), samples=QUICK)
+    few, more, mean = *(result["generators"][name] for name in ("few", "more")), result["macro_mean"]
+    for numbers, name, known in (
+        (few, "tpr_at_fpr_1", False), (more, "tpr_at_fpr_1", True), (more, "tpr_at_fpr_01", False),
+        (mean, "tpr_at_fpr_1", False), (few, "auroc", True), (mean, "auroc", True),
+    ):  # fmt: skip
+        assert numbers[name]["value"] is not None and (numbers[name]["low"] is not None) is known, name
+    assert compare(verdict_table(*rows[119:]), samples=QUICK)["macro_mean"]["tpr_at_fpr_1"]["low"] is not None
+
+
+def test_generator_of_one_class_is_in_no_mean_of_accuracies() -> None:
+    rows = [*rows_of("both", 0, 30), *rows_of("both", 1, 30), *rows_of("fakes", 1, 30, strength=-9)]
+    result = compare(verdict_table(*rows), samples=QUICK)
+    both, mean = result["generators"]["both"], result["macro_mean"]
+    for name in ("acc", "acc_decided", "real_acc"):
+        assert mean[name] == {**both[name], "generators": 1}
+    assert mean["fake_acc"]["generators"] == 2 and mean["fake_acc"]["value"] < both["fake_acc"]["value"]
+    alone = compare(verdict_table(*rows[60:]), samples=QUICK)
+    assert alone["macro_mean"]["acc"]["value"] is None and alone["generators"]["fakes"]["acc"]["value"] is not None
+
+
 def test_neither_the_order_of_rows_nor_other_generators_change_a_generators_numbers() -> None:
     rows = labelled_rows()
     result = compare(verdict_table(*rows), samples=QUICK)

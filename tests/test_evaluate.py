@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jobs import ledger, storage
 from jobs.comparison import compare, long_table
 from jobs.evaluate import NEEDED, evaluate, parse_chains, parse_pairs
 from jobs.ledger import Run
+from jobs.plan import write_manifest
 from jobs.results import PREDICTIONS
 from jobs.table import LONGEST_NAME, WIDEST, as_text
 from nsnet.errors import ConfigError, SourceError
@@ -47,7 +49,7 @@ def publish(out: Path, rows: Rows, run_id: str | None = None) -> Run:
     run = Run(out=str(out), **({"run_id": run_id} if run_id else {}))
     Path(run.staging).mkdir(parents=True)
     manifest, staged = f"{run.staging}/manifest.parquet", f"{run.staging}/rows.parquet"
-    pq.write_table(manifest_table(*(manifest_row(row["uri"]) for row in rows)), manifest)
+    pq.write_table(manifest_table(*(manifest_row(row["uri"], image_id=row["image_id"]) for row in rows)), manifest)
     pq.write_table(verdict_table(*({**row, "run_id": run.run_id} for row in rows)), staged)
     run.publish(manifest, [staged], {})
     return run
@@ -90,7 +92,7 @@ def test_table_says_what_is_undefined_failed_unlabelled_and_uncertain() -> None:
     assert line.split()[2:] == ["0", "4", "0.7500", line.split()[5], "–", "0.7500", "–", "–", "–"]
     assert "1 labelled pictures failed and are in no number above" in text
     assert "1 pictures have no label and are in no number above" in text
-    assert "1 verdicts are uncertain: acc counts them as not right; without them it is 1.0000" in text
+    assert "1 verdicts are uncertain: acc counts them as not right; without them it is –" in text
     assert "–: undefined, one class only" in text
 
 
@@ -140,7 +142,7 @@ def test_result_is_written_as_json_text_rows_and_page(
     assert result["verdicts"] == uri and result["detector_id"] == "d" * 16
     expected = compare(verdict_table(*rows), samples=QUICK)
     assert {key: result[key] for key in expected} == expected
-    assert result["rows"] == {"split": None, "used": len(rows), "left_out": 0}
+    assert result["rows"] == {"split": None, "used": len(rows), "left_out": 0, "seen": []}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     assert pq.read_table(tmp_path / "out" / "evaluation.parquet").equals(long_table(result))
     assert result["detector_id"] in (tmp_path / "out" / "report.html").read_text()
@@ -236,17 +238,33 @@ def test_predictions_of_a_training_are_judged_by_their_test_rows(
 ) -> None:
     uri = predictions(tmp_path / "predictions.parquet", val=30, test=20)
     result = evaluate(uri, out=str(tmp_path / "out"), samples=1)
-    assert result["rows"] == {"split": "test", "used": 20, "left_out": 30}
+    assert result["rows"] == {"split": "test", "used": 20, "left_out": 30, "seen": []}
     assert result["all"]["real"] == 10
     assert "rows: 20 of the split test; 30 others are left out" in capsys.readouterr().err
     assert evaluate(uri, out=str(tmp_path / "out"), split="val", samples=1)["all"]["real"] == 15
     every = evaluate(uri, out=str(tmp_path / "out"), split="all", samples=1)
-    assert every["rows"] == {"split": None, "used": 50, "left_out": 0} and every["all"]["real"] == 25
+    assert every["rows"] == {"split": None, "used": 50, "left_out": 0, "seen": ["val"]} and every["all"]["real"] == 25
 
 
 def test_without_test_rows_all_are_compared(tmp_path: Path) -> None:
     uri = predictions(tmp_path / "predictions.parquet", val=30)
-    assert evaluate(uri, out=str(tmp_path / "out"), samples=1)["all"]["real"] == 15
+    result = evaluate(uri, out=str(tmp_path / "out"), samples=1)
+    assert result["all"]["real"] == 15
+    assert result["rows"] == {"split": "val", "used": 30, "left_out": 0, "seen": ["val"]}
+    assert "and the numbers flatter" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_verdicts_can_be_those_of_another_threshold(tmp_path: Path) -> None:
+    rows = [*labelled_rows(), verdict_row("/f", None, label=1, generator="Glide")]
+    rows = [row | {"verdict": "uncertain" if row["verdict"] else None} for row in rows]
+    uri = _stored(verdict_table(*rows), tmp_path / "v.parquet")
+    result = evaluate(uri, out=str(tmp_path / "out"), threshold=0.3, samples=1)
+    for name, group in result["generators"].items():
+        ours = [row for row in rows if (row["generator"] or "(none)") == name and row["prob_fake"] is not None]
+        right = sum((row["prob_fake"] >= 0.3) == row["label"] for row in ours)
+        assert group["acc"]["value"] == pytest.approx(right / len(ours)) and group["uncertain"] == 0
+    assert result["threshold"] == 0.3 and result["curves"]["threshold"] == 0.3 and result["failed"] == 1
+    assert evaluate(uri, out=str(tmp_path / "out"), samples=1)["all"]["uncertain"] > 0
 
 
 def test_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -314,24 +332,81 @@ def test_robustness_of_published_verdicts_needs_their_transforms(tmp_path: Path)
 
 def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`score` is tested where it is: here it publishes what it would, beside verdicts of another detector."""
-    source, out = tmp_path / "pictures", tmp_path / "out"
-    source.mkdir()
+    source, out = str(tmp_path / "source.parquet"), tmp_path / "out"
     scored: list[tuple[str, Sequence[str]]] = []
+    forms = [(row, chain) for row in labelled_rows() for chain in (None, "jpeg:75", "blur:1")]
 
     def score(given: str, *, out: str, transforms: Sequence[str], **_: Any) -> None:
         scored.append((given, tuple(transforms)))
-        rows = [row for chain in (None, *transforms) for row in labelled_rows(chain)]
-        publish(Path(out), rows)
+        ids = {(row["uri"], row["transform"]): row["image_id"] for row in listed(given, ("", *transforms))}
+        rows = [
+            {
+                **row,
+                "transform": chain,
+                "image_id": ids[row["uri"], chain],
+                "label": 1 - row["label"],
+                "generator": "old",
+            }
+            for row, chain in forms
+            if chain is None or chain in transforms
+        ]
+        publish(Path(out), [*rows, verdict_row("/gone", 0.5, label=1, generator="old")])
         publish(Path(out), [{**row, "detector_id": "e" * 16, "prob_fake": 0.5} for row in rows])
+
+    def list_source(names: Sequence[str]) -> None:
+        rows = [
+            {"uri": row["uri"], "label": row["label"], "generator": row["generator"], "split": name}
+            for row, name in zip(labelled_rows(), names, strict=True)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), source)
 
     monkeypatch.setattr("jobs.score.score", score)
     monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
-    result = evaluate(str(source), out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
-    assert scored == [(str(source), ("jpeg:75", "blur:1"))]
+    list_source(["train"] * len(labelled_rows()))
+    result = evaluate(source, out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
+    assert scored == [(source, ("jpeg:75", "blur:1"))]
     assert list(result["robustness"]) == ["jpeg:75", "blur:1"] and result["detector_id"] == "d" * 16
     assert sorted(path.name for path in out.iterdir()) == [*FILES, "scored"]
-    again = evaluate(str(out / "scored"), out=str(out), detector_id="d" * 16, samples=QUICK)
-    assert again["generators"] == result["generators"] and again["robustness"] == result["robustness"]
+    # labels and generators are the source's, whatever was published; what it does not list is not compared
+    expected = compare(verdict_table(*labelled_rows()), samples=QUICK)
+    assert result["generators"] == expected["generators"] and result["robustness"]["blur:1"]["failed"] == 0
+    assert result["rows"]["seen"] == ["train"] and result["rows"]["split"] == "train"
+    # and so are its splits
+    list_source(["test" if i % 2 else "train" for i in range(len(labelled_rows()))])
+    result = evaluate(source, out=str(out), detector="bundle", samples=QUICK)
+    assert result["rows"]["split"] == "test" and result["rows"]["used"] == len(labelled_rows()) // 2
+
+
+def listed(source: str, transforms: Sequence[str]) -> Rows:
+    """A source as a manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_manifest(source, f"{folder}/manifest.parquet", transforms=transforms)
+        rows: Rows = pq.read_table(f"{folder}/manifest.parquet").to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("name", ["pictures.tar", "pictures.parquet"])
+def test_every_source_that_can_be_scored_can_be_evaluated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / name
+    if name.endswith(".tar"):
+        place.write_bytes(b"")
+    else:
+        place.mkdir()
+    monkeypatch.setattr(module, "_score", lambda *_: verdict_table(*labelled_rows()))
+    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    assert evaluate(str(place), out=str(tmp_path / "out"), detector="bundle", samples=1)["failed"] == 0
+
+
+def test_detector_beside_verdicts_chooses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = _stored(verdict_table(*labelled_rows()), tmp_path / "v.parquet")
+    monkeypatch.setattr(module, "_id_of", lambda detector: detector)
+    assert evaluate(uri, out=str(tmp_path / "out"), detector="d" * 16, samples=1)["detector_id"] == "d" * 16
+    with pytest.raises(ConfigError, match="holds no verdict of detector e"):
+        evaluate(uri, out=str(tmp_path / "out"), detector="e" * 16, samples=1)
+    with pytest.raises(ConfigError, match="give one of them"):
+        evaluate(uri, out=str(tmp_path / "out"), detector="d" * 16, detector_id="e" * 16, samples=1)
 
 
 # The command.
@@ -350,3 +425,14 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(ROBUSTNESS)
     code, _, told = run_command(*common, "--robustness", "jpeg:1")
     assert code == 2 and "no verdicts under jpeg:1" in told
+
+
+@pytest.mark.parametrize(("failed", "allowed", "expected"), [(0, "0%", 0), (5, "1%", 3), (5, "50%", 0)])
+def test_command_says_when_too_many_failed(failed: int, allowed: str, expected: int, tmp_path: Path) -> None:
+    rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
+    rows += [verdict_row(f"/f{i}", None, label=1, generator="g") for i in range(failed)]
+    uri = _stored(verdict_table(*rows), tmp_path / "v.parquet")
+    common = ("evaluate", uri, "--out", str(tmp_path / "out"), "--samples", "1")
+    code, _, told = run_command(*common, "--max-failed", allowed)
+    assert code == expected and (tmp_path / "out" / "report.html").exists()
+    assert ("more than the allowed" in told) is (expected == 3)

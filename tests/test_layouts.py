@@ -55,7 +55,12 @@ PATHS: dict[str, tuple[int | None, str | None, str | None]] = {
     "validation/REAL/1.jpg": (0, "root", "val"),
     "Valid/0_Real/1.jpg": (0, "root", "val"),
     "sd/real/test/deeper/1.jpg": (0, "sd", "test"),
-    "Nature/AI/1.jpg": (1, "Nature", None),  # the nearest folder decides
+    # what contradicts itself is no label; a class of pictures may be called like one
+    "Nature/AI/1.jpg": (None, None, None),
+    "real/sd/fake/1.jpg": (None, None, None),
+    "0_real/sd/1_fake/1.jpg": (None, None, None),
+    "sd/1_fake/nature/1.jpg": (1, "sd", None),
+    "test/sd/0_real/ai/deeper/1.jpg": (0, "sd", "test"),
     "fake/deeper/fake-v2/1.jpg": (1, "deeper", None),
     "./sd//1_fake/./1.jpg": (1, "sd", None),
     # nothing said

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from jobs.charts import COLOURS, MOST_ROWS, shown
-from jobs.comparison import compare
+from jobs.comparison import METRICS, compare
 from jobs.curves import curves
 from jobs.explanations import alarms, per_cent
-from jobs.report import render
+from jobs.report import COLUMNS, MORE_COLUMNS, render
 from tests.tables import verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
@@ -56,7 +56,8 @@ def made_result(rows: Rows, /, **values: Any) -> Result:
         "verdicts": "s3://bucket/verdicts",
         "detector_id": "d" * 16,
         "evaluated_at": "2026-01-02T03:04:05+00:00",
-        "rows": {"split": None, "used": table.num_rows, "left_out": 0},
+        "rows": {"split": None, "used": table.num_rows, "left_out": 0, "seen": []},
+        "threshold": None,
         **compare(table, samples=20),
         "curves": curves(table),
         **values,
@@ -76,7 +77,7 @@ def hostile() -> Result:
         rows,
         verdicts="s3://" + "<b>x</b>" * 1000,
         detector_id="<script>",
-        rows={"split": "<b>", "used": 1, "left_out": 2},
+        rows={"split": "<b>", "used": 1, "left_out": 2, "seen": ["<b>"]},
     )
 
 
@@ -261,13 +262,29 @@ def test_page_says_what_was_measured_on_what() -> None:
     result = usual()
     for expected in ("d" * 16, "s3://bucket/verdicts", "2026-01-02 03:04 UTC", "90 real, 90 fake", "How to read this"):
         assert expected in text
-    for name in ("ap", "acc", "auroc", "tpr_at_fpr_1"):
+    for name in ("ap", "acc", "auroc"):
         number = result["macro_mean"][name]
         assert per_cent(number["value"]) in text
         assert f"{per_cent(number['low'])} to {per_cent(number['high'])}" in text
+    assert per_cent(result["macro_mean"]["tpr_at_fpr_1"]["value"]) in text
     worst = min(result["generators"], key=lambda name: result["generators"][name]["acc"]["value"])
     assert f"Worst generator: \u2068{worst}\u2069" in text
     assert f"{result['all']['uncertain']} verdicts are uncertain" in text
+
+
+def test_every_metric_of_every_generator_is_on_the_page() -> None:
+    cells, result = "".join(Parsed(page("usual")).text), usual()
+    for name in METRICS:
+        for numbers in (*result["generators"].values(), result["macro_mean"], result["all"]):
+            assert name in {**COLUMNS, **MORE_COLUMNS, "acc_decided": "", "uncertain_share": ""}, name
+            if name in {**COLUMNS, **MORE_COLUMNS}:
+                assert per_cent(numbers[name]["value"]) in cells
+
+
+def test_threshold_that_was_asked_for_is_told() -> None:
+    text = " ".join("".join(Parsed(render(made_result(made_rows("g"), threshold=0.5))).text).split())
+    assert "a threshold of 0.5, which was asked for" in text and "the detector brings along" not in text
+    assert "the detector brings along" in "".join(Parsed(page("usual")).text)
 
 
 def test_tables_name_their_columns_and_rows() -> None:
@@ -297,7 +314,8 @@ def test_verdicts_that_are_all_uncertain_have_a_page() -> None:
 
 @pytest.mark.parametrize(("split", "warned"), [("test", False), ("val", True), ("train", True)])
 def test_numbers_on_pictures_that_were_trained_on_are_warned_of(split: str, warned: bool) -> None:
-    result = made_result(made_rows("g"), rows={"split": split, "used": 60, "left_out": 7})
+    seen = [split] if warned else []
+    result = made_result(made_rows("g"), rows={"split": split, "used": 60, "left_out": 7, "seen": seen})
     text = render(result)
     assert (("the numbers flatter") in text) is warned
     assert f"{split}; 7 rows of others are left out" in text

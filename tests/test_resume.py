@@ -85,24 +85,21 @@ def last_good_step(request: TrainRequest) -> int:
         return 0
 
 
-def wait_for_the_middle_of_an_epoch(request: TrainRequest, seconds: float = 400.0) -> int:
-    """Until the last good checkpoint is one inside the second epoch or later; its step."""
+def wait_for_the_middle_of_an_epoch(request: TrainRequest, after: int = STEPS, seconds: float = 400.0) -> int:
+    """Until the last good checkpoint is a later one, inside an epoch; its step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         step = last_good_step(request)
-        if step > STEPS and step % STEPS:
+        if step > after and step % STEPS:
             return step
         time.sleep(0.01)
     raise AssertionError(f"no checkpoint in {seconds:g} s")
 
 
-def training_workers() -> list[psutil.Process]:
-    """Ray Train's workers on this machine that descend from this process or its Ray cluster."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
-    ]
+def kill_a_training_worker(driver: subprocess.Popen[str]) -> None:
+    """One of the processes that train, below the Ray cluster that a driver has begun."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    next(process for process in below if "RayTrainWorker" in " ".join(process.cmdline())).kill()
 
 
 def assert_same_outcome(found: TrainRequest, expected: TrainRequest) -> None:
@@ -130,30 +127,10 @@ def losses(request: TrainRequest) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
-def test_training_whose_worker_is_killed_ends_as_if_nothing_had_happened(
+def test_training_whose_worker_and_then_driver_are_killed_ends_as_if_nothing_had_happened(
     request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
 ) -> None:
-    request = request_for("worker-killed", 2)
-    killed: list[int] = []
-
-    def kill() -> None:
-        step = wait_for_the_middle_of_an_epoch(request)
-        training_workers()[0].kill()
-        killed.append(step)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    train(request)
-    killer.join()
-    assert killed and killed[0] < EPOCHS * STEPS
-    assert len(list(Path(request.work, "tensorboard").iterdir())) == 2  # it began, and went on
-    assert_same_outcome(request, undisturbed)
-
-
-def test_training_whose_driver_is_killed_is_continued_by_the_same_command(
-    request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
-) -> None:
-    request = request_for("driver-killed", 2)
+    request = request_for("killed", 2)
     command = [sys.executable, "-m", "jobs.train", request.source, "--out", request.out, "--workers", "2"]
     command += ["--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--captions", str(request.captions)]
     command += [part for setting in SETTINGS for part in ("--set", setting)]
@@ -165,7 +142,11 @@ def test_training_whose_driver_is_killed_is_continued_by_the_same_command(
 
     process = start()
     try:
-        wait_for_the_middle_of_an_epoch(request)
+        began_again_at = wait_for_the_middle_of_an_epoch(request)
+        kill_a_training_worker(process)
+        # the driver goes on with new workers, until it is killed as well
+        stopped_at = wait_for_the_middle_of_an_epoch(request, after=began_again_at)
+        assert began_again_at < stopped_at < EPOCHS * STEPS
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -183,6 +164,7 @@ def test_training_whose_driver_is_killed_is_continued_by_the_same_command(
     assert process.returncode == 0, told[-3000:]
     assert "continuing an unfinished training" in told
     assert f"train: epoch {EPOCHS}/{EPOCHS}" in told and "train: epoch 1/" not in told
+    assert len(list(Path(request.work, "tensorboard").iterdir())) == 3  # of each beginning
     assert_same_outcome(request, undisturbed)
 
 

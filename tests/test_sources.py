@@ -292,6 +292,48 @@ def test_split_of_a_manifest_may_be_missing(values: Any, expected: list[str | No
     assert [row["split"] for row in rows_of(tmp_path / "m.parquet")] == expected
 
 
+def test_split_that_is_none_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b", "/c"], "split": ["dev", "holdout", "test"]})})
+    assert [row["split"] for row in rows_of(tmp_path / "m.parquet")] == [None, None, "test"]
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "split 'dev' is none of train, val" in told
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_manifest_of_pictures_in_a_container_is_a_source_like_it(kind: str, place: str) -> None:
+    """As a split is stored: the same identities, and the same bytes."""
+    contents = {f"g/{i % 2}_{('real', 'fake')[i % 2]}/{i}.png": bytes([i]) * (i + 1) for i in range(4)}
+    container = f"{place}/data.{kind}"
+    columns = {"bytes": [*contents.values()], "label": [0, 1] * 2, "uri": ["http://x/a.png", "b", None, "b"]}
+    content = tar_bytes(contents) if kind == "tar" else parquet_bytes(columns)
+    put(place, {f"data.{kind}": content})
+    listed = rows_of(container)
+    kept = [{name: row[name] for name in schema.MANIFEST.names} | {"split": "test"} for row in listed]
+    put(place, {"split.parquet": parquet_bytes(pa.Table.from_pylist(kept, schema=schema.MANIFEST).to_pydict())})
+    found = rows_of(f"{place}/split.parquet")
+    assert [row["image_id"] for row in found] == [row["image_id"] for row in listed]
+    assert [row["label"] for row in found] == [0, 1, 0, 1] and {row["split"] for row in found} == {"test"}
+    assert [fetch(row, 100) for row in found] == [*contents.values()]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"container": "/x.zip"},
+        {"container": "http://x/y.tar"},
+        {"container": "x" * 9000},
+        {"position": None},
+        {"position": -1},
+        {"size_bytes": None},
+    ],
+)
+def test_manifest_of_a_container_that_makes_no_sense_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    row = {"uri": "/x.tar#1.png", "container": "/x.tar", "position": 512, "size_bytes": 10} | wrong
+    put(str(tmp_path), {"m.parquet": parquet_bytes({name: [value] for name, value in row.items()})})
+    with pytest.raises(SourceError, match="m.parquet"):
+        rows_of(tmp_path / "m.parquet")
+
+
 def test_generators_that_are_numbers_become_text(tmp_path: Path) -> None:
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "generator": [7, None], "etag": [1, 2]})})
     rows = rows_of(tmp_path / "m.parquet")

@@ -12,7 +12,7 @@ import pytest
 
 from jobs import examples, parquet, schema, split
 from jobs.ledger import CAPTIONS, FACTS, Product, Run
-from jobs.split import LISTED, Split, SplitConfig, make, reuse
+from jobs.split import LISTED, Split, SplitConfig, describe, make, reuse
 from nsnet.errors import ConfigError, SourceError
 from tests.tables import batches, manifest_row
 
@@ -47,6 +47,19 @@ def test_pool_is_split_in_three_with_every_generator_and_class_in_each() -> None
     assert found.counts()["val"] == dict.fromkeys(sorted(GENERATORS), [4, 4])
     assert all(row["expected_hash"] == row["content_hash"] for row in by_uri(found).values())
     assert found.leaking == 0 and found.unreadable == []
+
+
+def test_what_stands_beside_a_given_training_set_is_used_for_nothing() -> None:
+    given = [["train", None, "test"][i % 3] for i in range(120)]
+    found = make(listed(120, split=given), SplitConfig(validation_share=0.2))
+    rows = by_uri(found)
+    assert {rows[f"/p/{i:04d}.png"]["split"] for i in range(120) if given[i] is None} == {None}
+    assert sum(row["split"] == "val" for row in rows.values()) == 8
+    assert "40 used for nothing" in describe(found)[0]
+    # without a training set they are what there is for it
+    given = [None if name == "train" else name for name in given]
+    rows = by_uri(make(listed(120, split=given), SplitConfig(validation_share=0.2)))
+    assert Counter(row["split"] for row in rows.values()) == {"train": 64, "val": 16, "test": 40}
 
 
 def test_copies_and_near_duplicates_stay_together() -> None:
