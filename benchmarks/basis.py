@@ -3,8 +3,8 @@
     python -m benchmarks.basis --work /tmp/basis
 
 Writes captions' features of 768 dimensions as `nsnet caption` publishes them, and computes their basis by Ray, from a
-tenth of them and from all, each in a process of its own. Says how much memory that took, and the largest angle between
-the streamed basis and that of one SVD, for several ranks.
+third of so many, from all, and from three times as many, each in a process of its own. Says how much memory that took,
+and the largest angle between the streamed basis and that of one SVD, for several ranks.
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,15 +66,25 @@ def write(folder: Path, count: int) -> list[str]:
     return files
 
 
-def streamed(files: list[str], count: int, out: Path) -> tuple[float, int, int]:
-    """Seconds, and the most memory of the driver and of all processes together, of a basis from so many captions."""
+class Cost(NamedTuple):
+    """Of a basis from so many captions."""
+
+    seconds: float
+    driver: int
+    """Most bytes that the driver holds for itself."""
+    everything: int
+    """Likewise of all processes together."""
+
+
+def streamed(files: list[str], count: int, out: Path) -> Cost:
+    """Compute the basis of the first captions."""
     command = [sys.executable, "-c", CODE, json.dumps(files), str(count), str(out)]
     process = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.PIPE, text=True)
     with measure.PeakMemory(process.pid, with_children=True) as memory:
         told, _ = process.communicate()
     if process.returncode != 0:
         raise RuntimeError(f"the basis ended with {process.returncode}")
-    return json.loads(told.splitlines()[-1])["seconds"], memory.peak, memory.peak_of_all
+    return Cost(json.loads(told.splitlines()[-1])["seconds"], memory.peak_own, memory.peak_of_all)
 
 
 def angle(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
@@ -88,33 +99,31 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=144_000)
     options = arguments.parse_args()
     count, work = options.count, options.work
-    files = write(work / "captions", count)
-    tenth = streamed(files[: len(files) // 10 or 1], count // 10, work / "tenth.npz")
-    whole = streamed(files, count, work / "whole.npz")
+    counts = (count // 3, count, 3 * count)
+    files = write(work / "captions", counts[-1])
+    costs = [streamed(files[: -(-some // FILE_ROWS)], some, work / f"{some}.npz") for some in counts]
     started = time.monotonic()
     everything = np.concatenate(
         [features(start, min(FILE_ROWS, count - start)) for start in range(0, count, FILE_ROWS)]
     )
     _, values, directions = np.linalg.svd(everything.astype(np.float64), full_matrices=False)
     once = time.monotonic() - started
-    found = np.load(work / "whole.npz", allow_pickle=False)
+    found = np.load(work / f"{count}.npz", allow_pickle=False)
     error = np.abs(found["values"] / values - 1.0).max()
     angles = [f"| {rank} | {angle(directions[:rank].T, found['directions'][:rank].T):.1e} |" for rank in RANKS]
     measure.write_result(
         options.results,
         "basis",
         [
-            f"{count:,} captions of {DIM} dimensions in {len(files)} files.",
+            f"Captions of {DIM} dimensions in files of {FILE_ROWS:,}.",
             "",
-            "| | a tenth | all | all / a tenth |",
+            f"| captions | {' | '.join(f'{some:,}' for some in counts)} |",
             "|---|---|---|---|",
-            f"| seconds | {tenth[0]:.1f} | {whole[0]:.1f} | {whole[0] / tenth[0]:.2f} |",
-            f"| driver's most memory, MiB | {tenth[1] / 2**20:.0f} | {whole[1] / 2**20:.0f} "
-            f"| {whole[1] / tenth[1]:.3f} |",
-            f"| most memory of all processes, MiB | {tenth[2] / 2**20:.0f} | {whole[2] / 2**20:.0f} "
-            f"| {whole[2] / tenth[2]:.3f} |",
+            f"| seconds | {' | '.join(f'{cost.seconds:.1f}' for cost in costs)} |",
+            f"| driver's most memory, MiB | {' | '.join(f'{cost.driver / 2**20:.0f}' for cost in costs)} |",
+            f"| of all processes, MiB | {' | '.join(f'{cost.everything / 2**20:.0f}' for cost in costs)} |",
             "",
-            f"One SVD of them all in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {once:.1f} s. Largest "
+            f"One SVD of {count:,} in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {once:.1f} s. Largest "
             f"relative difference of a singular value: {error:.1e}. Largest principal angle between the two bases:",
             "",
             "| rank | radians |",

@@ -183,10 +183,11 @@ class PeakMemory:
     """Largest resident memory of a process (None: this one) while a block runs, looked at ten times a second."""
 
     def __init__(self, pid: int | None = None, *, with_children: bool = False) -> None:
-        """`with_children`: also that of all its processes together, what they share left out (`peak_of_all`)."""
+        """`with_children`: also that of all its processes together, what they share left out (`peak_of_all`); without
+        what it shares, that of the process itself is `peak_own`."""
         self._process = psutil.Process(pid)
         self._with_children = with_children
-        self.peak_of_all = 0
+        self.peak_of_all = self.peak_own = 0
 
     def __enter__(self) -> "PeakMemory":
         self.before = self.peak = self._process.memory_info().rss
@@ -202,7 +203,9 @@ class PeakMemory:
     def _watch(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             while not self._stop.wait(0.1):
-                self.peak = max(self.peak, self._process.memory_info().rss)
+                memory = self._process.memory_info()
+                self.peak = max(self.peak, memory.rss)
+                self.peak_own = max(self.peak_own, memory.rss - memory.shared)
                 if self._with_children:
                     self.peak_of_all = max(self.peak_of_all, own_memory(self._process.pid))
 

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-BATCH, SCENES, EPOCHS = 8, 20, 5
+BATCH, SCENES, EPOCHS = 8, 28, 3
 STEPS = 2 * SCENES // BATCH
 """Of an epoch: a scene is two pictures."""
 COMPARED = 20
