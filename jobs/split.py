@@ -37,7 +37,7 @@ class SplitConfig:
     validation_share: float = 0.15
     """Share of the pictures that are free for it, in (0, 1)."""
     test_share: float = 0.15
-    """Likewise, in [0, 1); only of a source without any split."""
+    """Likewise, in [0, 1); only of a source without any split, and where no generator is left out."""
     leave_out: str | None = None
     """Generator of which all pictures, real and fake, are kept for the test."""
     lost_share: float = 0.05
@@ -170,7 +170,8 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
         fixed = fixed | held_out | beside
     if "train" in given:  # what stands beside a training set of its source is not for training: it may be anything
         fixed = fixed | np.array([name is None for name in given])
-    test_share = 0.0 if any(given) else config.test_share
+    # what was left out is the test: pictures of known generators would hide how little is known of it
+    test_share = 0.0 if any(given) or config.leave_out is not None else config.test_share
     share = 0.0 if "val" in given else config.validation_share
     free = np.flatnonzero(~fixed)
     strata = list(zip(generators, table.column("label").to_pylist(), strict=True))
