@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import ledger, parquet, schema
+from jobs import ledger, parquet, schema, storage
 from jobs.ledger import Product
 from nsnet.errors import SourceError
 
@@ -82,8 +82,11 @@ def read_split(uri: str) -> pa.Table:
 
 
 def write_split(table: pa.Table, uri: str) -> None:
-    """Store a split."""
-    parquet.write(table.combine_chunks().to_batches(), SPLIT, uri)
+    """Store a split, whole or not at all: a training that finds one goes on with it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / "split.parquet"
+        parquet.write(table.combine_chunks().to_batches(), SPLIT, str(written))
+        storage.upload_file(written, uri)
 
 
 def published(out: str, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:

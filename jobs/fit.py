@@ -43,7 +43,7 @@ def fit(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Example
     low, high = request.workers
     system, path = storage.arrow_filesystem(request.work)
     trainer = TorchTrainer(
-        worker.run,
+        cast(Any, worker.run),
         train_loop_config=vars(replace(told, board=board_name)),
         scaling_config=ScalingConfig(
             num_workers=cast(Any, high if low == high else (low, high)), use_gpu=bool(gpus),
@@ -58,15 +58,15 @@ def fit(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Example
     total = recipe.training.epochs * len(examples.rows("train"))
     with progress.watch(board, "train", total, ("trained",)):
         try:
-            result = trainer.fit()
+            result = cast(Any, trainer.fit())  # Ray's types are those of its older version
         except RayTrainError as error:
             raise TrainingFailedError(f"training failed: {_first_cause(error)}") from error
     if result.error is not None:
         raise TrainingFailedError(f"training failed: {_first_cause(result.error)}")
-    if reason := (result.metrics or {}).get(worker.STOPPED):
-        raise TrainingFailedError(f"training stopped: {reason}")
-    if result.checkpoint is None:
-        raise TrainingFailedError("training ended without a checkpoint")
+    if result.return_value is not None:
+        raise TrainingFailedError(f"training stopped: {result.return_value}")
+    if result.checkpoint is None or worker.FINISHED not in (result.metrics or {}):
+        raise TrainingFailedError("training ended without its last checkpoint; the same command goes on")
     return Path(result.checkpoint.to_directory(tempfile.mkdtemp(prefix="nsnet-trained-")))
 
 
@@ -82,7 +82,7 @@ def _worker_config(
     request: TrainRequest, recipe: "Recipe", facts: Facts, digest: str, shares: Shares
 ) -> tuple[WorkerConfig, float]:
     """What workers are told, and the CPUs that each holds."""
-    cpus, decoding = resources.training_cpus(shares, request.workers[1])
+    cpus, _ = resources.training_cpus(shares, request.workers[1])
     preparation = PreparationConfig(patches=recipe.detector.patches, limits=request.limits)
     captions = facts.place if recipe.detector.projection.needs_captions else None
     fitted = storage.join(request.work, FITTED)
@@ -91,7 +91,6 @@ def _worker_config(
         seed=request.seed, source=request.source, clip_weights=request.clip_weights, work=request.work,
         split=storage.join(request.work, SPLIT), captions=captions, features_id=facts.maker,
         fitted=fitted if recipe.detector.projection.kind in ("global", "rank_k") else None,
-        digest=digest, failed_share=request.max_failed, task_cpus=shares.task_cpus, decoding_cpus=decoding,
-        object_store_bytes=resources.streaming_bytes(), board=None,
+        digest=digest, failed_share=request.max_failed, task_cpus=shares.task_cpus, board=None,
     )  # fmt: skip
     return told, cpus

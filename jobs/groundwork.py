@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs import ledger, storage
+from jobs import ledger, schema, storage
 from jobs.console import say
 from jobs.ledger import Product
 from jobs.request import SETTINGS, TrainRequest
-from nsnet.errors import SourceError
+from nsnet.errors import NullSpaceError, SourceError
 
 if TYPE_CHECKING:  # these import torch and Ray, which take seconds
     import pyarrow as pa
@@ -109,10 +109,11 @@ def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Ta
     manifest = storage.join(request.work, "manifest.parquet")
     plan = write_manifest(request.source, manifest)
     _check_labels(plan.labels, plan.count)
+    _check_request(request, manifest, plan.count)
     find_out(request, facts)
     listed = split.known_pictures(manifest, facts.place, facts.product, facts.maker)
     if request.split is not None:
-        made = split.reuse(request.split, listed)
+        made = split.reuse(request.split, listed, request.max_failed)
     else:
         config = split.SplitConfig(
             seed=request.seed, validation_share=recipe.training.validation_share,
@@ -137,6 +138,23 @@ def _check_labels(labels: dict[int | None, int], count: int) -> None:
         raise SourceError(f"the source has {real} real and {fake} fake pictures; both are needed")
 
 
+def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
+    """What a listing can tell of a request, before every picture is looked at, which may take hours."""
+    import numpy as np
+
+    from jobs import examples, parquet
+    from nsnet import splits
+
+    if count < 2 * request.workers[1]:
+        raise SourceError(f"{count} pictures are too few for {request.workers[1]} workers: at least two for each")
+    if request.split is not None:
+        examples.read_split(request.split)
+    if request.leave_out is not None:
+        columns = schema.MANIFEST.empty_table().select(["generator"]).schema
+        names = [name for batch in parquet.read(manifest, columns) for name in batch.column("generator").to_pylist()]
+        splits.leave_out(np.arange(len(names)), names, request.leave_out)
+
+
 def needs_captions(recipe: "Recipe") -> bool:
     """Whether training reads captions: a global basis is made of them, though a picture is judged without."""
     return recipe.detector.projection.kind != "none"
@@ -147,6 +165,11 @@ def fitted(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Exa
     projection = recipe.detector.projection
     if projection.fitted:
         return recipe
+    if examples.text_features is not None and projection.rank >= (dim := examples.text_features.shape[1]):
+        raise NullSpaceError(
+            f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: ranks of 1 to "
+            f"{dim - 1} are possible"
+        )
     from safetensors.numpy import load_file, save_file
 
     from jobs import basis, resources

@@ -52,6 +52,8 @@ class TrainRequest:
             raise ConfigError(
                 f"--workers must be N or FEWEST-MOST, at least 1, and --seed ≥ 0, got {low}-{high}, {self.seed}"
             )
+        if self.split is not None and self.leave_out is not None:
+            raise ConfigError("--split and --leave-out exclude each other: a stored split says what is trained on")
 
     @property
     def work(self) -> str:
@@ -73,6 +75,10 @@ class TrainRequest:
             name, separator, value = setting.partition("=")
             if not separator:
                 raise ConfigError(f"--set {setting}: give NAME=VALUE, such as patience=3 or detector.lora.rank=8")
+            if name.startswith(("detector.captioner.", "detector.clip.")):
+                raise ConfigError(
+                    f"--set {setting}: captions and features are those of a recipe; choose another --recipe"
+                )
             if name.startswith("detector."):
                 detector = override(detector, name.removeprefix("detector."), value)
             else:

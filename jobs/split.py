@@ -16,7 +16,7 @@ from jobs.examples import SPLIT
 from jobs.ledger import Product
 from nsnet import splits
 from nsnet.duplicates import near_duplicate_groups
-from nsnet.errors import SourceError
+from nsnet.errors import CaptionError, SourceError
 
 KNOWN: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("image_id", "content_hash", "perceptual_hash", "status", "error_class")]
@@ -55,12 +55,13 @@ class Split:
 
     @property
     def leaking(self) -> int:
-        """Pictures of validation and test that are near-duplicates of training pictures."""
+        """Pictures of validation and test that are near-duplicates of what was trained on, or chosen by."""
         pairs = list(
             zip(self.table.column("split").to_pylist(), self.table.column("group").to_pylist(), strict=True)
         )  # fmt: skip
-        trained = {group for name, group in pairs if name == "train"}
-        return sum(name in ("val", "test") and group in trained for name, group in pairs)
+        trained, chosen = ({group for name, group in pairs if name == which} for which in ("train", "val"))
+        seen = {"val": trained, "test": trained | chosen}
+        return sum(group in seen.get(name, ()) for name, group in pairs)
 
     def counts(self) -> dict[str, Any]:
         """Split -> generator -> [real, fake]."""
@@ -145,14 +146,24 @@ def _readable(listed: pa.Table, lost_share: float) -> tuple[pa.Table, list[dict[
     lost: list[dict[str, Any]] = listed.filter(pc.invert(good)).select(UNREADABLE).to_pylist()
     for row in lost[:TOLD]:
         say(f"  unreadable: {row['uri']}: {row['error_class']}: {row['error_message']}")
-    if len(lost) > lost_share * listed.num_rows:
+    _check_lost(lost, listed.num_rows, lost_share)
+    return listed.filter(good), lost
+
+
+def _check_lost(lost: list[dict[str, Any]], count: int, lost_share: float) -> None:
+    """Raise `SourceError` where too many pictures are unreadable, or one is whole and could not be captioned."""
+    if silent := [row["uri"] for row in lost if row["error_class"] == CaptionError.__name__]:
+        raise SourceError(
+            f"{len(silent)} pictures have no caption, though they can be read, such as {silent[0]}: run nsnet caption "
+            "--retry-failed"
+        )
+    if len(lost) > lost_share * count:
         changed = sum(row["error_class"] == "ObjectChangedError" for row in lost)
         hint = f"; {changed} are not what the split says: it no longer matches its source" if changed else ""
         raise SourceError(
-            f"{len(lost)} of {listed.num_rows} training pictures are unreadable, more than {lost_share:.0%} "
+            f"{len(lost)} of {count} training pictures are unreadable, more than {lost_share:.0%} "
             f"(--max-failed), such as {lost[0]['uri']} ({lost[0]['error_class']}): mend the source{hint}"
         )
-    return listed.filter(good), lost
 
 
 def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], config: SplitConfig) -> list[str | None]:
@@ -172,6 +183,8 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
         fixed = fixed | np.array([name is None for name in given])
     # what was left out is the test: pictures of known generators would hide how little is known of it
     test_share = 0.0 if any(given) or config.leave_out is not None else config.test_share
+    # what is drawn must not be a copy of what the source keeps for validation and test
+    fixed = fixed | (np.isin(groups, groups[fixed]) & np.array([name is None for name in given]))
     share = 0.0 if "val" in given else config.validation_share
     free = np.flatnonzero(~fixed)
     strata = list(zip(generators, table.column("label").to_pylist(), strict=True))
@@ -185,14 +198,19 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
     return names
 
 
-def reuse(stored: str, listed: pa.Table) -> Split:
-    """A stored split over a source as it is now. Raises `SourceError` where the two no longer match."""
+def reuse(stored: str, listed: pa.Table, lost_share: float = 0.0) -> Split:
+    """A stored split over a source as it is now; so large a share of its pictures may be unreadable.
+
+    Raises `SourceError` where the two no longer match.
+    """
     table = examples.read_split(stored)
     now = dict(zip(listed.column("uri").to_pylist(), listed.to_pylist(), strict=True))
-    rows, strange = [], []
+    rows, strange, lost = [], [], []
     for row in table.to_pylist():
         found = now.get(row["uri"])
-        if found is None or found["content_hash"] != row["content_hash"]:
+        if found is not None and found["status"] != "scored" and found["error_class"] != "ObjectChangedError":
+            lost.append({name: found[name] for name in UNREADABLE})
+        elif found is None or found["content_hash"] != row["content_hash"]:
             strange.append(f"{row['uri']} ({'gone' if found is None else 'changed'})")
         else:
             rows.append({**found, "split": row["split"], "group": row["group"], "expected_hash": row["content_hash"]})
@@ -201,11 +219,12 @@ def reuse(stored: str, listed: pa.Table) -> Split:
             f"the split {stored} no longer matches its source: {len(strange)} of {table.num_rows} pictures are gone or "
             f"changed, such as {', '.join(strange[:3])}; make a new split, or restore the pictures"
         )
-    if beyond := len(now) - len(rows):
+    _check_lost(lost, table.num_rows, lost_share)
+    if beyond := len(now) - len(rows) - len(lost):
         say(f"  {beyond} pictures of the source are not in the split and are not used")
     kept = pa.Table.from_pylist(rows, schema=SPLIT).sort_by("image_id")
     check(kept)
-    return Split(table=kept)
+    return Split(table=kept, unreadable=lost)
 
 
 def describe(split: Split) -> list[str]:
@@ -217,7 +236,7 @@ def describe(split: Split) -> list[str]:
     ]
     if split.leaking:
         told.append(
-            f"warning: {split.leaking} pictures of validation and test are near-duplicates of training pictures, as "
-            "the source splits them: their numbers flatter; nsnet audit lists them"
+            f"warning: {split.leaking} pictures of validation and test are near-duplicates of pictures that are trained "
+            "on or chosen by, as the source splits them: their numbers flatter; nsnet audit lists them"
         )
     return told

@@ -27,6 +27,7 @@ from jobs.ingest import Arrival, Ingest, Order
 from jobs.records import Records
 from nsnet.config import from_dict
 from nsnet.detector import Detector, DetectorConfig
+from nsnet.errors import UsageError
 from nsnet.losses import Losses
 from nsnet.metrics import average_precision
 from nsnet.network import Network
@@ -40,12 +41,12 @@ from nsnet.training import (
     use_activation_checkpointing,
 )
 
+FINISHED: Final = "finished"
+"""Key of what is reported with the last checkpoint."""
 COLLAPSED: Final = 0.05
 """Mean residual energy ‖ũ‖/‖u‖ below which the projection has removed nearly everything."""
 LOGGED: Final = ("loss", "contrastive", "bce", "alignment", "residual_energy")
 """What is known of a step, in this order."""
-STOPPED: Final = "stopped"
-"""Key of a report that says why training cannot go on: an exception would be tried again."""
 TOLD_SECONDS: Final = 1.0
 """Least time between two tellings of the progress."""
 
@@ -76,21 +77,24 @@ class WorkerConfig:
     """Share of an epoch's pictures that may fail."""
     task_cpus: float
     """CPUs of a decoding task."""
-    decoding_cpus: float
-    """CPUs of the cluster that all processes' decoding may use together."""
-    object_store_bytes: int
-    """Likewise."""
     board: str | None
     """Name of the progress board."""
 
 
-def run(values: dict[str, Any]) -> None:
-    """The training function of every worker."""
+def run(values: dict[str, Any]) -> str | None:
+    """The training function of every worker; returns why training cannot go on, None where it came to its end.
+
+    An exception would be tried again; and of a report without a checkpoint Ray Train keeps nothing.
+    """
     resources.configure_data()
     told = WorkerConfig(**values)
     context = ray.train.get_context()
     with torch.random.fork_rng():
-        _Training(told, context.get_world_rank(), context.get_world_size()).run()
+        try:
+            training = _Training(told, context.get_world_rank(), context.get_world_size())
+        except UsageError as error:  # wrong for every process, and every time
+            return str(error)
+        return training.run()
 
 
 class _Stop(Exception):
@@ -121,6 +125,8 @@ class _Training:
     def ingest(self) -> Ingest:
         """Streams of this process's pictures."""
         told, count = self.told, self.world_size
+        # of the cluster as it is now: nodes come and go between one start and the next
+        _, decoding = resources.training_cpus(resources.cluster_shares(), count)
         return Ingest(
             examples=self.examples,
             preparation=from_dict(PreparationConfig, told.preparation),
@@ -128,8 +134,8 @@ class _Training:
             seed=told.seed,
             augmentation=self.training.augmentation,
             task_cpus=told.task_cpus,
-            cpus=told.decoding_cpus / count,
-            memory_bytes=told.object_store_bytes // count,
+            cpus=decoding / count,
+            memory_bytes=resources.streaming_bytes() // count,
         )
 
     def _order(self, split: str, *, shuffled: bool) -> Order:
@@ -145,17 +151,18 @@ class _Training:
         with checkpoint.as_directory() as folder:
             return checkpoints.restore(Path(folder), self.network, self.optimizer, self.device, self.told.digest)
 
-    def run(self) -> None:
-        """From where the training is to its end."""
+    def run(self) -> str | None:
+        """From where the training is to its end, or to where it cannot go on, and why."""
         self.records = self._records() if self.rank == 0 else None
         try:
             self._train()
             self._test()
         except _Stop as stop:
-            ray.train.report({STOPPED: str(stop)})
+            return str(stop)
         finally:
             if self.records is not None:
                 self.records.close()
+        return None
 
     def _records(self) -> Records:
         settings = {"source": self.told.source, "seed": self.told.seed, **self.told.training, **self.told.detector}
@@ -298,7 +305,7 @@ class _Training:
         if not self.progress.test and len(self.examples.rows("test")):
             rows, logits = self._judged("test")
             self.progress.test = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
-        self._checkpoint({"finished": True})
+        self._checkpoint({FINISHED: True})
 
     @torch.inference_mode()
     def _judged(self, split: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
@@ -313,6 +320,10 @@ class _Training:
             logits.append(out.cpu().numpy()[:counts])
             good.append(self.gather(batch.valid).cpu().numpy()[:counts])
         kept = np.concatenate(good)
+        if not np.isfinite(np.concatenate(logits)[kept]).all():
+            raise _Stop(
+                f"the weights are not finite any more: the split {split} cannot be judged; lower the learning rates"
+            )
         if (lost := int((~kept).sum())) > self.told.failed_share * len(kept):
             raise _Stop(
                 f"{lost} of {len(kept)} pictures of the split {split} could not be had any more, more than "
@@ -382,6 +393,6 @@ def _load_examples(told: WorkerConfig) -> Examples:
     return Examples(table=table, text_features=features)
 
 
-def quality(record: dict[str, Any]) -> float:
+def quality(record: dict[str, Any]) -> tuple[float, float]:
     """What the best epoch is chosen by: validation AP; equal APs by the lower cross-entropy."""
-    return float(record["val_ap"] or 0.0) - 1e-3 * min(1.0, float(record["val_bce"]))
+    return float(record["val_ap"] or 0.0), -float(record["val_bce"])

@@ -103,8 +103,8 @@ def _limits(config: dict[str, Any], training: dict[str, Any]) -> str:
         lines.append(f"No picture of {_text(training['leave_out'])} was trained on: it stands for a new generator.")
     if training.get("leaking"):
         lines.append(
-            f"{training['leaking']} pictures of validation and test are near-duplicates of training pictures, as the "
-            "source splits them: their numbers flatter."
+            f"{training['leaking']} pictures of validation and test are near-duplicates of pictures that were trained "
+            "on or chosen by, as the source splits them: their numbers flatter."
         )
     lines.append(
         "A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it "

@@ -5,7 +5,7 @@ bank.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from nsnet.head import HeadConfig, ProjectionHead
 from nsnet.mapper import MapperConfig, SemanticMapper
 from nsnet.nullspace import project_global, project_per_sample, project_rank_k
 
+BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SAME_CAPTION: Final = 1.0 - 1e-5
 """Cosine from which two captions are one."""
 
@@ -104,6 +105,17 @@ class Network(nn.Module):
         self.register_buffer("caption_bank", torch.zeros(projection.bank, dim))
         self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module; but batch norms of the image tower keep the statistics that they came with.
+
+        Those of a batch would be others on every process, and in no checkpoint.
+        """
+        super().train(mode)
+        for module in self.visual.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.eval()
+        return self
 
     def forward(self, mosaics: Tensor, text_features: Tensor | None = None) -> Features:
         """Mosaics (B, M, M, 3) uint8 and, where the projection needs captions, their features (B, D) -> `Features`."""

@@ -147,7 +147,8 @@ def training_step(
 ) -> tuple[Losses, Tensor]:
     """Forward, objective, backward, step. Returns the losses, detached, and the sum of ‖ũ‖/‖u‖ over valid rows.
 
-    `seed`: of the step's dropout, the same on every process.
+    Where the gradient is not finite no step is taken, and the total loss is NaN: the weights are those of before, and
+    the batch is the one to look at. `seed`: of the step's dropout, the same on every process.
     """
     optimizer.zero_grad(set_to_none=True)
     size = len(batch.labels)
@@ -170,8 +171,11 @@ def training_step(
     else:
         out, losses = _in_parts(model, parts, forward, judge)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    if torch.isfinite(norm):  # the same on every process
+        optimizer.step()
+    else:
+        losses = losses._replace(total=torch.full_like(losses.total, torch.nan))
     energy = (residual_energy(out) * batch.valid).sum()
     return Losses(*(value.detach() for value in losses)), energy
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jobs import checkpoints
 from jobs.checkpoints import CheckpointError, Progress
+from jobs.worker import quality
 from nsnet.detector import Detector
 from nsnet.network import Network
 from nsnet.training import TrainingConfig, build_optimizer, training_step
@@ -106,6 +107,12 @@ def test_weights_are_copies(folder: Path) -> None:
     kept = {name: value.clone() for name, value in before.items()}
     take_step(trained, 0)
     assert_equal(before, kept)
+
+
+def test_best_epoch_is_that_of_the_highest_ap_and_of_equal_ones_the_lowest_cross_entropy() -> None:
+    told = [(0.9, 0.5), (0.9005, 0.9), (0.9005, 0.7), (None, 0.1)]
+    history = [{"epoch": i, "val_ap": ap, "val_bce": bce} for i, (ap, bce) in enumerate(told)]
+    assert sorted(history, key=quality)[-1]["epoch"] == 2 and sorted(history, key=quality)[0]["epoch"] == 3
 
 
 def test_digest_is_of_every_setting_and_not_of_their_order() -> None:

@@ -294,3 +294,18 @@ def test_projection_knows_what_it_needs(projection: ProjectionConfig, needs_capt
 def test_bank_that_does_not_fit_the_projection_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="bank"):
         ProjectionConfig(**settings)
+
+
+def test_batch_norms_of_a_tower_keep_their_statistics_in_training() -> None:
+    visual: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(DIM)
+    )
+    built = network(NO_MAPPER)
+    built.visual = visual.double()
+    mosaics, text = torch.from_numpy(models.mosaics(4)), randn(4, DIM)
+    built.eval()(mosaics, text)  # the lazy layer finds its size
+    before = {name: value.clone() for name, value in visual.state_dict().items()}
+    for _ in range(2):
+        built.train()(mosaics, text)
+    assert all(torch.equal(value, before[name]) for name, value in visual.state_dict().items())
+    assert [module.training for module in visual] == [True, False, True, True, True]  # dropout drops

@@ -52,6 +52,8 @@ def test_wishes_change_what_they_name() -> None:
         ("captions=none", "captions must be one of"),
         ("augmentation.jpeg_share=2", "jpeg_share"),
         ("test_share=0.9", "a rest for training"),
+        ("detector.captioner.max_new_tokens=12", "choose another --recipe"),
+        ("detector.clip.model=x", "choose another --recipe"),
     ],
 )
 def test_wish_that_cannot_be_met_is_refused(setting: str, message: str) -> None:
@@ -75,6 +77,11 @@ def test_workers_are_a_number_or_a_range(text: Any, expected: tuple[int, int]) -
 def test_workers_that_are_neither_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="no number such as 4"):
         WorkersType().convert(text, None, None)
+
+
+def test_stored_split_leaves_no_generator_out() -> None:
+    with pytest.raises(ConfigError, match="--split and --leave-out exclude each other"):
+        replace(REQUEST, split="/split.parquet", leave_out="ADM")
 
 
 def test_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs import pictures
+from jobs.fit import TrainingFailedError
 from jobs.request import TrainRequest
 from jobs.train import train
 from nsnet import bundle
@@ -178,3 +180,17 @@ def test_any_number_of_workers_takes_the_same_steps(
     assert len(expected) == len(found) == EPOCHS * STEPS >= COMPARED
     assert found[:COMPARED] == pytest.approx(expected[:COMPARED], abs=1e-4)
     assert max(expected) - min(expected) > 0.1  # it learned: equal constants would prove nothing
+
+
+def test_loss_that_is_not_finite_ends_the_training_with_the_pictures_of_its_step(
+    source: Path, captions: Path, request_for: Callable[..., TrainRequest]
+) -> None:
+    settings = ("head_lr=1e38", "warmup=0", "checkpoint_steps=1", "detector.lora.rank=0")
+    request = replace(request_for("diverged", 1), settings=settings)
+    with pytest.raises(TrainingFailedError, match=r"the loss is not finite in step 2 \(epoch 1\)"):
+        train(request)
+    assert not Path(request.out).exists() and not Path(request.work, "result.json").exists()
+    told = json.loads(Path(request.work, "diverged.json").read_text())
+    assert told["step"] == 2 and len({picture["image_id"] for picture in told["pictures"]}) == BATCH
+    assert all(Path(picture["uri"]).is_relative_to(source / "train") for picture in told["pictures"])
+    assert last_good_step(request) == 1

@@ -62,6 +62,20 @@ def test_what_stands_beside_a_given_training_set_is_used_for_nothing() -> None:
     assert Counter(row["split"] for row in rows.values()) == {"train": 64, "val": 16, "test": 40}
 
 
+def test_copy_of_a_given_test_picture_is_not_drawn_for_training() -> None:
+    given = ["test" if i < 40 else None for i in range(120)]
+    contents = [f"{i if i < 60 else i - 60:064x}" for i in range(120)]  # 60 to 99 are copies of the test's
+    rows = by_uri(make(listed(120, split=given, content_hash=contents), SplitConfig()))
+    assert {rows[f"/p/{i:04d}.png"]["split"] for i in range(60, 100)} == {None}
+    assert {rows[f"/p/{i:04d}.png"]["split"] for i in range(40, 60)} == {"train", "val"}
+
+
+def test_left_out_generator_is_the_whole_test() -> None:
+    rows = by_uri(make(listed(120), SplitConfig(leave_out=GENERATORS[0], test_share=0.3))).values()
+    assert {row["generator"] for row in rows if row["split"] == "test"} == {GENERATORS[0]}
+    assert sum(row["split"] == "test" for row in rows) == 40
+
+
 def test_copies_and_near_duplicates_stay_together() -> None:
     contents = [f"{i - i % 4:064x}" for i in range(60)]  # two reals and two fakes share a content
     hashes = [None if i < 40 else f"{i // 5:016x}" for i in range(60)]
@@ -107,10 +121,10 @@ def test_leaks_of_given_splits_are_counted_and_told() -> None:
     contents = [f"{i:064x}" for i in range(60)]
     contents[45] = contents[3]
     contents[55] = contents[4]
-    contents[56] = contents[46]  # validation and test share one: no training picture
+    contents[56] = contents[46]  # by which epoch and threshold are chosen
     found = make(listed(60, split=given, content_hash=contents), SplitConfig())
-    assert found.leaking == 2
-    assert any("2 pictures of validation and test are near-duplicates" in line for line in split.describe(found))
+    assert found.leaking == 3
+    assert any("3 pictures of validation and test are near-duplicates" in line for line in split.describe(found))
 
 
 @pytest.mark.parametrize("given", [None, "splits"])
@@ -197,6 +211,44 @@ def test_stored_split_that_no_longer_matches_is_refused(what: str, tmp_path: Pat
         table = table.set_column(table.schema.get_field_index("content_hash"), "content_hash", pa.array(contents))
     with pytest.raises(SourceError, match=rf"no longer matches its source: 1 of 60 .* /p/0007\.png \({what}\)"):
         reuse(uri, table)
+
+
+def changed(table: pa.Table, uris: list[str], **values: Any) -> pa.Table:
+    rows = [row | values if row["uri"] in uris else row for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=LISTED)
+
+
+def test_pictures_of_a_stored_split_may_be_unreadable_up_to_a_share(tmp_path: Path) -> None:
+    uri = stored(tmp_path, listed(60))
+    lost = ["/p/0007.png", "/p/0008.png"]
+    failed = {"status": "failed", "error_class": "ImageCorruptError", "error_message": "cut off", "content_hash": None}
+    found = reuse(uri, changed(listed(60), lost, **failed), 0.05)
+    assert sorted(row["uri"] for row in found.unreadable) == lost and not {*lost} & by_uri(found).keys()
+    assert found.table.num_rows == 58
+    with pytest.raises(SourceError, match=r"2 of 60 training pictures are unreadable, more than 1%"):
+        reuse(uri, changed(listed(60), lost, **failed), 0.01)
+    with pytest.raises(SourceError, match=r"no longer matches .* 2 of 60 .*0007.png \(changed\)"):
+        reuse(uri, changed(listed(60), lost, **failed | {"error_class": "ObjectChangedError"}), 0.05)
+
+
+def test_picture_that_could_not_be_captioned_is_named_whatever_may_be_lost(tmp_path: Path) -> None:
+    uri = stored(tmp_path, listed(60))
+    silent = changed(listed(60), ["/p/0007.png"], status="failed", error_class="CaptionError", error_message="empty")
+    for use in (lambda: make(silent, SplitConfig(lost_share=0.5)), lambda: reuse(uri, silent, 0.5)):
+        with pytest.raises(SourceError, match=r"1 pictures have no caption, .* such as /p/0007.png: .* --retry-failed"):
+            use()
+
+
+def test_split_is_stored_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a driver leaves that dies while it writes must not look like a split."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.parquet.pq.ParquetWriter.write_table", die)
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path, listed(60))
+    assert not (tmp_path / "split.parquet").exists()
 
 
 # --- what is known of pictures ---------------------------------------------------------------------------------------

@@ -194,6 +194,17 @@ def test_gradient_is_clipped_to_its_norm(clip_norm: float) -> None:
     assert math.sqrt(sum(squares)) == pytest.approx(clip_norm, rel=1e-3)
 
 
+def test_gradient_that_is_not_finite_is_no_step_and_is_told() -> None:
+    network = build()
+    before = weights(network)
+    optimizer = build_optimizer(network, CONFIG)
+    network.head.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
+    losses, _ = training_step(network, batch(), optimizer, STILL.loss, CONFIG)
+    assert math.isnan(float(losses.total)) and math.isfinite(float(losses.bce))
+    after = weights(network)
+    assert all(torch.equal(after[name], before[name]) for name in before) and not optimizer.state
+
+
 def test_gradients_do_not_pile_up_over_steps() -> None:
     network, data = build(), batch()
     optimizer = build_optimizer(network, replace(CONFIG, head_lr=1e-12, backbone_lr=1e-12))
