@@ -236,7 +236,7 @@ def describe(split: Split) -> list[str]:
     ]
     if split.leaking:
         told.append(
-            f"warning: {split.leaking} pictures of validation and test are near-duplicates of pictures that are trained "
-            "on or chosen by, as the source splits them: their numbers flatter; nsnet audit lists them"
+            f"warning: {split.leaking} pictures of validation and test are near-duplicates of pictures that are "
+            "trained on or chosen by, as the source splits them: their numbers flatter; nsnet audit lists them"
         )
     return told
