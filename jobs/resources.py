@@ -119,11 +119,29 @@ def connect(address: str | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {error}") from error
     else:
-        ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
+        _begin(object_store_memory=OBJECT_STORE_BYTES, **settings)
     if callable(ended):  # Ray puts its own in the place of the command's
         signal.signal(signal.SIGTERM, ended)
     configure_data()
     say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
+
+
+def _begin(**settings: Any) -> None:
+    """An embedded cluster; once more where it does not start, as on a machine that is busy: Ray waits for 30 s."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray has no class for it
+            ray.shutdown()
+            if last:
+                raise StorageError(
+                    f"an embedded Ray cluster does not start: {' '.join(str(error).split())[:300]}; is the machine "
+                    "busy or its memory full?"
+                ) from error
+            say("the embedded Ray cluster did not start: once more")
 
 
 def configure_data() -> None:

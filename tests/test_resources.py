@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from jobs import resources
 from jobs.resources import shares
 from nsnet.errors import StorageError
 
@@ -56,3 +57,23 @@ def test_more_cpus_never_mean_smaller_shares_or_fewer_actors() -> None:
 def test_cluster_without_cpus_is_refused(gpus: float) -> None:
     with pytest.raises(StorageError, match="no CPU for decoding: add CPU workers"):
         shares(0, gpus)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_embedded_cluster_that_does_not_start_is_tried_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries = itertools.count(1)
+
+    def init(**_: object) -> None:
+        if next(tries) <= failures:
+            raise Exception("The current node timed out during startup.\nThis could happen")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    if failures == 1:
+        resources._begin(object_store_memory=1)
+    else:
+        with pytest.raises(StorageError, match=r"does not start: The current node timed out .* is the machine busy"):
+            resources._begin(object_store_memory=1)
+    assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
