@@ -185,7 +185,7 @@ def test_any_number_of_workers_takes_the_same_steps(
 def test_loss_that_is_not_finite_ends_the_training_with_the_pictures_of_its_step(
     source: Path, captions: Path, request_for: Callable[..., TrainRequest]
 ) -> None:
-    settings = ("head_lr=1e38", "warmup=0", "checkpoint_steps=1", "detector.lora.rank=0")
+    settings = ("head_lr=1e30", "warmup=0", "checkpoint_steps=1", "detector.lora.rank=0")
     request = replace(request_for("diverged", 1), settings=settings)
     with pytest.raises(TrainingFailedError, match=r"the loss is not finite in step 2 \(epoch 1\)"):
         train(request)
