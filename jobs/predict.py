@@ -86,11 +86,16 @@ def _text(values: dict[str, Any]) -> str:
     name = values["image"]
     if values["status"] == "failed":
         return f"{name}: not judged: {values['error_class']}: {values['error_message']}"
-    return (
+    text = (
         f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
-        f"  {values['width']} × {values['height']} px {values['format']}; caption whose meaning was removed: "
-        f"“{values['caption']}”, {values['residual_energy']:.0%} of the image feature was left to judge by"
+        f"  {values['width']} × {values['height']} px {values['format']}"
     )
+    if values["caption"] is not None:
+        text += (
+            f"; caption whose meaning was removed: “{values['caption']}”, {values['residual_energy']:.0%} of the image "
+            "feature was left to judge by"
+        )
+    return text
 
 
 if __name__ == "__main__":

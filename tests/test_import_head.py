@@ -18,6 +18,7 @@ from nsnet.detector import Detector
 from nsnet.errors import UsageError, WeightsError
 from tests import models
 from tests.models import one_line, picture
+from tests.tables import run_command
 
 DIM = 32
 
@@ -73,6 +74,13 @@ def test_picture_is_judged_by_its_middle(tmp_path: Path) -> None:
     logits = [verdict.logit for verdict in detector.predict([whole, middle, framed, other])]
     assert logits[1:3] == pytest.approx([logits[0]] * 2, abs=1e-5)
     assert abs(logits[3] - logits[0]) > 1e-3
+
+
+def test_verdict_for_people_names_no_caption(tmp_path: Path) -> None:
+    import_head(str(written(head(), tmp_path / "head.pth")), out=str(tmp_path / "out"), recipe="small")
+    picture(0).save(tmp_path / "a.png")
+    code, told, _ = run_command("predict", str(tmp_path / "a.png"), "--detector", str(tmp_path / "out"))
+    assert code == 0 and told.count("\n") == 2 and told.endswith("  96 × 80 px PNG\n")
 
 
 @pytest.mark.parametrize(
