@@ -60,6 +60,8 @@ def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_faile
     (OUT.training/predictions.parquet) are verdicts as well.
     """
     result = evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
+    if result["source"] is None:  # whoever scored was told
+        return 0
     failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
     return console.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
 
@@ -115,12 +117,12 @@ def evaluate(
         if detector_id not in (None, own):
             raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
         detector_id = own
-    table = _verdicts(uri)
+    table, source = _verdicts(uri), None
     if table is None:
         if detector is None:
             raise SourceError(f"{uri} holds no published verdicts; to score its pictures first, give --detector")
         models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
-        table = _score(uri, detector, storage.join(out, "scored"), chains, models)
+        source, table = uri, _score(uri, detector, storage.join(out, "scored"), chains, models)
     table = _of_detector(table, detector_id, uri)
     table, rows = _of_split(table, split, uri)
     if chains:
@@ -131,6 +133,7 @@ def evaluate(
     names = pc.unique(table.column("detector_id")).to_pylist()
     result = {
         "verdicts": uri,
+        "source": source,
         "detector_id": names[0] if names else None,
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,

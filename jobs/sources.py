@@ -387,9 +387,9 @@ def _place(name: Any, manifest: str, where: str) -> str:
 
 def _inside_of(values: dict[str, Any], size: int | None, manifest: str, where: str) -> dict[str, Any]:
     """The file that holds the picture of a manifest's row, and where in it, or nothing."""
-    container, position = values.get("container"), _size(values.get("position"), where, "position")
-    if container is None:
-        return {}
+    if (container := values.get("container")) is None or "position" not in values:
+        return {}  # other tables have such columns, too
+    position = _size(values["position"], where, "position")
     container = _place(container, manifest, where)
     ending = PurePosixPath(container).suffix.lower()
     if ending not in CONTAINERS or position is None or (size is None and ending == ".tar"):

@@ -27,7 +27,6 @@ from jobs.ingest import Arrival, Ingest, Order
 from jobs.records import Records
 from nsnet.config import from_dict
 from nsnet.detector import Detector, DetectorConfig
-from nsnet.errors import UsageError
 from nsnet.losses import Losses
 from nsnet.metrics import average_precision
 from nsnet.network import Network
@@ -84,17 +83,14 @@ class WorkerConfig:
 def run(values: dict[str, Any]) -> str | None:
     """The training function of every worker; returns why training cannot go on, None where it came to its end.
 
-    An exception would be tried again; and of a report without a checkpoint Ray Train keeps nothing.
+    All processes return it together. An exception is for what may concern one alone, and is tried again; of a report
+    without a checkpoint Ray Train keeps nothing.
     """
     resources.configure_data()
     told = WorkerConfig(**values)
     context = ray.train.get_context()
     with torch.random.fork_rng():
-        try:
-            training = _Training(told, context.get_world_rank(), context.get_world_size())
-        except UsageError as error:  # wrong for every process, and every time
-            return str(error)
-        return training.run()
+        return _Training(told, context.get_world_rank(), context.get_world_size()).run()
 
 
 class _Stop(Exception):

@@ -427,12 +427,20 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     assert code == 2 and "no verdicts under jpeg:1" in told
 
 
-@pytest.mark.parametrize(("failed", "allowed", "expected"), [(0, "0%", 0), (5, "1%", 3), (5, "50%", 0)])
-def test_command_says_when_too_many_failed(failed: int, allowed: str, expected: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "failed", "allowed", "expected"),
+    [(True, 0, "0%", 0), (True, 5, "1%", 3), (True, 5, "50%", 0), (False, 5, "1%", 0)],
+)
+def test_command_that_scores_says_when_too_many_failed(
+    scores: bool, failed: int, allowed: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     rows += [verdict_row(f"/f{i}", None, label=1, generator="g") for i in range(failed)]
-    uri = _stored(verdict_table(*rows), tmp_path / "v.parquet")
-    common = ("evaluate", uri, "--out", str(tmp_path / "out"), "--samples", "1")
+    monkeypatch.setattr(module, "_score", lambda *_: verdict_table(*rows))
+    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    (tmp_path / "pictures").mkdir()
+    uri = str(tmp_path / "pictures") if scores else _stored(verdict_table(*rows), tmp_path / "v.parquet")
+    common = ("evaluate", uri, "--detector", "bundle", "--out", str(tmp_path / "out"), "--samples", "1")
     code, _, told = run_command(*common, "--max-failed", allowed)
     assert code == expected and (tmp_path / "out" / "report.html").exists()
     assert ("more than the allowed" in told) is (expected == 3)

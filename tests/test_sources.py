@@ -334,6 +334,12 @@ def test_manifest_of_a_container_that_makes_no_sense_is_refused(wrong: dict[str,
         rows_of(tmp_path / "m.parquet")
 
 
+def test_columns_of_other_tables_that_are_called_alike_do_no_harm(tmp_path: Path) -> None:
+    for columns in ({"position": ["front", "back"]}, {"container": ["box 1", None]}):
+        put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], **columns})})
+        assert [row["container"] for row in rows_of(tmp_path / "m.parquet")] == [None, None]
+
+
 def test_generators_that_are_numbers_become_text(tmp_path: Path) -> None:
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "generator": [7, None], "etag": [1, 2]})})
     rows = rows_of(tmp_path / "m.parquet")
