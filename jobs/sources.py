@@ -11,7 +11,6 @@ import itertools
 import re
 import tarfile
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,6 +25,7 @@ from jobs import faults, parquet, storage
 from jobs.console import say
 from jobs.faults import Fault
 from jobs.layouts import SPLIT_FOLDERS, Labels, labels_from_path
+from jobs.left_out import LeftOut
 from jobs.schema import MANIFEST
 from jobs.storage import Fetched
 from nsnet.errors import ImageTooLargeError, SourceError, UsageError
@@ -77,8 +77,8 @@ class Source:
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
         self._warned_of_split = False
-        self.left_out: Counter[str] = Counter()
-        """Reason -> number of objects that are no pictures."""
+        self.left_out = LeftOut()
+        """Reason -> number of objects that are no pictures, and what could not be read."""
 
     def check(self) -> None:
         """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
@@ -156,7 +156,7 @@ class Source:
         except SourceError as error:
             if strict:
                 raise
-            self.left_out[f"{ending} that cannot be read"] += 1
+            self.left_out.add_unread(f"{ending} that cannot be read", str(error))
             say(f"warning: left out: {error}")
 
     def _tar(self, entry: storage.Entry, strict: bool = True) -> Iterator[dict[str, Any]]:

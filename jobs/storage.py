@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from botocore.exceptions import ClientError
 
 from jobs import faults
 from jobs.faults import Fault
+from jobs.left_out import LeftOut
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 
 SCHEMES: Final = ("file", "s3")
@@ -205,7 +205,7 @@ def is_folder(uri: str) -> bool:
     return bool(_page(uri, _below(uri), 1).get("Contents"))
 
 
-def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry]:
+def list_files(uri: str, left_out: LeftOut | None = None) -> Iterator[Entry]:
     """All objects below a folder or prefix, recursively, as they come, in no order; many folders are listed at a time.
 
     What cannot be listed is counted in `left_out` by reason, else an error: to take an unreadable folder for an empty
@@ -214,10 +214,13 @@ def list_files(uri: str, left_out: Counter[str] | None = None) -> Iterator[Entry
     if is_local(uri):
         counting = threading.Lock()
 
-        def leave_out(reason: str, error: OSError | None = None) -> None:
+        def leave_out(reason: str, path: str, error: OSError | None = None) -> None:
             if left_out is not None:
                 with counting:
-                    left_out[reason] += 1
+                    if error is None:
+                        left_out[reason] += 1
+                    else:
+                        left_out.add_unread(reason, f"{path}: {error.strerror}")
             elif error is not None and not isinstance(error, FileNotFoundError):  # gone since it was listed
                 raise error
 
@@ -346,14 +349,14 @@ def _list_disk(folder: str, leave_out: Callable[..., None]) -> Iterator[tuple[li
                     elif item.is_file():
                         entries.append(describe_local(item.path, item.stat()))
                     else:
-                        leave_out("link to a folder" if item.is_dir() else "broken link or special file")
+                        leave_out("link to a folder" if item.is_dir() else "broken link or special file", item.path)
                 except OSError as error:
-                    leave_out(f"file that cannot be read ({error.strerror})", error)
+                    leave_out(f"file that cannot be read ({error.strerror})", item.path, error)
                 if len(entries) == LISTING_PAGE:
                     yield entries, below
                     entries, below = [], []
     except OSError as error:
-        leave_out(f"folder that cannot be read ({error.strerror})", error)
+        leave_out(f"folder that cannot be read ({error.strerror})", folder, error)
     yield entries, below
 
 

@@ -9,7 +9,6 @@ import re
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import pytest
 import s3fs
 
 from jobs import storage
+from jobs.left_out import LeftOut
 from jobs.storage import Entry
 from nsnet.errors import BundleError, StorageError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, Kind, Script, in_front_of
@@ -48,7 +48,7 @@ def clients() -> Iterator[None]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def names(place: str, left_out: Counter[str] | None = None) -> list[str]:
+def names(place: str, left_out: LeftOut | None = None) -> list[str]:
     return sorted(entry.uri.removeprefix(place + "/") for entry in storage.list_files(place, left_out))
 
 
@@ -314,7 +314,7 @@ def test_listing_is_not_begun_before_it_is_asked_for(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     listing = storage.list_files(str(tmp_path / "absent"))
     assert set(threading.enumerate()) == before
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     assert list(listing) == list(storage.list_files(str(tmp_path / "absent"), left_out)) == []
     assert left_out == {"folder that cannot be read (No such file or directory)": 1}
 
@@ -334,7 +334,7 @@ def test_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     monkeypatch.setattr(os, "scandir", stale)
     with pytest.raises(OSError, match="Stale file handle"):
         names(str(tmp_path))
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     assert names(str(tmp_path), left_out) == ["2"]
     assert left_out == {"folder that cannot be read (Stale file handle)": 1}
 
@@ -484,7 +484,7 @@ def test_links_and_special_files_are_counted_and_nothing_runs_in_circles(tmp_pat
     (folder / "back").symlink_to(folder / "there")
     (folder / "dangling.jpg").symlink_to(folder / "gone.jpg")
     os.mkfifo(folder / "pipe.jpg")
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     assert names(str(folder), left_out) == ["a/x.jpg", "link.jpg", "y.jpg"]
     assert sum(left_out.values()) == 6
     assert left_out["link to a folder"] == 1 and left_out["broken link or special file"] >= 2
@@ -516,7 +516,7 @@ def test_files_and_folders_that_vanish_during_the_listing_are_counted(
         return item
 
     monkeypatch.setattr(os, "scandir", vanish)
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     found = [entry.uri for entry in storage.list_files(str(tmp_path), left_out)]
     monkeypatch.undo()
     assert found == [f"{tmp_path}/b/y"]
@@ -530,7 +530,7 @@ def test_files_and_folders_that_vanish_during_the_listing_are_counted(
 def test_folder_without_permission_is_counted(tmp_path: Path) -> None:
     put(str(tmp_path), {"a/1": b"", "x": b""})
     (tmp_path / "a").chmod(0)
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     assert names(str(tmp_path), left_out) == ["x"] and sum(left_out.values()) == 1
     (tmp_path / "a").chmod(0o700)
 
