@@ -17,6 +17,7 @@ import torch
 from ray.data import TaskPoolStrategy
 
 from jobs import ledger, schema, storage
+from jobs.datasource import ParquetFiles
 from nsnet.errors import SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
 
@@ -55,11 +56,8 @@ def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSp
 def _triangles(
     files: list[str], wanted: list[Any], task_cpus: float
 ) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
-    system, _ = storage.arrow_filesystem(files[0])
-    dataset = ray.data.read_parquet(
-        [storage.arrow_path(file) for file in files], filesystem=system,
-        columns=["image_id", schema.TEXT_FEATURES.name], num_cpus=task_cpus,
-    )  # fmt: skip
+    columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
+    dataset = ray.data.read_datasource(ParquetFiles(files, columns), num_cpus=task_cpus, override_num_blocks=len(files))
 
     def reduce(table: pa.Table) -> pa.Table:
         return _reduced(table, ray.get(wanted[0]))

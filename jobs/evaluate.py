@@ -271,16 +271,16 @@ def _verdicts(uri: str) -> pa.Table | None:
 
 
 def _from_file(uri: str) -> pa.Table | None:
-    system, path = storage.arrow_filesystem(uri)
     try:
-        names = set(pq.read_schema(path, filesystem=system).names)
+        with parquet.opened(uri) as file:
+            names = set(file.schema.names)
     except (OSError, ValueError) as error:
         raise SourceError(f"{uri} is no Parquet file: {error}") from error
     if not set(NEEDED) <= names:
         return None
-    table = pq.read_table(path, columns=[*NEEDED, *(name for name in WANTED if name in names)], filesystem=system)
+    columns = pa.schema([pa.field(name, TYPES[name]) for name in (*NEEDED, *WANTED) if name in names])
     try:
-        return table.cast(pa.schema([pa.field(name, TYPES[name]) for name in table.column_names]))
+        return pa.Table.from_batches(parquet.read(uri, columns), columns)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise SourceError(f"{uri} holds no verdicts: {error}") from error
 

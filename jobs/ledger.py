@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from jobs import faults, parquet, schema, storage
 from jobs.console import say
@@ -27,6 +26,9 @@ from jobs.database import database
 from jobs.schema import IDS
 from nsnet.digest import file_digest
 from nsnet.errors import NsnetError, SourceError, StorageError
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""
@@ -275,7 +277,7 @@ def _record(uri: str) -> dict[str, Any]:
     return record
 
 
-def verdicts(out: str) -> pads.Dataset:
+def verdicts(out: str) -> "Dataset":
     """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there is none.
 
     A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
@@ -284,7 +286,7 @@ def verdicts(out: str) -> pads.Dataset:
     paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
         raise SourceError(f"{out} holds no published run")
-    return _dataset(paths, schema.VERDICTS)
+    return parquet.dataset(paths, schema.VERDICTS)
 
 
 def published(
@@ -300,19 +302,11 @@ def published(
         for file in record["files"]:
             uri = storage.join(storage.absolute(out), file["path"])
             try:
-                yield from _dataset([uri], columns).to_batches(batch_size=parquet.GROUP_ROWS, fragment_readahead=1)
+                yield from parquet.read(uri, columns, optional=True)
             except FileNotFoundError as error:
-                if storage.exists(uri):  # pyarrow takes a store that is throttling for a missing file
-                    raise
                 raise StorageError(
                     f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
                 ) from error
-
-
-def _dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
-    system, _ = storage.arrow_filesystem(uris[0])
-    names = [storage.arrow_path(uri) for uri in uris]
-    return pads.dataset(names, schema=columns, filesystem=system, format="parquet")
 
 
 def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:

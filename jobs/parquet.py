@@ -3,12 +3,15 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from jobs import storage
+from jobs.parquet_file import ParquetFile
 
 BATCH_ROWS: Final = 8192
 GROUP_ROWS: Final = 65_536
@@ -19,11 +22,44 @@ WRITERS: Final = 8
 """Files that are written at a time."""
 
 
-def read(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, as batches of exactly this schema."""
-    with storage.open_file(uri) as source, pq.ParquetFile(source) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns.names):
-            yield batch.select(columns.names).cast(columns)
+@contextmanager
+def opened(uri: str) -> Iterator[ParquetFile]:
+    """A file on storage. Raises what the store and pyarrow raise."""
+    with storage.open_file(uri) as source:
+        yield ParquetFile(source, uri)
+
+
+def read(uri: str, columns: pa.Schema, *, optional: bool = False) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, as batches of exactly this schema; `optional`: a column that it lacks is null.
+
+    Raises `KeyError` for a missing column, `ColumnTypeError` for an extension type.
+    """
+    with opened(uri) as file:
+        present = [name for name in columns.names if name in file.schema.names]
+        if not optional and (missing := sorted(set(columns.names) - {*present})):
+            raise KeyError(f"{uri} has no column {', '.join(missing)}")
+        for batch in file.batches(present, batch_rows=BATCH_ROWS):
+            arrays = [
+                batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
+                for field in columns
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, schema=columns)
+
+
+def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
+    """Files as an Arrow dataset of this schema, for readers outside; a column that a file lacks is null.
+
+    Raises `ColumnTypeError` for an extension type in one of these columns.
+    """
+
+    def check(uri: str) -> None:
+        with opened(uri) as file:
+            file.check(columns.names)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(check, uris))
+    system, _ = storage.arrow_filesystem(uris[0])
+    return pads.dataset([storage.arrow_path(uri) for uri in uris], schema=columns, filesystem=system, format="parquet")
 
 
 def read_small(uris: Sequence[str], columns: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -11,6 +11,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from jobs import faults, progress, resources, schema, storage
+from jobs.datasource import ParquetFiles
 from jobs.faults import OUTAGE_SECONDS
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
@@ -97,11 +98,12 @@ def prepared(
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     report = StageReport(board_name=board_name)
-    system, path = storage.arrow_filesystem(todo)
-    tasks = len(list(storage.list_files(todo)))
+    files = sorted(entry.uri for entry in storage.list_files(todo))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.
-    pictures = ray.data.read_parquet(path, filesystem=system, num_cpus=shares.task_cpus, override_num_blocks=tasks)
+    pictures = ray.data.read_datasource(
+        ParquetFiles(files, schema.TODO), num_cpus=shares.task_cpus, override_num_blocks=len(files)
+    )
     if checkpoint is not None:  # on this dataset alone, not in the process's settings: a training has others after it
         pictures.context.checkpoint_config = resources.job_checkpoint(checkpoint)
     dataset = pictures.map_batches(

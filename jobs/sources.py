@@ -19,13 +19,14 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from jobs import faults, parquet, storage
+from jobs import faults, storage
 from jobs.console import say
 from jobs.faults import Fault
 from jobs.layouts import SPLIT_FOLDERS, Labels, labels_from_path
 from jobs.left_out import LeftOut
+from jobs.parquet import BATCH_ROWS
+from jobs.parquet_file import ParquetFile
 from jobs.schema import MANIFEST
 from jobs.storage import Fetched
 from nsnet.errors import ImageTooLargeError, SourceError, UsageError
@@ -212,23 +213,18 @@ class Source:
         nor of stored pictures: whoever may put a file into a bucket could have anything read that this job may read.
         """
         with _reading(uri, " Parquet file"):
-            source = storage.open_file(uri)
-            found = pq.read_schema(source)
-            texts = [
-                name for name in (TEXTS | {HASH, "container"}) & set(found.names) if _is_text(found.field(name).type)
-            ]
-            file = pq.ParquetFile(source, read_dictionary=texts)
-            size_bytes = source.size()
-        columns = set(found.names)
+            file = ParquetFile(storage.open_file(uri), uri, TEXTS | {HASH, "container"})
+        columns = set(file.schema.names)
         if not columns & {"uri", "bytes"}:
             raise SourceError(f"{uri} has neither a `uri` nor a `bytes` column, only {', '.join(sorted(columns))}")
         stored = "bytes" in columns
         if not stored and not strict:
             raise SourceError(f"{uri} is a manifest: they are followed only where they are the source themselves")
-        if stored and (rows := file.metadata.num_rows) * LEAST_ROW_BYTES > size_bytes:
-            raise SourceError(f"{uri} says that its {size_bytes:,} bytes hold {rows:,} pictures: that cannot be")
+        if stored and (rows := file.rows) * LEAST_ROW_BYTES > file.size_bytes:
+            raise SourceError(f"{uri} says that its {file.size_bytes:,} bytes hold {rows:,} pictures: that cannot be")
         own = storage.describe(uri) if stored else None
         wanted = sorted(columns & (TEXTS if stored else TEXTS | INSIDE | {"size_bytes", HASH}))
+        file.check_plain(wanted)
         position = 0
         for some in _table_rows(uri, file, wanted):
             for values in some:
@@ -275,10 +271,10 @@ def _reading(uri: str, what: str) -> Iterator[None]:
         raise SourceError(f"{uri} is no whole{what}: {faults.reason(error)}") from error
 
 
-def _table_rows(uri: str, file: pq.ParquetFile, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+def _table_rows(uri: str, file: ParquetFile, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     """Some columns of a Parquet file that may be damaged, as rows."""
     with _reading(uri, " Parquet file"):
-        for batch in file.iter_batches(batch_size=parquet.BATCH_ROWS, columns=columns):
+        for batch in file.batches(columns, batch_rows=BATCH_ROWS):
             _check_texts(uri, batch)
             yield batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]
 
@@ -337,8 +333,7 @@ def _from_parquet(container: str, position: int, etag: str) -> bytes:
 @lru_cache(maxsize=16)
 def _group_ends(container: str, version: str) -> list[int]:
     """Row numbers at which the row groups of a version of a Parquet file end."""
-    metadata = _open_parquet(container, version).metadata
-    return list(itertools.accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+    return list(itertools.accumulate(_open_parquet(container, version).group_rows()))
 
 
 @lru_cache(maxsize=1)
@@ -350,7 +345,7 @@ def _group_bytes(container: str, version: str, group: int) -> list[bytes] | None
     """
     pictures: list[bytes] = []
     size = 0
-    for batch in _open_parquet(container, version).iter_batches(batch_size=1, row_groups=[group], columns=["bytes"]):
+    for batch in _open_parquet(container, version).batches(["bytes"], batch_rows=1, groups=[group]):
         pictures += batch.column(0).to_pylist()
         size += batch.nbytes
         if size > GROUP_BYTES:
@@ -358,10 +353,10 @@ def _group_bytes(container: str, version: str, group: int) -> list[bytes] | None
     return pictures
 
 
-def _open_parquet(container: str, version: str) -> pq.ParquetFile:
+def _open_parquet(container: str, version: str) -> ParquetFile:
     if storage.describe(container).etag != version:
         raise faults.ChangedError(f"{container} was replaced since it was listed")
-    return pq.ParquetFile(storage.open_file(container))
+    return ParquetFile(storage.open_file(container), container)
 
 
 _EMPTY_ROW: Final = dict.fromkeys((*MANIFEST.names, *Labels._fields))

@@ -612,6 +612,7 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
     import ray.data
 
     from jobs import resources
+    from jobs.datasource import ParquetFiles
 
     planned = [manifest_row(f"/{i}.jpg", position=i) for i in range(400)]
     plan(staging, *planned)
@@ -625,8 +626,8 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
                 raise ValueError("poison")
             return table
 
-        system, path = storage.arrow_filesystem(attempt.todo)
-        rows = ray.data.read_parquet(path, filesystem=system)
+        files = sorted(entry.uri for entry in storage.list_files(attempt.todo))
+        rows = ray.data.read_datasource(ParquetFiles(files, schema.TODO), override_num_blocks=len(files))
         rows.context.checkpoint_config = resources.job_checkpoint(attempt.checkpoint)
         system, path = storage.arrow_filesystem(attempt.rows)
         rows.map_batches(check, batch_format="pyarrow", batch_size=20).write_parquet(

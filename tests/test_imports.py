@@ -1,6 +1,7 @@
 """Who may import whom, read from the source, and what the CPU workers' modules really load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_nothing_but_jobs_tests_and_benchmarks_imports_jobs() -> None:
 def test_only_the_storage_module_opens_file_systems() -> None:
     users = {path.name for path in sources("jobs") if roots(path) & {"fsspec", "s3fs"}}
     assert users == {"storage.py"}
+
+
+ARROW_READERS = re.compile(
+    r"\b(?:pq|pads|pa\.ipc|pyarrow(?:\.\w+)+|ray\.data|pd|pandas|feather)"
+    r"\.(?:read_\w+|open_\w+|ParquetFile|ParquetDataset|dataset|from_(?:parquet|huggingface)\w*)\("
+)
+
+
+def test_parquet_is_read_in_one_place() -> None:
+    """Extension types in files of others run code: pyarrow's and Ray's readers are called where that is prevented."""
+    found = {
+        (path.name, call.rstrip("("))
+        for path in [*sources("jobs"), *sources("nsnet")]
+        for call in ARROW_READERS.findall(path.read_text(encoding="utf-8"))
+    }
+    assert found == {
+        ("parquet_file.py", "pq.read_metadata"),
+        ("parquet_file.py", "pq.ParquetFile"),
+        ("parquet_file.py", "pa.ipc.read_schema"),
+        ("parquet.py", "pads.dataset"),
+        ("pipeline.py", "ray.data.read_datasource"),
+        ("basis.py", "ray.data.read_datasource"),
+    }
 
 
 def test_modules_of_the_cpu_workers_load_no_torch() -> None:
