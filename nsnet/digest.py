@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsnet.files import open_regular
+
 if TYPE_CHECKING:  # reading a bundle must not wait for torch
     from torch import Tensor
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file."""
-    with path.open("rb") as file:
+    """SHA-256 (hexadecimal) of a regular file; `OSError` for anything else."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
