@@ -16,11 +16,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from nsnet import model_files
 from nsnet.card import model_card
 from nsnet.digest import file_digest
-from nsnet.errors import BundleError
+from nsnet.errors import BundleError, WeightsError
+from nsnet.files import read_regular
+from nsnet.model_files import Content
 
 FORMAT_VERSION: Final = 1
 DESCRIPTION: Final = "detector.json"
@@ -30,8 +33,9 @@ LORA: Final = "lora"
 CLIP: Final = "clip"
 CAPTIONER: Final = "captioner"
 
-SUFFIXES: Final = {".json", ".safetensors", ".md", ".txt"}
-"""What a bundle may hold; pickled weights, for one, have no place in it."""
+MAX_FILES: Final = 100
+MAX_DESCRIPTION_BYTES: Final = 2**24
+_NETWORK: Final = Content(tensors=True, max_bytes=2**32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,17 @@ class Description:
 def seal(
     folder: Path, *, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any], clip_digest: str
 ) -> Description:
-    """Write the model card and, last, `detector.json` over the files that lie in the folder."""
-    files = {name: file_digest(folder / name) for name in _members(folder)}
-    strange = [name for name in files if Path(name).suffix not in SUFFIXES]
-    if strange:
-        raise BundleError(f"a bundle holds only {', '.join(sorted(SUFFIXES))} files, found {', '.join(strange)}")
+    """Write the model card and, last, `detector.json` over the files that lie in the folder.
+
+    Raises `BundleError` for what `read` would refuse.
+    """
+    members = _members(folder)
+    if strange := [name for name in members if member(name) is None]:
+        raise BundleError(
+            f"a bundle holds only {NETWORK} and the known files of {', '.join(model_files.FOLDERS)}; found "
+            f"{', '.join(strange[:9])}"
+        )
+    files = {name: _checked_digest(folder, name) for name in members}
     identity = json.dumps([config, calibration, clip_digest, _weights(files)], sort_keys=True).encode()
     description = Description(
         detector_id=hashlib.sha256(identity).hexdigest()[:16],
@@ -77,39 +87,79 @@ def seal(
 
 
 def read(folder: Path) -> Description:
-    """Read and verify a bundle. Raises `BundleError`: missing, of another version, or damaged, and in which file."""
+    """Read and verify a bundle. Raises `BundleError`: missing, of another version, or damaged, and in which file.
+
+    Every file is compared with its recorded digest, and every JSON with what it may say, before a library sees any.
+    """
     path = folder / DESCRIPTION
-    if not path.is_file():
-        raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format_version"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        return _verified(folder, _described(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The content of `detector.json`, as it was sealed."""
+    values = json.loads(read_regular(path, MAX_DESCRIPTION_BYTES))
+    version = values["format_version"]
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{folder} is a bundle of format version {version!r}; this release reads version {FORMAT_VERSION}: train "
-            "again, or use the release that wrote it"
+            f"{path.parent} is a bundle of format version {repr(version)[:40]}; this release reads version "
+            f"{FORMAT_VERSION}: train again, or use the release that wrote it"
         )
     if values.pop("sha256", None) != _seal_of(values):
         raise BundleError(f"{path} is damaged: it was changed after it was written")
     del values["format_version"]
-    try:
-        description = Description(**values)
-    except TypeError as error:
-        raise BundleError(f"{path} is damaged: {error}") from error
-    root = folder.resolve()
+    return cast(dict[str, Any], values)
+
+
+def _verified(folder: Path, values: dict[str, Any]) -> Description:
+    """The description, whose files are those that lie there."""
+    description, path = Description(**values), folder / DESCRIPTION
+    for name, kind in {"detector_id": str, "clip_digest": str, "config": dict, "training": dict, "files": dict}.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} must be {kind.__name__}")
+    if len(description.files) > MAX_FILES:
+        raise BundleError(f"{path} names {len(description.files)} files; a bundle holds at most {MAX_FILES}")
     for name, expected in description.files.items():
-        member = (folder / name).resolve()
-        if not member.is_relative_to(root) or member.suffix not in SUFFIXES:
+        if member(name) is None:
             raise BundleError(f"{path} names {name!r}, which does not belong in a bundle")
-        if not member.is_file():
+        if not (folder / name).exists():
             raise BundleError(f"the bundle {folder} is damaged: {name} is missing")
-        if file_digest(member) != expected:
+        if _checked_digest(folder, name, expected) != expected:
             raise BundleError(f"the bundle {folder} is damaged: the SHA-256 of {name} is not the one that was recorded")
     if strange := [name for name in _members(folder) if name not in description.files]:
         raise BundleError(f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(strange[:9])}")
     return description
+
+
+def member(name: str) -> Content | None:
+    """What a file of a bundle may hold; None: it has no place in one, as pickled weights, code, or a path out of it."""
+    return _NETWORK if name == NETWORK else model_files.bundled(name)
+
+
+def _checked_digest(folder: Path, name: str, expected: str = "") -> str:
+    """SHA-256 of a file of a bundle; JSON that has the expected one is checked. Raises `BundleError`."""
+    content = cast(Content, member(name))
+    try:
+        path = model_files.inside(folder, name)
+        if content.rules is None:
+            if path.stat().st_size > content.max_bytes:
+                raise BundleError(f"{folder / name} is larger than {content.max_bytes} bytes")
+            return file_digest(path)
+        data = read_regular(path, content.max_bytes)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest == expected or not expected:
+            model_files.check(data, content, str(folder / name))
+        return digest
+    except OSError as error:
+        raise BundleError(f"{folder / name} cannot be read: {error.strerror or error}") from error
+    except WeightsError as error:
+        raise BundleError(str(error)) from error
 
 
 def captioner_of(folder: Path) -> Path | None:

@@ -8,6 +8,7 @@ The captioner sees pixels only: file names and paths never reach a model.
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nsnet import hub
+from nsnet import hub, model_files
 from nsnet.digest import file_digest
-from nsnet.errors import ConfigError, WeightsError
+from nsnet.errors import ConfigError, NsnetError, WeightsError
 
 PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b"}
 """Hub repository -> commit."""
@@ -49,12 +50,16 @@ class CaptionerConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        for name, pattern in (("model", r"\w[\w.-]*(/\w[\w.-]*)?"), ("revision", r"\w[\w.-]*")):
+            if (value := getattr(self, name)) is not None and not re.fullmatch(pattern, value):
+                raise ConfigError(f"captioner: {name} must be a name on the hub, got {value[:100]!r}")
 
 
 def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path | None:
     """The transformers folder to load from: as given, or the hub's; None: the tiny BLIP. Nothing is loaded yet.
 
-    Raises `WeightsError` with the command that fetches what is missing.
+    Only what is pinned is ever downloaded: a bundle, which strangers may have made, names a repository too. Others must
+    be in the cache already. Raises `WeightsError` with the command that fetches what is missing.
     """
     if folder is not None:
         if missing := _missing_files(folder):
@@ -79,8 +84,9 @@ def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path 
         return found
 
     return hub.fetch(
-        download, model, revision, probe="config.json", wanted="", option="--captioner with a transformers folder"
-    )
+        download, model, revision, probe="config.json", wanted="", option="--captioner with a transformers folder",
+        known=model in PINNED_REVISIONS and revision == PINNED_REVISIONS[model],
+    )  # fmt: skip
 
 
 def _missing_files(folder: Path) -> list[str]:
@@ -101,11 +107,14 @@ class Captioner:
         self.thumbnail_px = thumbnail_px(folder)
         mean, std = _normalisation(folder)
         try:
-            loaded = BlipForConditionalGeneration.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
-            )
-            model, report = cast(tuple[Any, dict[str, Any]], loaded)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with model_files.opened(folder, "captioner") as checked:
+                loaded = BlipForConditionalGeneration.from_pretrained(
+                    checked, local_files_only=True, output_loading_info=True, weights_only=True
+                )
+                model, report = cast(tuple[Any, dict[str, Any]], loaded)
+                self.tokenizer = AutoTokenizer.from_pretrained(checked, local_files_only=True, trust_remote_code=False)
+        except NsnetError:
+            raise
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"no BLIP could be loaded from {folder}: its weights hold more than tensors, or are damaged; for "
@@ -150,6 +159,10 @@ class Captioner:
     def save(self, folder: Path) -> None:
         """Write the captioner as a transformers folder."""
         self.model.save_pretrained(folder)
+        for name in ("config.json", "generation_config.json"):  # equal captioners are equal files for any transformers
+            described = json.loads((folder / name).read_text())
+            kept = {key: value for key, value in described.items() if key != "transformers_version"}
+            (folder / name).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
         self.tokenizer.save_pretrained(folder)
         size = {"height": self.thumbnail_px, "width": self.thumbnail_px}
         _write_preprocessing(folder, size, self.mean.flatten().tolist(), self.std.flatten().tolist())
@@ -160,8 +173,11 @@ def thumbnail_px(folder: Path | None) -> int:
     if folder is None:
         return TINY_SIDE_PX
     try:
-        return int(json.loads((folder / "config.json").read_text())["vision_config"]["image_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        described = model_files.read_json(folder, "captioner", "config.json")
+        if described["model_type"] != "blip":
+            raise ValueError("another model")
+        return int(described["vision_config"]["image_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder}/config.json does not describe a BLIP model ({type(error).__name__})") from error
 
 
@@ -180,15 +196,23 @@ def captioner_id(config: CaptionerConfig, folder: Path | None) -> str:
 
 def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel, (1, 3, 1, 1) each."""
-    path = folder / "preprocessor_config.json"
+    path, described = _processing(folder)
     try:
-        described = json.loads(path.read_text())
         mean, std = (torch.tensor(described[name]).view(1, 3, 1, 1).float() for name in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise WeightsError(
             f"{path} does not give image_mean and image_std, three numbers each ({type(error).__name__})"
         ) from error
     return mean, std
+
+
+def _processing(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """How the captioner's pictures are prepared, and the file that says it."""
+    try:
+        path = folder / "preprocessor_config.json"
+        return path, model_files.read_json(folder, "captioner", path.name)
+    except OSError as error:
+        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 TINY_SIDE_PX: Final = 64

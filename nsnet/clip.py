@@ -14,17 +14,19 @@ which only reads configurations does not wait for it.
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet import hub
+from nsnet import hub, model_files, model_settings
 from nsnet.digest import file_digest, weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 
@@ -36,6 +38,8 @@ PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 CONFIG_FILE: Final = "open_clip_config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 
 
@@ -51,6 +55,15 @@ class ClipConfig:
     """open_clip model configuration that replaces the one of that name (`embed_dim`, `vision_cfg`, `text_cfg`)."""
     seed: int = 0
     """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "pretrained"):  # "hf-hub:…" and "local-dir:…" would have open_clip load what lies there
+            if not re.fullmatch(r"[\w.-]+", getattr(self, name) or "none"):
+                raise ConfigError(f"{name} must be a name that open_clip knows, got {getattr(self, name)[:100]!r}")
+        if self.architecture is not None and (
+            found := model_settings.complaint(self.architecture, model_settings.ARCHITECTURE)
+        ):
+            raise ConfigError(f"architecture: {found[:400]}; it may neither fetch anything nor choose code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +215,36 @@ def has_lora(visual: nn.Module) -> "TypeGuard[PeftModel]":
 
 
 def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
-    """Put saved adapters (peft's format) on an image tower."""
-    from peft import PeftModel
+    """Put saved adapters (peft's format) on an image tower. Raises `WeightsError`.
 
-    split_attention(visual)
-    return PeftModel.from_pretrained(cast(Any, visual), str(adapter), torch_device="cpu")
+    peft reads nothing itself: its settings choose classes to import and models to fetch, and here three numbers do.
+    """
+    from peft import set_peft_model_state_dict
+
+    try:
+        described = model_files.read_json(adapter, "lora", ADAPTER_CONFIG)
+        settings = LoraSettings(
+            rank=described["r"], alpha=described["lora_alpha"], dropout=described.get("lora_dropout", 0.0)
+        )
+        state = load_file(model_files.inside(adapter, ADAPTER_WEIGHTS))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise WeightsError(f"{adapter} holds no LoRA adapters: {type(error).__name__}: {error}") from error
+    adapted = add_lora(visual, settings)
+    report: Any = set_peft_model_state_dict(adapted, state)
+    missing = [name for name in report.missing_keys if "lora_" in name]
+    if missing or report.unexpected_keys:
+        raise WeightsError(f"{adapter} does not fit the image tower: {(missing + report.unexpected_keys)[0]}")
+    return adapted.requires_grad_(False)
+
+
+def save_lora(adapted: "PeftModel", folder: Path) -> None:
+    """Write the adapters in peft's format; equal adapters give equal files, whichever release of peft wrote them."""
+    adapted.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+    described = json.loads((folder / ADAPTER_CONFIG).read_text())
+    kept = {name: value for name, value in described.items() if name not in ("auto_mapping", "peft_version")}
+    kept["target_modules"] = sorted(kept["target_modules"])  # peft writes a set
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def merge_lora(visual: "PeftModel") -> nn.Module:
@@ -356,11 +394,8 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if weights is not None and weights.is_dir():
-                name = f"local-dir:{weights}"
-                model = open_clip.create_model(name, require_pretrained=True)
-                described = json.loads((weights / CONFIG_FILE).read_text())
-                model.nsnet_architecture = described["model_cfg"]
-                return Clip(model, open_clip.get_tokenizer(name), config)
+                with model_files.opened(weights, "clip") as folder:
+                    return _load_folder(folder, config)
             if config.architecture is not None:
                 model = open_clip.CLIP(**config.architecture)
                 open_clip.set_model_preprocess_cfg(
@@ -389,3 +424,15 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     except Exception as error:  # a damaged file makes torch, safetensors and open_clip raise almost anything
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise WeightsError(f"CLIP {config.model} could not be built from {weights or 'a seed'}: {message}") from error
+
+
+def _load_folder(folder: Path, config: ClipConfig) -> Clip:
+    """Build the towers from a checked folder in open_clip's format."""
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True)
+    model.nsnet_architecture = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
+    own_tokenizer = model.nsnet_architecture["text_cfg"].get("hf_tokenizer_name")
+    closed = {"trust_remote_code": False, "local_files_only": True} if own_tokenizer else {}
+    return Clip(model, open_clip.get_tokenizer(name, **closed), config)

@@ -31,6 +31,7 @@ from nsnet.clip import (
     load_clip,
     load_lora,
     merge_lora,
+    save_lora,
 )
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import (
@@ -40,6 +41,7 @@ from nsnet.errors import (
     FetchError,
     ImageCorruptError,
     ImageError,
+    NsnetError,
     WeightsError,
 )
 from nsnet.head import HeadConfig
@@ -181,7 +183,7 @@ class Detector:
                     clip.visual = merge_lora(load_lora(clip.visual, folder / bundle.LORA))
                 network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
             missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, NsnetError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"the bundle {folder} does not fit its configuration: {reason}") from error
         strange = [name for name in missing.missing_keys if not name.startswith("visual.")] + missing.unexpected_keys
@@ -225,8 +227,7 @@ class Detector:
             )
             adapted = self.network.visual
             if has_lora(adapted):
-                adapted.save_pretrained(str(partial / bundle.LORA))
-                (partial / bundle.LORA / "README.md").unlink(missing_ok=True)  # peft's empty template
+                save_lora(adapted, partial / bundle.LORA)
             with self._base_towers() as clip:
                 digest = clip.digest()
                 if self.config.train_backbone or self.config.clip.pretrained is None:

@@ -12,17 +12,32 @@ TIMEOUT_SECONDS: Final = 5.0
 
 
 def fetch(
-    download: Callable[[bool], Path], repository: str, revision: str | None, *, probe: str, wanted: str, option: str
+    download: Callable[[bool], Path],
+    repository: str,
+    revision: str | None,
+    *,
+    probe: str,
+    wanted: str,
+    option: str,
+    known: bool = True,
 ) -> Path:
     """What `download(local_files_only)` gives: first asked of the cache, where an `OSError` means that it is not there.
 
     probe: a file of the repository, asked about before anything is downloaded. wanted: the file to be fetched, "" for
-    the whole repository. option: what takes a local path instead. Raises `WeightsError`.
+    the whole repository. option: what takes a local path instead. known: whether it may be asked of the hub at all.
+    Raises `WeightsError`.
     """
     try:
         return download(True)
     except OSError:
         pass
+    pin = ["--revision", revision] if revision else []
+    command = shlex.join(["hf", "download", repository, *filter(None, [wanted]), *pin])
+    if not known:
+        raise WeightsError(
+            f"{repository}{f' at {revision}' if revision else ''} is not in the local cache, and this release fetches "
+            f"only models that it knows; if you trust it, run: {command} and copy its cache here, or pass {option}"
+        )
     import huggingface_hub  # slow to import, and needed only for weights by name
 
     try:
@@ -31,8 +46,6 @@ def fetch(
         huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
         return download(False)
     except Exception as error:  # those of whichever HTTP library the hub's client is built on
-        pin = ["--revision", revision] if revision else []
-        command = shlex.join(["hf", "download", repository, *filter(None, [wanted]), *pin])
         raise WeightsError(
             f"{f'{wanted} of ' if wanted else ''}{repository} is not in the local cache and cannot be had from the hub "
             f"({type(error).__name__}); on a machine with access run: {command} and copy its cache here, or pass "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,7 +96,6 @@ def test_description_is_read_as_it_was_written(saved: Path, detector: Detector) 
     assert {name.partition("/")[0] for name in description.files} == {
         bundle.NETWORK, bundle.LORA, bundle.CLIP, bundle.CAPTIONER
     }  # fmt: skip
-    assert all(Path(name).suffix in bundle.SUFFIXES for name in on_disk)
 
 
 def test_bundle_is_readable_by_others(saved: Path) -> None:
@@ -191,6 +191,8 @@ def flip(path: Path, position: int | None = None, mask: int = 1) -> None:
 
 def test_whole_bundle_is_accepted(copied: Path) -> None:
     assert bundle.read(copied).detector_id
+    sealed_by_a_stranger(copied)
+    assert bundle.read(copied).detector_id, "what is refused below must be refused for its own reason"
 
 
 def test_missing_folder_or_description_is_no_bundle(tmp_path: Path) -> None:
@@ -384,6 +386,102 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(kind: str, copied
     models.one_line(caught.value)
 
 
+# --- strangers' bundles ----------------------------------------------------------------------------------------------
+
+
+def sealed_by_a_stranger(folder: Path) -> None:
+    """Record every file as it lies there: a seal is a hash, which anyone can compute."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = {name: file_digest(folder / name) for name in names if name not in (bundle.DESCRIPTION, bundle.CARD)}
+    edit(folder, lambda values: values.update(files=files))
+    edit(folder, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("clip/open_clip_config.json", "custom_pipelines", {}),
+        ("captioner/config.json", "auto_map", {"AutoModel": "modeling.Foreign"}),
+        ("captioner/tokenizer_config.json", "trust_remote_code", True),
+        ("captioner/generation_config.json", "custom_generate", "a/b"),
+        ("lora/adapter_config.json", "base_model_name_or_path", "a/b"),
+    ],
+)
+def test_setting_that_runs_code_is_refused_though_it_is_sealed(name: str, key: str, value: Any, copied: Path) -> None:
+    path = copied / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    sealed_by_a_stranger(copied)
+    message = refused(copied)
+    assert name in message and key in message and "may neither run code nor fetch" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["clip/tokenizer.py", "captioner/pytorch_model.bin", "lora/adapter_model.bin", "x/a.json"]
+)
+def test_file_that_has_no_place_in_a_bundle_is_refused_though_it_is_sealed(name: str, copied: Path) -> None:
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_text("{}")
+    sealed_by_a_stranger(copied)
+    assert f"{name!r}, which does not belong in a bundle" in refused(copied)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"clip": {"model": "hf-hub:stranger/repository", "architecture": None}}, "that open_clip knows"),
+        ({"clip": {"model": "local-dir:/data", "architecture": None}}, "that open_clip knows"),
+        ({"clip": {"architecture": {"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}}}, "timm_model_name"),
+        ({"captioner": {"model": "../../data"}}, "name on the hub"),
+        ({"captioner": {"revision": "../../data"}}, "name on the hub"),
+    ],
+)
+def test_configuration_that_names_a_place_is_refused(setting: dict[str, Any], message: str, copied: Path) -> None:
+    config = json.loads((copied / bundle.DESCRIPTION).read_text())["config"]
+    for part, values in setting.items():
+        config[part].update(values)
+    sealed_again(copied, config=config)
+    with pytest.raises(BundleError, match=message) as caught:
+        Detector.load(copied)
+    models.one_line(caught.value)
+
+
+def test_member_that_is_a_link_out_of_the_bundle_is_refused(copied: Path, tmp_path: Path) -> None:
+    (copied / "lora/adapter_config.json").rename(tmp_path / "outside.json")
+    (copied / "lora/adapter_config.json").symlink_to(tmp_path / "outside.json")
+    assert "adapter_config.json is a link out of its folder" in refused(copied)
+
+
+@pytest.mark.parametrize("name", [bundle.DESCRIPTION, "lora/adapter_config.json", bundle.NETWORK])
+def test_fifo_in_the_place_of_a_file_is_refused_at_once(name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    assert f"{name} cannot be read: not a regular file" in refused(copied)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b" " * (bundle.MAX_DESCRIPTION_BYTES + 1)], ids=["deep", "large"])
+def test_description_that_would_hurt_is_refused(content: bytes, copied: Path) -> None:
+    (copied / bundle.DESCRIPTION).write_bytes(content)
+    refused(copied)
+
+
+@pytest.mark.parametrize("key", ["detector_id", "config", "calibration", "training", "clip_digest", "files"])
+@pytest.mark.parametrize("value", [None, 7, [1], {"a": 1}, "text"], ids=str)
+def test_description_with_a_value_of_another_kind_is_refused(key: str, value: Any, copied: Path) -> None:
+    edit(copied, lambda values: values.update({key: value}))
+    edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
+    if (key, type(value)) in [("training", dict), ("detector_id", str), ("clip_digest", str)]:
+        return  # of the right kind
+    with pytest.raises((BundleError, WeightsError)) as caught:
+        Detector.load(copied)
+    models.one_line(caught.value)
+
+
+def test_bundle_that_lists_very_many_files_is_refused(copied: Path) -> None:
+    edit(copied, lambda values: values.update(files=dict.fromkeys(map(str, range(bundle.MAX_FILES + 1)), "")))
+    edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
+    assert f"a bundle holds at most {bundle.MAX_FILES}" in refused(copied)
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +525,7 @@ def test_captioner_with_pickled_weights_is_put_inside_as_safetensors(
     pictures = [models.picture(seed) for seed in range(4)]
     assert inside.predict(pictures) == given.predict(pictures)
     inside_folder = tmp_path / "bundle" / bundle.CAPTIONER
-    assert not {path.suffix for path in inside_folder.iterdir()} - bundle.SUFFIXES
+    assert {path.suffix for path in inside_folder.iterdir()} <= {".json", ".safetensors", ".txt"}
 
 
 def test_save_that_fails_leaves_nothing(detector: Detector, tmp_path: Path) -> None:

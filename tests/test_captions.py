@@ -335,6 +335,24 @@ def test_revision_that_was_asked_for_is_in_the_message(tmp_path: Path) -> None:
         captions.find_captioner(replace(BLIP, revision="abc123"))
 
 
+@pytest.mark.parametrize(("model", "revision"), [("stranger/blip", None), (BLIP.model, "a" * 40), ("a/b", "a" * 40)])
+def test_captioner_that_is_not_pinned_is_taken_from_the_cache_alone(
+    model: str, revision: str | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle of a stranger may name it: whoever trusts it fetches it by hand."""
+    config = replace(BLIP, model=model, revision=revision)
+    with models.hub_at(models.closed_address(), tmp_path):
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: pytest.fail("the hub was asked"))
+        with pytest.raises(WeightsError, match="if you trust it, run: hf download") as caught:
+            captions.find_captioner(config)
+        assert "--captioner" in models.one_line(caught.value)
+        cached = tmp_path / f"models--{model.replace('/', '--')}"
+        shutil.copytree(folder, cached / "snapshots" / ("a" * 40))
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("a" * 40)
+        assert captions.find_captioner(config) == cached / "snapshots" / ("a" * 40)
+
+
 def test_cached_captioner_needs_no_network(
     folder: Path, captioner: Captioner, thumbnails: NDArray[np.uint8], tmp_path: Path
 ) -> None:

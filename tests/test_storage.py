@@ -651,7 +651,7 @@ def test_store_that_never_answers_is_given_up(clients: None, monkeypatch: pytest
 # Bundles.
 
 DESCRIPTION = "detector.json"
-FILES = {"network.safetensors": b"weights", "lora/adapter.safetensors": b"more", "captioner/vocab.txt": b"a\nb\n"}
+FILES = {"network.safetensors": b"weights", "lora/adapter_model.safetensors": b"more", "captioner/vocab.txt": b"a\nb\n"}
 
 
 def describe(files: dict[str, bytes]) -> bytes:
@@ -676,7 +676,7 @@ def test_upload_writes_the_marking_file_last(tmp_path: Path, place: str) -> None
     assert {entry.uri.removeprefix(f"{place}/done/") for entry in storage.list_files(f"{place}/done")} == set(
         content_of(folder)
     )
-    assert storage.read_bytes(f"{place}/done/lora/adapter.safetensors") == b"more"
+    assert storage.read_bytes(f"{place}/done/lora/adapter_model.safetensors") == b"more"
 
 
 def test_upload_that_fails_leaves_no_marking_file(tmp_path: Path) -> None:
@@ -711,7 +711,7 @@ def test_remote_bundle_is_fetched_once(bucket: str, cache: Path) -> None:
 
 @pytest.mark.s3
 def test_remote_bundle_fetched_by_many_at_once_is_whole_for_each(bucket: str, cache: Path) -> None:
-    files = {f"{i}.safetensors": os.urandom(200_000) for i in range(5)}
+    files = {f"captioner/model-0000{i}-of-00004.safetensors": os.urandom(200_000) for i in range(5)}
     bundle = put(f"{bucket}/detector", {**files, DESCRIPTION: describe(files)})
 
     def fetch(_: int) -> dict[str, bytes]:
@@ -724,7 +724,22 @@ def test_remote_bundle_fetched_by_many_at_once_is_whole_for_each(bucket: str, ca
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("name", ["../../../escaped", "/tmp/nsnet-escaped", "a/../../escaped", "..", "", ".", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../escaped",
+        "/tmp/nsnet-escaped",
+        "a/../../escaped",
+        "..",
+        "",
+        ".",
+        "a\0b",
+        "clip/../../escaped",
+        "clip/tokenizer.py",
+        "captioner/pytorch_model.bin",
+        "clip/deep/model.safetensors",
+    ],
+)
 def test_names_that_leave_the_bundle_are_refused(name: str, bucket: str, cache: Path, tmp_path: Path) -> None:
     bundle = put(f"{bucket}/a/b/c/detector", {DESCRIPTION: json.dumps({"files": {name: "0" * 64}}).encode()})
     with pytest.raises(BundleError, match="does not belong in a bundle"):
@@ -745,8 +760,8 @@ def test_damaged_remote_bundle_is_refused_and_not_kept(bucket: str, cache: Path)
     put(bundle, {DESCRIPTION: describe(FILES)})
     with pytest.raises(BundleError, match="is damaged: .* is missing"):
         storage.fetch_bundle(bundle, DESCRIPTION)
-    put(bundle, {**FILES, "lora/adapter.safetensors": b"half of an upload"})
-    with pytest.raises(BundleError, match=r"the SHA-256 of lora/adapter\.safetensors"):
+    put(bundle, {**FILES, "lora/adapter_model.safetensors": b"half of an upload"})
+    with pytest.raises(BundleError, match=r"the SHA-256 of lora/adapter_model\.safetensors"):
         storage.fetch_bundle(bundle, DESCRIPTION)
     assert list(cache.iterdir()) == []
     put(bundle, FILES)
