@@ -18,7 +18,7 @@ from jobs.results import PREDICTIONS
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import from_dict, to_dict
-from nsnet.errors import SourceError, UsageError
+from nsnet.errors import BundleError, SourceError, UsageError
 
 
 @click.command()
@@ -54,6 +54,8 @@ def calibrate(
         raise UsageError(f"{out} already holds a detector; choose another --out")
     folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
     before = bundle.read(folder)
+    if before.note:
+        say(before.note)
     labels, logits = _validation(predictions, before)
     old = from_dict(Calibration, before.calibration)
     fitted = replace(calibration.fit(labels, logits, point), version=old.version + 1)
@@ -68,6 +70,8 @@ def calibrate(
             copy, config=before.config, calibration=to_dict(fitted), training=json.loads(json.dumps(told)),
             clip_digest=before.clip_digest,
         )  # fmt: skip
+        if after.files != before.files:
+            raise BundleError(f"the bundle {folder} was changed while it was read; try again")
         storage.upload_folder(copy, out, last=bundle.DESCRIPTION)
     say(f"detector {after.detector_id}: threshold {fitted.threshold:.4g} for {point}, version {fitted.version}: {out}")
     return after

@@ -48,6 +48,8 @@ def command(images: tuple[str, ...], **options: Any) -> int:
         clip_weights=models.clip_path(),
         captioner=Path(models.captioner) if models.captioner else None,
     )
+    if detector.description and detector.description.note:
+        console.say(detector.description.note)
     decoder = GuardedDecoder(detector.preparation(limits))
     failures = 0
     try:

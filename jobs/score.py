@@ -86,6 +86,8 @@ def score(
     storage.reachable(detector)
     storage.check_output(out)
     description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
+    if description.note:
+        console.say(description.note)
     Source(source).check()
     request = Request(
         source=source, out=out, product=ledger.VERDICTS, maker=description.detector_id, selection=selection,

@@ -8,7 +8,12 @@
     captioner/               BLIP in transformers' format, only where it has no public source
 
 `detector.json` is written last: a folder without it is no bundle. A file that it does not list is refused, since a
-loader might prefer it to a listed one; the card is for people to edit, and hidden files are nobody's business.
+loader might prefer it to a listed one; the card is for people to edit, and hidden files are nobody's business. What the
+JSON files may say is in `model_settings`.
+
+The `detector_id` covers configuration, calibration, CLIP and every file, and is computed anew when a bundle is read. In
+version 1 it covered weights and word lists alone: such a bundle is read by that rule, keeps its id, and `note` says so.
+The seal is a hash, no signature: it finds damage, and a stranger can compute it.
 """
 
 import hashlib
@@ -25,7 +30,7 @@ from nsnet.errors import BundleError, WeightsError
 from nsnet.files import read_regular
 from nsnet.model_files import Content
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 DESCRIPTION: Final = "detector.json"
 CARD: Final = "MODEL_CARD.md"
 NETWORK: Final = "network.safetensors"
@@ -43,7 +48,7 @@ class Description:
     """The content of `detector.json`."""
 
     detector_id: str
-    """First 16 hexadecimal digits of the SHA-256 over configuration, calibration and all weights."""
+    """First 16 hexadecimal digits of the SHA-256 over configuration, calibration, CLIP's digest and all files."""
     config: dict[str, Any]
     calibration: dict[str, Any]
     training: dict[str, Any]
@@ -52,6 +57,17 @@ class Description:
     """`Clip.digest` of the base weights, so that others are not taken for them."""
     files: dict[str, str]
     """Path in the bundle -> SHA-256."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def note(self) -> str:
+        """What a person should know of a bundle of an older version, as one line; "" for the present one."""
+        if self.format_version == FORMAT_VERSION:
+            return ""
+        return (
+            f"detector {self.detector_id} is a bundle of format version {self.format_version}, whose id does not cover "
+            f"the settings beside its weights; `nsnet calibrate` writes it again in version {FORMAT_VERSION}"
+        )
 
 
 def seal(
@@ -68,9 +84,8 @@ def seal(
             f"{', '.join(strange[:9])}"
         )
     files = {name: _checked_digest(folder, name) for name in members}
-    identity = json.dumps([config, calibration, clip_digest, _weights(files)], sort_keys=True).encode()
     description = Description(
-        detector_id=hashlib.sha256(identity).hexdigest()[:16],
+        detector_id=_identity(FORMAT_VERSION, config, calibration, clip_digest, files),
         config=config,
         calibration=calibration,
         training=training,
@@ -80,7 +95,7 @@ def seal(
     card = model_card(description.detector_id, config, calibration, description.training)
     (folder / CARD).write_text(card, encoding="utf-8")
     partial = folder / f".{DESCRIPTION}.partial"
-    values = json.loads(json.dumps({"format_version": FORMAT_VERSION, **vars(description)}))  # as `read` will see it
+    values = json.loads(json.dumps(vars(description)))  # as `read` will see it
     partial.write_text(json.dumps({**values, "sha256": _seal_of(values)}, indent=2) + "\n")
     os.replace(partial, folder / DESCRIPTION)
     return description
@@ -106,22 +121,22 @@ def _described(path: Path) -> dict[str, Any]:
     """The content of `detector.json`, as it was sealed."""
     values = json.loads(read_regular(path, MAX_DESCRIPTION_BYTES))
     version = values["format_version"]
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise BundleError(
-            f"{path.parent} is a bundle of format version {repr(version)[:40]}; this release reads version "
+            f"{path.parent} is a bundle of format version {repr(version)[:40]}; this release reads versions 1 and "
             f"{FORMAT_VERSION}: train again, or use the release that wrote it"
         )
     if values.pop("sha256", None) != _seal_of(values):
         raise BundleError(f"{path} is damaged: it was changed after it was written")
-    del values["format_version"]
     return cast(dict[str, Any], values)
 
 
 def _verified(folder: Path, values: dict[str, Any]) -> Description:
     """The description, whose files are those that lie there."""
     description, path = Description(**values), folder / DESCRIPTION
-    for name, kind in {"detector_id": str, "clip_digest": str, "config": dict, "training": dict, "files": dict}.items():
-        if not isinstance(values[name], kind):
+    kinds = {"detector_id": str, "clip_digest": str, "config": dict, "training": dict, "files": dict}
+    for name, kind in {**kinds, "format_version": int}.items():
+        if type(values[name]) is not kind:
             raise TypeError(f"{name} must be {kind.__name__}")
     if len(description.files) > MAX_FILES:
         raise BundleError(f"{path} names {len(description.files)} files; a bundle holds at most {MAX_FILES}")
@@ -132,6 +147,14 @@ def _verified(folder: Path, values: dict[str, Any]) -> Description:
             raise BundleError(f"the bundle {folder} is damaged: {name} is missing")
         if _checked_digest(folder, name, expected) != expected:
             raise BundleError(f"the bundle {folder} is damaged: the SHA-256 of {name} is not the one that was recorded")
+    if description.detector_id != _identity(
+        description.format_version,
+        description.config,
+        description.calibration,
+        description.clip_digest,
+        description.files,
+    ):
+        raise BundleError(f"{path} is damaged: its detector_id is not that of its content")
     if strange := [name for name in _members(folder) if name not in description.files]:
         raise BundleError(f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(strange[:9])}")
     return description
@@ -168,9 +191,14 @@ def captioner_of(folder: Path) -> Path | None:
     return own if own.is_dir() else None
 
 
-def _weights(files: dict[str, str]) -> list[list[str]]:
-    """The files that decide a verdict; peft's and transformers' JSON may carry dates and versions."""
-    return [[name, digest] for name, digest in sorted(files.items()) if name.endswith((".safetensors", ".txt"))]
+def _identity(
+    version: int, config: dict[str, Any], calibration: dict[str, Any], clip_digest: str, files: dict[str, str]
+) -> str:
+    """The `detector_id` by the rule of a format version."""
+    decisive = (".safetensors", ".txt") if version == 1 else ("",)
+    covered = [[name, digest] for name, digest in sorted(files.items()) if name.endswith(decisive)]
+    content = json.dumps([config, calibration, clip_digest, covered], sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _members(folder: Path) -> list[str]:

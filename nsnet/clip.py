@@ -237,6 +237,12 @@ def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
     return adapted.requires_grad_(False)
 
 
+def lora_settings(adapted: "PeftModel") -> tuple[int, float]:
+    """Rank and alpha of the adapters that an image tower carries."""
+    found = cast(Any, adapted.peft_config["default"])
+    return int(found.r), float(found.lora_alpha)
+
+
 def save_lora(adapted: "PeftModel", folder: Path) -> None:
     """Write the adapters in peft's format; equal adapters give equal files, whichever release of peft wrote them."""
     adapted.save_pretrained(str(folder))

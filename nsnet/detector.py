@@ -30,6 +30,7 @@ from nsnet.clip import (
     has_lora,
     load_clip,
     load_lora,
+    lora_settings,
     merge_lora,
     save_lora,
 )
@@ -180,7 +181,10 @@ class Detector:
         try:
             with torch.random.fork_rng(devices=[]):  # modules start at random; the caller's random numbers are not ours
                 if (folder / bundle.LORA).is_dir():
-                    clip.visual = merge_lora(load_lora(clip.visual, folder / bundle.LORA))
+                    adapted = load_lora(clip.visual, folder / bundle.LORA)
+                    if lora_settings(adapted) != (config.lora.rank, config.lora.alpha):
+                        raise BundleError("the settings of its adapters are not those of detector.json")
+                    clip.visual = merge_lora(adapted)
                 network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
             missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, NsnetError) as error:

@@ -1,9 +1,12 @@
 """A detector on disk: what is written is what is read, and whatever was tampered with is refused."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -274,7 +277,7 @@ def test_adapter_settings_edited_together_with_their_hash_are_refused(copied: Pa
     assert "damaged" in refused(copied)
 
 
-@pytest.mark.parametrize("version", [True, 1.0])
+@pytest.mark.parametrize("version", [True, 1.0, 2.0])
 def test_version_that_only_counts_as_equal_is_damage(version: Any, copied: Path) -> None:
     edit(copied, lambda values: values.update(format_version=version))
     assert "damaged" in refused(copied)
@@ -288,11 +291,11 @@ def test_training_record_may_hold_whatever_json_can_say(detector: Detector, tmp_
     assert math.isnan(read["nan"])
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
 def test_bundle_of_another_version_is_refused_with_what_to_do(version: Any, copied: Path) -> None:
     edit(copied, lambda values: values.update(format_version=version))
     message = refused(copied)
-    assert f"format version {version!r}" in message and "reads version 1" in message and "train again" in message
+    assert f"format version {version!r}" in message and "reads versions 1 and 2" in message and "train again" in message
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "lora/../../outside.json", "{tmp}/outside.json", "link.json"])
@@ -394,7 +397,93 @@ def sealed_by_a_stranger(folder: Path) -> None:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     files = {name: file_digest(folder / name) for name in names if name not in (bundle.DESCRIPTION, bundle.CARD)}
     edit(folder, lambda values: values.update(files=files))
+    edit(folder, lambda values: values.update(detector_id=id_by_the_rule(values)))
     edit(folder, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
+
+
+def id_by_the_rule(values: dict[str, Any]) -> str:
+    """The rules of the two versions, written down a second time."""
+    files = sorted([name, digest] for name, digest in values["files"].items())
+    if values["format_version"] == 1:
+        files = [pair for pair in files if pair[0].endswith((".safetensors", ".txt"))]
+    content = json.dumps([values["config"], values["calibration"], values["clip_digest"], files], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def as_version_1(folder: Path) -> str:
+    """Make a bundle one of version 1, with the adapters' settings as peft wrote them then; its id."""
+    path = folder / bundle.LORA / "adapter_config.json"
+    mapping = {"base_model_class": "VisionTransformer", "parent_library": "open_clip.transformer"}
+    settings = {**json.loads(path.read_text()), "peft_version": "0.21.2", "auto_mapping": mapping}
+    path.write_text(json.dumps(settings))
+    edit(folder, lambda values: values.update(format_version=1))
+    sealed_by_a_stranger(folder)
+    return str(json.loads((folder / bundle.DESCRIPTION).read_text())["detector_id"])
+
+
+def test_bundle_of_version_1_is_read_by_its_own_rule_and_says_so(copied: Path, saved: Path) -> None:
+    detector_id = as_version_1(copied)
+    (copied / bundle.CAPTIONER / "vocab.txt").write_text("a\n")
+    sealed_by_a_stranger(copied)
+    assert bundle.read(copied).detector_id != detector_id, "word lists are covered"
+    (copied / bundle.CAPTIONER / "vocab.txt").unlink()
+    sealed_by_a_stranger(copied)
+    described, present = bundle.read(copied), bundle.read(saved)
+    assert described.detector_id == detector_id != present.detector_id
+    assert detector_id in described.note and "format version 1" in described.note and present.note == ""
+    pictures = [models.picture(seed) for seed in range(2)]
+    assert Detector.load(copied).predict(pictures) == Detector.load(saved).predict(pictures)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_id_that_is_not_that_of_the_content_is_refused(version: int, copied: Path) -> None:
+    if version == 1:
+        as_version_1(copied)
+    edit(copied, lambda values: values.update(detector_id="0" * 16))
+    edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))
+    assert "its detector_id is not that of its content" in refused(copied)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_adapters_of_another_strength_than_the_configuration_are_refused(version: int, copied: Path) -> None:
+    """In version 1 the id does not cover them, and they decide verdicts."""
+    if version == 1:
+        as_version_1(copied)
+    path = copied / bundle.LORA / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 600.0}))
+    sealed_by_a_stranger(copied)
+    with pytest.raises(BundleError, match="settings of its adapters are not those of"):
+        Detector.load(copied)
+
+
+def test_identity_changes_with_every_file(copied: Path) -> None:
+    before = bundle.read(copied)
+    for name in before.files:
+        if name.endswith(".json"):
+            content = (copied / name).read_text()
+            (copied / name).write_text(content + " ")
+            assert sealed_again(copied).detector_id != before.detector_id, name
+            (copied / name).write_text(content)
+    assert sealed_again(copied).detector_id == before.detector_id
+
+
+def test_detector_saved_again_by_another_process_has_the_same_id(saved: Path, tmp_path: Path) -> None:
+    """peft writes a set, in an order that differs between processes, and releases put their versions into JSON."""
+    code = (
+        "import sys; from pathlib import Path; from tests import models; from nsnet import captions\n"
+        "folder = Path(sys.argv[1]); (folder / 'captioner').mkdir()\n"
+        "captions.save_tiny_captioner(folder / 'captioner', seed=0)\n"
+        "print(models.as_if_trained().save(folder / 'out', captioner=folder / 'captioner').detector_id)"
+    )
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed)], cwd=Path(__file__).parents[1], capture_output=True,
+            text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.stdout.split()[-1] == bundle.read(saved).detector_id
+    content = b"".join((saved / name).read_bytes() for name in bundle.read(saved).files if name.endswith(".json"))
+    assert b"peft_version" not in content and b"transformers_version" not in content
 
 
 @pytest.mark.parametrize(

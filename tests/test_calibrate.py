@@ -1,5 +1,6 @@
 """`nsnet calibrate`: the same weights for another operating point, from validation predictions of this detector."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -159,3 +160,23 @@ def test_command_prints_what_it_chose(trained: Path, tmp_path: Path) -> None:
     after = bundle.read(tmp_path / "out")
     assert code == 0 and f"detector {after.detector_id}: threshold " in told and "fpr=0.01,uncertain=0.05" in told
     assert json.loads(json.dumps(after.calibration)) == after.calibration
+
+
+def test_bundle_of_version_1_is_carried_over_to_the_present_version(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    path = tmp_path / "old" / bundle.DESCRIPTION
+    values = {**json.loads(path.read_text()), "format_version": 1}
+    del values["sha256"]
+    files = sorted([name, sha] for name, sha in values["files"].items() if name.endswith((".safetensors", ".txt")))
+    content = json.dumps([values["config"], values["calibration"], values["clip_digest"], files], sort_keys=True)
+    values["detector_id"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path.write_text(json.dumps({**values, "sha256": bundle._seal_of(values)}))
+    before = bundle.read(tmp_path / "old")
+    uri = stored(predictions(before.detector_id), tmp_path / "p.parquet")
+    calibrate(str(tmp_path / "old"), predictions=uri, operating_point="fpr=5%", out=str(tmp_path / "out"))
+    after = bundle.read(tmp_path / "out")
+    assert (before.format_version, after.format_version) == (1, bundle.FORMAT_VERSION) == (1, 2)
+    assert after.files == before.files and after.training["calibrated_from"] == before.detector_id
+    assert before.note in " ".join(capsys.readouterr().err.split()) and not after.note

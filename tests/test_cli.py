@@ -175,7 +175,7 @@ def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, 
     weights = Path(bundle, bundles.NETWORK).read_bytes()
     for name, content, reason in (
         (bundles.DESCRIPTION, b"{", "is damaged"),
-        (bundles.DESCRIPTION, original.replace(b'"format_version": 1', b'"format_version": 99'), "format version 99"),
+        (bundles.DESCRIPTION, original.replace(b'"format_version": 2', b'"format_version": 99'), "format version 99"),
         (bundles.NETWORK, weights[:-1], "the SHA-256 of network.safetensors"),
         (bundles.NETWORK, None, "network.safetensors is missing"),
     ):
