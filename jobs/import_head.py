@@ -9,6 +9,7 @@ import click
 
 from jobs import console, storage
 from jobs.console import say
+from nsnet import weight_formats
 from nsnet.digest import file_digest
 from nsnet.errors import UsageError, WeightsError
 
@@ -61,9 +62,10 @@ def _read(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
+    if not path.exists():
         raise WeightsError(f"there is no file {path}")
     try:
+        weight_formats.check(path)
         loaded = (
             load_file(path)
             if path.suffix == ".safetensors"

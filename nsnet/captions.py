@@ -27,7 +27,7 @@ PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796
 
 NEEDED_FILES: Final = (
     ("config.json",),
-    ("preprocessor_config.json",),
+    ("preprocessor_config.json", "processor_config.json"),
     ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ("tokenizer.json", "vocab.txt"),
 )
@@ -176,7 +176,8 @@ def thumbnail_px(folder: Path | None) -> int:
         described = model_files.read_json(folder, "captioner", "config.json")
         if described["model_type"] != "blip":
             raise ValueError("another model")
-        return int(described["vision_config"]["image_size"])
+        side = described["vision_config"].get("image_size")
+        return int(_processing(folder)[1]["size"]["height"] if side is None else side)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder}/config.json does not describe a BLIP model ({type(error).__name__})") from error
 
@@ -207,8 +208,12 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _processing(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How the captioner's pictures are prepared, and the file that says it."""
+    """How the captioner's pictures are prepared, and the file that says it: transformers 5 keeps it in another."""
     try:
+        if (folder / "processor_config.json").exists():
+            processor = model_files.read_json(folder, "captioner", "processor_config.json")
+            if processor.get("image_processor"):
+                return folder / "processor_config.json", processor["image_processor"]
         path = folder / "preprocessor_config.json"
         return path, model_files.read_json(folder, "captioner", path.name)
     except OSError as error:

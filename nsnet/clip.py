@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet import hub, model_files, model_settings
+from nsnet import hub, model_files, model_settings, weight_formats
 from nsnet.digest import file_digest, weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 
@@ -350,7 +350,11 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
         if not weights.exists():
             raise WeightsError(f"--clip-weights {weights} does not exist")
         if weights.is_dir() and not (weights / CONFIG_FILE).is_file():
-            raise WeightsError(f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format)")
+            theirs = "transformers' format: " if (weights / "config.json").is_file() else ""
+            raise WeightsError(
+                f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format); {theirs}give a "
+                f"folder or file in open_clip's, such as the {WEIGHTS_FILE} of the same model on the hub"
+            )
         return weights
     if config.pretrained is None:
         return None
@@ -397,6 +401,8 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     import open_clip
 
     try:
+        if weights is not None and not weights.is_dir():
+            weight_formats.check(weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if weights is not None and weights.is_dir():
@@ -429,6 +435,11 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
         ) from error
     except Exception as error:  # a damaged file makes torch, safetensors and open_clip raise almost anything
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if "vision_model." in str(error):
+            message = (
+                "it holds weights of transformers' CLIPModel or SiglipModel; give those in open_clip's format, such as "
+                f"the {WEIGHTS_FILE} of the same model on the hub"
+            )
         raise WeightsError(f"CLIP {config.model} could not be built from {weights or 'a seed'}: {message}") from error
 
 

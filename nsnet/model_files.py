@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from nsnet import model_settings as settings
+from nsnet import weight_formats
 from nsnet.errors import WeightsError
-from nsnet.files import open_regular, read_regular
+from nsnet.files import read_regular
 from nsnet.model_settings import Rule
 
 MAX_JSON_BYTES: Final = 2**20
@@ -144,7 +145,7 @@ def opened(folder: Path, kind: str) -> Iterator[Path]:
                     continue
                 path = inside(folder, name)
                 if content.tensors:
-                    open_regular(path).close()
+                    weight_formats.check(path)
                     (Path(scratch) / name).symlink_to(path)
                 else:
                     data = read_regular(path, content.max_bytes)

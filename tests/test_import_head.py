@@ -1,5 +1,6 @@
 """A published linear head on CLIP features becomes a detector whose logit is w·u + b."""
 
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,9 @@ class Bomb:
         return pytest.fail, ("unpickled",)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "nested", "text", "empty", "safetensors", "missing", "number"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", "torch", "nested", "text", "empty", "safetensors", "missing", "number", "fifo"]
+)
 def test_file_that_is_no_head_is_refused_and_never_unpickled(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ("head.safetensors" if kind == "safetensors" else "head.pth")
     if kind == "pickle":
@@ -115,6 +118,8 @@ def test_file_that_is_no_head_is_refused_and_never_unpickled(kind: str, tmp_path
         torch.save({"weight": {"weight": torch.zeros(1, DIM)}}, path)
     elif kind == "number":
         torch.save(torch.zeros(3), path)
+    elif kind == "fifo":
+        os.mkfifo(path)
     elif kind != "missing":
         path.write_bytes(b"" if kind == "empty" else b"no tensors in here")
     assert str(path) in refused(path, tmp_path)
@@ -133,3 +138,18 @@ def test_place_with_a_detector_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already holds a detector"):
         import_head(path, out=str(tmp_path / "out"), recipe="small")
     assert bundle.read(tmp_path / "out").detector_id == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to weights: run `git lfs pull`"),
+        (b"<!DOCTYPE html><html>", "an HTML page: download the file itself"),
+        (b"", "empty: download it again"),
+    ],
+    ids=["lfs", "html", "empty"],
+)
+def test_head_in_another_format_is_named_as_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "fc_weights.pth"
+    path.write_bytes(content)
+    assert message in refused(path, tmp_path)

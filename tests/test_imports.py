@@ -15,9 +15,10 @@ NOT_IN_THE_LIBRARY = {"ray", "fsspec", "s3fs", "pyarrow", "click", "jobs", "test
 LEAVES: dict[str, set[str]] = {
     "errors": set(), "images": {"errors"}, "patches": {"errors"}, "files": set(), "digest": {"files"},
     "hub": {"errors"},
-    "model_settings": set(), "model_files": {"errors", "files", "model_settings"},
+    "model_settings": set(), "weight_formats": {"errors", "files"},
+    "model_files": {"errors", "files", "model_settings", "weight_formats"},
     "captions": {"errors", "digest", "hub", "model_files"},
-    "clip": {"errors", "digest", "hub", "model_files", "model_settings"},
+    "clip": {"errors", "digest", "hub", "model_files", "model_settings", "weight_formats"},
     "mapper": {"errors"}, "nullspace": {"errors"}, "head": {"errors"}, "losses": {"errors"}, "metrics": {"errors"},
     "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),

@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 from transformers import (
+    AutoTokenizer,
     BlipConfig,
     BlipImageProcessor,
+    BlipProcessor,
     GenerationConfig,
 )
 
-from nsnet import captions, clip, model_files, model_settings
+from nsnet import captions, clip, model_files, model_settings, weight_formats
 from nsnet.captions import Captioner, CaptionerConfig
 from nsnet.clip import ClipConfig
 from nsnet.errors import ConfigError, WeightsError
@@ -141,6 +144,8 @@ SETTINGS = [
     ("captioner/generation_config.json", "cache_implementation", "offloaded"),
     ("captioner/generation_config.json", "num_return_sequences", 10**6),
     ("captioner/preprocessor_config.json", "auto_map", {"AutoImageProcessor": "a.B"}),
+    ("captioner/processor_config.json", "image_processor.auto_map", {}),
+    ("captioner/processor_config.json", "chat_template", "{{ 7 }}"),
     ("captioner/tokenizer_config.json", "auto_map", {}),
     ("captioner/model.safetensors.index.json", "weight_map", {"a": "../elsewhere.safetensors"}),
     ("captioner/model.safetensors.index.json", "weight_map", {"a": "/data/model-00001-of-00001.safetensors"}),
@@ -323,3 +328,106 @@ def test_folder_of_transformers_4_loads_with_the_same_captions(folders: Path, st
     thumbnails = models.mosaics(3)
     expected = Captioner.load(TINY, stocked / "captioner").caption(thumbnails)
     assert Captioner.load(TINY, folder).caption(thumbnails) == expected
+
+
+def test_captioner_saved_by_transformers_5_loads(folders: Path, stocked: Path) -> None:
+    """Its `BlipProcessor` writes one `processor_config.json`, and no `preprocessor_config.json`."""
+    folder = folders / "captioner"
+    processor = BlipProcessor(BlipImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    (folder / "preprocessor_config.json").unlink()
+    processor.save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    expected, loaded = (Captioner.load(TINY, path) for path in (stocked / "captioner", folder))
+    assert (loaded.mean == expected.mean).all() and (loaded.std == expected.std).all()
+    thumbnails = models.mosaics(3)
+    assert loaded.caption(thumbnails) == expected.caption(thumbnails)
+
+
+def test_side_of_the_thumbnails_is_the_processors_where_the_model_leaves_it_out(folders: Path) -> None:
+    described = json.loads((folders / "captioner" / "config.json").read_text())
+    del described["vision_config"]["image_size"]
+    (folders / "captioner" / "config.json").write_text(json.dumps(described))
+    assert captions.thumbnail_px(folders / "captioner") == captions.TINY_SIDE_PX
+
+
+# --- weights in another format ---------------------------------------------------------------------------------------
+
+
+def torchscript(path: Path) -> None:
+    import torch
+
+    path.unlink()
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
+
+
+def archive(path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("notes.txt", "no weights")
+
+
+FOREIGN: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "lfs": (
+        "a Git LFS pointer to weights: run `git lfs pull`",
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    ),
+    "html": ("an HTML page: download", lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>")),
+    "xml": ("an XML page: download", lambda path: path.write_text("<?xml version='1.0'?><Error/>")),
+    "json": ("JSON: give the file of weights", lambda path: path.write_text('{"weight_map": {}}')),
+    "empty": ("empty: download it again", lambda path: path.write_bytes(b"")),
+    "keras": ("weights of Keras: take", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))),
+    "torchscript": ("a TorchScript archive, which holds code: where you trust it", torchscript),
+    "zip": ("a ZIP archive without tensors: unpack it", archive),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_weights_in_another_format_are_named_as_what_they_are(kind: str, suffix: str, tmp_path: Path) -> None:
+    message, write = FOREIGN[kind]
+    path = tmp_path / f"weights{suffix}"
+    path.touch()
+    write(path)
+    with pytest.raises(WeightsError, match=message) as caught:
+        weight_formats.check(path)
+    assert str(path) in models.one_line(caught.value)
+    with pytest.raises(WeightsError, match=message):
+        clip.load_clip(SMALL, clip.find_weights(SMALL, path))
+
+
+@pytest.mark.parametrize("kind", ["lfs", "html", "empty", "torchscript"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_folder_with_weights_in_another_format_names_them(kind: str, folders: Path) -> None:
+    message, write = FOREIGN[kind]
+    for name, weights in (("captioner", "model.safetensors"), ("clip", clip.WEIGHTS_FILE)):
+        write(folders / name / weights)
+        assert f"{weights} is {message}" in refused(folders / name)
+
+
+@pytest.mark.parametrize(("name", "advice"), [("a.safetensors", "rename it to .pt"), ("a.pt", "to .safetensors")])
+def test_weights_under_the_name_of_another_format_are_named(name: str, advice: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    state = {"a": torch.zeros(2)}
+    torch.save(state, tmp_path / name) if name.endswith(".safetensors") else save_file(state, tmp_path / name)
+    with pytest.raises(WeightsError, match=f"under the name of another format: .*{advice}"):
+        weight_formats.check(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_transformers_clip_is_named_as_such(suffix: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    state = models.huggingface_clip_state(clip.load_clip(SMALL).model.state_dict())
+    path = tmp_path / f"model{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(WeightsError, match="transformers' CLIPModel .* open_clip_model.safetensors of the same model"):
+        clip.load_clip(SMALL, path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(WeightsError, match="transformers' format: give .* in open_clip's") as caught:
+        clip.find_weights(SMALL, tmp_path)
+    models.one_line(caught.value)
