@@ -4,7 +4,7 @@ Dimensions: B images, M mosaic side, D embedding.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -39,19 +38,18 @@ from nsnet.errors import (
     BundleError,
     CaptionError,
     ConfigError,
-    FetchError,
-    ImageCorruptError,
     ImageError,
     NsnetError,
     WeightsError,
 )
 from nsnet.head import HeadConfig
 from nsnet.images import DecodeLimits
+from nsnet.inputs import Input, checked, try_prepare
 from nsnet.losses import LossConfig
 from nsnet.mapper import MapperConfig
 from nsnet.network import Network, ProjectionConfig, residual_energy
 from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
-from nsnet.preparation import PreparationConfig, Prepared, prepare
+from nsnet.preparation import PreparationConfig, Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,22 +306,26 @@ class Detector:
 
     def predict(
         self,
-        images: Sequence[str | Path | bytes | Image.Image],
+        images: Iterable[Input],
         *,
         batch_size: int = 8,
         limits: DecodeLimits | None = None,
     ) -> list[Verdict]:
-        """Verdicts of pictures given as paths, file bytes or Pillow images, in their order; a bad one is a failed row.
+        """Verdicts of images, in their order; a bad one is a failed row.
+
+        images: paths, bytes of files, Pillow images, uint8 arrays (RGB (H, W, 3) or grey (H, W)), binary files. Raises
+        `TypeError` or `ValueError` for anything else, before any image is read.
 
         Decodes in this process: for files from strangers use `nsnet predict`, which guards against decoders that crash.
         """
-        if isinstance(images, str | bytes):
-            raise TypeError("predict takes a list of pictures; for one picture: predict([picture])")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        given = checked(images)
         config = self.preparation(limits)
         verdicts: list[Verdict] = []
-        for start in range(0, len(images), batch_size):
+        for start in range(0, len(given), batch_size):
             verdicts += self.predict_prepared(
-                [_try_prepare(image, config) for image in images[start : start + batch_size]]
+                [try_prepare(image, config) for image in given[start : start + batch_size]]
             )
         return verdicts
 
@@ -368,20 +370,6 @@ class Detector:
 def failed_verdict(error: ImageError) -> Verdict:
     """The verdict of a picture that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
-
-
-def _try_prepare(image: str | Path | bytes | Image.Image, config: PreparationConfig) -> Prepared | ImageError:
-    try:
-        if isinstance(image, str | Path):
-            try:
-                image = Path(image).read_bytes()
-            except (OSError, ValueError) as error:  # ValueError: a null character in the path
-                raise FetchError(f"{image!s}: {getattr(error, 'strerror', None) or error}") from error
-        return prepare(image, config)
-    except ImageError as error:
-        return error
-    except Exception as error:  # an opened Pillow image is decoded only now, and raises whatever its decoder raises
-        return ImageCorruptError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def config_of(description: bundle.Description) -> DetectorConfig:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -281,10 +282,92 @@ def test_detector_that_was_built_scores_without_dropout_too() -> None:
     assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
 
 
-@pytest.mark.parametrize("picture", ["a.png", b"bytes"])
-def test_single_picture_instead_of_a_list_is_refused(picture: Any, detector: Detector) -> None:
-    with pytest.raises(TypeError, match=r"takes a list of pictures; for one picture: predict\(\[picture\]\)"):
-        detector.predict(picture)
+SINGLE: list[Any] = [
+    "a.png", np.str_("a.png"), b"bytes", Path("a.png"), models.picture(0), io.BytesIO(b"bytes"),
+    np.zeros((8, 8, 3), dtype=np.uint8), np.zeros((8, 8), dtype=np.uint8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("image", SINGLE, ids=lambda image: type(image).__name__)
+def test_single_image_instead_of_a_list_is_refused(image: Any, detector: Detector) -> None:
+    with pytest.raises(TypeError, match=r"takes a list of images; for one image: predict\(\[image\]\)"):
+        detector.predict(image)
+
+
+@pytest.mark.parametrize("images", [None, 7, {"a.png": 1}, {}])
+def test_what_is_no_list_is_refused_with_its_type(images: Any, detector: Detector) -> None:
+    with pytest.raises(TypeError, match=f"takes a list of images, got {type(images).__name__}"):
+        detector.predict(images)
+
+
+NO_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
+    "tensor": (torch.zeros(3, 8, 8), TypeError, "of type Tensor; predict takes a path, bytes"),
+    "none": (None, TypeError, "of type NoneType"),
+    "number": (7, TypeError, "of type int"),
+    "dictionary": ({"bytes": b""}, TypeError, "of type dict"),
+    "list": ([models.picture(0)], TypeError, "of type list"),
+    "numpy number": (np.uint8(7), TypeError, "of type uint8"),
+    "bytearray": (bytearray(b"a"), TypeError, "of type bytearray"),
+    "float array": (np.zeros((8, 8, 3)), TypeError, "an array of float64; predict takes uint8"),
+    "bool array": (np.zeros((8, 8), dtype=bool), TypeError, "an array of bool"),
+    "signed array": (np.zeros((8, 8, 3), dtype=np.int8), TypeError, "an array of int8"),
+    "channels first": (np.zeros((3, 8, 8), dtype=np.uint8), ValueError, r"an array \(3, 8, 8\)"),
+    "four channels": (np.zeros((8, 8, 4), dtype=np.uint8), ValueError, r"takes \(H, W, 3\), RGB, or \(H, W\), grey"),
+    "batch": (np.zeros((1, 8, 8, 3), dtype=np.uint8), ValueError, "an array"),
+    "row": (np.zeros(8, dtype=np.uint8), ValueError, "an array"),
+    "no pixels": (np.zeros((0, 8, 3), dtype=np.uint8), ValueError, "an array"),
+    "text file": (io.StringIO("text"), TypeError, "a file opened as text; open it with mode 'rb'"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES)
+def test_what_is_no_image_is_refused_before_any_is_judged(
+    kind: str, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detector, "predict_prepared", lambda *_: pytest.fail("an image was judged"))
+    monkeypatch.setattr("nsnet.detector.try_prepare", lambda *_: pytest.fail("an image was read"))
+    wrong, error, message = NO_IMAGES[kind]
+    with pytest.raises(error, match=f"^image 2 is .*{message}") as caught:
+        detector.predict([models.picture(0), "missing.png", wrong], batch_size=1)
+    models.one_line(caught.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_of_no_images_is_refused(batch_size: int, detector: Detector) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        detector.predict([models.picture(0)], batch_size=batch_size)
+
+
+def test_arrays_and_files_are_judged_as_the_images_they_hold(detector: Detector, tmp_path: Path) -> None:
+    image, grey = models.picture(3), models.picture(4).convert("L")
+    content = models.file_bytes(image)
+    (tmp_path / "a.png").write_bytes(content)
+    expected, expected_grey = (detector.predict([one])[0] for one in (image, grey))
+    pixels = np.asarray(image)
+    strided = np.repeat(pixels, 2, axis=1)[:, ::2]
+    with (tmp_path / "a.png").open("rb") as file:
+        given: list[Any] = [pixels, strided, file, io.BytesIO(content), np.str_(tmp_path / "a.png")]
+        verdicts = detector.predict(given, batch_size=1)
+    assert [scored(verdict).logit for verdict in verdicts] == [expected.logit] * len(given)
+    assert detector.predict(np.stack([pixels, pixels]), batch_size=1) == [verdicts[0]] * 2
+    assert detector.predict([np.asarray(grey)])[0].logit == scored(expected_grey).logit != expected.logit
+    assert [verdict.logit for verdict in detector.predict(iter([image]))] == [expected.logit]
+
+
+def test_file_or_path_over_the_limit_is_a_failed_verdict(detector: Detector, tmp_path: Path) -> None:
+    content = models.file_bytes(models.picture(3))
+    (tmp_path / "a.png").write_bytes(content)
+    given = [tmp_path / "a.png", io.BytesIO(content), content]
+    verdicts = detector.predict(given, limits=DecodeLimits(max_bytes=len(content) - 1))
+    assert [verdict.error_class for verdict in verdicts] == ["ImageTooLargeError"] * 3
+    assert all(scored(verdict) for verdict in detector.predict([tmp_path / "a.png", io.BytesIO(content)]))
+
+
+def test_fifo_in_the_place_of_an_image_is_a_failed_verdict_at_once(detector: Detector, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    verdicts = detector.predict([tmp_path / "a.png", "/dev/zero"])
+    assert [verdict.error_class for verdict in verdicts] == ["FetchError"] * 2
+    assert "not a regular file" in str(verdicts[0].error_message)
 
 
 # --- weights with a name ---------------------------------------------------------------------------------------------
@@ -480,7 +563,6 @@ def bad_pictures(folder: Path) -> dict[str, tuple[Any, str]]:
         "cut short, opened": (lazy, "ImageCorruptError"),
         "closed": (closed, "ImageCorruptError"),
         "no pixels": (Image.new("RGB", (0, 5)), "ImageCorruptError"),
-        "no picture": (7, "ImageCorruptError"),
     }
 
 

@@ -1,0 +1,79 @@
+"""Images as callers of `Detector.predict` have them: what is no image at all is their mistake, and said at once."""
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nsnet.errors import FetchError, ImageCorruptError, ImageError, ImageTooLargeError
+from nsnet.files import read_regular
+from nsnet.preparation import PreparationConfig, Prepared, prepare
+
+Input: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | BinaryIO
+"""A path, the content of a file, a Pillow image, uint8 RGB (H, W, 3) or grey (H, W), or an open binary file."""
+
+KINDS: Final = "a path, bytes, a Pillow image, a uint8 array (H, W, 3) or (H, W), or a binary file"
+
+
+def checked(images: Iterable[Input]) -> list[Input]:
+    """Several images, none of them read yet.
+
+    Raises `TypeError` or `ValueError` for what is no list, and for what is no image, with its place and type.
+    """
+    one = isinstance(images, str | bytes | Path | Image.Image) or hasattr(images, "read")
+    if isinstance(images, np.ndarray):
+        one = images.ndim in (2, 3)
+    if one:
+        raise TypeError("predict takes a list of images; for one image: predict([image])")
+    if isinstance(images, Mapping) or not isinstance(images, Iterable):
+        raise TypeError(f"predict takes a list of images, got {type(images).__name__}")
+    listed = list(images)
+    for index, image in enumerate(listed):
+        _check(index, image)
+    return listed
+
+
+def _check(index: int, image: Any) -> None:
+    if isinstance(image, str | Path | bytes | Image.Image):
+        return
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"image {index} is an array of {image.dtype}; predict takes uint8, 0 to 255")
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
+            raise ValueError(f"image {index} is an array {image.shape}; predict takes (H, W, 3), RGB, or (H, W), grey")
+        return
+    if callable(getattr(image, "read", None)):
+        if not isinstance(image.read(0), bytes):
+            raise TypeError(f"image {index} is a file opened as text; open it with mode 'rb'")
+        return
+    raise TypeError(f"image {index} is of type {type(image).__name__}; predict takes {KINDS}")
+
+
+def try_prepare(image: Input, config: PreparationConfig) -> Prepared | ImageError:
+    """A checked image prepared for the models, or why it cannot be."""
+    try:
+        return prepare(_content(image, config.limits.max_bytes), config)
+    except ImageError as error:
+        return error
+    except Exception as error:  # an opened Pillow image is decoded only now, and raises whatever its decoder raises
+        return ImageCorruptError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _content(image: Input, max_bytes: int) -> bytes | Image.Image:
+    if isinstance(image, bytes | Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    name = str(image) if isinstance(image, str | Path) else str(getattr(image, "name", "file"))
+    try:
+        if isinstance(image, str | Path):
+            return read_regular(image, max_bytes)
+        return image.read(max_bytes + 1)  # one more: preparation says that it is too large
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path, a closed file
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise ImageTooLargeError(f"{name}: more than the limit of {max_bytes:,} bytes") from error
+        raise FetchError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
