@@ -190,7 +190,8 @@ def captioner_id(config: CaptionerConfig, folder: Path | None) -> str:
     if folder is None:
         what: Any = ["tiny", config.seed]
     else:
-        files = (path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".safetensors", ".bin"))
+        read = (".json", ".txt", ".safetensors", ".bin")
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in read and path.is_file()]
         what = [[path.name, file_digest(path)] for path in files]
     return hashlib.sha256(json.dumps([what, config.max_new_tokens]).encode()).hexdigest()[:16]
 

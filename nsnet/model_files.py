@@ -3,7 +3,8 @@
 A folder of CLIP, of LoRA adapters or of a captioner holds JSON that says what to import, run, fetch and open. Each file
 that a library may see is known by its name, each setting in it by its key (`model_settings`). Libraries are given a
 private folder (`opened`) with just these files, as they were checked: neither a file beside them nor one that is put
-there in between is seen. Python code, and pickles in a bundle, are refused by name.
+there in between is seen. Python code, and pickles in a bundle, are refused by name. Weights are too large to copy: who
+can write to a folder while it is loaded can change its tensors, but not what runs.
 """
 
 import json
