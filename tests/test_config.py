@@ -224,7 +224,7 @@ def test_setting_replaced_by_itself_changes_nothing(path: tuple[str, ...]) -> No
         ("train_backbone", "true", True), ("head.kind", "linear", "linear"),
         ("patches.spectrum", "power", "power"), ("patches.selection", '"center"', "center"),
         ("clip.pretrained", "null", None), ("clip.pretrained", "laion2b_s34b_b88k", "laion2b_s34b_b88k"),
-        ("clip.model", '"7"', "7"), ("clip.model", "ViT-B-32", "ViT-B-32"), ("captioner.model", "a/b c", "a/b c"),
+        ("clip.model", '"7"', "7"), ("clip.model", "ViT-B-32", "ViT-B-32"), ("captioner.model", "a/b.c", "a/b.c"),
         ("clip.architecture", '{"embed_dim": 4}', {"embed_dim": 4}), ("loss.temperature", "0.5", 0.5),
         ("projection", '{"kind": "global", "rank": 3, "bank": 0}', {"kind": "global", "rank": 3, "bank": 0}),
     ],
