@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import measure
-from jobs.guard import KEEPING_MEMORY, GuardedDecoder
+from jobs.decoding import GuardedDecoder
+from jobs.guard import ENVIRONMENT
 from nsnet.preparation import PreparationConfig, prepare
 
 THUMBNAILS_PX: Final = {"tiny": 64, "BLIP": 384}
@@ -43,11 +44,11 @@ def main() -> None:
     for name, side in THUMBNAILS_PX.items():
         with context.Pool(WORKERS) as plain:
             seconds(plain, without_guard, paths, side)  # all have started, before the next ones' environment
-            os.environ.update(KEEPING_MEMORY)
+            os.environ.update(ENVIRONMENT)
             with context.Pool(WORKERS) as keeping, context.Pool(WORKERS) as guarded:
                 ways = ((plain, without_guard), (keeping, without_guard), (guarded, with_guard))
                 rounds = [[seconds(*way, paths, side) for way in ways] for _ in range(options.rounds + 1)][1:]
-            for variable in KEEPING_MEMORY:
+            for variable in ENVIRONMENT:
                 del os.environ[variable]
         speeds = [f"{options.count / statistics.median(times):.0f}" for times in zip(*rounds, strict=True)]
         ratios = [sorted(times[2] / times[i] for times in rounds) for i in (0, 1)]

@@ -134,7 +134,7 @@ def score(arguments: Sequence[str]) -> Watched:
 
 KINDS: Final = {
     "MapBatches(Prepare": "reading and preparing",
-    "jobs.guard": "decoding children",
+    "zygote.py": "decoding children",
     "MapBatches(Caption": "captioning actors",
     "MapBatches(Score": "scoring actors",
     "Write": "writing",

@@ -1,274 +1,269 @@
-"""Decoding in a child process: a picture that crashes, hangs or floods its decoder costs itself and nothing else.
+"""Guarded children: processes that read what strangers wrote. If one crashes or hangs, one file is lost, not the job.
 
-The child (`python -m jobs.guard`) imports no torch. It reads pictures from its standard input and answers with raw
-arrays behind a JSON header: nothing is unpickled on either side, since the child handles what strangers wrote.
-
-    request   4-byte length, JSON header (bytes of the picture, transform, seed), picture bytes
-    answer    4-byte length, JSON header, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); only the header on failure
+A child is forked from a `jobs.zygote`, which has imported what it needs, and is confined (`jobs.sandbox`): no files, no
+network, no other processes, an empty environment, bounded memory. It answers on a pipe, as `jobs.frames` says. Its
+time is what it computes, not what a busy machine lets it wait for (`Clock`).
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
+import logging
 import math
 import os
-import re
-import resource
 import select
 import signal
-import struct
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
-import numpy as np
+from jobs import frames
+from jobs.frames import header_length, parse
 
-from nsnet import errors
-from nsnet.config import from_dict, to_dict
-from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
-from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
-
-START_SECONDS: Final = 60.0
-"""Longest start of a child, imports included."""
-MAX_HEADER_BYTES: Final = 64 * 1024
-LONGEST_WAIT_SECONDS: Final = 86_400.0
+START_SECONDS: Final = 120.0
+"""Longest start of a zygote, imports included, and of a child."""
+CLOSE_SECONDS: Final = 1.0
+"""After which a zygote that does not end by itself is killed."""
+WALL_FACTOR: Final = 20.0
+"""The wall clock may show so many times the seconds that a child may compute: a busy machine lets it wait."""
+FIRST_LOOK_SECONDS: Final = 0.25
+"""After which a child's clock is looked at for the first time, where it may compute longer."""
+MAX_WAIT_SECONDS: Final = 86_400.0
 """What an endless wait is cut to: poll() counts milliseconds in 31 bits."""
 PIPE_BYTES: Final = 1 << 20
-"""Size of the pipes: at the usual 64 KiB the two processes wait for each other many times per picture."""
-KEEPING_MEMORY: Final = {"MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-"""Environment in which the C library does not give memory back between pictures: to be given the same pages again for
-each of them took a quarter of the child's time."""
-FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash")
-"""What an answer's header says of a picture."""
-POISON_VARIABLE: Final = "NSNET_TEST_POISON"
-"""Environment variable that only tests set: pictures that begin with a marker then do to the decoder what it says."""
-PR_SET_PDEATHSIG: Final = 1
+"""Size of the pipes: at the usual 64 KiB the two processes wait for each other many times per image."""
+ENVIRONMENT: Final = {
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""All that a zygote starts with. The C library keeps its memory between images: to be given the same pages again for
+each of them took a quarter of a child's time. One thread: a fork copies no others."""
+INHERITED: Final = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+"""Variables of the parent that say how libraries are found and used; no others reach a child."""
+
+logger = logging.getLogger(__name__)
 
 
-class GuardedDecoder:
-    """Prepares pictures in one child process, which is started on first use and again after a crash or a hang."""
+class ChildTimeoutError(Exception):
+    """A child took longer than it may; the message says what it took."""
 
-    def __init__(self, config: PreparationConfig) -> None:
-        self.config = config
-        self._shapes = shapes(config)
-        self._child: subprocess.Popen[bytes] | None = None
 
-    def prepare(self, picture: bytes, transform: str = "", seed: int = 0) -> Prepared:
-        """Like `preparation.prepare`; also raises `ImageTimeoutError` and `DecoderCrashError`."""
-        if not picture or len(picture) > self.config.limits.max_bytes:
-            return prepare(picture, self.config)  # raises, at no cost
-        child = self._running()
-        deadline = time.monotonic() + self.config.limits.max_seconds
-        told = {"size_bytes": len(picture), "transform": transform, "seed": seed}
+class Zygote:
+    """The process that children of one service are forked from; started on first use, ended with this one."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._warned = False
+
+    def fork(self, settings: dict[str, Any], memory_bytes: int) -> "Child":
+        """A child that serves with these settings. Raises `RuntimeError` where none can be started."""
+        pipes = [os.pipe(), os.pipe()]
+        (reading, requests), (answers, writing) = pipes
         try:
-            return self._ask(child, told, picture, deadline)
-        except ImageError:  # a whole answer
+            with self._lock:
+                command = json.dumps({"fork": settings, "memory_bytes": memory_bytes}).encode()
+                pid = int(self._ask(command, [reading, writing])["pid"])
+        except BaseException:
+            os.close(requests)
+            os.close(answers)
             raise
-        except (EOFError, BrokenPipeError) as error:
-            code = self._end()
-            reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise DecoderCrashError(f"the decoder ended with {reason} on this picture") from error
-        except TimeoutError as error:
-            self._end()
-            raise ImageTimeoutError(
-                f"decoding took longer than {self.config.limits.max_seconds:g} s (--max-seconds)"
-            ) from error
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            self._end()
-            raise DecoderCrashError(f"the decoder's answer makes no sense ({type(error).__name__})") from error
-        except BaseException:  # the rest of this answer must not be taken for the next one
-            self._end()
+        finally:
+            os.close(reading)
+            os.close(writing)
+        child = Child(self, pid, requests, answers)
+        try:
+            ready = child.receive(Clock(pid, START_SECONDS, START_SECONDS))
+        except (EOFError, ChildTimeoutError, ValueError, TypeError) as error:
+            raise RuntimeError(f"a guarded process could not be started (exit code {child.end()})") from error
+        except BaseException:
+            child.end()
             raise
+        if ready.get("unconfined") and not self._warned:
+            self._warned = True
+            logger.warning("guarded processes are not confined on this machine (%s)", ready["unconfined"])
+        return child
+
+    def end(self, pid: int) -> int:
+        """Kill a child; returns its exit code, -n for signal n. It may have ended before."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                return -signal.SIGKILL  # the kernel has ended all its children with it
+            return int(self._ask(json.dumps({"end": pid}).encode(), [])["status"])
 
     def close(self) -> None:
-        """End the child."""
-        if self._child is not None:
-            self._end()
+        """End the zygote, and its children with it."""
+        with self._lock:
+            self._close()
 
-    def _ask(self, child: subprocess.Popen[bytes], told: dict[str, Any], picture: bytes, deadline: float) -> Prepared:
-        assert child.stdin is not None and child.stdout is not None
-        _write(child.stdin, _framed(told), deadline)
-        _write(child.stdin, picture, deadline)
-        header = _read_header(child.stdout, deadline)
-        if "error_class" in header:
-            kind = getattr(errors, str(header["error_class"]), ImageCorruptError)
-            known = isinstance(kind, type) and issubclass(kind, ImageError)
-            raise (kind if known else ImageCorruptError)(_text(header["error_message"]))
-        patches, thumbnail = (
-            np.frombuffer(_read(child.stdout, int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
-            for shape in self._shapes
-        )
-        return Prepared(
-            patches=patches,
-            thumbnail=thumbnail,
-            width=_count(header["width"]),
-            height=_count(header["height"]),
-            format=_text(header["format"]),
-            frames=_count(header["frames"]),
-            quality=None if header["quality"] is None else _count(header["quality"]),
-            perceptual_hash=_hash(header["perceptual_hash"]),
-        )
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and _ready(self._child.stdout, 0.0, select.POLLIN):
-            self._end()  # it is dead, or says what it was not asked
-        if self._child is None:
-            root = str(Path(__file__).resolve().parent.parent)
-            environment = {**KEEPING_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-            child = subprocess.Popen(
-                # -P: nothing is imported from the current folder, which may be the one with the pictures
-                [sys.executable, "-P", "-m", "jobs.guard", str(os.getpid()), json.dumps(to_dict(self.config))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # C decoders write pages about damaged files; errors come as answers
-                bufsize=0,
-                env=environment,
-            )
-            assert child.stdout is not None and child.stdin is not None
-            os.set_blocking(child.stdin.fileno(), False)
-            for pipe in (child.stdin, child.stdout):
-                with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
-                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            self._child = child
+    def _ask(self, command: bytes, descriptors: list[int]) -> dict[str, Any]:
+        for last in (False, True):
             try:
-                _read_header(child.stdout, time.monotonic() + START_SECONDS)
-            except (EOFError, TimeoutError, ValueError, TypeError) as error:
-                code = self._end()
-                raise RuntimeError(f"the decoding process could not be started (exit code {code})") from error
-            except BaseException:
-                self._end()
-                raise
-        return self._child
+                control = self._running()
+                socket.send_fds(control, [command], descriptors)
+                return parse(control.recv(1 << 16))
+            except (OSError, ValueError) as error:  # it was killed: another one takes its place
+                self._close()
+                if last or b'"end"' in command:
+                    raise RuntimeError(f"the process that guarded ones come from has ended: {error}") from error
+        raise AssertionError("the loop above only ends by itself")
 
-    def _end(self) -> int:
-        assert self._child is not None
-        child, self._child = self._child, None
-        child.kill()
-        code = child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        return code
+    def _running(self) -> socket.socket:
+        if self._process is not None and self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = {"path": _import_path(), "service": self._service, "control": theirs.fileno()}
+        environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        self._process = subprocess.Popen(
+            # -I: nothing is imported from the current folder, which may be the one with the images
+            [sys.executable, "-I", str(Path(__file__).with_name("zygote.py")), json.dumps(given)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # C decoders write pages about damaged files; errors come as answers
+            env=ENVIRONMENT | environment,
+            cwd="/",
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._control = ours
+        ours.settimeout(START_SECONDS)
+        try:
+            if ours.recv(1 << 16):
+                return ours
+        except OSError:
+            pass
+        code = self._close()
+        raise RuntimeError(f"the process that guarded ones come from could not be started (exit code {code})")
+
+    def _close(self) -> int | None:
+        """End the process; returns its exit code, where it had ended by itself."""
+        process, control, self._process, self._control = self._process, self._control, None, None
+        if control is not None:
+            control.close()
+        if process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):  # without its control socket it ends
+            return process.wait(CLOSE_SECONDS)
+        process.kill()
+        return process.wait()
 
 
-def _text(value: Any) -> str:
-    """What the child says, without lone surrogates, which no table can hold."""
-    return str(value).encode("utf-8", "replace").decode()
+def _import_path() -> list[str]:
+    """Where modules are found, without the current folder."""
+    root = str(Path(__file__).resolve().parent.parent)
+    here = os.getcwd()
+    return [root, *(path for path in sys.path if os.path.isabs(path) and path not in (root, here))]
 
 
-def _count(value: Any) -> int:
-    number = int(value)
-    if not 0 < number < 2**31:
-        raise ValueError(f"{number} is no number of pixels or frames")
-    return number
+class Clock:
+    """How long a child may take for one answer: seconds that it computes, or does nothing though nothing holds it up.
+
+    Waiting for a processor does not count, up to a far later end by the wall clock.
+    """
+
+    def __init__(self, pid: int, seconds: float, wall_seconds: float | None = None) -> None:
+        self._pid, self.seconds = pid, seconds
+        self.wall_seconds = WALL_FACTOR * seconds if wall_seconds is None else wall_seconds
+        self._begun = self._looked = time.monotonic()
+        self._computed_before, _ = self._computed = _computed(pid)
+        self._idle = 0.0
+
+    @property
+    def computed(self) -> float:
+        """Seconds that the child has computed since the clock was started."""
+        return _computed(self._pid)[0] - self._computed_before
+
+    def wait(self, pipe: int, event: int) -> None:
+        """Wait until a pipe can be read or written, or is broken. Raises `ChildTimeoutError`."""
+        pause = min(self.seconds, FIRST_LOOK_SECONDS)
+        while not _ready(pipe, pause, event):
+            pause = max(0.01, self._left())
+
+    def _left(self) -> float:
+        """Seconds until the next look. Raises `ChildTimeoutError` where none are left."""
+        now, (computed, asleep) = time.monotonic(), _computed(self._pid)
+        if asleep and computed == self._computed[0]:
+            self._idle += now - self._looked
+        self._looked, self._computed = now, (computed, asleep)
+        computing = computed - self._computed_before
+        if computing + self._idle >= self.seconds:
+            kind = "of computing" if self._idle < computing else "without doing anything"
+            raise ChildTimeoutError(f"{self.seconds:g} s {kind}")
+        if now - self._begun >= self.wall_seconds:
+            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it could compute for {computing:.1f} s")
+        return min(self.seconds - computing - self._idle, self._begun + self.wall_seconds - now)
 
 
-def _hash(value: Any) -> str | None:
-    if value is not None and not re.fullmatch("[0-9a-f]{16}", str(value)):
-        raise ValueError("no perceptual hash")
-    return value if value is None else str(value)
+def _computed(pid: int) -> tuple[float, bool]:
+    """Seconds that a process has computed, and whether it waits for anything else than a processor or a disk."""
+    try:
+        # after the name, which may hold anything: state is the 3rd field, user and system time the 14th and 15th
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended: the pipe says so
+        return 0.0, True
+    return (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK"), state not in "RD"
 
 
-def _ready(pipe: Any, seconds: float, event: int) -> bool:
+class Child:
+    """One guarded child, from `Zygote.fork`."""
+
+    def __init__(self, zygote: Zygote, pid: int, requests: int, answers: int) -> None:
+        self.pid = pid
+        self._zygote, self._requests, self._answers = zygote, requests, answers
+        os.set_blocking(requests, False)
+        for pipe in (requests, answers):
+            with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def send(self, clock: Clock, header: dict[str, Any], payload: bytes = b"") -> None:
+        """Send a request. Raises `BrokenPipeError` where the child is gone, `ChildTimeoutError`."""
+        for data in (frames.frame(header), payload):
+            view = memoryview(data)
+            while view:
+                clock.wait(self._requests, select.POLLOUT)
+                view = view[os.write(self._requests, view) :]
+
+    def receive(self, clock: Clock) -> dict[str, Any]:
+        """The header of an answer. Raises what `read` and `frames.parse` raise."""
+        return parse(self.read(header_length(self.read(frames.LENGTH.size, clock)), clock))
+
+    def read(self, length: int, clock: Clock) -> bytes:
+        """Bytes of an answer. Raises `EOFError` where the child is gone, `ChildTimeoutError`."""
+        parts = bytearray()
+        while len(parts) < length:
+            clock.wait(self._answers, select.POLLIN)
+            part = os.read(self._answers, length - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+    def is_quiet(self) -> bool:
+        """Whether it lives, as far as is known, and says nothing that it was not asked."""
+        return not _ready(self._answers, 0.0, select.POLLIN)
+
+    def end(self) -> int:
+        """Kill it; returns its exit code, -n for signal n. It may have ended before."""
+        os.close(self._requests)
+        os.close(self._answers)
+        return self._zygote.end(self.pid)
+
+
+def exit_reason(code: int) -> str:
+    """What an exit code means, for people."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _ready(pipe: int, seconds: float, event: int) -> bool:
     """Wait until a pipe can be read or written, or is broken; False: it took longer than that."""
     poll = select.poll()  # unlike select(), it takes descriptors above 1023
     poll.register(pipe, event)
-    return bool(poll.poll(math.ceil(1000 * min(max(0.0, seconds), LONGEST_WAIT_SECONDS))))
-
-
-def _wait(pipe: Any, deadline: float, event: int) -> None:
-    if not _ready(pipe, deadline - time.monotonic(), event):
-        raise TimeoutError
-
-
-def _write(pipe: Any, data: bytes, deadline: float) -> None:
-    view = memoryview(data)
-    while view:
-        _wait(pipe, deadline, select.POLLOUT)
-        view = view[os.write(pipe.fileno(), view) :]
-
-
-def _read(pipe: Any, length: int, deadline: float) -> bytes:
-    parts = bytearray()
-    while len(parts) < length:
-        _wait(pipe, deadline, select.POLLIN)
-        part = os.read(pipe.fileno(), length - len(parts))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
-
-
-def _read_header(pipe: Any, deadline: float) -> dict[str, Any]:
-    (length,) = struct.unpack("<I", _read(pipe, 4, deadline))
-    if length > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {length} bytes")
-    header = json.loads(_read(pipe, length, deadline))
-    if not isinstance(header, dict):
-        raise TypeError("the header is no object")
-    return header
-
-
-def serve(requests: BinaryIO, answers: BinaryIO, config: PreparationConfig) -> None:
-    """The child's loop: until the end of the input."""
-    _answer(answers, {"ready": True})
-    while length := requests.read(4):
-        told = json.loads(requests.read(struct.unpack("<I", length)[0]))
-        picture = requests.read(told["size_bytes"])
-        if POISON_VARIABLE in os.environ:
-            _poison(picture)
-        try:
-            done = prepare(picture, config, told["transform"], told["seed"])
-        except ImageError as error:
-            _answer(answers, {"error_class": type(error).__name__, "error_message": str(error)})
-            continue
-        header = {name: getattr(done, name) for name in FACTS}
-        _answer(answers, header, done.patches.data, done.thumbnail.data)
-
-
-def _poison(picture: bytes) -> None:
-    """Do what a broken decoder might do. No picture format begins like this."""
-    if picture.startswith(b"POISON segfault"):
-        ctypes.string_at(0)
-    elif picture.startswith(b"POISON sleep"):
-        signal.pause()
-    elif picture.startswith(b"POISON memory"):
-        hoard = []
-        while True:
-            hoard.append(bytearray(1 << 24))
-
-
-def _framed(header: dict[str, Any]) -> bytes:
-    encoded = json.dumps(header).encode()
-    return struct.pack("<I", len(encoded)) + encoded
-
-
-def _answer(answers: BinaryIO, header: dict[str, Any], *payload: memoryview) -> None:
-    answers.write(_framed(header))
-    for part in payload:
-        answers.write(part)
-    answers.flush()
-
-
-def _main() -> None:
-    parent, described = int(sys.argv[1]), sys.argv[2]
-    # The child must not outlive a parent that is killed, not even inside a decoder that hangs.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = from_dict(PreparationConfig, json.loads(described))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    bound = used + config.limits.max_memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(sys.stdin.buffer, sys.stdout.buffer, config)
-
-
-if __name__ == "__main__":
-    _main()
+    return bool(poll.poll(math.ceil(1000 * min(max(0.0, seconds), MAX_WAIT_SECONDS))))

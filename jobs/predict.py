@@ -26,7 +26,7 @@ def command(images: tuple[str, ...], **options: Any) -> int:
     """
     import torch
 
-    from jobs.guard import GuardedDecoder
+    from jobs.decoding import GuardedDecoder
     from jobs.stages import Models
     from nsnet.detector import Detector
 

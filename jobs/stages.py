@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jobs import schema, sources, storage
+from jobs.decoding import GuardedDecoder
 from jobs.faults import OUTAGE_SECONDS
-from jobs.guard import GuardedDecoder
 from jobs.storage import Fetched
 from nsnet import bundle
 from nsnet.errors import (

@@ -1,542 +1,222 @@
-"""The guarded decoder: what `prepare` gives, and whatever a picture does to its decoder costs that picture alone."""
+"""Guarded children: what they may do, how long they may take, and how they end. Costs 5 s."""
 
-import ast
 import json
 import os
-import pickle
 import resource
 import signal
-import struct
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 
 from jobs import guard
-from jobs.guard import GuardedDecoder
-from nsnet.errors import (
-    DecoderCrashError,
-    FetchError,
-    ImageCorruptError,
-    ImageEmptyError,
-    ImageError,
-    ImageTimeoutError,
-    ImageTooLargeError,
-    ImageUnidentifiedError,
-)
-from nsnet.images import DecodeLimits
-from nsnet.patches import PatchConfig
-from nsnet.preparation import PreparationConfig, Prepared, prepare
-from tests.tables import big_picture_file, picture_file
+from jobs.guard import Child, ChildTimeoutError, Clock, Zygote
+from tests.services.poisoned import MARK
 
-REPO_ROOT = Path(__file__).parents[1]
-LIMITS = DecodeLimits(max_bytes=1_000_000, max_pixels=40_000_000)
-CONFIG = PreparationConfig(thumbnail_px=16, patches=PatchConfig(patch_px=8, mosaic_px=16), limits=LIMITS)
-SMALL = picture_file()
-
-
-def limited(**limits: Any) -> PreparationConfig:
-    return replace(CONFIG, limits=replace(LIMITS, **limits))
-
-
-def assert_same(actual: Prepared, expected: Prepared) -> None:
-    for (name, one), other in zip(asdict(actual).items(), asdict(expected).values(), strict=True):
-        np.testing.assert_array_equal(one, other, err_msg=name)
-
-
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
-def is_dead(pid: int) -> bool:
-    """Gone, or dead and not yet buried by whoever adopted it."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def pid_of(decoder: GuardedDecoder) -> int:
-    assert decoder._child is not None
-    return decoder._child.pid
+MEMORY = 2**30
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[GuardedDecoder]:
-    with closing(GuardedDecoder(CONFIG)) as decoder:
-        yield decoder
-
-
-# What comes out.
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "HEIF"])
-def test_picture_is_prepared_as_without_the_guard(decoder: GuardedDecoder, file_format: str) -> None:
-    picture = picture_file(3, file_format, 90, 70)
-    assert_same(decoder.prepare(picture), prepare(picture, CONFIG))
-
-
-def test_side_lengths_of_the_configuration_reach_the_child() -> None:
-    config = PreparationConfig(thumbnail_px=20, patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power"))
-    with closing(GuardedDecoder(config)) as other:
-        assert_same(other.prepare(SMALL), prepare(SMALL, config))
-
-
-HUGE_HEADER = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
-BROKEN = {
-    "over the pixel limit": (big_picture_file(), ImageTooLargeError),
-    "extreme header": (HUGE_HEADER + bytes(4), ImageError),
-    "text": (b"no picture at all", ImageUnidentifiedError),
-    "one byte": (b"\xff", ImageUnidentifiedError),
-    "zeros": (bytes(100_000), ImageUnidentifiedError),
-    "cut": (picture_file(1, "PNG", 200, 200)[:9_000], ImageCorruptError),
-    "start of a JPEG": (b"\xff\xd8\xff\xe0" + bytes(30), ImageError),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_image_error_comes_through_with_class_and_message(decoder: GuardedDecoder, name: str) -> None:
-    picture, kind = BROKEN[name]
-    with pytest.raises(ImageError) as direct:
-        prepare(picture, CONFIG)
-    with pytest.raises(kind) as guarded:
-        decoder.prepare(picture)
-    assert (type(guarded.value), str(guarded.value)) == (type(direct.value), str(direct.value))
-    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-
-
-@pytest.mark.parametrize(("size", "kind"), [(0, ImageEmptyError), (LIMITS.max_bytes + 1, ImageTooLargeError)])
-def test_empty_and_oversized_bytes_never_reach_a_child(size: int, kind: type[ImageError]) -> None:
-    fresh = GuardedDecoder(CONFIG)
-    with pytest.raises(kind):
-        fresh.prepare(bytes(size))
-    assert fresh._child is None
-
-
-# What one picture may cost.
-
-
-def test_child_killed_while_decoding_costs_one_picture() -> None:
-    with closing(GuardedDecoder(limited(max_pixels=120_000_000))) as decoder:
-        decoder.prepare(SMALL)
-        first = psutil.Process(pid_of(decoder))
-        before = first.cpu_times().user
-
-        def kill_when_busy() -> None:
-            wait_until(lambda: first.cpu_times().user > before + 0.1)
-            first.kill()
-
-        killer = threading.Thread(target=kill_when_busy)
-        killer.start()
-        with pytest.raises(DecoderCrashError, match="SIGKILL"):
-            decoder.prepare(big_picture_file())
-        killer.join()
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-        assert pid_of(decoder) != first.pid and is_dead(first.pid)
-
-
-def test_child_killed_before_it_has_read_the_picture_costs_one_picture() -> None:
-    with closing(GuardedDecoder(CONFIG)) as decoder:
-        decoder.prepare(SMALL)
-        pid = pid_of(decoder)
-        os.kill(pid, signal.SIGSTOP)
-        killer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
-        killer.start()
-        with pytest.raises(DecoderCrashError, match="SIGKILL"):
-            decoder.prepare(bytes(900_000))  # more than a pipe holds
-        killer.join()
-
-
-def test_child_that_died_between_two_pictures_costs_none() -> None:
-    with closing(GuardedDecoder(CONFIG)) as decoder:
-        decoder.prepare(SMALL)
-        pid = pid_of(decoder)
-        os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: is_dead(pid))
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-
-
-@contextmanager
-def at_most(decoder: GuardedDecoder, seconds: float) -> Iterator[None]:
-    """Another time limit, for as long as it takes: on a busy machine a child may need longer for any picture."""
-    before = decoder.config
-    decoder.config = replace(before, limits=replace(before.limits, max_seconds=seconds))
-    yield
-    decoder.config = before
-
-
-@pytest.mark.parametrize("hangs", [False, True])
-def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_picture(hangs: bool) -> None:
-    with closing(GuardedDecoder(limited(max_pixels=120_000_000))) as decoder:
-        decoder.prepare(SMALL)
-        pid = pid_of(decoder)
-        if hangs:
-            os.kill(pid, signal.SIGSTOP)
-        started = time.monotonic()
-        with at_most(decoder, 1.0), pytest.raises(ImageTimeoutError, match=r"longer than 1 s \(--max-seconds\)"):
-            decoder.prepare(bytes(900_000) if hangs else big_picture_file())
-        assert 0.9 < time.monotonic() - started < 20
-        assert is_dead(pid)
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-
-
-def test_decoding_over_the_memory_limit_costs_one_picture() -> None:
-    with closing(GuardedDecoder(limited(max_memory_bytes=100_000_000, max_pixels=120_000_000))) as decoder:
-        decoder.prepare(SMALL)
-        pid = pid_of(decoder)
-        with pytest.raises(ImageCorruptError, match="MemoryError"):
-            decoder.prepare(big_picture_file())
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-        assert pid_of(decoder) == pid
-
-
-# Pictures that do to the decoder what they say: the tests of whole jobs plant them, too.
+def zygote() -> Iterator[Zygote]:
+    with closing(Zygote("tests.services.poisoned")) as zygote:
+        yield zygote
 
 
 @pytest.fixture
-def poisonous(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GuardedDecoder]]:
-    monkeypatch.setenv(guard.POISON_VARIABLE, "1")
-    made: list[GuardedDecoder] = []
-
-    def make(**limits: Any) -> GuardedDecoder:
-        made.append(GuardedDecoder(limited(**limits)))
-        made[-1].prepare(SMALL)
-        return made[-1]
-
-    yield make
-    for decoder in made:
-        decoder.close()
+def child(zygote: Zygote) -> Iterator[Child]:
+    child = zygote.fork({}, MEMORY)
+    yield child
+    child.end()
 
 
-def test_picture_that_crashes_its_decoder_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
-    decoder = poisonous()
-    pid = pid_of(decoder)
-    for _ in range(3):
-        with pytest.raises(DecoderCrashError, match="ended with SIGSEGV on this picture"):
-            decoder.prepare(b"POISON segfault")
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-    assert is_dead(pid)
+def ask(child: Child, what: str, seconds: float = 20.0, wall_seconds: float | None = None) -> dict[str, Any]:
+    clock = Clock(child.pid, seconds, wall_seconds)
+    image = MARK + what.encode()
+    child.send(clock, {"size_bytes": len(image), "transform": "", "seed": 0}, image)
+    return child.receive(clock)
 
 
-def test_picture_that_never_ends_costs_itself_and_its_time(poisonous: Callable[..., GuardedDecoder]) -> None:
-    decoder = poisonous()
-    pid = pid_of(decoder)
-    with at_most(decoder, 0.5), pytest.raises(ImageTimeoutError, match=r"longer than 0\.5 s"):
-        decoder.prepare(b"POISON sleep")
-    assert is_dead(pid)
-    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
+# What a child may do.
 
 
-def test_picture_that_takes_all_memory_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
-    decoder = poisonous(max_memory_bytes=300_000_000)
+@pytest.fixture
+def escapes(zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What came of everything that a decoder has no business with."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret-of-the-test")
+    (tmp_path / "there").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server, closing(Zygote("tests.services.poisoned")) as zygote:
+        child = zygote.fork({}, MEMORY)
+        argument = json.dumps([os.getpid(), server.getsockname()[1], str(tmp_path)])
+        found: dict[str, str] = json.loads(ask(child, f"escape {argument}")["error_message"])
+        child.end()
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert os.listdir(tmp_path) == ["there"]
+    return found
+
+
+def test_child_computes_and_does_nothing_else(escapes: dict[str, str]) -> None:
+    environment, threads = json.loads(escapes.pop("environment")), escapes.pop("start a thread")
+    escapes.pop("status")
+    assert {name for name, said in escapes.items() if said.startswith("done")} == set()
+    assert environment == {} and threads == "done: it ran"
+
+
+def test_environment_of_a_child_holds_no_secret(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret-of-the-test")
+    with closing(Zygote("tests.services.echo")) as fresh:
+        child = fresh.fork({}, MEMORY)
+        initial = Path(f"/proc/{child.pid}/environ").read_bytes().split(b"\0")
+        names = {variable.partition(b"=")[0].decode() for variable in initial if variable}
+        assert names <= guard.ENVIRONMENT.keys() | {*guard.INHERITED}
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        assert "NoNewPrivs:\t1\n" in status and "Seccomp:\t2\n" in status
+        assert sorted(os.listdir(f"/proc/{child.pid}/fd")) == ["0", "1", "2"]
+        assert os.readlink(f"/proc/{child.pid}/cwd") == "/"
+        child.end()
+
+
+def test_child_that_cannot_be_confined_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')")
+    monkeypatch.setattr(guard, "_import_path", lambda: [str(tmp_path), *sys.path])
+    with closing(Zygote("tests.services.echo")) as zygote:
+        for _ in range(2):
+            zygote.fork({}, MEMORY).end()
+    assert [record.getMessage() for record in caplog.records] == [
+        "guarded processes are not confined on this machine (RuntimeError: Unable to find libseccomp)"
+    ]
+
+
+def test_memory_of_a_child_is_bounded(zygote: Zygote) -> None:
+    child = zygote.fork({}, 200_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecoderCrashError):
-        decoder.prepare(b"POISON memory")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB: this process took none
-    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
+    with pytest.raises(EOFError):
+        ask(child, "memory")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    child.end()
 
 
-@pytest.mark.parametrize("poison", [b"POISON segfault", b"POISON sleep", b"POISON memory"])
-def test_poison_is_no_picture_where_nobody_asked_for_it(poison: bytes, decoder: GuardedDecoder) -> None:
-    assert guard.POISON_VARIABLE not in os.environ
-    decoder.prepare(SMALL)
-    pid = pid_of(decoder)
-    with pytest.raises(ImageUnidentifiedError):
-        decoder.prepare(poison)
-    assert pid_of(decoder) == pid
+# How long it may take.
 
 
-def test_pictures_are_decoded_as_ever_where_poison_is_allowed(poisonous: Callable[..., GuardedDecoder]) -> None:
-    decoder = poisonous()
-    for picture in (picture_file(3, "JPEG", 90, 70), SMALL):
-        assert_same(decoder.prepare(picture), prepare(picture, CONFIG))
-    with pytest.raises(ImageUnidentifiedError):
-        decoder.prepare(b"POISON")
+def test_computing_counts(child: Child) -> None:
+    started = time.monotonic()
+    with pytest.raises(ChildTimeoutError, match=r"^0\.3 s of computing$"):
+        ask(child, "compute", 0.3)
+    assert time.monotonic() - started > 0.25
 
 
-@pytest.mark.parametrize("seconds", [1e7, float("inf")])
-def test_time_limit_without_an_end_is_taken(seconds: float, echo: Callable[..., GuardedDecoder]) -> None:
-    assert echo(max_seconds=seconds).prepare(answer(width=7)).width == 7
+def test_doing_nothing_counts(child: Child) -> None:
+    with pytest.raises(ChildTimeoutError, match=r"^0\.3 s without doing anything$"):
+        ask(child, "sleep", 0.3)
 
 
-# The child as a process.
+class Starved:
+    """A child that is ready to run and gets no processor, as on a machine that is busy."""
+
+    def __init__(self) -> None:
+        self.computed = 0.0
+
+    def __call__(self, pid: int) -> tuple[float, bool]:
+        return self.computed, False
 
 
-def test_child_loads_no_torch(decoder: GuardedDecoder) -> None:
-    decoder.prepare(SMALL)
-    mapped = Path(f"/proc/{pid_of(decoder)}/maps").read_text()
-    assert "_imaging" in mapped  # it does decode there
-    assert "torch" not in mapped
-    code = "import sys, jobs.guard; print(sorted({'torch', 'ray', 'transformers', 'open_clip'} & {*sys.modules}))"
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
+def test_waiting_for_a_processor_does_not_count(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_computed", Starved())
+    with pytest.raises(ChildTimeoutError, match=r"^0\.5 s, of which it could compute for 0\.0 s$"):
+        ask(child, "sleep", 0.1, wall_seconds=0.5)  # five times its limit, until the far end by the wall clock
 
 
-def test_hundreds_of_pictures_leave_no_descriptor_and_no_process(decoder: GuardedDecoder) -> None:
-    decoder.prepare(SMALL)
-    before, pid, processes = descriptors(), pid_of(decoder), len(children())
-    pictures = [picture_file(seed, "JPEG") for seed in range(10)] + [picture_file(1)[:500], b"text"]
-    for i in range(300):
+def test_far_end_by_the_wall_clock_grows_with_the_limit() -> None:
+    assert Clock(os.getpid(), 30.0).wall_seconds == guard.WALL_FACTOR * 30.0 >= 600.0
+
+
+def test_answer_that_is_there_is_taken_however_late(child: Child) -> None:
+    """The parent, too, may get no processor for long: the child then sleeps, since it has answered."""
+    clock = Clock(child.pid, 0.2, 0.3)
+    image = MARK + b"answer"
+    child.send(clock, {"size_bytes": len(image), "transform": "", "seed": 0}, image)
+    time.sleep(0.5)
+    assert child.receive(clock)["error_class"] == "ImageCorruptError"
+
+
+# How it ends.
+
+
+def test_zygote_that_was_killed_is_replaced(zygote: Zygote) -> None:
+    first = zygote.fork({}, MEMORY)
+    assert zygote._process is not None
+    zygote._process.kill()
+    zygote._process.wait()
+    assert first.end() == -signal.SIGKILL
+    child = zygote.fork({}, MEMORY)
+    with pytest.raises(ChildTimeoutError):
+        ask(child, "sleep", 0.1)
+    assert child.end() == -signal.SIGKILL
+
+
+def test_exit_codes_tell_how_a_child_ended(zygote: Zygote) -> None:
+    child = zygote.fork({}, MEMORY)
+    with pytest.raises(EOFError):
+        ask(child, "segfault")
+    code = child.end()
+    assert code == -signal.SIGSEGV and guard.exit_reason(code) == "SIGSEGV"
+    assert guard.exit_reason(3) == "exit code 3"
+
+
+def test_children_of_many_threads_do_not_mix(zygote: Zygote) -> None:
+    found: list[str] = []
+
+    def one() -> None:
+        child = zygote.fork({}, MEMORY)
         try:
-            decoder.prepare(pictures[i % len(pictures)])
-        except ImageError:
-            assert i % len(pictures) >= 10
-    assert (descriptors(), pid_of(decoder), len(children())) == (before, pid, processes)
+            ask(child, "sleep", 0.1)
+        except ChildTimeoutError as error:
+            found.append(str(error))
+        child.end()
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["0.1 s without doing anything"] * 8
 
 
-def test_close_ends_the_child_and_may_be_repeated() -> None:
-    before = descriptors()
-    decoder = GuardedDecoder(CONFIG)
-    decoder.close()
-    decoder.prepare(SMALL)
-    pid = pid_of(decoder)
-    decoder.close()
-    decoder.close()
-    assert is_dead(pid) and pid not in [child.pid for child in children()] and descriptors() == before
-    assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-    decoder.close()
-
-
-def test_child_dies_with_a_killed_parent_even_while_it_hangs() -> None:
-    program = f"""
-import os, signal, time
-from jobs.guard import GuardedDecoder
-from nsnet.preparation import PreparationConfig
-decoder = GuardedDecoder(PreparationConfig(thumbnail_px=16))
-decoder.prepare({SMALL!r})
-os.kill(decoder._child.pid, signal.SIGSTOP)
-print(decoder._child.pid, flush=True)
-time.sleep(120)
-"""
-    with subprocess.Popen([sys.executable, "-c", program], cwd=REPO_ROOT, stdout=subprocess.PIPE, text=True) as parent:
+def test_everything_ends_with_a_killed_parent() -> None:
+    code = (
+        "import os, time\n"
+        "from jobs.guard import Zygote\n"
+        "zygote = Zygote('tests.services.poisoned')\n"
+        "child = zygote.fork({}, 2**30)\n"
+        "print(zygote._process.pid, child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    root = Path(__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert not is_dead(pid)
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
-    assert wait_until(lambda: is_dead(pid))
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_child_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PIL", "jobs", "json", "nsnet", "numpy"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file that lay beside the pictures was run')")
-    monkeypatch.chdir(tmp_path)
-    with closing(GuardedDecoder(CONFIG)) as decoder:
-        assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
-
-
-def test_child_that_cannot_start_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = descriptors()
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    decoder = GuardedDecoder(CONFIG)
-    with pytest.raises(RuntimeError, match=r"could not be started \(exit code 1\)"):
-        decoder.prepare(SMALL)
-    assert decoder._child is None and descriptors() == before
-
-
-# A child that lies: it answers with the bytes of the picture that it is sent.
-
-ECHO = f"""#!{sys.executable} -IS
-import json, struct, sys
-requests, answers = sys.stdin.buffer, sys.stdout.buffer
-answers.write(struct.pack("<I", 2) + b"{{}}")
-answers.flush()
-while length := requests.read(4):
-    told = json.loads(requests.read(struct.unpack("<I", length)[0]))
-    answers.write(requests.read(told["size_bytes"]))
-    answers.flush()
-"""
-
-
-@pytest.fixture
-def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GuardedDecoder]]:
-    program = tmp_path / "echo"
-    program.write_text(ECHO)
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    made: list[GuardedDecoder] = []
-
-    def make(**limits: Any) -> GuardedDecoder:
-        made.append(GuardedDecoder(limited(**limits)))
-        return made[-1]
-
-    yield make
-    for decoder in made:
-        decoder.close()
-
-
-def message(header: bytes, payload: bytes = b"") -> bytes:
-    return struct.pack("<I", len(header)) + header + payload
-
-
-PAYLOAD = bytes(4 * 8 * 8 * 3 + 16 * 16 * 3)
-FINE = {"width": 5, "height": 6, "format": "PNG", "frames": 1, "quality": 75, "perceptual_hash": "0123456789abcdef"}
-
-
-def answer(**changes: Any) -> bytes:
-    """What an honest child would say, but for the changes; None leaves a value out."""
-    header = {name: value for name, value in (FINE | changes).items() if value is not None}
-    return message(json.dumps(header).encode(), PAYLOAD)
-
-
-def error(**values: Any) -> bytes:
-    return message(json.dumps(values).encode())
-
-
-NONSENSE = {
-    "no JSON": message(b"\xff\xfe{"),
-    "empty header": message(b""),
-    "list": message(b"[1, 2]"),
-    "number": message(b"7"),
-    "deeply nested": message(b"[" * 60_000),
-    "huge header": struct.pack("<I", 2**32 - 1) + bytes(1000),
-    "header just over the limit": struct.pack("<I", guard.MAX_HEADER_BYTES + 1) + bytes(guard.MAX_HEADER_BYTES + 1),
-    "pickle": pickle.dumps(FINE) + PAYLOAD,
-    "error without a message": error(error_class="ImageCorruptError"),
-    "width missing": answer(width=None),
-    "quality missing": answer(quality=None),
-    "quality no number": answer(quality="high"),
-    "perceptual hash too long": answer(perceptual_hash="0" * 17),
-    "perceptual hash no number": answer(perceptual_hash="g" * 16),
-    "width no number": answer(width="wide"),
-    "width a list": answer(width=[1]),
-    "width 0": answer(width=0),
-    "width over 31 bits": answer(width=2**31),
-    "height infinite": answer(height=float("inf")),
-    "height NaN": answer(height=float("nan")),
-    "frames negative": answer(frames=-1),
-    "format missing": answer(format=None),
-}
-
-
-@pytest.mark.parametrize("name", NONSENSE)
-def test_senseless_answer_costs_that_picture_and_the_child(name: str, echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    decoder.prepare(answer())
-    pid = pid_of(decoder)
-    with pytest.raises(DecoderCrashError, match="makes no sense"):
-        decoder.prepare(NONSENSE[name])
-    assert is_dead(pid)
-    assert decoder.prepare(answer(width=77)).width == 77
-
-
-@pytest.mark.parametrize("said", [b"\x02", message(b"{")[:-1], answer()[:-1], answer()[: -len(PAYLOAD)]])
-def test_answer_that_does_not_end_costs_that_picture(said: bytes, echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo(max_seconds=0.5)
-    with pytest.raises(ImageTimeoutError):
-        decoder.prepare(said)
-    assert decoder.prepare(answer(width=77)).width == 77
-
-
-def test_more_than_one_answer_is_not_taken_for_the_next_picture(echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    assert decoder.prepare(answer(width=1) + answer(width=2)).width == 1
-    assert decoder.prepare(answer(width=3)).width == 3
-
-
-def test_interrupted_answer_is_not_taken_for_the_next_picture(echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    decoder.prepare(answer())
-    pid = pid_of(decoder)
-    os.kill(pid, signal.SIGSTOP)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises(KeyboardInterrupt):
-            decoder.prepare(answer(width=1))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
-    assert decoder.prepare(answer(width=2)).width == 2
-
-
-UNKNOWN_CLASSES = [
-    "SystemExit",
-    "KeyboardInterrupt",
-    "NsnetError",
-    "StorageError",
-    "__doc__",
-    "",
-    7,
-    None,
-    ["ImageError"],
-]
-
-
-@pytest.mark.parametrize("kind", UNKNOWN_CLASSES)
-def test_unknown_error_class_is_a_corrupt_picture(kind: Any, echo: Callable[..., GuardedDecoder]) -> None:
-    with pytest.raises(ImageCorruptError, match="^so it said$"):
-        echo().prepare(error(error_class=kind, error_message="so it said"))
-
-
-def test_error_classes_of_pictures_are_looked_up_by_name(echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    for kind in (ImageError, ImageEmptyError, ImageTimeoutError, DecoderCrashError, FetchError):
-        with pytest.raises(kind) as caught:
-            decoder.prepare(error(error_class=kind.__name__, error_message="m"))
-        assert type(caught.value) is kind
-
-
-def test_text_that_no_table_can_hold_is_replaced(echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    assert decoder.prepare(answer(format="P\ud800G")).format == "P?G"
-    with pytest.raises(ImageCorruptError, match=r"^bad \?$"):
-        decoder.prepare(error(error_class="ImageCorruptError", error_message="bad \udcff"))
-
-
-def test_hundred_crashes_leave_no_descriptor_and_no_process(echo: Callable[..., GuardedDecoder]) -> None:
-    decoder = echo()
-    before, processes = descriptors(), len(children())
-    for _ in range(100):
-        with pytest.raises(DecoderCrashError):
-            decoder.prepare(message(b"7"))
-    assert (descriptors(), len(children())) == (before, processes)
-
-
-def test_descriptors_above_1023_can_be_waited_for(echo: Callable[..., GuardedDecoder]) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2000:
-        pytest.skip(f"only {hard} descriptors are allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
-    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        decoder = echo()
-        assert decoder.prepare(answer(width=7)).width == 7
-        assert decoder._child is not None and decoder._child.stdout is not None
-        assert decoder._child.stdout.fileno() > 1023
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_nothing_is_unpickled() -> None:
-    tree = ast.parse(Path(guard.__file__).read_text())
-    used = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    used |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert {"json", "frombuffer", "struct"} <= used
-    assert not used & {"pickle", "marshal", "dill", "cloudpickle", "shelve", "load", "eval", "exec"}
+def test_zygote_has_one_thread(zygote: Zygote) -> None:
+    """A fork copies no other: what one of them held would be held for ever."""
+    with closing(Zygote("jobs.decoding")) as decoders:
+        for one in (zygote, decoders):
+            one._running()
+            assert one._process is not None
+            assert len(os.listdir(f"/proc/{one._process.pid}/task")) == 1

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from jobs import faults, schema, sources, stages, storage
-from jobs.guard import GuardedDecoder
+from jobs.decoding import GuardedDecoder
 from jobs.sources import Source
 from jobs.stages import (
     ROWS_PER_BLOCK,

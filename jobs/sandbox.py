@@ -1,0 +1,61 @@
+"""What a process gives up before it reads what strangers wrote: files, network, other processes, memory without bound.
+
+The kernel's seccomp filter lets a process keep the calls that computing needs. All others fail with "operation not
+permitted": no file is opened, not even for reading, no socket is made, no program is started. Whatever a damaged image
+makes its decoder do, it can only compute, and answer on the pipes that are open already.
+"""
+
+import errno
+import os
+import resource
+from typing import Final
+
+ALLOWED_CALLS: Final = (
+    "read write readv writev pread64 pwrite64 lseek close fstat newfstatat fstat64 fcntl poll ppoll pselect6 "
+    "mmap mmap2 munmap mremap mprotect brk madvise futex futex_time64 "
+    "clock_gettime clock_gettime64 clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage "
+    "rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall exit exit_group "
+    "getpid gettid getppid getuid geteuid getgid getegid getrandom uname sysinfo getcwd "
+    "sched_yield sched_getaffinity set_robust_list rseq membarrier arch_prctl set_tid_address"
+    .split()
+)  # fmt: skip
+"""System calls that computing, threads and open pipes need; `read` and the like work on open descriptors only."""
+CLONE_THREAD: Final = 0x00010000
+MAX_DESCRIPTORS: Final = 16
+
+
+def limit(memory_bytes: int) -> None:
+    """Bound what this process may take: so much address space beside what it has, no new file, no core dump."""
+    with open("/proc/self/statm", "rb") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    for kind, most in (
+        (resource.RLIMIT_AS, used + memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, MAX_DESCRIPTORS),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def confine() -> str | None:
+    """Keep `ALLOWED_CALLS`, for good. Returns None, or why this machine cannot: the C library libseccomp is missing."""
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))  # sets no_new_privs when it is loaded
+    for name in ALLOWED_CALLS:
+        try:
+            rules.add_rule(pyseccomp.ALLOW, name)
+        except (ValueError, OSError):  # no call of this processor's
+            continue
+    rules.add_rule(
+        pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD)
+    )  # fmt: skip
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # whose arguments no filter sees: libraries then use clone
+    rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, pyseccomp.EQ, os.getpid()))  # abort() ends itself
+    rules.add_rule(  # its own limits may be read, not set
+        pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(2, pyseccomp.EQ, 0)
+    )
+    rules.load()
+    return None

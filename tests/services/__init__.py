@@ -1,0 +1,1 @@
+"""Services of guarded children that misbehave, in the place of honest ones."""
