@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import console, ledger, schema, storage
+from jobs import console, failures, ledger, schema, storage
 from jobs.attempts import Attempt
 from jobs.ledger import Run
 from jobs.plan import Selection
@@ -90,7 +90,7 @@ def caption(
         def stream(attempt: Attempt) -> Stream:
             pictures = prepared(
                 attempt.todo, source, preparation, asked, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
-                checkpoint=attempt.checkpoint,
+                checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
             ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
             return pictures.through(
                 Embed, pictures.shares.scorers, pictures.models, config.clip, schema.CAPTIONS, batch_size,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs import ledger, schema, storage
+from jobs import failures, ledger, schema, storage
 from jobs.attempts import Attempt
 from jobs.ledger import Run
 from jobs.plan import Selection
@@ -40,7 +40,7 @@ def examine(
         def stream(attempt: Attempt) -> "Stream":
             return prepared(
                 attempt.todo, source, PreparationConfig(patches=None, fingerprint=True, limits=limits), Models(),
-                keep=schema.FACTS, batch_size=1, checkpoint=attempt.checkpoint,
+                keep=schema.FACTS, batch_size=1, checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
             )  # fmt: skip
 
         return Work(title="examine", stages=("prepared",), stream=stream)

@@ -178,8 +178,8 @@ class Clock:
 
     @property
     def computed(self) -> float:
-        """Seconds that the child has computed since the clock was started."""
-        return _computed(self._pid)[0] - self._computed_before
+        """Seconds that the child has computed since the clock was started, as far as they were looked at."""
+        return max(_computed(self._pid)[0], self._computed[0]) - self._computed_before
 
     def wait(self, pipe: int, event: int) -> None:
         """Wait until a pipe can be read or written, or is broken. Raises `ChildTimeoutError`."""

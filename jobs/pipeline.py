@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from jobs import faults, progress, resources, schema, storage
 from jobs.datasource import ParquetFiles
 from jobs.faults import OUTAGE_SECONDS
+from jobs.poison import Remembered
 from jobs.resources import Shares, cluster_shares
 from jobs.stages import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
 from nsnet.captions import CaptionerConfig
@@ -87,16 +88,18 @@ def prepared(
     batch_size: int,
     checkpoint: str | None = None,
     outage_seconds: float = OUTAGE_SECONDS,
+    remembered: Remembered | None = None,
 ) -> Stream:
     """The pipeline up to prepared pictures, over a folder of work that `attempts.write_todo` made from a manifest.
 
-    `keep`: columns after it, pixels aside. `checkpoint`: folder of Ray Data's job checkpoint.
+    `keep`: columns after it, pixels aside. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`: what need
+    not be decoded to know how it ends.
     """
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
     models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
-    board = progress.start_board(board_name)
+    board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
     report = StageReport(board_name=board_name)
     files = sorted(entry.uri for entry in storage.list_files(todo))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
@@ -113,6 +116,7 @@ def prepared(
             report=report,
             source=source,
             outage_seconds=outage_seconds,
+            remembered=remembered or {},
         ).in_blocks,
         batch_format="pyarrow",
         batch_size=None,  # a whole file; with a number Ray would not put reading and preparing together

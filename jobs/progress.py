@@ -12,6 +12,8 @@ import click
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.poison import Budget
+
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
 """Between lines where the output is a file and a line cannot be redrawn."""
@@ -21,13 +23,23 @@ LINE_SECONDS: Final = 5.0
 class Board:
     """Counts per stage. It only informs: after a lost node a retried block counts twice here, never in the results."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: float = 1.0, max_seconds: float = 0.0) -> None:
+        """`cpus`, `max_seconds`: of the cluster, and for one image: what the run's `Budget` begins with."""
         self.counts: Counter[str] = Counter()
         self.lines: list[str] = []
+        self._budget = Budget(cpus, max_seconds)
 
     def add(self, counts: dict[str, int]) -> None:
         """Add to the counts."""
         self.counts.update(counts)
+
+    def lease(self, seconds: float) -> bool | None:
+        """As `Budget.lease`."""
+        return self._budget.lease(seconds)
+
+    def settle(self, leased: float, good: float, bad: float) -> None:
+        """As `Budget.settle`."""
+        self._budget.settle(leased, good, bad)
 
     def tell(self, line: str) -> None:
         """A line for the console."""
@@ -39,13 +51,13 @@ class Board:
         return dict(self.counts), lines
 
 
-def start_board(name: str) -> Any:
-    """A board that workers find by its name; it lives as long as its handle is held.
+def start_board(name: str, *budget: float) -> Any:
+    """A board that workers find by its name; it lives as long as its handle is held. `budget`: as `Board` takes it.
 
     On the driver's own node, where there is room: others may go in the middle of a run, and its counts with them.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return cast(Any, Board).options(name=name, scheduling_strategy=here).remote()
+    return cast(Any, Board).options(name=name, scheduling_strategy=here).remote(*budget)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs import console, ledger, schema, storage
+from jobs import console, failures, ledger, schema, storage
 from jobs.attempts import Attempt
 from jobs.faults import OUTAGE_SECONDS
 from jobs.ledger import Run
@@ -124,6 +124,7 @@ def score(
             pictures = prepared(
                 attempt.todo, source, preparation, models, keep=SCORING_COLUMNS, batch_size=batch_size,
                 checkpoint=attempt.checkpoint, outage_seconds=outage_seconds,
+                remembered=failures.remembered(request),
             )  # fmt: skip
             if captioned:
                 keep = replace(preparation, thumbnail_px=0)

@@ -22,6 +22,8 @@ import pyarrow as pa
 from jobs import schema, sources, storage
 from jobs.decoding import GuardedDecoder
 from jobs.faults import OUTAGE_SECONDS
+from jobs.patience import Patience
+from jobs.poison import Remembered
 from jobs.storage import Fetched
 from nsnet import bundle
 from nsnet.errors import (
@@ -36,7 +38,7 @@ from nsnet.errors import (
     ScoreError,
 )
 from nsnet.patches import SCORING_SEED, assemble_mosaic
-from nsnet.preparation import PreparationConfig
+from nsnet.preparation import PreparationConfig, Prepared
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers must not wait for
     from nsnet.captions import Captioner, CaptionerConfig
@@ -49,6 +51,7 @@ BYTES_PER_BLOCK: Final = 256 * 2**20
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
 OUTAGE_POLL_SECONDS: Final = 5.0
+LEASE_POLL_SECONDS: Final = 0.25
 MANY: Final = 8
 """A store that fails for so many pictures of a block and gives none is away, whatever else it answers."""
 REMEMBERED: Final = 65_536
@@ -57,6 +60,8 @@ HEAVY: Final = ("mosaic", "thumbnail")
 """Columns of pixels, as bytes."""
 
 Rows = list[dict[str, Any]]
+Decode = Callable[[bytes, str, str, int], Prepared | None]
+"""A try of an image: its bytes, their hash, the transform and its seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +126,21 @@ class StageReport:
         if self.board_name is not None:
             _board(self.board_name).add.remote(counts)
 
+    def lease(self, seconds: float) -> bool:
+        """Whether an image may be decoded for so long (`poison.Budget`); waits while others use what is left."""
+        if self.board_name is None:
+            return True
+        import ray
+
+        while (answer := ray.get(_board(self.board_name).lease.remote(seconds))) is None:
+            time.sleep(LEASE_POLL_SECONDS)
+        return bool(answer)
+
+    def settle(self, leased: float, good: float, bad: float) -> None:
+        """As `Budget.settle`, without waiting."""
+        if self.board_name is not None:
+            _board(self.board_name).settle.remote(leased, good, bad)
+
 
 @cache
 def _board(name: str) -> Any:
@@ -146,9 +166,9 @@ def to_table(rows: Rows, schema: pa.Schema) -> pa.Table:
 
 
 @cache
-def _decoder(config: PreparationConfig) -> GuardedDecoder:
+def _patience(config: PreparationConfig, board_name: str | None) -> Patience:
     """One guarded child per worker process: Ray keeps worker processes, so it lives through many blocks."""
-    return GuardedDecoder(config)
+    return Patience(GuardedDecoder(config), StageReport(board_name=board_name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +187,12 @@ class Prepare:
     source: str | None = None
     """URI of the source, which must be there for a missing picture to be taken for one."""
     outage_seconds: float = OUTAGE_SECONDS
+    remembered: Remembered = field(default_factory=dict)
+    """What failed in earlier runs, and is not decoded again."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
         manifest = table.to_pylist()
-        rows = [self._row(row, *fetched) for row, fetched in zip(manifest, self._fetch(manifest), strict=True)]
+        rows = self._rows(manifest, self._fetch(manifest))
         again = sum(row["requests"] > 1 for row in rows)
         self.report.add(
             prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
@@ -246,7 +268,21 @@ class Prepare:
         gives = any(isinstance(result, Fetched | ObjectChangedError) for result in fetched)
         return lost, len(lost) >= MANY and not gives
 
-    def _row(self, row: dict[str, Any], fetched: Fetched | ImageError, requests: int) -> dict[str, Any]:
+    def _rows(self, manifest: Rows, fetched: list[tuple[Fetched | ImageError, int]]) -> Rows:
+        """Each image's row. Those that are slow are tried again once the others are done."""
+        patience = _patience(self.config, self.report.board_name)
+        patience.remembered = self.remembered
+        rows = [self._row(row, *came, patience.first) for row, came in zip(manifest, fetched, strict=True)]
+        for i, row in enumerate(rows):
+            if row is None:
+                rows[i] = self._row(manifest[i], *fetched[i], patience.again)
+        patience.settle()
+        return [row for row in rows if row is not None]
+
+    def _row(
+        self, row: dict[str, Any], fetched: Fetched | ImageError, requests: int, decode: Decode
+    ) -> dict[str, Any] | None:
+        """The row of an image; None where `decode` gave none."""
         row = {**row, "requests": requests}
         if isinstance(fetched, ImageError):
             return failed(row, fetched)
@@ -256,11 +292,12 @@ class Prepare:
             return failed(row, ObjectChangedError("its content is not what the manifest says (content_hash)"))
         slot_seed = row.get("slot_seed", SCORING_SEED)
         try:
-            done = _decoder(self.config).prepare(
-                fetched.data, row.get("transform") or "", transform_seed(row["image_id"], slot_seed)
-            )
+            seed = transform_seed(row["image_id"], slot_seed)
+            done = decode(fetched.data, content_hash, row.get("transform") or "", seed)
         except ImageError as error:
             return failed(row, error)
+        if done is None:
+            return None
         row |= {
             "width": done.width, "height": done.height, "format": done.format, "frames": done.frames,
             "jpeg_quality": done.quality, "perceptual_hash": done.perceptual_hash,

@@ -16,6 +16,7 @@ NsnetError
     ├── ImageUnidentifiedError  no supported picture format
     ├── ImageCorruptError       the format is known, the data is damaged
     ├── ImageTimeoutError       over the limit of seconds
+    ├── ImageBudgetError        slow, and the run has no time left for slow images
     ├── DecoderCrashError       the decoder's process died
     ├── FetchError              the bytes could not be read from storage
     │   ├── ObjectMissingError      gone since it was listed
@@ -99,6 +100,10 @@ class ImageCorruptError(ImageError):
 
 class ImageTimeoutError(ImageError):
     """Decoding took longer than allowed."""
+
+
+class ImageBudgetError(ImageError):
+    """Decoding is slow, and the run has spent what it may on slow images."""
 
 
 class DecoderCrashError(ImageError):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from jobs import faults, schema, sources, stages, storage
 from jobs.decoding import GuardedDecoder
+from jobs.patience import Patience
 from jobs.sources import Source
 from jobs.stages import (
     ROWS_PER_BLOCK,
@@ -80,12 +81,12 @@ def decoders() -> Iterator[None]:
     made: list[GuardedDecoder] = []
 
     @cache
-    def decoder(config: PreparationConfig) -> GuardedDecoder:
+    def patience(config: PreparationConfig, board_name: str | None) -> Patience:
         made.append(GuardedDecoder(config))
-        return made[-1]
+        return Patience(made[-1], StageReport(board_name=board_name))
 
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_decoder", decoder)
+        patch.setattr(stages, "_patience", patience)
         yield
     for one in made:
         one.close()

@@ -1,0 +1,44 @@
+"""What earlier runs of an output found to hang or kill its decoder, so that it is not tried again."""
+
+from importlib.metadata import version
+from typing import Any, Final
+
+import pyarrow as pa
+
+from jobs import ledger, parquet, schema, storage
+from jobs.poison import KINDS, key
+from jobs.runs import Request
+
+MAX_REMEMBERED: Final = 10_000
+"""Contents that are remembered: the newest."""
+COLUMNS: Final = pa.schema(
+    [schema.FACTS.field(name) for name in ("content_hash", "error_class", "error_message")]
+    + [schema.TRANSFORM]
+)  # fmt: skip
+
+
+def remembered(request: Request) -> dict[str, tuple[str, str]]:
+    """What failed in earlier runs into the same output and would fail again: with the same limits and decoder.
+
+    Only runs whose records count such failures are looked at, the newest first.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    if request.selection.retry_failed or request.selection.rescore:
+        return found
+    for record in reversed(ledger.runs(request.out, request.product)):
+        counts = record.get("counts", {}).get("error_class", {})
+        same = record.get("settings", {}).get("limits") == request.settings["limits"]
+        if not same or record.get("versions", {}).get("pillow") != version("pillow") or not {*counts} & {*KINDS}:
+            continue
+        for file in record["files"]:
+            for row in _failures(storage.join(request.out, file["path"])):
+                name = key(row["content_hash"], row["transform"] or "")
+                found.setdefault(name, (row["error_class"], f"{row['error_message']} (in run {record['run_id']})"))
+                if len(found) >= MAX_REMEMBERED:
+                    return found
+    return found
+
+
+def _failures(uri: str) -> list[dict[str, Any]]:
+    rows = (row for batch in parquet.read(uri, COLUMNS, optional=True) for row in batch.to_pylist())
+    return [row for row in rows if row["error_class"] in KINDS and row["content_hash"]]

@@ -1,0 +1,253 @@
+"""What hostile images may cost: short first tries, second tries while the budget lasts, nothing twice. Costs 4 s."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from jobs import failures, ledger, parquet, patience, schema, storage
+from jobs.decoding import GuardedDecoder
+from jobs.failures import remembered
+from jobs.guard import Zygote
+from jobs.patience import Patience
+from jobs.plan import Selection
+from jobs.poison import BAD_SHARE, SECONDS_PER_CPU, Budget, key
+from jobs.runs import Request
+from nsnet.config import to_dict
+from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageTimeoutError
+from nsnet.images import DecodeLimits
+from nsnet.patches import PatchConfig
+from nsnet.preparation import PreparationConfig
+from tests.tables import picture_file, verdict_row
+
+CONFIG = PreparationConfig(
+    patches=PatchConfig(patch_px=8, mosaic_px=16), limits=DecodeLimits(max_seconds=0.6)
+)  # fmt: skip
+GOOD = picture_file()
+
+
+class Decoder(GuardedDecoder):
+    """A decoder that counts its tries."""
+
+    tries: list[float]
+
+    def prepare(self, image: bytes, transform: str = "", seed: int = 0, max_seconds: float | None = None) -> Any:
+        self.tries.append(max_seconds or 0.0)
+        return super().prepare(image, transform, seed, max_seconds)
+
+
+class Lender:
+    """A budget that answers as it is told."""
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers = list(answers)
+        self.settled: list[tuple[float, float, float]] = []
+
+    def lease(self, seconds: float) -> bool:
+        return self.answers.pop(0)
+
+    def settle(self, leased: float, good: float, bad: float) -> None:
+        self.settled.append((leased, good, bad))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with closing(Zygote("tests.services.poisoned")) as zygote, closing(Decoder(CONFIG, zygote)) as decoder:
+        yield decoder
+
+
+@pytest.fixture
+def tries(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.1)
+    decoder.tries = []
+    return decoder.tries
+
+
+def test_good_image_is_tried_once(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender())
+    assert one.first(GOOD, "a", "", 0) is not None
+    assert tries == [pytest.approx(0.1 + len(GOOD) * 0.5e-6)]
+
+
+def test_slow_image_is_tried_once_more_with_the_full_limit_and_never_again(
+    decoder: Decoder, tries: list[float]
+) -> None:
+    lender = Lender(True)
+    one = Patience(decoder, lender)
+    assert one.first(b"POISON compute", "a", "", 0) is None
+    with pytest.raises(ImageTimeoutError, match=r"longer than 0\.6 s"):
+        one.again(b"POISON compute", "a", "", 0)
+    assert tries == [pytest.approx(0.1, abs=0.01), 0.6]
+    (leased, _, bad), = lender.settled  # fmt: skip
+    assert leased == 0.6 and bad == pytest.approx(0.6, abs=0.1)
+    with pytest.raises(ImageTimeoutError, match="the same bytes were tried before"):
+        one.first(b"POISON compute", "a", "", 0)
+    with pytest.raises(ImageTimeoutError, match="the same bytes were tried before"):
+        one.again(b"POISON compute", "a", "", 0)
+    assert len(tries) == 2
+
+
+def test_slow_image_is_not_tried_again_where_the_budget_is_used_up(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender(False, True))
+    assert one.first(b"POISON compute", "a", "", 0) is None
+    with pytest.raises(ImageBudgetError, match="budget for slow images is used up: run again with --retry-failed"):
+        one.again(b"POISON compute", "a", "", 0)
+    assert len(tries) == 1
+    assert one.first(b"POISON compute", "a", "", 0) is None  # it was not tried out: it may have its turn yet
+
+
+def test_crash_is_remembered_and_not_tried_again(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender())
+    for _ in range(3):
+        with pytest.raises(DecoderCrashError, match="SIGSEGV"):
+            one.first(b"POISON segfault", "a", "", 0)
+    assert len(tries) == 1
+    with pytest.raises(DecoderCrashError):  # under a transform it is another image
+        one.first(b"POISON segfault", "a", "jpeg:75", 0)
+    assert len(tries) == 2
+
+
+def test_what_failed_in_an_earlier_run_is_not_tried(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender())
+    one.remembered = {key("a", ""): ("ImageTimeoutError", "30 s (in run r)")}
+    with pytest.raises(ImageTimeoutError, match=r"^30 s \(in run r\)$"):
+        one.first(b"POISON compute", "a", "", 0)
+    assert tries == [] and one.first(GOOD, "b", "", 0) is not None
+
+
+def test_limit_below_the_first_try_is_the_only_one(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 5.0)
+    decoder.tries = []
+    with pytest.raises(ImageTimeoutError):
+        Patience(decoder, Lender()).first(b"POISON sleep", "a", "", 0)
+    assert decoder.tries == [0.6]
+
+
+def test_process_forgets_the_oldest(decoder: Decoder, tries: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "MAX_REMEMBERED", 2)
+    one = Patience(decoder, Lender())
+    for name in "abc":
+        with pytest.raises(DecoderCrashError):
+            one.first(b"POISON segfault", name, "", 0)
+    assert [*one._failed] == ["b ", "c "]
+
+
+# The budget of a run.
+
+
+def test_budget_begins_with_one_whole_try_at_least() -> None:
+    assert Budget(cpus=0.5, max_seconds=30.0).lease(30.0) is True
+    budget = Budget(cpus=0.5, max_seconds=30.0)
+    budget.settle(0.0, 0.0, 30.0)
+    assert budget.lease(30.0) is False
+
+
+def test_budget_grows_with_what_good_images_took() -> None:
+    budget = Budget(cpus=1.0, max_seconds=30.0)
+    budget.settle(0.0, 0.0, 30.0)
+    budget.settle(0.0, 60.0 / BAD_SHARE - 1.0, 0.0)
+    assert budget.lease(30.0) is False
+    budget.settle(0.0, 1.0, 0.0)
+    assert budget.lease(30.0) is True
+
+
+def test_budget_grows_with_the_cluster() -> None:
+    cpus = 64.0
+    budget, granted = Budget(cpus=cpus, max_seconds=30.0), 0
+    while budget.lease(30.0):
+        granted += 1
+    assert granted == SECONDS_PER_CPU * cpus // 30.0
+
+
+def test_second_tries_wait_for_each_other_until_it_is_known_how_they_end() -> None:
+    budget = Budget(cpus=2.0, max_seconds=30.0)
+    assert budget.lease(30.0) is True
+    assert budget.lease(30.0) is None
+    budget.settle(30.0, 3.0, 0.0)  # it ended well: nothing is used up
+    assert budget.lease(30.0) is True
+    budget.settle(30.0, 0.0, 30.0)
+    assert budget.lease(30.0) is False
+
+
+def test_slow_images_that_end_well_never_use_the_budget_up() -> None:
+    budget = Budget(cpus=1.0, max_seconds=30.0)
+    for _ in range(1000):
+        assert budget.lease(30.0) is True
+        budget.settle(30.0, 29.0, 0.0)
+    assert budget.bad == 0.0
+
+
+# Earlier runs.
+
+LIMITS = to_dict(DecodeLimits())
+
+
+def publish(out: str, run_id: str, rows: list[dict[str, Any]], **record: Any) -> None:
+    path = f"verdicts/{run_id}.parquet"
+    table = pa.Table.from_pylist(rows, schema=schema.VERDICTS)
+    parquet.write(table.to_batches(), schema.VERDICTS, storage.join(out, path))
+    counts = {"error_class": {row["error_class"]: 1 for row in rows if row["error_class"]}}
+    storage.write_json(
+        storage.join(out, "runs", f"{run_id}.json"),
+        {
+            "run_id": run_id, "product": "verdicts", "files": [{"path": path}], "counts": counts,
+            "settings": {"limits": LIMITS}, "versions": {"pillow": failures.version("pillow")}, **record,
+        },
+    )  # fmt: skip
+
+
+def asked(out: str, **selection: Any) -> Request:
+    return Request(
+        source="s", out=out, product=ledger.VERDICTS, maker="d", settings={"limits": LIMITS},
+        selection=Selection(**selection),
+    )  # fmt: skip
+
+
+def failed_row(name: str, kind: str, **values: Any) -> dict[str, Any]:
+    return (
+        verdict_row(name, None, content_hash=f"hash of {name}", error_class=kind, error_message=f"of {name}") | values
+    )
+
+
+def test_contents_that_hang_or_kill_are_remembered_across_runs(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    publish(
+        out, "1",
+        [
+            failed_row("slow", "ImageTimeoutError"), failed_row("crash", "DecoderCrashError", transform="jpeg:75"),
+            failed_row("damaged", "ImageCorruptError"), failed_row("unlucky", "ImageBudgetError"),
+            failed_row("gone", "ImageTimeoutError", content_hash=None), verdict_row("good", 0.5, content_hash="h"),
+        ],
+    )  # fmt: skip
+    assert remembered(asked(out)) == {
+        "hash of slow ": ("ImageTimeoutError", "of slow (in run 1)"),
+        "hash of crash jpeg:75": ("DecoderCrashError", "of crash (in run 1)"),
+    }
+    assert remembered(asked(out, retry_failed=True)) == remembered(asked(out, rescore=True)) == {}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"settings": {"limits": LIMITS | {"max_seconds": 60.0}}}, {"versions": {"pillow": "1.0"}}, {"settings": {}}],
+)
+def test_failures_under_other_limits_or_decoders_are_not_remembered(record: dict[str, Any], tmp_path: Path) -> None:
+    publish(str(tmp_path), "1", [failed_row("slow", "ImageTimeoutError")], **record)
+    assert remembered(asked(str(tmp_path))) == {}
+
+
+def test_newest_failures_are_remembered_where_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "MAX_REMEMBERED", 2)
+    for run_id in "123":
+        publish(str(tmp_path), run_id, [failed_row(f"slow {run_id}", "ImageTimeoutError")])
+    assert [*remembered(asked(str(tmp_path)))] == ["hash of slow 3 ", "hash of slow 2 "]
+
+
+def test_runs_without_such_failures_are_not_read(tmp_path: Path) -> None:
+    publish(str(tmp_path), "1", [verdict_row("good", 0.5)])
+    (tmp_path / "verdicts" / "1.parquet").unlink()
+    assert remembered(asked(str(tmp_path))) == {}
