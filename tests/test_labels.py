@@ -1,0 +1,72 @@
+"""What values mean as labels."""
+
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from jobs.labels import class_names, meanings, text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1], {0: 0, 1: 1}),
+        ([1, 0, None, float("nan"), ""], {0: 0, 1: 1}),
+        ([0, 1, -1], {0: 0, 1: 1}),
+        ([0.0, 1.0], {0.0: 0, 1.0: 1}),
+        ([False, True], {False: 0, True: 1}),
+        ([Decimal(0), Decimal(1)], {Decimal(0): 0, Decimal(1): 1}),
+        (["0", "1"], {"0": 0, "1": 1}),
+        (["real", "FAKE ", "AI", "Human"], {"real": 0, "FAKE ": 1, "AI": 1, "Human": 0}),
+        (["real", "unsure", "fake"], {"real": 0, "fake": 1}),
+        (["cat", "dog"], {}),
+        ([], {}),
+    ],
+)
+def test_values_mean_what_their_context_says(values: list[Any], expected: dict[Any, int]) -> None:
+    assert meanings(values) == expected
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2], [0, 999], ["0", "1", "7"], [0.5], [-2], [float("inf")], [2**70], [b"0"]])
+def test_numbers_beyond_0_and_1_are_classes_of_something_else(values: list[Any]) -> None:
+    assert meanings(values) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["fake", "real"], {0: 1, 1: 0}),
+        (["real", "fake"], {0: 0, 1: 1}),
+        (["human", "SDXL", "ai"], {0: 0}),
+        (["cat", "dog"], {}),
+        (["real"], {0: 0}),
+    ],
+)
+def test_numbers_mean_what_their_file_calls_them(names: list[str], expected: dict[int, int]) -> None:
+    assert meanings([0, 1, None, -1], names) == expected
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["fake", "real"]}}}}, ["fake", "real"]),
+        ({"info": {"features": {"label": {"_type": "Value", "names": ["fake", "real"]}}}}, None),
+        ({"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}, None),
+        ({"info": {"features": {"other": {"_type": "ClassLabel", "names": ["fake", "real"]}}}}, None),
+        ({"info": []}, None),
+        ([], None),
+    ],
+)
+def test_names_come_from_the_metadata_of_the_file(metadata: Any, expected: list[str] | None) -> None:
+    assert class_names({b"huggingface": json.dumps(metadata).encode()}, "label") == expected
+
+
+@pytest.mark.parametrize("metadata", [{}, {b"huggingface": b"\xff"}, {b"huggingface": b"[" * 100_000}])
+def test_metadata_that_is_damaged_names_nothing(metadata: dict[bytes, bytes]) -> None:
+    assert class_names(metadata, "label") is None
+
+
+def test_generator_that_is_missing_has_no_name() -> None:
+    assert [text(value) for value in (None, float("nan"), "", "sdxl", 7)] == [None, None, None, "sdxl", "7"]
