@@ -101,7 +101,7 @@ def against_history(work: Path, published: int) -> str:
 
 def _publish(out: Path, rows: int) -> None:
     """A published run of so many rows, without their pictures."""
-    from jobs.sources import image_id
+    from jobs.manifest import image_id
 
     run = ledger.Run(out=str(out))
     files: list[dict[str, Any]] = []

@@ -13,11 +13,13 @@ MANIFEST: Final = pa.schema(
         pa.field("modified_at", pa.timestamp("us", tz="UTC")),  # the store's time of the last change
         pa.field("container", pa.string()),  # file that holds the picture, where it is not the URI itself
         pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
+        pa.field("column", pa.string()),  # of a Parquet file that holds images
         pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's own: what is fetched must have it
         pa.field("label", pa.int8()),  # 0 real, 1 fake
         pa.field("generator", pa.string()),
         pa.field("split", pa.string()),
         pa.field("expected_hash", pa.string()),  # SHA-256 that the file must have, where a manifest says so
+        pa.field("problem", pa.string()),  # why the row names no image that can be read; null: it does
         pa.field("transform", pa.string()),  # chain of `nsnet.transforms` to apply before judging; null: none
     ]
 )

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from jobs import schema, sources, storage
+from jobs import fetching, schema, storage
 from jobs.decoding import GuardedDecoder
 from jobs.faults import OUTAGE_SECONDS
 from jobs.patience import Patience
@@ -324,7 +324,7 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageErr
         if known is not None and known > max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
         try:
-            fetched = sources.fetch(row, max_bytes)
+            fetched = fetching.fetch(row, max_bytes)
         except ImageError as error:
             return error
         if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping

@@ -34,6 +34,7 @@ from jobs.faults import Fault
 from jobs.left_out import LeftOut
 from nsnet import bundle
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
+from nsnet.files import open_regular
 
 SCHEMES: Final = ("file", "s3")
 LISTING_PAGE: Final = 1000
@@ -125,7 +126,7 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 def open_file(uri: str) -> pa.NativeFile:
     """A file for pyarrow to read: its own way through fsspec takes a store that is throttling for a missing file."""
     system, path = filesystem(uri)
-    return pa.OSFile(path) if is_local(uri) else pa.PythonFile(system.open(path, "rb"), mode="r")
+    return pa.PythonFile(open_regular(path) if is_local(uri) else system.open(path, "rb"), mode="r")
 
 
 def arrow_path(uri: str) -> str:
@@ -434,6 +435,11 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
         raise cause from None
 
 
+def reader(uri: str) -> Callable[[int, int], bytes]:
+    """A function of (offset, length) that gives bytes of an object; raises what `read_bytes` raises."""
+    return lambda offset, length: read_bytes(uri, offset, length)
+
+
 def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
     """One attempt: the bytes, and how often botocore asked again by itself."""
     if length == 0:
@@ -441,11 +447,12 @@ def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[b
     if not is_local(uri):
         system, _ = filesystem(uri)
         return cast(tuple[bytes, int], fsspec.asyn.sync(system.loop, _get_object, system, uri, start, length, etag))
-    with open(uri, "rb") as file:
+    with open_regular(uri) as file:
         if etag and describe_local(uri, os.fstat(file.fileno())).etag != etag:
             raise faults.ChangedError("it was changed since it was listed")
         file.seek(start)
-        return file.read(-1 if length is None else length), 0
+        left = max(0, os.fstat(file.fileno()).st_size - start)  # of a file that grows meanwhile, what it had
+        return file.read(left if length is None else length), 0
 
 
 async def _get_object(system: Any, uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:

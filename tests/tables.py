@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from jobs import schema, storage
-from jobs.sources import image_id
+from jobs.manifest import image_id
 
 
 def picture_file(seed: int = 0, file_format: str = "PNG", width: int = 56, height: int = 40, **options: Any) -> bytes:

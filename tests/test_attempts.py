@@ -15,7 +15,7 @@ import pytest
 from jobs import attempts, parquet, schema, stages, storage
 from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.database import Database
-from jobs.sources import image_id
+from jobs.manifest import image_id
 from nsnet.errors import StorageError
 from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
 

@@ -11,7 +11,7 @@ import pytest
 from jobs import inventory
 from jobs.inventory import CLASSES, KNOWN, LISTED, PICTURES, describe, pictures
 from jobs.labelled import NO_GENERATOR
-from jobs.sources import image_id
+from jobs.manifest import image_id
 from tests.tables import batches
 
 Rows = list[dict[str, Any]]

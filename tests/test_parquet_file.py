@@ -13,7 +13,7 @@ import pytest
 import ray.data  # noqa: F401 - registers the extension type that unpickles
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-from jobs import evaluate, examples, ledger, parquet, schema, sources, storage
+from jobs import evaluate, examples, fetching, ledger, parquet, schema, sources, storage
 from jobs.calibrate import _validation
 from jobs.datasource import ParquetFiles
 from jobs.parquet_file import ColumnTypeError, ParquetFile
@@ -96,13 +96,13 @@ def test_no_column_beside_stored_images_is_unpickled(column: str, mark: Path, tm
     uri = file_of(tmp_path, **({"bytes": content} | {column: pickled(mark)}))
     with pytest.raises(NsnetError, match=EXTENSION):
         for row in sources.Source(uri).rows():
-            sources.fetch(row, 10**6)
+            fetching.fetch(row, 10**6)
     (tmp_path / "data" / "y.png").write_bytes(picture_file())
     beside = sources.Source(str(tmp_path / "data"))
     for row in beside.rows():
         if row["container"]:  # listed before its bytes are looked at
             with pytest.raises(NsnetError, match=EXTENSION):
-                sources.fetch(row, 10**6)
+                fetching.fetch(row, 10**6)
     assert not mark.exists()
 
 
@@ -214,7 +214,7 @@ def test_missing_column_is_an_error_unless_it_is_optional(tmp_path: Path) -> Non
 )
 def test_only_plain_types_are_read_from_a_source(kind: pa.DataType, tmp_path: Path) -> None:
     uri = file_of(tmp_path, uri=["a"], label=pa.nulls(1, kind))
-    with pytest.raises(ColumnTypeError, match="column `label` is of type"):
+    with pytest.raises(SourceError, match="column `label` is of type"):
         list(sources.Source(uri).rows())
 
 
@@ -238,12 +238,12 @@ def test_footer_is_no_longer_than_its_file(length: int, tmp_path: Path) -> None:
     uri = file_of(tmp_path, n=[1])
     content = Path(uri).read_bytes()
     Path(uri).write_bytes(content[:200] + struct.pack("<I", length) + b"PAR1")
-    with pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
-        ParquetFile(storage.open_file(uri), uri)
+    with storage.open_file(uri) as source, pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
+        ParquetFile(source, uri)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" * 3, b"x" * 100])
 def test_what_is_no_parquet_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(content)
-    with pytest.raises((pa.ArrowException, OSError)):
-        ParquetFile(storage.open_file(str(tmp_path / "x.parquet")), "x.parquet")
+    with storage.open_file(str(tmp_path / "x.parquet")) as source, pytest.raises((pa.ArrowException, OSError)):
+        ParquetFile(source, "x.parquet")

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import parquet, plan, schema, storage
+from jobs.manifest import image_id
 from jobs.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
-from jobs.sources import Source, image_id
+from jobs.sources import Source
 from nsnet.errors import ConfigError, SourceError, UsageError
 from tests.swift import SwiftServer
 from tests.tables import batches, new_bucket, put

@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from jobs import faults, schema, sources, stages, storage
+from jobs import faults, fetching, schema, stages, storage
 from jobs.decoding import GuardedDecoder
 from jobs.patience import Patience
 from jobs.sources import Source
@@ -437,7 +437,7 @@ def test_store_that_comes_back_costs_no_picture(store: Store, monkeypatch: pytes
 
 def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that came before are not fetched again; those that are really gone are found out afterwards."""
-    fetch, fetched = sources.fetch, Counter[str]()
+    fetch, fetched = fetching.fetch, Counter[str]()
     missing = f"{store.place}/missing.png"
 
     def leave_then_fetch(row: dict[str, Any], max_bytes: int) -> Any:
@@ -447,7 +447,7 @@ def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monke
         return fetch(row, max_bytes)
 
     monkeypatch.setattr(stages, "FETCH_THREADS", 1)
-    monkeypatch.setattr(sources, "fetch", leave_then_fetch)
+    monkeypatch.setattr(fetching, "fetch", leave_then_fetch)
     on_question(monkeypatch, 2, store.come_back)
     rows = store.prepare(3600.0, pa.concat_tables([store.table, todo_table(todo_row(missing))]))
     assert [row["status"] for row in rows] == ["scored"] * len(GOOD) + ["failed"]

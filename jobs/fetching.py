@@ -1,0 +1,132 @@
+"""The bytes of a manifest row's image: of an object, a member of a tar, or a row of a Parquet file."""
+
+import threading
+from collections import OrderedDict
+from typing import Any, Final
+
+from jobs import faults, storage
+from jobs.containers import Container, ContainerTooLargeError
+from jobs.storage import Fetched
+from jobs.tables import find_columns
+from nsnet.errors import FetchError, ImageTooLargeError, SourceError
+
+WINDOW: Final = 16
+"""Stored images before the one that is asked for that are kept: threads ask for neighbours in no strict order."""
+MAX_KEPT_BYTES: Final = 2**26
+MAX_OPEN: Final = 2
+"""Parquet files whose readers are kept for the next image."""
+
+
+def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
+    """At most one byte more than allowed, so that the caller sees the excess.
+
+    Raises a `FetchError`, as where an image was replaced since it was listed, or another `ImageError`.
+    """
+    if row.get("problem"):
+        raise FetchError(row["problem"])
+    container, position, size = row["container"], row["position"], row["size_bytes"]
+    etag = row["etag"] if row["listed"] else None
+    if container is None:
+        # how much is asked for also says how long it may take; a manifest's sizes may be wrong
+        known = size if row["listed"] and size is not None else max_bytes
+        return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
+    if container.lower().endswith(".tar"):
+        return storage.fetch(container, position, min(size, max_bytes + 1), etag)
+    version = row["etag"].rpartition("-")[0]
+    with _reading:  # one thread reads a row group, the others wait for it
+        key = (container, version, row.get("column"))
+        try:
+            stored = _open(key)
+            return Fetched(data=stored.image(position, max_bytes + 1), requests=stored.requests())
+        except BaseException as error:  # the rest of an answer must not be taken for the next one
+            if key in _opened:
+                _opened.pop(key).close()
+            if isinstance(error, ContainerTooLargeError):
+                raise ImageTooLargeError(str(error)) from error
+            if isinstance(error, SourceError):
+                raise FetchError(str(error)) from error
+            raise
+
+
+def close() -> None:
+    """End the readers that are kept."""
+    with _reading:
+        while _opened:
+            _opened.popitem()[1].close()
+
+
+class _Stored:
+    """The images of one version of a Parquet file."""
+
+    def __init__(self, uri: str, version: str, column: str | None) -> None:
+        self._uri, self._version = uri, version
+        self._requests = 0
+        size = self._described().size_bytes
+        self._container = Container(uri, "parquet", size, self._read)
+        self._container.__enter__()
+        try:
+            named = {} if column is None else {"image": column}
+            found = find_columns(uri, self._container.describe(), named).image
+            if found is None:
+                raise SourceError(f"{uri} holds no images")
+        except BaseException:
+            self.close()
+            raise
+        self._column = found
+        self._kept: OrderedDict[int, bytes | None] = OrderedDict()
+        self._most = self._next = 0
+
+    def image(self, position: int, most: int) -> bytes:
+        """The image of a row, at most so many bytes; nothing where the row is null."""
+        if most != self._most:  # what is kept was cut there
+            self._most = most
+            self._kept.clear()
+        if position not in self._kept:
+            first = position if position < self._next else max(self._next, position - WINDOW)
+            for at, content in enumerate(self._container.images(self._column, first, position, most), start=first):
+                self._keep(at, content)
+            self._next = position + 1
+        return self._kept[position] or b""
+
+    def requests(self) -> int:
+        """How often the store was asked since the last time, at least once: of neighbours the first asks for all."""
+        asked, self._requests = max(1, self._requests), 0
+        return asked
+
+    def close(self) -> None:
+        """End its reader."""
+        self._container.close()
+
+    def _keep(self, position: int, content: bytes | None) -> None:
+        self._kept[position] = content
+        while len(self._kept) > 1 and (
+            len(self._kept) > WINDOW or sum(len(one or b"") for one in self._kept.values()) > MAX_KEPT_BYTES
+        ):
+            self._kept.popitem(last=False)
+
+    def _described(self) -> storage.Entry:
+        try:
+            entry = storage.describe(self._uri)
+        except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+            raise faults.fetch_error(error, 1) from error
+        if entry.etag != self._version:
+            raise faults.fetch_error(faults.ChangedError(f"{self._uri} was replaced since it was listed"), 1)
+        return entry
+
+    def _read(self, offset: int, length: int) -> bytes:
+        fetched = storage.fetch(self._uri, offset, length, self._version)
+        self._requests += fetched.requests - 1
+        return fetched.data
+
+
+_reading: Final = threading.Lock()
+_opened: Final[OrderedDict[tuple[str, str, str | None], _Stored]] = OrderedDict()
+
+
+def _open(key: tuple[str, str, str | None]) -> _Stored:
+    if key not in _opened:
+        _opened[key] = _Stored(*key)
+        while len(_opened) > MAX_OPEN:
+            _opened.popitem(last=False)[1].close()
+    _opened.move_to_end(key)
+    return _opened[key]
