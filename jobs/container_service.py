@@ -173,9 +173,14 @@ class Tar:
                     raise
                 yield self._file.size_bytes - start
                 return
+            count = 0
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                count += 1
                 yield self._described(tar, member)
+            if start > 0 and count == 0:  # what stands behind an end may be anything
+                yield self._file.size_bytes - start
+                return
             end = tar.offset
             self._file.seek(end)
             # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros

@@ -109,7 +109,7 @@ class Container:
         names = behind = 0
         for answer in self._ask({"members": True}):
             for name, offset, size, kind, label in self._checked(answer["members"], (str, int, int, str, str | None)):
-                if not 0 <= offset <= self._size_bytes or not 0 <= size <= self._size_bytes:
+                if kind == "file" and not 0 <= offset <= offset + size <= self._size_bytes:
                     raise self._error("its reader's answer makes no sense")
                 found.append(Member(name=name, offset=offset, size_bytes=size, kind=kind, label=label))
                 names += len(name)

@@ -4,6 +4,7 @@ import io
 import logging
 import signal
 import sys
+import tarfile
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,6 +55,25 @@ def put(place: str, files: Mapping[str, bytes]) -> str:
     for name, content in files.items():
         storage.write_bytes(storage.join(place, name), content)
     return place
+
+
+def tar_bytes(files: Mapping[str, bytes], **options: Any) -> bytes:
+    """A tar of these members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=options.pop("mode", "w"), **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def parquet_bytes(columns: Mapping[str, Any], metadata: Mapping[str, str] | None = None, **options: Any) -> bytes:
+    """A Parquet file of these columns; `metadata`: of its schema."""
+    sink = pa.BufferOutputStream()
+    table = pa.table(dict(columns))
+    pq.write_table(table.replace_schema_metadata(metadata) if metadata else table, sink, **options)
+    return bytes(sink.getvalue())
 
 
 def manifest_row(uri: str | Path, **values: Any) -> dict[str, Any]:

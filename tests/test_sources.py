@@ -28,7 +28,7 @@ from nsnet.errors import (
 )
 from tests.proxy import PASS, Action, Always, Script, in_front_of
 from tests.swift import SwiftServer
-from tests.tables import manifest_row, new_bucket, picture_file, put
+from tests.tables import manifest_row, new_bucket, parquet_bytes, picture_file, put, tar_bytes
 
 Rows = list[dict[str, Any]]
 PICTURE = picture_file()
@@ -58,22 +58,6 @@ def fetch(row: dict[str, Any], max_bytes: int) -> bytes:
 
 def by_name(place: str, rows: Rows) -> dict[str, dict[str, Any]]:
     return {row["uri"].removeprefix(place).lstrip("/#"): row for row in rows}
-
-
-def tar_bytes(files: dict[str, bytes], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=options.pop("mode", "w"), **options) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def parquet_bytes(columns: dict[str, Any], **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, **options)
-    return bytes(sink.getvalue())
 
 
 def identities(rows: Rows) -> set[str]:

@@ -1,0 +1,174 @@
+"""Columns of Parquet files: where images, labels and names are found, whatever wrote the file. Costs 4 s."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from jobs import fetching
+from jobs.sources import Source
+from nsnet.errors import SourceError
+from tests.tables import parquet_bytes, picture_file, put
+
+IMAGES = [picture_file(seed) for seed in range(3)]
+
+
+def struct(images: list[bytes | None]) -> pa.Array:
+    """Images as `datasets` stores them."""
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.array([{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)], kind)
+
+
+def features(**columns: Any) -> dict[str, str]:
+    return {"huggingface": json.dumps({"info": {"features": columns}})}
+
+
+def class_label(*names: str) -> dict[str, Any]:
+    return {"_type": "ClassLabel", "names": names}
+
+
+def rows_of(place: Path, content: bytes, **columns: str) -> list[dict[str, Any]]:
+    put(str(place), {"x.parquet": content})
+    return list(Source(str(place / "x.parquet"), columns=columns).rows())
+
+
+def images_of(rows: list[dict[str, Any]]) -> list[bytes]:
+    return [fetching.fetch(row, 10**6).data for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Any:
+    yield
+    fetching.close()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"bytes": IMAGES},
+        {"image": IMAGES},
+        {"jpg": pa.array(IMAGES, pa.large_binary())},
+        {"content": IMAGES, "path": ["a", "b", "c"]},
+        {"Image": IMAGES},
+        {"image": struct(IMAGES), "text": ["a", "b", "c"]},
+        {"image": ["a", "b", "c"], "jpg": IMAGES},
+        {"bytes": pa.array(IMAGES).dictionary_encode()},
+    ],
+    ids=lambda columns: ", ".join(columns),
+)
+def test_stored_images_are_found_by_name_and_type(columns: dict[str, Any], tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, parquet_bytes(columns))
+    assert images_of(rows) == IMAGES
+    assert [row["uri"] for row in rows] == [f"{tmp_path}/x.parquet#{i}" for i in range(3)]
+
+
+def test_column_of_any_name_can_be_named(tmp_path: Path) -> None:
+    content = parquet_bytes({"pixels": IMAGES, "thumb": [b"t"] * 3, "is_ai": [0, 1, 0], "model": ["m", None, "n"]})
+    with pytest.raises(SourceError, match=r"only is_ai \(int64\), .* pixels \(binary\).*: name it with --column image"):
+        rows_of(tmp_path, content)
+    rows = rows_of(tmp_path, content, image="pixels", label="is_ai", generator="model")
+    assert images_of(rows) == IMAGES
+    assert [(row["label"], row["generator"]) for row in rows] == [(0, "m"), (1, None), (0, "n")]
+
+
+def test_list_with_thumbnails_beside_is_a_list_unless_it_is_said(tmp_path: Path) -> None:
+    put(str(tmp_path), {"a.png": IMAGES[0]})
+    content = parquet_bytes({"uri": ["a.png"], "image": [IMAGES[1]]})
+    assert images_of(rows_of(tmp_path, content)) == [IMAGES[0]]
+    assert images_of(rows_of(tmp_path, content, image="image")) == [IMAGES[1]]
+
+
+def test_row_without_an_image_is_empty(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, parquet_bytes({"image": struct([IMAGES[0], None, IMAGES[2]])}))
+    assert images_of(rows) == [IMAGES[0], b"", IMAGES[2]]
+    rows = rows_of(tmp_path, parquet_bytes({"image": pa.array([None, {"bytes": IMAGES[0], "path": None}])}))
+    assert images_of(rows) == [b"", IMAGES[0]]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("fake", "real"), [1, 0, 1]), (("real", "fake"), [0, 1, 0]), (("human", "AI"), [0, 1, 0]), (("cat", "dog"), [None] * 3)],
+)  # fmt: skip
+def test_labels_mean_what_the_schema_calls_them(
+    names: tuple[str, str], expected: list[int | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = parquet_bytes({"bytes": IMAGES, "label": [0, 1, 0]}, features(label=class_label(*names)))
+    assert [row["label"] for row in rows_of(tmp_path, content)] == expected
+    assert ("neither is real or fake" in capsys.readouterr().err) == (expected == [None] * 3)
+
+
+def test_classes_are_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = parquet_bytes({"bytes": IMAGES, "label": [0, 1, 7]})
+    assert [row["label"] for row in rows_of(tmp_path, content)] == [None] * 3
+    assert "is not taken for labels" in capsys.readouterr().err
+
+
+def test_column_that_differs_in_case_is_found_where_it_is_the_only_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [row["label"] for row in rows_of(tmp_path, parquet_bytes({"bytes": IMAGES, "LABEL": [0, 1, 0]}))] == [
+        0,
+        1,
+        0,
+    ]
+    content = parquet_bytes({"bytes": IMAGES, "Label": [1, 1, 1], "LABEL": [0, 1, 0]})
+    assert [row["label"] for row in rows_of(tmp_path, content)] == [None] * 3
+    assert "several columns are called 'label': none of them is read" in capsys.readouterr().err
+    content = parquet_bytes({"bytes": IMAGES, "label": [1, 1, 1], "LABEL": [0, 1, 0]})
+    assert [row["label"] for row in rows_of(tmp_path, content)] == [1, 1, 1]
+
+
+def test_columns_of_one_name_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pa.Table.from_arrays(
+        [pa.array(IMAGES), pa.array([0, 1, 0]), pa.array([1, 1, 1])], ["bytes", "label", "label"]
+    )
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    assert [row["label"] for row in rows_of(tmp_path, bytes(sink.getvalue()))] == [None] * 3
+    assert "several columns are called 'label'" in capsys.readouterr().err
+
+
+def test_generator_is_found_under_its_other_name(tmp_path: Path) -> None:
+    content = parquet_bytes({"bytes": IMAGES, "model_name": ["sdxl", "", None]})
+    assert [row["generator"] for row in rows_of(tmp_path, content)] == ["sdxl", None, None]
+
+
+def test_part_in_partition_folders_has_what_they_say_and_its_columns_do_not(tmp_path: Path) -> None:
+    parts = {
+        "data.parquet/_SUCCESS": b"",
+        "data.parquet/fake/part-0.parquet": parquet_bytes({"bytes": IMAGES[:1]}),
+        "data.parquet/real/part-0.parquet": parquet_bytes({"bytes": IMAGES[1:2], "label": [1], "generator": ["g"]}),
+    }
+    put(str(tmp_path), parts)
+    found = {row["uri"].partition("data.parquet/")[2]: row for row in Source(str(tmp_path / "data.parquet")).rows()}
+    assert {name: row["label"] for name, row in found.items()} == {
+        "fake/part-0.parquet#0": 1, "real/part-0.parquet#0": 1,
+    }  # fmt: skip
+    assert found["real/part-0.parquet#0"]["generator"] == "g"
+
+
+# What it may cost.
+
+
+def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path) -> None:
+    """300 KB that unfold to gigabytes of texts, each short enough."""
+    count = 2**28 // 8000 + 2
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["/" + "x" * 8000]))
+    content = parquet_bytes({"uri": often}, store_schema=False)
+    assert len(content) < 300_000
+    with pytest.raises(SourceError, match=r"bytes hold more than 268,435,456 bytes of texts"):
+        rows_of(tmp_path, content)
+
+
+def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
+    """13 KB of Parquet with one image of 1.8 GB, of zeros."""
+    put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(1_800_000_000)]}, compression="zstd")})
+    assert os.path.getsize(tmp_path / "x.parquet") < 200_000
+    (row,) = Source(str(tmp_path / "x.parquet")).rows()
+    from nsnet.errors import ImageTooLargeError
+
+    with pytest.raises(ImageTooLargeError, match="x.parquet: reading it takes more memory than it may"):
+        fetching.fetch(row, 10**6)
