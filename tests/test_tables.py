@@ -10,7 +10,7 @@ import pytest
 
 from jobs import fetching
 from jobs.sources import Source
-from nsnet.errors import SourceError
+from nsnet.errors import ImageTooLargeError, SourceError
 from tests.tables import parquet_bytes, picture_file, put
 
 IMAGES = [picture_file(seed) for seed in range(3)]
@@ -90,8 +90,13 @@ def test_row_without_an_image_is_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(("fake", "real"), [1, 0, 1]), (("real", "fake"), [0, 1, 0]), (("human", "AI"), [0, 1, 0]), (("cat", "dog"), [None] * 3)],
-)  # fmt: skip
+    [
+        (("fake", "real"), [1, 0, 1]),
+        (("real", "fake"), [0, 1, 0]),
+        (("human", "AI"), [0, 1, 0]),
+        (("cat", "dog"), [None] * 3),
+    ],
+)
 def test_labels_mean_what_the_schema_calls_them(
     names: tuple[str, str], expected: list[int | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +173,5 @@ def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_pa
     put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(1_800_000_000)]}, compression="zstd")})
     assert os.path.getsize(tmp_path / "x.parquet") < 200_000
     (row,) = Source(str(tmp_path / "x.parquet")).rows()
-    from nsnet.errors import ImageTooLargeError
-
     with pytest.raises(ImageTooLargeError, match="x.parquet: reading it takes more memory than it may"):
         fetching.fetch(row, 10**6)
