@@ -12,10 +12,10 @@ from typing import Any
 
 from jobs import storage, tars
 from jobs.console import say
+from jobs.endings import SIDECARS, is_hidden, what_it_is
 from jobs.layouts import Labels, labels_from_path
 from jobs.left_out import LeftOut
 from jobs.manifest import CONTAINERS, readable, row
-from jobs.names import SIDECARS, is_hidden, what_it_is
 from jobs.tables import Table
 from nsnet.errors import SourceError
 
@@ -27,7 +27,7 @@ class Source:
 
     `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
     matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
-    pictures by its ending (`names.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
+    pictures by its ending (`endings.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
     what the columns of Parquet files are called that are not called as usual.
     """
 

@@ -8,11 +8,11 @@ from typing import Any, Final
 from jobs import storage
 from jobs.console import say
 from jobs.containers import Container, Member
+from jobs.endings import IMAGE_ENDINGS, is_hidden
 from jobs.labels import meanings
 from jobs.layouts import labels_from_path
 from jobs.left_out import LeftOut
 from jobs.manifest import readable, row
-from jobs.names import IMAGE_ENDINGS, is_hidden
 from jobs.storage import Entry
 
 SIDECARS: Final = frozenset(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import faults, fetching, names, schema, storage
+from jobs import faults, fetching, schema, storage
 from jobs.faults import Fault
 from jobs.manifest import image_id
 from jobs.sources import Source
@@ -862,4 +862,4 @@ def test_kinds_that_pillow_opens_are_not_left_out() -> None:
 
     Image.init()
     endings = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
-    assert endings and not endings & names.SIDECARS
+    assert endings and not endings & endings.SIDECARS
