@@ -40,6 +40,7 @@ BASELINE: Final = "advanced"
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made below OUT.")
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
+@console.max_left_out_option
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -122,7 +123,8 @@ def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> 
     """What is known of a variant: the mean over its seeds."""
     if variant in failed:
         return {"variant": variant, "error": failed[variant]}
-    told = [storage.read_json(storage.join(request.work, RESULT))["best_epoch"] for request in requests]
+    results_of = [storage.read_json(storage.join(request.work, RESULT), {"best_epoch": dict}) for request in requests]
+    told = [result["best_epoch"] for result in results_of]
     return {
         "variant": variant,
         "residual_energy": float(np.mean([best["residual_energy"] for best in told])),

@@ -14,7 +14,6 @@ on for a while, commit where nobody looks any more; and Ray's filter, which hold
 actors, never starts.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from jobs import faults, parquet, schema, storage
+from jobs import faults, names, parquet, removal, schema, storage
 from jobs.console import say
 from jobs.database import database
 from jobs.faults import Fault
@@ -43,8 +42,6 @@ MOST_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
 """About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
 done again."""
-COMMITTED: Final = re.compile(r"(?P<task>.+_\d{6,})\.parquet")
-DATA_FILE: Final = re.compile(r"(?P<task>.+_\d{6,})-\d+\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +73,10 @@ class Attempt:
 
     def committed(self) -> list[str]:
         """Files that this attempt finished, sorted."""
-        tasks = {match["task"] for name in _names(self.checkpoint) if (match := COMMITTED.fullmatch(name))}
-        files = [name for name in _names(self.rows) if (match := DATA_FILE.fullmatch(name)) and match["task"] in tasks]
-        return [storage.join(self.rows, name) for name in sorted(files)]
+        checkpoints, files = (storage.names_below(folder).files for folder in (self.checkpoint, self.rows))
+        tasks = {match["task"] for name in checkpoints if (match := names.COMMITTED.fullmatch(name))}
+        whole = [name for name in files if (match := names.ROWS.fullmatch(name)) and match["task"] in tasks]
+        return [storage.join(self.rows, name) for name in whole]
 
     def files(self) -> list[str]:
         """All files with finished rows, of this attempt and those before it."""
@@ -88,17 +86,54 @@ class Attempt:
 def unfinished(out: str) -> dict[str, dict[str, Any]]:
     """Run id -> `run.json` of the runs that were planned and not published; those whose planning was cut are removed.
 
-    The caller must hold the lock.
+    What no run made is left and named. The caller must hold the lock.
     """
     staging = storage.join(out, "staging")
-    found = {}
-    for run_id in storage.subfolders(staging):
-        folder = storage.join(staging, run_id)
+    below = storage.names_below(staging)
+    found, foreign = {}, [storage.join(staging, name) for name in below.files + below.others]
+    for name in below.folders:
+        folder = storage.join(staging, name)
+        if not names.is_run_id(name):
+            foreign.append(f"{folder}/")
+            continue
         try:
-            found[run_id] = storage.read_json(storage.join(folder, SETTINGS))
+            found[name] = planned(folder)
         except FileNotFoundError:
-            storage.remove_folder(folder)
+            # nothing but names of ours says that it is ours: beside anything else they prove nothing
+            others = removal.remove(folder, names.STAGED, dry=True).foreign
+            foreign += others or removal.remove(folder, names.STAGED).foreign
+    if foreign:
+        say(removal.left_alone(foreign))
     return found
+
+
+def planned(staging: str) -> dict[str, Any]:
+    """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
+    uri, remedy = storage.join(staging, SETTINGS), _plan_anew(staging)
+    told: dict[str, Any] = storage.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
+    plan = {"count": 0, "left_out": {}, "states": {}}
+    if not all(type(told["plan"].get(name)) is type(value) for name, value in plan.items()):
+        raise storage.damaged(uri, f"its plan has no {', '.join(plan)}", remedy)
+    if not all(names.is_run_id(run_id) for run_id in told["published"]):
+        raise storage.damaged(uri, "what was published before is no list of runs", remedy)
+    return told
+
+
+def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Some columns of a run's manifest. Raises `StorageError` where it is gone or damaged."""
+    remedy = _plan_anew(manifest.rpartition("/")[0])
+    try:
+        yield from parquet.read(manifest, columns)
+    except FileNotFoundError as error:
+        raise StorageError(f"{manifest} is gone: {remedy}") from error
+    except (OSError, KeyError, pa.ArrowException) as error:
+        if _may_pass(error):
+            raise
+        raise storage.damaged(manifest, faults.reason(error), remedy) from error
+
+
+def _plan_anew(staging: str) -> str:
+    return f"restore it, or remove {staging} while no run writes here, and its pictures are planned anew"
 
 
 def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
@@ -106,27 +141,40 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
 
     `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
     """
-    names = [name for name in storage.subfolders(staging) if int(name.removeprefix("attempt-")) <= lock_number]
+    attempts = [name for name in storage.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
+    earlier = [name for name in attempts if int(name.removeprefix("attempt-")) <= lock_number]
     own = f"attempt-{lock_number:08d}"
-    if own in names:  # numbers of locks only grow, unless somebody removed them
+    if own in earlier:  # numbers of locks only grow, unless somebody removed them
         raise StorageError(
             f"{storage.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
             f"{staging} while no run writes here, and its pictures are planned anew"
         )
     accepted: list[str] = []
-    for number, name in reversed(list(enumerate(names, start=1))):
-        folder = storage.join(staging, name)
+    for number, name in reversed(list(enumerate(earlier, start=1))):
         try:
-            frozen = [storage.join(staging, file) for file in storage.read_json(storage.join(folder, FROZEN))]
+            frozen = _frozen(staging, name)
         except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
             continue
+        folder = storage.join(staging, name)
         accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
         break
-    attempt = Attempt(folder=storage.join(staging, own), number=len(names) + 1, accepted=accepted)
+    attempt = Attempt(folder=storage.join(staging, own), number=len(earlier) + 1, accepted=accepted)
     count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
     frozen = [name.removeprefix(f"{staging}/") for name in accepted]
     storage.write_json(storage.join(attempt.folder, FROZEN), frozen)
     return replace(attempt, count=count)
+
+
+def _frozen(staging: str, attempt: str) -> list[str]:
+    """Files with finished rows that an attempt took over, none outside its run whoever may write there."""
+    uri, remedy = storage.join(staging, attempt, FROZEN), _plan_anew(staging)
+    files = storage.read_json(uri, remedy=remedy)
+    if type(files) is not list:
+        raise storage.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
+    for file in files:
+        if type(file) is not str or not names.ACCEPTED.fullmatch(file):
+            raise storage.damaged(uri, f"{str(file)[:80]!r} is no file of rows of this run", remedy)
+    return [storage.join(staging, file) for file in files]
 
 
 def commit_rows(count: int) -> int:
@@ -154,7 +202,7 @@ def write_todo(
         rows.create(
             "manifest", f"nextval('numbers') as n, {name} as name, * replace ({ID}::uuid as {ID})", schema.MANIFEST
         )
-        rows.insert("manifest", parquet.read(manifest, schema.MANIFEST))
+        rows.insert("manifest", planned_rows(manifest, schema.MANIFEST))
         rows.create("done", identified, IDS)
         rows.insert("done", parquet.read_small(accepted, IDS))
         rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
@@ -183,12 +231,6 @@ def write_todo(
         return parquet.write_many(batches, schema.TODO, folder, task_rows)
 
 
-def _names(folder: str) -> list[str]:
-    if storage.is_local(folder) and not storage.exists(folder):
-        return []
-    return [entry.uri.rpartition("/")[2] for entry in storage.list_files(folder)]
-
-
 def _usable(staging: str, uris: list[str]) -> list[str]:
     """The files that can be read, and whose pictures were planned and are in no file before them: a retried task may
     have been killed while it wrote its file again, or have cut its rows into other files than the first time.
@@ -196,7 +238,7 @@ def _usable(staging: str, uris: list[str]) -> list[str]:
     numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
     with database() as rows:
         rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
-        rows.insert("manifest", parquet.read(storage.join(staging, MANIFEST), IDS))
+        rows.insert("manifest", planned_rows(storage.join(staging, MANIFEST), IDS))
         rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
         damaged = set()
         for n, ids in enumerate(_ids(uris)):
@@ -222,10 +264,15 @@ def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
         try:
             return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
         except (OSError, pa.ArrowInvalid) as error:
-            if faults.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED):
+            if _may_pass(error):
                 raise
             return None
 
     with ThreadPoolExecutor(parquet.READERS) as pool:
         for start in range(0, len(uris), parquet.READERS):  # no further ahead than this: memory is bounded
             yield from pool.map(read, uris[start : start + parquet.READERS])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is the store's, and says nothing of the file."""
+    return faults.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED)

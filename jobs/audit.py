@@ -32,6 +32,7 @@ COPIES: Final = "duplicates.parquet"
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
 @console.selection_options
 @console.max_failed_option
+@console.max_left_out_option
 @console.limit_options
 @console.address_option
 def command(source: str, **options: Any) -> int:
@@ -42,10 +43,11 @@ def command(source: str, **options: Any) -> int:
     """
     limits = console.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
-    allowed = options.pop("max_failed")
+    allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     result = audit(source, limits=limits, selection=selection, **options)
     failed = sum(error["pictures"] for error in result["failed"].values())
-    return console.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
+    failed_code = console.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
+    return max(failed_code, console.left_out_code(result, left_out))
 
 
 def audit(
@@ -65,10 +67,11 @@ def audit(
         )
     source, selection = storage.absolute(source), selection or Selection()
     with _place(out) as place:
-        examine(source, out=place, selection=selection, limits=limits, address=address)
+        record = examine(source, out=place, selection=selection, limits=limits, address=address)
         table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
         found, twins = findings(table, distance=distance, seed=seed)
-        result = {"source": source, "not_examined": unknown, **found}
+        left_out = {name: record[name] for name in ("left_out", "unread", "unread_count")}
+        result = {"source": source, "not_examined": unknown, **left_out, **found}
         text = as_text(result)
         if out is not None:
             parquet.write(twins.to_batches(), copies.COPIES, storage.join(place, COPIES))

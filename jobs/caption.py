@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # these import torch
 @console.selection_options
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
 @console.max_failed_option
+@console.max_left_out_option
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -42,9 +43,10 @@ def command(source: str, **options: Any) -> int:
     """
     limits = console.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
-    allowed = options.pop("max_failed")
+    allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = caption(source, limits=limits, selection=selection, **options)
-    return console.exit_code(record["counts"], record["rows"], allowed)
+    failed_code = console.exit_code(record["counts"], record["rows"], allowed)
+    return max(failed_code, console.left_out_code(record, left_out))
 
 
 def caption(
@@ -60,7 +62,7 @@ def caption(
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Caption a source and publish; returns the run's record, or one of 0 rows where there was nothing to do."""
+    """Caption a source and publish; returns the run's record, which has no rows where there was nothing to do."""
     from jobs.stages import Models
     from nsnet import recipes
 

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 
 import click
 
+from jobs.left_out import first_named
 from nsnet.errors import NsnetError
 from nsnet.images import DecodeLimits
 
 EXIT_TOO_MANY_FAILED = 3
-"""Finished and published, but more images failed than allowed."""
+"""Finished and published, but more images failed, or more of the source could not be read, than allowed."""
 
 
 def run(command: click.Command, name: str) -> NoReturn:
@@ -133,6 +134,28 @@ max_failed_option = click.option(
     show_default=True,
     help="Share of failed pictures above which the exit code is 3; what came out is written all the same.",
 )
+
+
+max_left_out_option = click.option(
+    "--max-left-out",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Folders and containers of SOURCE that may be unreadable, or not readable to their end; with more the exit "
+    "code is 3. What is left out by its name does not count.",
+)
+
+
+def left_out_code(record: dict[str, Any], allowed: int) -> int:
+    """0, or 3 with a line that names them where more folders and containers could not be read than allowed."""
+    unread = record["unread_count"]
+    if unread <= allowed:
+        return 0
+    say(
+        f"{unread} folders or containers of the source could not be read, more than the allowed {allowed} "
+        f"(--max-left-out): {first_named(unread, record['unread'])}: exit code {EXIT_TOO_MANY_FAILED}"
+    )
+    return EXIT_TOO_MANY_FAILED
 
 
 def exit_code(counts: dict[str, dict[str, int]], rows: int, allowed: float) -> int:

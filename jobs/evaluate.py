@@ -50,9 +50,12 @@ Pairs = Mapping[str, str] | Literal["auto"]
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
 @console.max_failed_option
+@console.max_left_out_option
 @console.weights_options
 @console.address_option
-def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, **options: Any) -> int:
+def command(
+    verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
+) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 
     Given a labelled source of pictures instead, with --detector, scores it first, below OUT; the same command
@@ -63,7 +66,8 @@ def command(verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_faile
     if result["source"] is None:  # whoever scored was told
         return 0
     failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
-    return console.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
+    failed_code = console.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
+    return max(failed_code, console.left_out_code(result, max_left_out))
 
 
 def parse_pairs(texts: Sequence[str]) -> Pairs:
@@ -118,11 +122,12 @@ def evaluate(
             raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
         detector_id = own
     table, source = _verdicts(uri), None
+    unread: dict[str, Any] = {"unread": [], "unread_count": 0}
     if table is None:
         if detector is None:
             raise SourceError(f"{uri} holds no published verdicts; to score its pictures first, give --detector")
         models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
-        source, table = uri, _score(uri, detector, storage.join(out, "scored"), chains, models)
+        source, (table, unread) = uri, _score(uri, detector, storage.join(out, "scored"), chains, models)
     table = _of_detector(table, detector_id, uri)
     table, rows = _of_split(table, split, uri)
     if chains:
@@ -134,6 +139,7 @@ def evaluate(
     result = {
         "verdicts": uri,
         "source": source,
+        **unread,
         "detector_id": names[0] if names else None,
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
@@ -152,13 +158,16 @@ def _id_of(detector: str) -> str:
     return bundle.read(folder).detector_id
 
 
-def _score(source: str, detector: str, out: str, chains: Sequence[str], models: dict[str, Any]) -> pa.Table:
+def _score(
+    source: str, detector: str, out: str, chains: Sequence[str], models: dict[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Verdicts on the pictures that a source holds now, and what of it could not be read."""
     from jobs.score import score
 
-    score(source, detector=detector, out=out, transforms=chains, **models)
+    record = score(source, detector=detector, out=out, transforms=chains, **models)
     table = _verdicts(out)
     assert table is not None
-    return _as_listed(table, source, chains)
+    return _as_listed(table, source, chains), {name: record[name] for name in ("unread", "unread_count")}
 
 
 def _as_listed(table: pa.Table, source: str, chains: Sequence[str]) -> pa.Table:
@@ -261,7 +270,7 @@ def _verdicts(uri: str) -> pa.Table | None:
         if not storage.exists(uri):
             raise SourceError(f"there is no {uri}")
         return _from_file(uri) if uri.lower().endswith(".parquet") else None
-    if not ledger.runs(uri):
+    if not any(record["files"] for record in ledger.runs(uri)):
         return None
     columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
     table = ledger.verdicts(uri).to_table(columns=columns)

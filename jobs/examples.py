@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import ledger, parquet, schema, storage
+from jobs import faults, ledger, parquet, schema, storage
+from jobs.faults import Fault
 from jobs.ledger import Product
 from nsnet.errors import SourceError
 
@@ -74,9 +75,11 @@ def read_split(uri: str) -> pa.Table:
         table = pa.Table.from_batches(parquet.read(uri, SPLIT), SPLIT)
     except FileNotFoundError as error:
         raise SourceError(f"there is no split {uri}") from error
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and faults.kind(error) is not Fault.PERMANENT:
+            raise
         raise SourceError(
-            f"{uri} is no split of a training (split.parquet): {' '.join(str(error).split())[:200]}"
+            f"{uri} is no split of a training (split.parquet), or damaged: {' '.join(str(error).split())[:200]}"
         ) from error
     return table.sort_by("image_id")
 

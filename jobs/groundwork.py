@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jobs import ledger, schema, storage
 from jobs.console import say
 from jobs.ledger import Product
+from jobs.left_out import first_named
 from jobs.request import SETTINGS, TrainRequest
 from nsnet.errors import NullSpaceError, SourceError
 
@@ -108,6 +109,11 @@ def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Ta
 
     manifest = storage.join(request.work, "manifest.parquet")
     plan = write_manifest(request.source, manifest)
+    if plan.unread > request.max_left_out:
+        raise SourceError(
+            f"{plan.unread} folders or containers of {request.source} cannot be read, more than the allowed "
+            f"{request.max_left_out} (--max-left-out): {first_named(plan.unread, plan.unread_named)}"
+        )
     _check_labels(plan.labels, plan.count)
     _check_request(request, manifest, plan.count)
     find_out(request, facts)

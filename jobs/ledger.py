@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import faults, parquet, schema, storage
+from jobs import faults, names, parquet, removal, schema, storage
+from jobs.attempts import planned_rows
 from jobs.console import say
 from jobs.database import database
 from jobs.schema import IDS
 from nsnet.digest import file_digest
-from nsnet.errors import NsnetError, SourceError, StorageError
+from nsnet.errors import LockedError, NsnetError, SourceError, StorageError
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
@@ -50,6 +51,7 @@ class Product:
 VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)
 CAPTIONS: Final = Product(name="captions", columns=schema.CAPTIONS, maker="features_id", rows_per_file=40_000)
 FACTS: Final = Product(name="facts", columns=schema.FACTS, maker="facts_id", rows_per_file=500_000)
+PRODUCTS: Final = {product.name: product for product in (VERDICTS, CAPTIONS, FACTS)}
 
 
 class VerificationError(NsnetError):
@@ -72,8 +74,7 @@ class Run:
     @property
     def final(self) -> str:
         """Folder of the published files."""
-        date = datetime.strptime(self.run_id[:8], "%Y%m%d").date()
-        return storage.join(self.out, self.product.name, f"run_date={date.isoformat()}", f"run_id={self.run_id}")
+        return storage.join(self.out, _final(self.product.name, self.run_id))
 
     @property
     def record(self) -> str:
@@ -92,22 +93,37 @@ class Run:
 
         Raises `VerificationError` when rows are missing, surplus or doubled, when the run was published already, or
         when another run of the same maker was that is not among those it was `planned_after`; then nothing is. `check`
-        raises when this process may no longer write here.
+        raises `LockedError` when this process may no longer write here.
 
         A process that is cut off in the middle of this, and wakes up when another has published, does no harm: files
         have names of their own, the record is created only where there is none, and only who created it tidies up. One
-        that was cut off after its last look at the lock takes its record back when it finds that of a later run.
+        that was cut off before its record takes it back when it finds that the lock is lost, or the record of a later
+        run. So a file that no record names is of nobody once another process holds the lock.
         """
-        verify_ids(parquet.read(manifest, IDS), parquet.read_small(staged, IDS))
+        verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
         check()
         counts = Counts()
-        files = [
-            {**file, "path": file["path"].removeprefix(self.out + "/")}
-            for file in _write_parts(
-                counts.watch(parquet.read_small(staged, self.product.columns)), self.product, self.final
-            )
-        ]
-        record = {
+        rows = counts.watch(parquet.read_small(staged, self.product.columns))
+        files: list[dict[str, Any]] = []
+        try:
+            for file in _write_parts(rows, self.product, self.final):
+                files.append({**file, "path": file["path"].removeprefix(self.out + "/")})
+            record = self._describe(counts, files, details)
+            check()
+            self._commit(record, check, planned_after)
+        except (VerificationError, LockedError):
+            for file in files:
+                storage.remove_file(storage.join(self.out, file["path"]))
+            raise
+        try:
+            self.tidy(record)
+        except Exception as error:  # botocore, aiohttp and OS errors share no base
+            say(f"warning: {self.staging} was not removed, the next run tries again ({faults.reason(error)})")
+        return record
+
+    def _describe(self, counts: "Counts", files: list[dict[str, Any]], details: dict[str, Any]) -> dict[str, Any]:
+        """The record of these files."""
+        return {
             "run_id": self.run_id,
             "product": self.product.name,
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,21 +134,11 @@ class Run:
             "files": files,
             **details,
         }
-        check()
-        try:
-            self._commit(record, planned_after)
-        except VerificationError:
-            for file in files:
-                storage.remove_file(storage.join(self.out, file["path"]))
-            raise
-        try:
-            self.tidy(record)
-        except Exception as error:  # botocore, aiohttp and OS errors share no base
-            say(f"warning: {self.staging} was not removed, the next run tries again ({faults.reason(error)})")
-        return record
 
-    def _commit(self, record: dict[str, Any], planned_after: Collection[str] | None) -> None:
-        """Create the record; raises `VerificationError` if this is not the process, or not the time, to do so."""
+    def _commit(self, record: dict[str, Any], check: Callable[[], None], planned_after: Collection[str] | None) -> None:
+        """Create the record; raises `VerificationError` if this is not the process, or not the time, to do so, and what
+        `check` raises.
+        """
 
         def refuse_if_overtaken() -> None:
             if planned_after is not None:
@@ -150,23 +156,26 @@ class Run:
         if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
             raise VerificationError(f"run {self.run_id} was published already, by another process")
         try:
+            check()
             refuse_if_overtaken()
-        except VerificationError:
+        except (VerificationError, LockedError):
             storage.remove_file(self.record)
             raise
 
     def tidy(self, record: dict[str, Any]) -> None:
         """Remove what a published run no longer needs: its staging, and final files of publications that were cut."""
-        named = {storage.join(self.out, file["path"]) for file in record["files"]}
-        for entry in list(storage.list_files(self.final)):
-            if entry.uri not in named:
-                storage.remove_file(entry.uri)
-        storage.remove_folder(self.staging)
+        named = {file["path"].rpartition("/")[2] for file in record["files"]}
+        self._clean(lambda name: name in named)
 
     def abandon(self) -> None:
         """Remove all of a run that was not published: its staging, and final files of publications that were cut."""
-        storage.remove_folder(self.final)
-        storage.remove_folder(self.staging)
+        self._clean(lambda name: False)
+
+    def _clean(self, keep: Callable[[str], bool]) -> None:
+        foreign = removal.remove(self.final, names.PARTS, keep).foreign
+        foreign += removal.remove(self.staging, names.STAGED).foreign
+        if foreign:
+            say(removal.left_alone(foreign))
 
 
 class Counts:
@@ -211,6 +220,12 @@ def _value_counts(column: pa.Array) -> list[tuple[str, int]]:
     return [(value["values"], value["counts"]) for value in pc.value_counts(column.drop_null()).to_pylist()]
 
 
+def _final(product: str, run_id: str) -> str:
+    """Folder of a run's published files, as the path below its output."""
+    date = datetime.strptime(run_id[:8], "%Y%m%d").date()
+    return f"{product}/run_date={date.isoformat()}/run_id={run_id}"
+
+
 def new_run_id() -> str:
     """A run's name: UTC time and six random hexadecimal digits; sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -249,43 +264,74 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
-    """Records of all published runs of a product below an output, oldest first."""
+def records(out: str) -> list[dict[str, Any]]:
+    """Records of all published runs below an output, whatever they publish, oldest first."""
     folder = storage.join(storage.absolute(out), "runs")
-    if storage.is_local(folder) and not storage.exists(folder):
-        return []
-    uris = [entry.uri for entry in storage.list_files(folder) if entry.uri.endswith(".json")]
+    found = [name for name in storage.names_below(folder).files if names.RECORD.fullmatch(name)]
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        records = list(pool.map(_record, uris))
-    records = [record for record in records if record.get("product", VERDICTS.name) == product.name]
-    return sorted(records, key=lambda record: str(record["run_id"]))
+        return list(pool.map(_record, [storage.join(folder, name) for name in sorted(found)]))
+
+
+def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
+    """Records of all published runs of a product below an output, oldest first; one that did nothing has no files."""
+    return [record for record in records(out) if record.get("product", VERDICTS.name) == product.name]
 
 
 def run_ids(out: str, product: Product, maker: str) -> set[str]:
-    """Ids of the published runs of one maker, such as a detector."""
-    return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker}
+    """Ids of the runs of one maker, such as a detector, that published any rows."""
+    return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker and record["files"]}
 
 
 def _record(uri: str) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = storage.read_json(uri)
-        missing = {"run_id", "files"} - record.keys()
-    except (ValueError, AttributeError) as error:
-        raise StorageError(f"{uri} is damaged: {type(error).__name__}") from error
-    if missing:
-        raise StorageError(f"{uri} is no record of a run: it has no {', '.join(sorted(missing))}")
+    """A record. A bucket that others may write must not make it name files of other places."""
+    remedy = "restore it from a copy; without it, remove its files as well, and their pictures are judged anew"
+    record: dict[str, Any] = storage.read_json(uri, {"run_id": str, "files": list}, remedy)
+    run_id, product = record["run_id"], record.get("product", VERDICTS.name)
+    if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
+        raise storage.damaged(uri, f"it is of the run {run_id!r}", remedy)
+    if type(product) is not str:
+        raise storage.damaged(uri, f"its product is {product!r}", remedy)
+    if product in PRODUCTS:  # else it is of another version, and no reader here asks for it
+        folder = f"{_final(product, run_id)}/"
+        for file in record["files"]:
+            path = file.get("path") if type(file) is dict else file
+            if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
+                raise storage.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
     return record
 
 
+def _is_name(text: str) -> bool:
+    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+
+
+def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
+    """Remove files of publications that were cut or overtaken, which readers by pattern would take for published ones;
+    returns their URIs.
+
+    They have names of ours, and none of the `published` records names them. Runs that are `unfinished` keep theirs
+    until their own end. The caller must hold the lock since before it read the records.
+    """
+    named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
+    removed = []
+    for product in PRODUCTS:
+
+        def keep(path: str, product: str = product) -> bool:
+            match = names.PUBLISHED.files.fullmatch(path)
+            return match is None or match["run_id"] in unfinished or f"{product}/{path}" in named
+
+        removed += removal.remove(storage.join(out, product), names.PUBLISHED, keep).removed
+    return removed
+
+
 def verdicts(out: str) -> "Dataset":
-    """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there is none.
+    """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there are none.
 
     A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
     """
     out = storage.absolute(out)
     paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
-        raise SourceError(f"{out} holds no published run")
+        raise SourceError(f"{out} holds no published verdicts")
     return parquet.dataset(paths, schema.VERDICTS)
 
 
@@ -307,6 +353,13 @@ def published(
                 raise StorageError(
                     f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
                 ) from error
+            except pa.ArrowInvalid as error:
+                raise storage.damaged(
+                    uri,
+                    faults.reason(error),
+                    "restore it from a copy; without it, remove its record "
+                    f"runs/{record['run_id']}.json as well, and its pictures are done anew",
+                ) from error
 
 
 def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
@@ -315,7 +368,7 @@ def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: st
     for number in itertools.count():
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "part.parquet"
-            rows = parquet.write(_first(batches, product.rows_per_file), product.columns, str(path))
+            rows = parquet.write(_first(batches, product.rows_per_file), schema.stored(product.columns), str(path))
             if rows == 0:
                 return
             uri = storage.join(folder, f"part-{number:05d}-{token}.parquet")

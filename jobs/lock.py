@@ -8,20 +8,20 @@ competitor may have gone ahead, and not every store makes conditional puts atomi
 
 import json
 import os
-import re
 import secrets
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
-from jobs import storage
+from jobs import names, storage
 from jobs.console import say
-from nsnet.errors import LockedError
+from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
 EXPIRY_SECONDS: Final = 120.0
@@ -30,20 +30,32 @@ SETTLE_SECONDS: Final = 1.0
 """Between creating a lock in an object store and believing it."""
 POLL_SECONDS: Final = 5.0
 """Between two looks at a lock that is waited for."""
+SIGNAL: Final = signal.SIGUSR2
+"""Wakes the main thread when the lock is lost, whatever it waits for. Not Ctrl-C's signal: a process that a script
+starts in the background, or under nohup, ignores that one."""
+
+
+class LockLost(KeyboardInterrupt):
+    """The lock was lost while the main thread worked: libraries let go of everything, as after Ctrl-C."""
 
 
 @contextmanager
 def hold(out: str, *, wait: bool = False) -> Iterator["Lock"]:
-    """Hold the lock of an output. Raises `LockedError` while another run has it, unless `wait`."""
+    """Hold the lock of an output. Raises `LockedError` while another run has it, unless `wait`.
+
+    Where another run takes it over, whatever happens in the body ends as a `LockedError`; the body itself is
+    interrupted in the main thread, elsewhere it has to `check`.
+    """
     lock = Lock(out)
-    lock.acquire(wait)
-    try:
-        yield lock
-    except KeyboardInterrupt:
-        lock.check()  # it was lost, which stops the work at once, or somebody pressed Ctrl-C
-        raise
-    finally:
-        lock.release()
+    with _interruptible(lock):
+        lock.acquire(wait)
+        try:
+            yield lock
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is: who took the lock over removes files of ours
+            lock.refuse_if_lost(error)
+            raise
+        finally:
+            lock.release()
 
 
 class Lock:
@@ -56,6 +68,8 @@ class Lock:
         """Grows from holder to holder."""
         self._stop = threading.Event()
         self._lost: str | None = None
+        self.interrupt: Callable[[], None] = lambda: None
+        """Stops the work of the main thread, where that holds the lock; elsewhere only `check` tells."""
         self._thread: threading.Thread | None = None
 
     def acquire(self, wait: bool = False) -> None:
@@ -63,7 +77,7 @@ class Lock:
         told = False
         while not self._try():
             holder = self._read(self._highest())
-            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+            who = f"process {str(holder.get('pid', '?'))[:20]} on {str(holder.get('host', '?'))[:80]}"
             if not wait:
                 raise LockedError(
                     f"another run writes to {self.folder.removesuffix('/locks')} ({who}); wait for it with --wait. "
@@ -76,12 +90,28 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the heartbeat noticed that another run has taken the lock over, before it was let go."""
+        return self._lost is not None and not self._stop.is_set()
+
     def check(self) -> None:
         """Raise `LockedError` if another run has taken the lock over: then nothing may be published any more."""
         if self._lost is None and not self._is_ours():
             self._lost = "it was taken over by another run"
         if self._lost is not None:
             raise LockedError(f"the lock {self._uri(self.number)} was lost: {self._lost}; nothing was published")
+
+    def refuse_if_lost(self, error: BaseException) -> None:
+        """Raise `LockedError` if the lock is lost, which explains this error; a store that does not tell decides
+        nothing.
+        """
+        try:
+            self.check()
+        except LockedError as lost:
+            raise lost from error
+        except Exception as failed:  # botocore, aiohttp and OS errors share no base
+            error.add_note(f"whether the lock is lost cannot be told: {type(failed).__name__}")
 
     def release(self) -> None:
         """Let the lock go. The file stays, so that numbers only grow."""
@@ -129,7 +159,7 @@ class Lock:
             try:
                 if not self._is_ours():
                     self._lost = "another run took it over, since this one was not heard of for a while"
-                    _interrupt()
+                    self.interrupt()
                     return
                 storage.write_bytes(self._uri(self.number), _encoded(self._holder))
             except Exception:  # botocore, aiohttp and OS errors share no base
@@ -139,27 +169,47 @@ class Lock:
         return storage.join(self.folder, f"{number:08d}.json")
 
     def _numbers(self) -> list[int]:
-        if storage.is_local(self.folder) and not os.path.isdir(self.folder):
-            return []
-        names = (entry.uri.rpartition("/")[2] for entry in storage.list_files(self.folder))
-        return [int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name)]
+        files = storage.names_below(self.folder).files
+        return [int(match["number"]) for name in files if (match := names.LOCK.fullmatch(name))]
 
     def _highest(self) -> int:
         return max(self._numbers(), default=0)
 
     def _read(self, number: int) -> dict[str, Any]:
+        """What a lock file says; nothing where it is damaged: then it holds until it expires."""
         try:
-            value = json.loads(storage.read_bytes(self._uri(number))) if number else {}
-        except (FileNotFoundError, ValueError):
+            holder: dict[str, Any] = storage.read_json(self._uri(number), {}) if number else {}
+        except (FileNotFoundError, StorageError):
             return {}
-        return value if isinstance(value, dict) else {}
+        return holder
 
 
-def _interrupt() -> None:
-    """Ctrl-C to the main thread; a real signal, since `_thread.interrupt_main` wakes nobody who waits or sleeps."""
+@contextmanager
+def _interruptible(lock: Lock) -> Iterator[None]:
+    """While a lock is held by the main thread, its loss raises `LockLost` there."""
     main = threading.main_thread().ident
-    assert main is not None
-    signal.pthread_kill(main, signal.SIGINT)
+    if threading.get_ident() != main or main is None:
+        yield  # signals are handled by the main thread alone, which does not work for this lock
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if lock.is_lost:
+            raise LockLost
+        if callable(before):  # the signal was for somebody else, such as the lock of another output
+            before(number, frame)
+
+    before = signal.signal(SIGNAL, handle)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
+    lock.interrupt = lambda: signal.pthread_kill(main, SIGNAL)
+    try:
+        yield
+    except LockLost:
+        lock.check()  # it may come while another error is looked at
+        raise
+    finally:
+        signal.signal(SIGNAL, before)
+        if SIGNAL in blocked:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
 
 
 def _encoded(holder: dict[str, Any]) -> bytes:
@@ -186,7 +236,9 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     here = _process(os.getpid())
     if not all(name in here and here[name] == holder.get(name) for name in ("boot", "namespace")):
         return False
-    pid = int(holder.get("pid") or 0)
+    pid = holder.get("pid")
+    if type(pid) is not int or not 0 < pid < 2**31:
+        return False
     if _process(pid).get("started") == holder.get("started"):
         return False
     try:

@@ -16,6 +16,7 @@ from jobs import layouts, parquet, schema
 from jobs.console import say
 from jobs.database import Database, database
 from jobs.layouts import Layout
+from jobs.left_out import first_named
 from jobs.sources import Source
 from nsnet.errors import ConfigError, SourceError, UsageError
 
@@ -90,6 +91,10 @@ class Plan:
     """The benchmark that the source was recognised as; None: none."""
     forms: int = 1
     """Forms of each picture: as it is, or under a transform."""
+    unread: int = 0
+    """Folders and containers of the source that could not be read, or not to their end, whatever they hold."""
+    unread_named: tuple[str, ...] = ()
+    """The first of them, each with its reason."""
 
     def describe(self) -> str:
         """One line for the console."""
@@ -97,6 +102,7 @@ class Plan:
         told += [f"each counted in {self.forms} forms"] if self.forms > 1 else []
         told += [f"{count:,} {state}" for state, count in self.states.items() if set(self.states) != {NEW}]
         told += [f"{count:,} left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        told += [f"not read: {first_named(self.unread, self.unread_named)}"] if self.unread else []
         return f"{self.count:,} pictures to do" + (f" ({'; '.join(told)})" if told else "")
 
 
@@ -126,7 +132,10 @@ def write_manifest(
         states = dict(rows.execute("select state, count(*) from planned group by 1"))
         if not states:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(listing.left_out.items()))
-            raise SourceError(f"{listing.uri} holds no pictures" + (f" ({reasons})" if reasons else ""))
+            what = "holds no pictures" + (f" ({reasons})" if reasons else "")
+            if unread := listing.left_out.unread:
+                what = f"{what}, as far as it can be read; not read: {first_named(unread, listing.left_out.named)}"
+            raise SourceError(f"{listing.uri} {what}")
         if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
             listing.left_out["listed twice"] += repeated
         layout = _recognise(rows, listing.uri)
@@ -140,6 +149,8 @@ def write_manifest(
         states={state: states[state] for state in (NEW, CHANGED, FAILED, SCORED) if state in states},
         layout=layout.name,
         forms=len(forms),
+        unread=listing.left_out.unread,
+        unread_named=tuple(listing.left_out.named),
     )
 
 

@@ -41,6 +41,8 @@ class TrainRequest:
     """Generator that is kept for the test."""
     operating_point: str = "accuracy"
     max_failed: float = 0.05
+    max_left_out: int = 0
+    """Folders and containers of the source that may be unreadable while a split is made; not part of the identity."""
     clip_weights: str | None = None
     captioner: str | None = None
     limits: DecodeLimits = DecodeLimits()
@@ -105,7 +107,8 @@ class TrainRequest:
         uri = storage.join(self.work, SETTINGS)
         if not storage.exists(uri):
             return False
-        found = storage.read_json(uri)
+        remedy = f"restore it from a copy, or choose another --out; without it, {self.work} belongs to no training"
+        found = storage.read_json(uri, {}, remedy)
         if found != settings:
             changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
             raise UsageError(

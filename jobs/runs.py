@@ -78,56 +78,72 @@ class Work:
 
 
 def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
-    """Do what is to be done and publish it; returns the record, or one of 0 rows where there was nothing to do."""
+    """Do what is to be done and publish it; returns the record, which has no files where there was nothing to do."""
     started = time.monotonic()
     with lock.hold(request.out, wait=request.wait) as held:
-        run = _unfinished(request) or _plan(request, held)
-        if run is None:
-            return {"rows": 0, "counts": {name: {} for name in ledger.COUNTED}}
-        told = storage.read_json(storage.join(run.staging, attempts.SETTINGS))
-        plan, way = told["plan"], work(run)
-        held.check()
-        attempt = attempts.begin(run.staging, held.number, way.known, way.captioner_id)
-        if attempt.accepted:
-            say(f"continuing run {run.run_id}: {attempt.count:,} of {plan['count']:,} pictures are left")
-        if attempt.count:
-            from jobs import resources
-
-            resources.connect(request.address)
-            rows_per_file = attempts.commit_rows(attempt.count)
-            way.stream(attempt).write(attempt.rows, way.title, attempt.count, way.stages, rows_per_file)
+        run = _unfinished(request)
+        if run is not None:
+            planned = attempts.planned(run.staging)
+        else:
+            run, planned = _plan(request, held)
+        plan = planned["plan"]
+        number, files, details = 0, [], {}
+        if plan["count"]:
+            way = work(run)
+            held.check()
+            attempt = attempts.begin(run.staging, held.number, way.known, way.captioner_id)
+            _do(request, run, way, attempt, plan["count"])
+            number, files, details = attempt.number, attempt.files(), way.details
         record = run.publish(
             storage.join(run.staging, attempts.MANIFEST),
-            attempt.files(),
+            files,
             check=held.check,
-            planned_after=told["published"],
+            planned_after=planned["published"],
             details={
                 "source": request.source,
                 "left_out": plan["left_out"],
+                "unread": plan.get("unread", []),
+                "unread_count": plan.get("unread_count", 0),
                 "listing": plan["states"],
                 request.product.maker: request.maker,
-                "attempts": attempt.number,
+                "attempts": number,
                 "seconds": round(time.monotonic() - started, 1),  # of the last attempt
                 "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
-                **way.details,
-                "settings": {**request.identity(), **way.details.get("settings", {})},
+                **details,
+                "settings": {**request.identity(), **details.get("settings", {})},
             },
         )
-    say(ledger.summary(record))
-    say(f"{request.product.name}: {run.final}\nrecord: {run.record}")
+    if plan["count"]:
+        say(ledger.summary(record))
+        say(f"{request.product.name}: {run.final}")
+    say(f"record: {run.record}")
     return record
 
 
+def _do(request: Request, run: Run, way: Work, attempt: attempts.Attempt, count: int) -> None:
+    """Make the rows that an attempt has left."""
+    if attempt.accepted:
+        say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} pictures are left")
+    if attempt.count:
+        from jobs import resources
+
+        resources.connect(request.address)
+        rows_per_file = attempts.commit_rows(attempt.count)
+        way.stream(attempt).write(attempt.rows, way.title, attempt.count, way.stages, rows_per_file)
+
+
 def _unfinished(request: Request) -> Run | None:
-    """A run with these settings that was planned and not published; remains of published ones are removed.
+    """A run with these settings that was planned and not published; remains of published and of dead ones are removed.
 
     One that another run has overtaken is given up: what it planned may have been published since.
     """
     found = None
     out, product, wanted = request.out, request.product, request.identity()
-    records = {record["run_id"]: record for record in ledger.runs(out, product)}
+    every = ledger.records(out)
+    records = {record["run_id"]: record for record in every}
     published = ledger.run_ids(out, product, request.maker)
-    for run_id, told in attempts.unfinished(out).items():
+    unfinished = attempts.unfinished(out)
+    for run_id, told in unfinished.items():
         if told.get("product", ledger.VERDICTS.name) != product.name:
             continue
         run = Run(out=out, run_id=run_id, product=product)
@@ -142,11 +158,13 @@ def _unfinished(request: Request) -> Run | None:
             run.abandon()
         else:
             found = run
+    if orphans := ledger.remove_orphans(out, every, unfinished):
+        say(f"removed: {len(orphans)} files of publications that were cut or overtaken, such as {orphans[0]}")
     return found
 
 
-def _plan(request: Request, held: lock.Lock) -> Run | None:
-    """Plan a new run; None: there is nothing to do."""
+def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
+    """Plan a new run; returns it with its `run.json`, which is not written where there is nothing to do."""
     product, run = request.product, Run(out=request.out, product=request.product)
     published = sorted(ledger.run_ids(request.out, product, request.maker))
     done = ledger.published(request.out, schema.DONE, product, **{product.maker: request.maker})
@@ -155,13 +173,19 @@ def _plan(request: Request, held: lock.Lock) -> Run | None:
         transforms=request.transforms,
     )  # fmt: skip
     say(f"source: {plan.describe()}")
-    if not plan.count:
-        storage.remove_folder(run.staging)
-        return None
-    told = {"count": plan.count, "left_out": plan.left_out, "states": plan.states}
+    planned = {
+        "product": product.name,
+        "settings": request.identity(),
+        "published": published,
+        "plan": {
+            "count": plan.count,
+            "left_out": plan.left_out,
+            "unread": list(plan.unread_named),
+            "unread_count": plan.unread,
+            "states": plan.states,
+        },
+    }
     held.check()
-    storage.write_json(
-        storage.join(run.staging, attempts.SETTINGS),
-        {"product": product.name, "settings": request.identity(), "published": published, "plan": told},
-    )
-    return run
+    if plan.count:  # else nothing is to be continued, and a run that is cut here counts as not planned
+        storage.write_json(storage.join(run.staging, attempts.SETTINGS), planned)
+    return run, planned

@@ -110,3 +110,15 @@ TEXT_FEATURES: Final = pa.field("text_features", pa.list_(pa.float32()))
 
 CAPTIONS: Final = pa.schema([*FACTS, *CAPTION, TRANSFORM, TEXT_FEATURES])
 """What `nsnet caption` publishes, and training reads."""
+
+
+def stored(columns: pa.Schema) -> pa.Schema:
+    """The types of published columns in their files.
+
+    Their folder is named by the run as well. pandas reads such names as dictionaries, and refuses a column of that name
+    with another type.
+    """
+    at = columns.get_field_index("run_id")
+    if at < 0:
+        return columns
+    return columns.set(at, columns.field(at).with_type(pa.dictionary(pa.int32(), pa.string())))

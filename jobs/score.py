@@ -37,6 +37,7 @@ from nsnet.images import DecodeLimits
     help="Stop, to be continued, when the store of the pictures does not answer for so long.",
 )
 @console.max_failed_option
+@console.max_left_out_option
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -49,9 +50,10 @@ def command(source: str, **options: Any) -> int:
     """
     limits = console.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
-    allowed = options.pop("max_failed")
+    allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = score(source, limits=limits, selection=selection, **options)
-    return console.exit_code(record["counts"], record["rows"], allowed)
+    failed_code = console.exit_code(record["counts"], record["rows"], allowed)
+    return max(failed_code, console.left_out_code(record, left_out))
 
 
 def score(
@@ -70,7 +72,7 @@ def score(
     transforms: Sequence[str] = (),
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Score a source and publish; returns the run's record, or one of 0 rows where there was nothing to do.
+    """Score a source and publish; returns the run's record, which has no rows where there was nothing to do.
 
     `transforms`: chains of `nsnet.transforms` under which each picture is judged as well, as rows of their own. A run
     with the same settings that was not published is continued. Whatever is wrong with the request is found

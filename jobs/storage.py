@@ -15,9 +15,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -55,6 +55,11 @@ SLOWEST_BYTES_PER_SECOND: Final = 256 * 1024
 BUNDLE_PIECE_BYTES: Final = 2**26
 REFRESH_SECONDS: Final = 30.0
 """Least time between two looks for new credentials."""
+MAX_JSON_BYTES: Final = 64 * 2**20
+"""Largest JSON file of ours: one that names the files of a billion rows."""
+MAX_JSON_DEPTH: Final = 32
+RESTORE: Final = "restore it from a copy, or remove it if nothing needs it"
+"""What to do about a damaged file, unless its reader knows better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,14 +237,37 @@ def list_files(uri: str, left_out: LeftOut | None = None) -> Iterator[Entry]:
         yield from _walk((_below(uri), 0), lambda item: _list_s3(uri, *item))
 
 
-def subfolders(uri: str) -> list[str]:
-    """Names of the folders directly below a folder or prefix, sorted; none where there is nothing."""
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Names directly below a folder or prefix, each kind sorted."""
+
+    folders: list[str]
+    files: list[str]
+    others: list[str]
+    """Links and special files of disks."""
+
+
+def names_below(uri: str) -> Names:
+    """What lies directly below a folder or prefix; nothing where there is none."""
+    found = Names(folders=[], files=[], others=[])
     if is_local(uri):
-        return sorted(item.name for item in os.scandir(uri) if item.is_dir()) if os.path.isdir(uri) else []
-    prefix = _below(uri)
-    pages = _pages(uri, prefix, Delimiter="/")
-    found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
-    return sorted(name.removeprefix(prefix).rstrip("/") for name in found)
+        with os.scandir(uri) if os.path.isdir(uri) else nullcontext(()) as items:
+            for item in items:
+                is_folder, is_file = item.is_dir(follow_symlinks=False), item.is_file(follow_symlinks=False)
+                (found.folders if is_folder else found.files if is_file else found.others).append(item.name)
+    else:
+        prefix = _below(uri)
+        for page in _pages(uri, prefix, Delimiter="/"):
+            found.folders.extend(item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", []))
+            found.files.extend(item["Key"][len(prefix) :] for item in page.get("Contents", []))
+    for names in (found.folders, found.files, found.others):
+        names[:] = sorted(filter(None, names))  # an S3 prefix may be an object itself: a marker without a name
+    return found
+
+
+def subfolders(uri: str) -> list[str]:
+    """Names of the folders directly below a folder or prefix, sorted; links to folders are none."""
+    return names_below(uri).folders
 
 
 def _walk(root: Any, listing: Callable[[Any], Iterator[tuple[list[Entry], list[Any]]]]) -> Iterator[Entry]:
@@ -617,9 +645,45 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield path
 
 
-def read_json(uri: str) -> Any:
-    """A JSON object."""
-    return json.loads(read_bytes(uri))
+def read_json(uri: str, fields: Mapping[str, type] | None = None, remedy: str = RESTORE) -> Any:
+    """The value of a JSON file; with `fields`, an object that has these, each of its type.
+
+    Raises `FileNotFoundError`, and `StorageError` with the file, the reason and the `remedy` where it is damaged.
+    """
+    data = read_bytes(uri, 0, MAX_JSON_BYTES + 1)
+    try:
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
+        value = json.loads(data)
+        _check_depth(value)
+        if fields is not None and type(value) is not dict:
+            raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+        for name, kind in (fields or {}).items():
+            if name not in value:
+                raise ValueError(f"it has no {name}")
+            if type(value[name]) is not kind:
+                raise ValueError(f"its {name} is a {type(value[name]).__name__} instead of a {kind.__name__}")
+    except RecursionError as error:
+        raise damaged(uri, f"it is nested deeper than {MAX_JSON_DEPTH}", remedy) from error
+    except ValueError as error:
+        raise damaged(uri, str(error), remedy) from error
+    return value
+
+
+def damaged(uri: str, reason: str, remedy: str = RESTORE) -> StorageError:
+    """The error of a file of ours that is not as this program wrote it."""
+    return StorageError(f"{uri} is damaged ({reason[:200]}): {remedy}")
+
+
+def _check_depth(value: Any) -> None:
+    """Raise `RecursionError` where lists and objects lie deeper in each other than this program writes any."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        below = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
+        if not below:
+            return
+        level = [item for items in below for item in items]
+    raise RecursionError
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -637,20 +701,6 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.name == last):
         write_bytes(join(uri, path.relative_to(folder).as_posix()), path.read_bytes())
-
-
-def remove_folder(uri: str) -> None:
-    """Remove a folder that this program made for its own use; nothing else is ever removed.
-
-    Object by object: fsspec's own removal takes `*`, `?` and `[` in a name for a pattern, and loses errors.
-    """
-    if is_local(uri):
-        if os.path.isdir(uri):
-            shutil.rmtree(uri)
-        return
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        for removed in [pool.submit(remove_file, entry.uri) for entry in list_files(uri)]:
-            removed.result()
 
 
 def fetch_bundle(uri: str, description: str) -> Path:

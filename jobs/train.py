@@ -8,7 +8,7 @@ import click
 
 from jobs import console, lock, storage
 from jobs.console import say
-from jobs.request import SETTINGS, TrainRequest
+from jobs.request import TrainRequest
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.errors import UsageError
 
@@ -59,6 +59,7 @@ class WorkersType(click.ParamType[tuple[int, int]]):
 @click.option(
     "--max-failed", type=console.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
 )
+@console.max_left_out_option
 @console.weights_options
 @console.limit_options
 @console.address_option
@@ -104,17 +105,17 @@ def train(request: TrainRequest) -> dict[str, Any]:
         from jobs.fit import fit  # it imports Ray Train
 
         last = fit(request, recipe, facts, examples, settings)
-        return _finish(request, recipe, models, examples, last, point)
+        return _finish(request, recipe, models, examples, last, point, settings)
 
 
 def _finish(
-    request: TrainRequest, recipe: "Recipe", models: "Models", examples: "Examples", last: Path, point: OperatingPoint
-) -> dict[str, Any]:
+    request: TrainRequest, recipe: "Recipe", models: "Models", examples: "Examples", last: Path, point: OperatingPoint,
+    settings: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """The weights of the best epoch, calibrated on validation, as a bundle; predictions and numbers beside it."""
     from jobs import checkpoints, results
     from jobs.split import Split
 
-    settings = storage.read_json(storage.join(request.work, SETTINGS))
     progress = checkpoints.read_progress(last, checkpoints.settings_digest(settings))
     checkpoints.remove(last)
     judged = results.judge(examples, progress, point)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from jobs import lock, storage
 from jobs.lock import EXPIRY_SECONDS, Lock, hold
-from nsnet.errors import LockedError
+from nsnet.errors import LockedError, StorageError
 from tests.swift import SwiftServer
 from tests.tables import new_bucket
 
@@ -98,14 +99,6 @@ def until(reached: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Whether the main thread, which runs pytest, was to be interrupted: it is not."""
-    event = threading.Event()
-    monkeypatch.setattr(lock, "_interrupt", event.set)
-    return event
-
-
 @contextmanager
 def taken(out: str) -> Iterator[Lock]:
     """A lock that is held, to be lost in the body."""
@@ -173,10 +166,12 @@ def test_lock_leaves_nothing_but_its_file(on_disk: str) -> None:
 
 
 def test_other_files_beside_the_locks_are_no_locks(out: str) -> None:
-    for name in ("00000009.json.partial-1", "x00000009.json", "99.json", "00000009.jsonl", ".00000009.json", "note"):
+    others = ("00000009.json.partial-1", "x00000009.json", "99.json", "00000009.jsonl", ".00000009.json", "note")
+    for name in (*others, "old/00000009.json"):
         storage.write_bytes(f"{out}/locks/{name}", json.dumps(OTHER_MACHINE).encode())
     assert_free(out)
-    assert "00000001.json" in numbers(out)
+    assert_free(out)
+    assert numbers(out) == sorted(["00000002.json", *(name.rpartition("/")[2] for name in (*others, "00000009.json"))])
 
 
 @pytest.fixture
@@ -332,7 +327,13 @@ def test_lock_ages_by_the_clock_of_its_store(out: str, monkeypatch: pytest.Monke
     assert time.monotonic() - started > 0.25  # S3 tells whole seconds
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe\x00", b"{}", b'{"pid": null}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe\x00", b"{}", b'{"pid": null}', b"[" * 100_000,
+        json.dumps(this_process(pid="../1")).encode(), json.dumps(this_process(pid=10**30)).encode(),
+    ],
+)  # fmt: skip
 def test_damaged_lock_is_respected_until_it_expires(data: bytes, on_disk: str) -> None:
     leave(on_disk, data)
     assert_held(on_disk)
@@ -403,11 +404,11 @@ def test_holder_whose_lock_was_taken_over_may_not_publish(out: str, monkeypatch:
     assert_free(out)
 
 
-def test_loss_that_the_heartbeat_noticed_is_final(
-    on_disk: str, interrupted: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_that_the_heartbeat_noticed_is_final(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    interrupted = threading.Event()
     with taken(on_disk) as slow:
+        slow.interrupt = interrupted.set
         leave(on_disk, OTHER_MACHINE, 2)
         thread = slow._thread
         assert thread is not None
@@ -419,30 +420,37 @@ def test_loss_that_the_heartbeat_noticed_is_final(
 
 
 LOSER = """\
-import sys, threading, time
+import os, signal, sys, threading, time
 from jobs import lock
 from nsnet.errors import LockedError
 lock.HEARTBEAT_SECONDS = 0.02
+before = signal.getsignal(signal.SIGINT), signal.getsignal(lock.SIGNAL)
 try:
     with lock.hold(sys.argv[1]):
+        assert signal.getsignal(signal.SIGINT) is before[0]
         print("held", flush=True)
         {work}
 except LockedError as error:
     print(error)
+assert (signal.getsignal(signal.SIGINT), signal.getsignal(lock.SIGNAL)) == before
 """
 
 
+def as_a_script_starts_it() -> None:
+    """In the background, where Ctrl-C is ignored; and a supervisor may block other signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {lock.SIGNAL})
+
+
+@pytest.mark.parametrize("parent", [None, as_a_script_starts_it], ids=["a terminal", "a script"])
 @pytest.mark.parametrize(
     "work", ["time.sleep(600)", "threading.Event().wait()", "while True: pass"], ids=["sleep", "wait", "compute"]
 )
-def test_loss_of_the_lock_interrupts_the_work(work: str, on_disk: str) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        LOSER.format(work=work),
-        on_disk,
-    ]  # not here, where the main thread is that of pytest
-    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+def test_loss_of_the_lock_interrupts_the_work(work: str, parent: Callable[[], None] | None, on_disk: str) -> None:
+    command = [sys.executable, "-c", LOSER.format(work=work), on_disk]  # not here: pytest has this main thread
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, preexec_fn=parent
+    ) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
             leave(on_disk, OTHER_MACHINE, 2)
@@ -452,6 +460,77 @@ def test_loss_of_the_lock_interrupts_the_work(work: str, on_disk: str) -> None:
     assert process.returncode == 0
     assert "locks/00000001.json was lost: another run took it over" in told and "nothing was published" in told
     assert content(on_disk, 2) == OTHER_MACHINE  # the loser lets go of nothing but its own
+
+
+def test_ctrl_c_stays_ignored_where_the_parent_wants_that(on_disk: str) -> None:
+    code = LOSER.format(work="os.kill(os.getpid(), signal.SIGINT); print('worked', flush=True)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, on_disk], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+        preexec_fn=as_a_script_starts_it, timeout=PATIENCE_SECONDS, check=True,
+    )  # fmt: skip
+    assert done.stdout == "held\nworked\n"
+
+
+def lose(out: str, held: Lock) -> None:
+    """Another run takes the lock over, and the heartbeat notices."""
+    leave(out, OTHER_MACHINE, 2)
+    thread = held._thread
+    assert thread is not None
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_loss_is_raised_as_an_interruption_in_the_main_thread(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    seen: list[BaseException] = []
+    with pytest.raises(LockedError, match="was lost"), hold(on_disk) as held:
+        try:
+            lose(on_disk, held)
+        except KeyboardInterrupt as error:  # as a library that lets go of what it holds
+            seen.append(error)
+            raise
+    assert [type(error) for error in seen] == [lock.LockLost]
+
+
+def test_loss_of_the_outer_of_two_locks_is_its_own(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with pytest.raises(LockedError, match=f"{on_disk}-outer/locks"), hold(f"{on_disk}-outer") as outer, hold(on_disk):
+        lose(f"{on_disk}-outer", outer)
+    assert_free(on_disk)
+
+
+def test_lock_is_held_in_another_thread_without_signals(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    before = signal.getsignal(lock.SIGNAL)
+
+    def work() -> None:
+        with hold(on_disk) as held:
+            assert signal.getsignal(lock.SIGNAL) == before
+            lose(on_disk, held)
+            held.check()
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LockedError, match="was lost"):
+        pool.submit(work).result()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("rows"), ValueError("rows"), StorageError("the cluster failed")])
+def test_failure_of_a_holder_without_its_lock_is_the_loss(error: Exception, on_disk: str) -> None:
+    """Whoever took it over has removed the files that the loser still reads."""
+    with pytest.raises(LockedError, match="was lost") as caught, hold(on_disk):
+        leave(on_disk, OTHER_MACHINE, 2)
+        raise error
+    assert caught.value.__cause__ is error
+
+
+def test_failure_stays_what_it_is_where_the_store_does_not_tell_of_the_lock(
+    on_disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: Any) -> None:
+        raise OSError("the store is away")
+
+    with pytest.raises(ValueError, match="rows"), hold(on_disk):
+        monkeypatch.setattr(storage, "names_below", away)
+        raise ValueError("rows")
 
 
 def test_interruption_without_the_lock_is_its_loss(on_disk: str) -> None:
@@ -466,11 +545,11 @@ def test_interruption_by_a_person_stays_one(on_disk: str) -> None:
     assert_free(on_disk)
 
 
-def test_holder_that_keeps_its_lock_is_not_interrupted(
-    on_disk: str, interrupted: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_holder_that_keeps_its_lock_is_not_interrupted(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
-    with hold(on_disk):
+    interrupted = threading.Event()
+    with hold(on_disk) as held:
+        held.interrupt = interrupted.set
         age(on_disk)
         until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
     assert not interrupted.is_set()
@@ -478,7 +557,7 @@ def test_holder_that_keeps_its_lock_is_not_interrupted(
 
 def test_lock_whose_folder_is_gone_is_lost(on_disk: str) -> None:
     with taken(on_disk) as held:
-        storage.remove_folder(f"{on_disk}/locks")
+        shutil.rmtree(f"{on_disk}/locks")
         with pytest.raises(LockedError, match="was lost"):
             held.check()
     assert not os.path.exists(f"{on_disk}/locks")

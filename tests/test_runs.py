@@ -38,29 +38,25 @@ class Nights:
             selection=Selection(**selection),
         )
 
-    def begin(self, held: lock.Lock, changes: dict[str, Any] | None = None, **selection: Any) -> Run | None:
-        """The run that a start continues or plans."""
-        request = self.request(changes, **selection)
-        return runs._unfinished(request) or runs._plan(request, held)
-
     def killed(self, changes: dict[str, Any] | None = None, **selection: Any) -> Run:
         """A night that is killed once it was planned."""
-        with lock.hold(self.out) as held:
-            run = self.begin(held, changes, **selection)
-        assert run is not None
-        return run
+        started: list[Run] = []
+
+        class Killed(Exception):
+            pass
+
+        def kill(run: Run) -> Work:
+            started.append(run)
+            raise Killed
+
+        with pytest.raises(Killed):
+            runs.carry_out(self.request(changes, **selection), kill)
+        return started[0]
 
     def whole(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any] | None:
         """A night that publishes -> its record; None: it found nothing to do."""
-        with lock.hold(self.out) as held:
-            run = self.begin(held, changes, **selection)
-            if run is None:
-                return None
-            attempt = self.work(run, held.number)
-            details = {"detector_id": self.request(changes).maker, "attempts": attempt.number}
-            told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
-            manifest = f"{run.staging}/{attempts.MANIFEST}"
-            return run.publish(manifest, attempt.files(), details, held.check, told["published"])
+        record = runs.carry_out(self.request(changes, **selection), work_of)
+        return record if record["files"] else None
 
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
         """An attempt that does what is left, or so many pictures of it."""
