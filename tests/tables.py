@@ -24,6 +24,14 @@ from PIL import Image
 from jobs import schema, storage
 from jobs.manifest import image_id
 
+WRITE = "0350u5hCzAVh2Lq0Het1VW_76da3a83828345c7a7b1264e4caa1291"
+"""Ray Data's ids of a dataset and of a write, which its file names begin with."""
+
+
+def rows_file(attempt: str, task: int = 0) -> str:
+    """The file of rows of a write task below the folder of an attempt, under the name that Ray Data gives it."""
+    return f"{attempt}/rows/{WRITE}_{task:06d}-0.parquet"
+
 
 def picture_file(seed: int = 0, file_format: str = "PNG", width: int = 56, height: int = 40, **options: Any) -> bytes:
     """The content of a picture file, one of its own for every seed."""

@@ -1,6 +1,7 @@
 """Attempts: each picture of a manifest is done by exactly one of them, whatever dies and whoever wakes up late."""
 
 import errno
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,17 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import attempts, parquet, schema, stages, storage
+from jobs import attempts, names, parquet, removal, schema, stages, storage
 from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.database import Database
 from jobs.manifest import image_id
 from nsnet.errors import StorageError
-from tests.tables import batches, manifest_row, put, read_rows, verdict_row, verdict_table
+from tests.tables import WRITE, batches, manifest_row, put, read_rows, rows_file, verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
 URIS = [f"/pictures/{i}.jpg" for i in range(12)]
-WRITE = "0350u5hCzAVh2Lq0Het1VW_76da3a83828345c7a7b1264e4caa1291"
-"""Ray Data's ids of a dataset and of a write, which its file names begin with."""
 
 
 @pytest.fixture
@@ -157,7 +156,7 @@ def test_rows_without_a_checkpoint_do_not_count(on_disk: str) -> None:
     first = begin_next(on_disk)
     write_rows(first, 0, URIS[:3])
     commit(first, 1, URIS[3:5])
-    write_rows(first, 1, URIS[5:7], write="of another write")
+    write_rows(first, 1, URIS[5:7], write=f"{WRITE[:-8]}00000000")
     assert left_for(begin_next(on_disk)) == URIS[:3] + URIS[5:]
 
 
@@ -576,19 +575,137 @@ def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:
 # Runs that were not published.
 
 
-def test_unfinished_runs_are_those_that_were_planned(place: str) -> None:
+def run_json(**values: Any) -> dict[str, Any]:
+    plan_ = {"count": 1, "left_out": {}, "states": {}}
+    return {"product": "verdicts", "settings": {"of": "this"}, "published": [], "plan": plan_, **values}
+
+
+NOT_OURS = "since no run of this program made it"
+IDS_OF_RUNS = [f"2026010{i}T000000Z-00000{i}" for i in range(1, 6)]
+
+
+def test_unfinished_runs_are_those_that_were_planned(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert unfinished(place) == {}
-    for run_id, name in (("b", "run.json"), ("a", "run.json"), ("cut", "manifest.parquet")):
-        put(
-            f"{place}/staging/{run_id}",
-            {"attempt-00000007/rows/x": b"", name: b'{"settings": {"of": "%s"}}' % name.encode()},
-        )
-    put(place, {"runs/cut.json": b"{}", "verdicts/run_id=cut/part.parquet": b""})
-    found = unfinished(place)
-    assert found == {name: {"settings": {"of": "run.json"}} for name in ("a", "b")}
-    assert storage.subfolders(f"{place}/staging") == ["a", "b"]
-    assert storage.exists(f"{place}/staging/a/attempt-00000007/rows/x")
-    assert storage.exists(f"{place}/runs/cut.json") and storage.exists(f"{place}/verdicts/run_id=cut/part.parquet")
+    first, second, cut = IDS_OF_RUNS[:3]
+    for run_id in (first, second):
+        storage.write_json(f"{place}/staging/{run_id}/run.json", run_json())
+        put(f"{place}/staging/{run_id}", {"attempt-00000007/rows/x": b""})
+    put(f"{place}/staging/{cut}", {"manifest.parquet": b"m", "run.json.partial-0a1b2c3d": b"{"})
+    put(place, {f"runs/{cut}.json": b"{}", f"verdicts/run_id={cut}/part.parquet": b""})
+    assert unfinished(place) == {first: run_json(), second: run_json()}
+    assert storage.subfolders(f"{place}/staging") == [first, second]
+    assert storage.exists(f"{place}/staging/{first}/attempt-00000007/rows/x")
+    assert storage.exists(f"{place}/runs/{cut}.json") and storage.exists(f"{place}/verdicts/run_id={cut}/part.parquet")
+    assert capsys.readouterr().err == ""
+
+
+def test_folders_of_others_stay_and_are_named_in_one_line(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--out` may be a folder that others use as well, with a folder `staging` of their own."""
+    files = {
+        "customer/invoice.pdf": b"x",
+        "notes.txt": b"x",
+        f"{IDS_OF_RUNS[0]}/photo.jpg": b"x",
+        f"{IDS_OF_RUNS[1]}/manifest.parquet": b"x",  # of ours, or not: nothing says so
+        f"{IDS_OF_RUNS[1]}/photo.jpg": b"x",
+        "20261399T000000Z-000000/manifest.parquet": b"x",
+    }
+    put(f"{place}/staging", files)
+    for _ in range(2):
+        assert unfinished(place) == {}
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"left alone, {NOT_OURS}: ") and line.endswith(" and 2 more")
+    assert {entry.uri.removeprefix(f"{place}/staging/") for entry in storage.list_files(f"{place}/staging")} == {*files}
+
+
+def test_link_that_is_named_like_a_run_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere, out = put(str(tmp_path / "elsewhere"), {"manifest.parquet": b"x"}), tmp_path / "out"
+    (out / "staging").mkdir(parents=True)
+    (out / "staging" / IDS_OF_RUNS[0]).symlink_to(elsewhere)
+    assert unfinished(str(out)) == {}
+    assert Path(elsewhere, "manifest.parquet").exists() and (out / "staging" / IDS_OF_RUNS[0]).is_symlink()
+    assert (
+        f"left alone, since no run of this program made it: {out}/staging/{IDS_OF_RUNS[0]}" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"\xff", "can't decode byte"),
+        (b"[" * 10_000, "nested deeper than 32"),
+        (b'{"a": ' * 40 + b"1" + b"}" * 40, "nested deeper than 32"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b"[]", "holds a list instead of an object"),
+        (b"{}", "has no settings"),
+        (json.dumps(run_json(settings=[])).encode(), "its settings is a list instead of a dict"),
+        (json.dumps(run_json(published={})).encode(), "its published is a dict instead of a list"),
+        (json.dumps(run_json(published=[1])).encode(), "what was published before is no list of runs"),
+        (json.dumps(run_json(published=[["a"]])).encode(), "what was published before is no list of runs"),
+        (json.dumps(run_json(plan={})).encode(), "its plan has no count, left_out, states"),
+        (json.dumps(run_json(plan={"count": "1", "left_out": {}, "states": {}})).encode(), "its plan has no count"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, reason: str, tmp_path: Path) -> None:
+    folder = f"{tmp_path}/staging/{IDS_OF_RUNS[0]}"
+    put(folder, {"run.json": content, "manifest.parquet": b"m"})
+    with pytest.raises(StorageError) as caught:
+        unfinished(str(tmp_path))
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/run.json is damaged (") and reason in message and "\n" not in message
+    assert message.endswith(f"remove {folder} while no run writes here, and its pictures are planned anew")
+    assert storage.exists(f"{folder}/manifest.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{}", "holds a dict instead of a list"),
+        (b"[1]", "'1' is no file of rows"),
+        (b"[", "Expecting value"),
+        (b'["../../elsewhere/x.parquet"]', "is no file of rows of this run"),
+        (b'["/etc/passwd"]', "is no file of rows of this run"),
+        (b'["s3://other/attempt-00000007/rows/x.parquet"]', "is no file of rows of this run"),
+        (json.dumps([rows_file("attempt-00000007/../attempt-00000007")]).encode(), "is no file of rows of this run"),
+        (json.dumps([rows_file("attempt-00000007") + "\n"]).encode(), "is no file of rows of this run"),
+    ],
+)
+def test_damaged_list_of_finished_files_is_named_and_nothing_is_planned_without_it(
+    content: bytes, reason: str, on_disk: str
+) -> None:
+    plan(on_disk)
+    first = begin_next(on_disk)
+    commit(first, 0, URIS[:3])
+    put(first.folder, {"accepted.json": content})
+    with pytest.raises(StorageError) as caught:
+        begin_next(on_disk)
+    message = str(caught.value)
+    assert message.startswith(f"{first.folder}/accepted.json is damaged (") and reason in message
+    assert f"remove {on_disk} while no run writes here" in message and "\n" not in message
+    assert storage.subfolders(on_disk) == [Path(first.folder).name]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no Parquet", "other columns"])
+def test_damaged_manifest_is_named(damage: str, on_disk: str) -> None:
+    plan(on_disk)
+    path = Path(on_disk, "manifest.parquet")
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "other columns":
+        pq.write_table(pa.table({"x": [1]}), path)
+    else:
+        path.write_bytes(content[:-10] if damage == "cut" else b"no Parquet at all")
+    with pytest.raises(StorageError, match=f"{path} is {'gone' if damage == 'gone' else 'damaged'}.*planned anew"):
+        begin_next(on_disk)
+
+
+def test_folders_of_others_beside_the_attempts_are_none(on_disk: str) -> None:
+    plan(on_disk)
+    put(on_disk, {"notes/x": b"", "attempt-x/accepted.json": b"[]", "attempt-1/accepted.json": b"[]"})
+    commit(begin(on_disk, 3), 0, URIS[:3])
+    assert left_for(begin(on_disk, 4)) == URIS[3:]
 
 
 # How much is committed at a time.
@@ -644,3 +761,4 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
     write(second, poisoned=None)
     assert finished(second) == sorted(row["uri"] for row in planned)
     assert ray.data.DataContext.get_current().checkpoint_config is None  # other datasets of the process have none
+    assert removal.remove(staging, names.STAGED).foreign == []  # whatever Ray Data wrote, and left where it died

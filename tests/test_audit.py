@@ -17,7 +17,7 @@ from jobs.findings import as_text, conclusion
 from jobs.ledger import Run
 from jobs.plan import write_manifest
 from nsnet.errors import ConfigError, SourceError
-from tests.tables import batches, picture_file, put, read_rows, run_command
+from tests.tables import batches, picture_file, put, read_rows, rows_file, run_command
 
 Rows = list[dict[str, Any]]
 
@@ -211,7 +211,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def publish(source: str, out: str, failing: str = "") -> None:
     """Facts of all pictures of a source, as `examine` publishes them; pictures whose URI has this in it failed."""
     run = Run(out=out, product=ledger.FACTS)
-    manifest, staged = f"{run.staging}/manifest.parquet", f"{run.staging}/rows.parquet"
+    manifest, staged = f"{run.staging}/manifest.parquet", rows_file(f"{run.staging}/attempt-00000001")
     write_manifest(source, manifest)
     rows = []
     for row in read_rows(manifest):
@@ -259,7 +259,8 @@ def test_pictures_that_were_not_looked_at_are_said(
     out = str(tmp_path / "out")
     publish(source, out)
     put(source, {"h/1_fake/9999.jpg": b"new"})
-    monkeypatch.setattr(module, "examine", lambda *_, **__: None)  # as if it came between its listing and ours
+    record = {"left_out": {}, "unread": [], "unread_count": 0}
+    monkeypatch.setattr(module, "examine", lambda *_, **__: record)  # as if it came between its listing and ours
     result = audit(source, out=out)
     assert (result["pictures"], result["not_examined"]) == (30, 1)
     assert "  1 more were not looked at, and are in no number below" in as_text(result)
@@ -274,6 +275,22 @@ def test_more_failures_than_allowed_are_exit_code_3(
     ended, printed, told = run_command("audit", source, "--out", out, "--max-failed", allowed)
     assert ended == code and "failed with ImageCorruptError: 15, such as" in printed
     assert ("15 of 30 pictures failed" in told) == (code == 3)
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 0)])
+def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_to_do(
+    no_cluster: None, source: str, tmp_path: Path, allowed: str, code: int
+) -> None:
+    out = str(tmp_path / "out")
+    publish(source, out)
+    put(source, {"cut.tar": b"no tar" * 200, "notes.txt": b"x"})
+    ended, _, told = run_command("audit", source, "--out", out, "--max-left-out", allowed)
+    assert ended == code
+    assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
+    record = ledger.runs(out, ledger.FACTS)[-1]
+    assert (record["rows"], record["unread_count"]) == (0, 1) and f"{source}/cut.tar" in record["unread"][0]
+    assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
+    assert storage.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 64}, {"distance": -1}, {"seed": -1}, {"seed": 2**32}])
@@ -317,4 +334,5 @@ def test_pictures_are_examined_once_and_their_bias_is_found(cluster: None, tmp_p
     assert {row["kind"] for row in read_rows(f"{out}/{module.COPIES}")} == {"exact"}
     assert len(ledger.runs(out, ledger.FACTS)) == 1
     again, reprinted, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
-    assert (again, reprinted) == (0, printed) and len(ledger.runs(out, ledger.FACTS)) == 1
+    assert (again, reprinted) == (0, printed)
+    assert [record["rows"] for record in ledger.runs(out, ledger.FACTS)] == [27, 0]

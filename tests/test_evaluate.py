@@ -336,7 +336,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
     scored: list[tuple[str, Sequence[str]]] = []
     forms = [(row, chain) for row in labelled_rows() for chain in (None, "jpeg:75", "blur:1")]
 
-    def score(given: str, *, out: str, transforms: Sequence[str], **_: Any) -> None:
+    def score(given: str, *, out: str, transforms: Sequence[str], **_: Any) -> dict[str, Any]:
         scored.append((given, tuple(transforms)))
         ids = {(row["uri"], row["transform"]): row["image_id"] for row in listed(given, ("", *transforms))}
         rows = [
@@ -352,6 +352,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
         ]
         publish(Path(out), [*rows, verdict_row("/gone", 0.5, label=1, generator="old")])
         publish(Path(out), [{**row, "detector_id": "e" * 16, "prob_fake": 0.5} for row in rows])
+        return ALL_READ
 
     def list_source(names: Sequence[str]) -> None:
         rows = [
@@ -377,6 +378,10 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
     assert result["rows"]["split"] == "test" and result["rows"]["used"] == len(labelled_rows()) // 2
 
 
+ALL_READ: dict[str, Any] = {"unread": [], "unread_count": 0}
+"""Of a source that could be read whole."""
+
+
 def listed(source: str, transforms: Sequence[str]) -> Rows:
     """A source as a manifest."""
     with tempfile.TemporaryDirectory() as folder:
@@ -394,7 +399,7 @@ def test_every_source_that_can_be_scored_can_be_evaluated(
         place.write_bytes(b"")
     else:
         place.mkdir()
-    monkeypatch.setattr(module, "_score", lambda *_: verdict_table(*labelled_rows()))
+    monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*labelled_rows()), ALL_READ))
     monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
     assert evaluate(str(place), out=str(tmp_path / "out"), detector="bundle", samples=1)["failed"] == 0
 
@@ -427,6 +432,32 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     assert code == 2 and "no verdicts under jpeg:1" in told
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [("0", 3), ("1", 3), ("2", 0)])
+def test_command_that_scores_says_what_of_the_source_could_not_be_read(
+    allowed: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
+    unread = {"unread": ["/a: Permission denied", "/b.tar is cut"], "unread_count": 2}
+    monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), unread))
+    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    (tmp_path / "pictures").mkdir()
+    common = (
+        "evaluate",
+        str(tmp_path / "pictures"),
+        "--detector",
+        "b",
+        "--out",
+        str(tmp_path / "out"),
+        "--samples",
+        "1",
+    )
+    code, _, told = run_command(*common, "--max-left-out", allowed)
+    assert code == expected and (tmp_path / "out" / "report.html").exists()
+    assert ("2 folders or containers of the source could not be read" in told) is (expected == 3)
+    assert ("/a: Permission denied; /b.tar is cut" in told) is (expected == 3)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["unread_count"] == 2
+
+
 @pytest.mark.parametrize(
     ("scores", "failed", "allowed", "expected"),
     [(True, 0, "0%", 0), (True, 5, "1%", 3), (True, 5, "50%", 0), (False, 5, "1%", 0)],
@@ -436,7 +467,7 @@ def test_command_that_scores_says_when_too_many_failed(
 ) -> None:
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     rows += [verdict_row(f"/f{i}", None, label=1, generator="g") for i in range(failed)]
-    monkeypatch.setattr(module, "_score", lambda *_: verdict_table(*rows))
+    monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), ALL_READ))
     monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
     (tmp_path / "pictures").mkdir()
     uri = str(tmp_path / "pictures") if scores else _stored(verdict_table(*rows), tmp_path / "v.parquet")

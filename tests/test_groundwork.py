@@ -82,3 +82,19 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     facts = Facts(place="/captions", product=ledger.CAPTIONS, maker="m")
     with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
         groundwork.fitted(request, request.resolved(), facts, found)
+
+
+def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:
+    """Who trains on a part of a source, without being told, believes numbers of another data set."""
+    put(request_.source, {"a/0_real/cut.tar": b"no tar" * 200})
+    with pytest.raises(SourceError, match=r"1 folders or containers .* \(--max-left-out\): .*cut\.tar") as caught:
+        prepare(request_)
+    one_line(caught.value)
+    assert not Path(request_.work, "split.parquet").exists()
+    with pytest.raises(LookedAt):
+        prepare(replace(request_, max_left_out=1))
+
+
+def test_allowance_does_not_make_another_training_of_it(request_: TrainRequest) -> None:
+    recipe = request_.resolved()
+    assert replace(request_, max_left_out=7).identity(recipe) == request_.identity(recipe)

@@ -1,25 +1,29 @@
 """Publishing: all planned rows, each once, or nothing; and a run is there for readers once its record is."""
 
 import hashlib
+import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ledger, parquet, schema, storage
+from jobs import ledger, parquet, removal, schema, storage
 from jobs.ledger import Run, VerificationError
-from nsnet.errors import SourceError, StorageError
-from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
+from nsnet.errors import LockedError, SourceError, StorageError
+from tests.tables import manifest_row, manifest_table, put, rows_file, verdict_row, verdict_table
 
 URIS = [f"/pictures/{i}.jpg" for i in range(10)]
 DETAILS = {"detector_id": "d" * 16, "captioner_id": "c" * 16}
@@ -46,7 +50,7 @@ def stage(run: Run, *parts: list[dict[str, Any]], planned: list[str] = URIS) -> 
     """Stage rows, one file per part, as the pipeline does; returns the manifest and those files."""
     manifest = f"{run.staging}/manifest.parquet"
     write(manifest, manifest_table(*(manifest_row(uri) for uri in planned)))
-    files = [f"{run.staging}/rows/{i}.parquet" for i in range(len(parts))]
+    files = [rows_file(f"{run.staging}/attempt-00000001", i) for i in range(len(parts))]
     for uri, rows in zip(files, parts, strict=True):
         write(uri, verdict_table(*({**row, "run_id": run.run_id} for row in rows)))
     return manifest, files
@@ -111,9 +115,55 @@ def test_files_lie_where_query_engines_look_for_them(tmp_path: Path) -> None:
     assert files_below(str(tmp_path / "verdicts")) == [
         f"run_date=2026-01-02/run_id=20260102T030405Z-abcdef/{part_names(record)[0]}"
     ]
-    partitions = pads.partitioning(pa.schema([("run_date", pa.date32()), ("run_id", pa.string())]), flavor="hive")
-    found = pads.dataset(tmp_path / "verdicts", partitioning=partitions).to_table()
-    assert set(found.column("run_date").to_pylist()) == {date(2026, 1, 2)} and found.num_rows == 10
+
+
+ONE, TWO = "20260102T030405Z-aaaaaa", "20260103T030405Z-bbbbbb"
+READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+    "pandas": lambda folder: pd.read_parquet(folder).astype({"run_id": str}).to_dict("records"),
+    "pyarrow": lambda folder: pq.read_table(folder).to_pylist(),
+    "pyarrow's datasets": lambda folder: pads.dataset(
+        folder, partitioning=pads.HivePartitioning.discover(infer_dictionary=True)
+    ).to_table().to_pylist(),
+    "DuckDB": lambda folder: of_duckdb(f"'{folder}/**/*.parquet'"),
+    "DuckDB, by folders": lambda folder: of_duckdb(f"read_parquet('{folder}/**/*.parquet', hive_partitioning = true)"),
+    "DuckDB, by files": lambda folder: of_duckdb(f"read_parquet('{folder}/**/*.parquet', hive_partitioning = false)"),
+}  # fmt: skip
+
+
+def of_duckdb(table: str) -> list[dict[str, Any]]:
+    with duckdb.connect() as connection:
+        rows: list[dict[str, Any]] = connection.sql(f"select * from {table}").to_arrow_table().to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_by_pattern_find_each_row_with_its_run(reader: str, tmp_path: Path) -> None:
+    """The folder and the file both say which run it is; for pandas they must say so in the same type."""
+    out = str(tmp_path)
+    for run_id, uris in ((ONE, URIS[:4]), (TWO, URIS[4:])):
+        publish(out, run_id, rows_for(uris))
+    found = {row["uri"]: row["run_id"] for row in READERS[reader](f"{out}/verdicts")}
+    assert found == dict.fromkeys(URIS[:4], ONE) | dict.fromkeys(URIS[4:], TWO)
+
+
+def test_single_file_says_which_run_it_is_of(tmp_path: Path) -> None:
+    (file,) = publish(str(tmp_path), ONE, rows_for(URIS))["files"]
+    for frame in (pd.read_parquet(tmp_path / file["path"]), pads.dataset(tmp_path / file["path"]).to_table()):
+        assert set(frame["run_id"].to_pylist() if isinstance(frame, pa.Table) else frame["run_id"]) == {ONE}
+
+
+def test_runs_of_an_older_version_are_read_beside_newer_ones(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "stored", lambda columns: columns)  # the run's name was a text in the file as well
+        publish(out, ONE, rows_for(URIS[:4]))
+    publish(out, TWO, rows_for(URIS[4:]))
+    table = ledger.verdicts(out).to_table()
+    assert table.schema.equals(schema.VERDICTS)
+    assert Counter(table.column("run_id").to_pylist()) == {ONE: 4, TWO: 6}
+    rows = [row for batch in ledger.published(out, schema.VERDICTS) for row in batch.to_pylist()]
+    assert [row["run_id"] for row in rows] == [ONE] * 4 + [TWO] * 6
+    newest = ledger.verdicts(out).to_table(filter=pads.field("run_id") == TWO)
+    assert sorted(newest.column("uri").to_pylist()) == URIS[4:]
 
 
 def test_run_ids_are_utc_times_that_differ() -> None:
@@ -128,7 +178,7 @@ def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
     rows = [{**row, "caption": None, "format": None} for row in rows_for(URIS, failed=10)]
     record = run.publish(*stage(run, rows), {})
     written = pq.read_schema(f"{run.final}/{part_names(record)[0]}")
-    assert written.names == schema.VERDICTS.names and written.types == schema.VERDICTS.types
+    assert written.names == schema.VERDICTS.names and written.types == schema.stored(schema.VERDICTS).types
     assert written.field("logit").type == pa.float64() and written.field("label").type == pa.int8()
 
 
@@ -189,7 +239,7 @@ def test_staged_file_that_is_gone_stops_publishing(out: str) -> None:
     run = Run(out=out)
     manifest, files = stage(run, rows_for(URIS))
     with pytest.raises(FileNotFoundError):
-        run.publish(manifest, [*files, f"{run.staging}/rows/gone.parquet"], {})
+        run.publish(manifest, [*files, f"{run.staging}/gone.parquet"], {})
     assert ledger.runs(out) == []
 
 
@@ -233,7 +283,7 @@ def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
         run.publish(manifest, files, {}, refuse_after(1))
     assert len(files_below(run.final)) == 1  # the files come first
     assert Path(manifest).exists() and Path(files[0]).exists()  # and nothing is lost
-    with pytest.raises(SourceError, match="holds no published run"):
+    with pytest.raises(SourceError, match="holds no published verdicts"):
         ledger.verdicts(run.out)
 
 
@@ -394,10 +444,10 @@ def test_run_whose_staging_cannot_be_removed_is_published(
     run = Run(out=out)
     staged = stage(run, rows_for(URIS))
 
-    def remove_folder(uri: str) -> None:
+    def remove(*_: Any) -> removal.Removal:
         raise OSError("the store went away")
 
-    monkeypatch.setattr(storage, "remove_folder", remove_folder)
+    monkeypatch.setattr(removal, "remove", remove)
     record = run.publish(*staged, {})
     assert ledger.runs(out) == [record] and ledger.verdicts(out).count_rows() == 10
     assert f"warning: {run.staging} was not removed" in capsys.readouterr().err
@@ -410,7 +460,7 @@ def test_run_whose_staging_cannot_be_removed_is_published(
         ("[]", "is damaged"),
         ("\udcff", "is damaged"),
         ('{"files": []}', "has no run_id"),
-        ("{}", "has no files, run_id"),
+        ("{}", "has no run_id"),
     ],
 )
 def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
@@ -421,6 +471,60 @@ def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
         ledger.runs(out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"run_id": 7}, "its run_id is a int instead of a str"),
+        ({"run_id": "20260102T000000Z-cccccc"}, "it is of the run '20260102T000000Z-cccccc'"),
+        ({"run_id": "../../x"}, "it is of the run '../../x'"),
+        ({"files": {}}, "its files is a dict instead of a list"),
+        ({"files": ["verdicts/x.parquet"]}, "it names 'verdicts/x.parquet', which is no file of its run"),
+        ({"files": [{"path": 7}]}, "it names 7, which"),
+        ({"files": [{}]}, "it names None, which"),
+        ({"files": [{"path": "/etc/passwd"}]}, "it names '/etc/passwd', which"),
+        ({"files": [{"path": "s3://another/x.parquet"}]}, "it names 's3://another/x.parquet', which"),
+        ({"files": [{"path": "{final}/../../x.parquet"}]}, "x.parquet', which is no file of its run"),
+        ({"files": [{"path": "{final}/.."}]}, "..', which is no file of its run"),
+        ({"files": [{"path": "{final}/"}]}, "/', which is no file of its run"),
+        ({"files": [{"path": "captions/run_date=2026-01-02/run_id=20260102T000000Z-bbbbbb/x"}]}, "which is no file"),
+        ({"product": ["verdicts"]}, "its product is ['verdicts']"),
+    ],
+)
+def test_record_that_this_program_cannot_have_written_is_named(changes: Any, reason: str, tmp_path: Path) -> None:
+    """Whoever may write to a bucket must not have files of other places read, or removed."""
+    out, run_id = str(tmp_path), "20260102T000000Z-bbbbbb"
+    final = f"verdicts/run_date=2026-01-02/run_id={run_id}"
+    record = {"run_id": run_id, "product": "verdicts", "files": [], "rows": 0, **changes}
+    put(f"{out}/runs", {f"{run_id}.json": json.dumps(record).replace("{final}", final).encode()})
+    with pytest.raises(StorageError) as caught:
+        ledger.runs(out)
+    message = str(caught.value)
+    assert message.startswith(f"{out}/runs/{run_id}.json is damaged (") and reason in message
+    assert "restore it from a copy" in message and "\n" not in message
+
+
+def test_other_files_beside_the_records_are_none(out: str) -> None:
+    record = publish(out, ONE, rows_for(URIS))
+    others = {"notes.txt": b"x", "notes.json": b"{", f"old/{TWO}.json": b"{", f"{TWO}.json.bak": b"{"}
+    put(f"{out}/runs", others)
+    assert ledger.records(out) == ledger.runs(out) == [record]
+    assert sorted(files_below(f"{out}/runs")) == sorted([f"{ONE}.json", *others])
+
+
+def test_record_of_a_product_of_another_version_is_left_to_its_readers(out: str) -> None:
+    storage.write_json(f"{out}/runs/{TWO}.json", {"run_id": TWO, "product": "spectra", "files": ["anything"]})
+    record = publish(out, ONE, rows_for(URIS))
+    assert ledger.runs(out) == [record] and ledger.remove_orphans(out, ledger.records(out), ()) == []
+
+
+def test_damaged_published_file_is_named(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    (file,) = publish(out, ONE, rows_for(URIS))["files"]
+    (tmp_path / file["path"]).write_bytes(b"no Parquet")
+    with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*remove its record runs/{ONE}.json"):
+        list(ledger.published(out, schema.DONE))
+
+
 @pytest.mark.parametrize("name", ["ü #1? %20+&=", "run_date=x/a b", "[0-9]*"])
 def test_files_that_the_record_names_stay_whatever_the_output_is_called(name: str, out: str) -> None:
     run = Run(out=f"{out}/{name}")
@@ -429,12 +533,107 @@ def test_files_that_the_record_names_stay_whatever_the_output_is_called(name: st
     assert part_names(run.publish(*staged, {})) == files_below(run.final)
 
 
+# Files that no record names.
+
+
+PART = "part-00000-0a1b2c3d.parquet"
+
+
+def orphan(out: str, product: str, run_id: str, name: str = PART) -> str:
+    """A file of a publication that was cut; its URI."""
+    uri = f"{Run(out=out, run_id=run_id, product=ledger.PRODUCTS[product]).final}/{name}"
+    storage.write_bytes(uri, b"of a publication that was cut")
+    return uri
+
+
+@pytest.mark.parametrize("product", list(ledger.PRODUCTS))
+def test_orphans_of_every_product_are_removed(product: str, out: str) -> None:
+    """Else a reader by pattern counts rows twice, or rows that nobody published."""
+    publish(out, ONE, rows_for(URIS))
+    before = contents(out)
+    orphans = [
+        orphan(out, product, ONE),
+        orphan(out, product, TWO),
+        orphan(out, product, TWO, f"{PART}.partial-00112233"),
+    ]
+    assert sorted(ledger.remove_orphans(out, ledger.records(out), ())) == sorted(orphans)
+    assert contents(out) == before and ledger.remove_orphans(out, ledger.records(out), ()) == []
+
+
+def test_orphans_of_unfinished_runs_stay_until_their_end(out: str) -> None:
+    orphan(out, "verdicts", TWO)
+    before = contents(out)
+    assert ledger.remove_orphans(out, [], [TWO]) == [] and contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"verdicts/run_date=2026-01-02/run_id={ONE}/photo.jpg",
+        f"verdicts/run_date=2026-01-02/run_id={ONE}/part-0.parquet",
+        f"verdicts/run_date=2026-01-02/run_id={ONE}/deeper/{PART}",
+        f"verdicts/run_date=2026-01-02/run_id=mine/{PART}",
+        f"verdicts/run_date=today/run_id={ONE}/{PART}",
+        f"verdicts/run_id={ONE}/{PART}",
+        f"verdicts/{PART}",
+        f"others/run_date=2026-01-02/run_id={ONE}/{PART}",
+        f"run_date=2026-01-02/run_id={ONE}/{PART}",
+    ],
+)
+def test_files_of_others_are_no_orphans(name: str, out: str) -> None:
+    put(out, {name: b"x"})
+    assert ledger.remove_orphans(out, ledger.records(out), ()) == []
+    assert files_below(out) == [name]
+
+
+def test_files_of_others_stay_beside_a_run_that_is_published_or_given_up(
+    out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in (Run(out=out, run_id=ONE), Run(out=out, run_id=TWO)):
+        staged = stage(run, rows_for(URIS))
+        orphan(out, "verdicts", run.run_id)
+        theirs = {f"{run.final}/photo.jpg": b"x", f"{run.staging}/photo.jpg": b"y"}
+        for uri, content in theirs.items():
+            storage.write_bytes(uri, content)
+        if run.run_id == ONE:
+            run.publish(*staged, {})
+        else:
+            run.abandon()
+        assert {uri: storage.read_bytes(uri) for uri in theirs} == theirs
+        left = [entry.uri for folder in (run.final, run.staging) for entry in storage.list_files(folder)]
+        assert len(left) == 2 + (run.run_id == ONE)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"left alone, since no run of this program made it: {', '.join(sorted(theirs))}"
+
+
+def lost(after: int) -> Callable[[], None]:
+    """A lock that is lost once it was asked for so many times."""
+    asked = count()
+
+    def check() -> None:
+        if next(asked) >= after:
+            raise LockedError("the lock was lost")
+
+    return check
+
+
+@pytest.mark.parametrize("moment", [1, 2], ids=["before the record", "with the record"])
+def test_process_that_loses_the_lock_while_it_publishes_takes_its_files_back(moment: int, out: str) -> None:
+    """Whoever holds the lock by then takes files that no record names for orphans: the record may not come later."""
+    run = Run(out=out)
+    staged = stage(run, rows_for(URIS))
+    before = contents(out)
+    with pytest.raises(LockedError):
+        run.publish(*staged, DETAILS, lost(after=moment))
+    assert contents(out) == before
+
+
 # What readers see.
 
 
 def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
     assert ledger.runs(out) == []
-    with pytest.raises(SourceError, match="holds no published run"):
+    with pytest.raises(SourceError, match="holds no published verdicts"):
         ledger.verdicts(out)
     for run_id, uris in (("20260103T000000Z-000000", URIS[5:]), ("20260102T000000Z-ffffff", URIS[:5])):
         publish(out, run_id, rows_for(uris))
@@ -443,6 +642,35 @@ def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
     write(f"{unfinished.final}/part-00000-0a1b2c3d.parquet", verdict_table(verdict_row("/not yet", 0.1)))
     assert [record["run_id"] for record in ledger.runs(out)] == ["20260102T000000Z-ffffff", "20260103T000000Z-000000"]
     assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+
+
+def test_run_that_found_nothing_to_do_is_there_and_disturbs_nobody(out: str) -> None:
+    publish(out, ONE, [])
+    assert [record["rows"] for record in ledger.runs(out)] == [0]
+    assert ledger.run_ids(out, ledger.VERDICTS, DETAILS["detector_id"]) == set()
+    assert list(ledger.published(out, schema.DONE)) == []
+    with pytest.raises(SourceError, match="holds no published verdicts"):
+        ledger.verdicts(out)
+    publish(out, TWO, rows_for(URIS))
+    assert ledger.run_ids(out, ledger.VERDICTS, DETAILS["detector_id"]) == {TWO}
+    assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/operations.md"])
+def test_queries_of_the_documents_give_each_verdict_once(document: str, tmp_path: Path) -> None:
+    text = Path(__file__).parents[1].joinpath(document).read_text(encoding="utf-8")
+    for run_id, rows in ((ONE, rows_for(URIS[:4])), ("20260102T040000Z-cccccc", []), (TWO, rows_for(URIS, failed=1))):
+        publish(f"{tmp_path}/verdicts", run_id, rows, attempts=1)
+    (query,) = re.findall(r"```sql\n((?:(?!```).)*?set variable parts.*?)```", text, re.DOTALL)
+    query = query.replace("s3://example-verdicts/incoming", "verdicts").replace("'verdicts/", f"'{tmp_path}/verdicts/")
+    with duckdb.connect() as connection:
+        answers = [connection.sql(statement) for statement in query.split(";") if statement.strip()]
+        tables = [answer.to_arrow_table() for answer in answers if answer is not None]
+    if document == "README.md":
+        assert sorted(tables[-1].column("uri").to_pylist()) == URIS
+    else:
+        failed = tables[-1].select(["error_stage", "error_class", "pictures"]).to_pylist()
+        assert failed == [{"error_stage": "decode", "error_class": "ImageCorruptError", "pictures": 1}]
 
 
 def test_publishing_removes_the_staging_of_its_run_only(out: str) -> None:
@@ -459,7 +687,7 @@ def test_files_of_other_runs_stay(out: str) -> None:
     unfinished = Run(out=out, run_id="20260102T000000Z-000001")
     cut(unfinished, *stage(unfinished, rows_for(URIS[:5]), rows_for(URIS[5:])), after=1)
     before = contents(f"{out}/verdicts")
-    publish(out, "20260102T000000Z-00000", rows_for(URIS[5:]))  # the name of one is the beginning of the others
+    publish(out, "20260102T000000Z-000002", rows_for(URIS[5:]))
     assert before.items() < contents(f"{out}/verdicts").items()
 
 
@@ -528,7 +756,7 @@ def test_output_without_runs_has_nothing_published(out: str) -> None:
 def test_published_file_that_is_gone_is_named(out: str) -> None:
     publish(out, "20260102T000000Z-000000", rows_for(["/a"]))
     record = publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
-    storage.remove_folder(Run(out=out, run_id="20260103T000000Z-000000").final)
+    storage.remove_file(f"{out}/{record['files'][0]['path']}")
     stream = ledger.published(out, schema.DONE)
     assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
     with pytest.raises(StorageError) as caught:

@@ -528,3 +528,30 @@ def test_forms_of_a_picture_stay_together_in_a_random_order(planned: Planner) ->
 def test_forms_of_what_is_listed_twice_are_planned_once(planned: Planner) -> None:
     written, rows = planned([*HASHES, *HASHES[:2]], transforms=FORMS)
     assert written.left_out == {"listed twice": 2} and len(rows) == 9
+
+
+# What could not be read.
+
+
+def with_broken_tars(folder: Path, count: int, **files: bytes) -> str:
+    return put(str(folder), {f"{i}.tar": b"no tar" * 200 for i in range(count)} | files)
+
+
+def test_containers_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
+    source = with_broken_tars(tmp_path / "source", 5, **{"a.jpg": b"x", "b.txt": b"x", ".hidden": b"x"})
+    found = write_manifest(source, f"{tmp_path}/manifest.parquet")
+    assert (found.count, found.unread, len(found.unread_named)) == (1, 5, 5)  # not what is left out by its name
+    assert all(any(f"{source}/{i}.tar" in line for line in found.unread_named) for i in range(5))
+    text = found.describe()
+    assert "5 left out: .tar that cannot be read" in text and "\n" not in text
+    named = text.partition("not read: ")[2]
+    assert named.count(".tar ") == 3 and named.endswith("; and 2 more)")
+
+
+def test_source_of_nothing_but_containers_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    source = with_broken_tars(tmp_path / "source", 2)
+    with pytest.raises(SourceError) as caught:
+        write_manifest(source, f"{tmp_path}/manifest.parquet")
+    message = str(caught.value)
+    assert f"{source} holds no pictures (2: .tar that cannot be read), as far as it can be read; not read: " in message
+    assert f"{source}/0.tar" in message and f"{source}/1.tar" in message

@@ -12,10 +12,11 @@ from jobs import storage
 from jobs.request import SETTINGS, TrainRequest
 from jobs.train import WorkersType
 from nsnet import recipes
-from nsnet.errors import ConfigError, UsageError
+from nsnet.errors import ConfigError, StorageError, UsageError
 from nsnet.images import DecodeLimits
 from nsnet.nullspace import BasisRule
 from tests.models import one_line
+from tests.tables import put
 
 REQUEST = TrainRequest(source="/pictures", out="/models/one")
 
@@ -129,3 +130,11 @@ def test_machines_may_change_between_the_parts_of_a_training() -> None:
     there = replace(REQUEST, workers=(2, 8), address="ray://head:10001", operating_point="fpr=1%", caption_missing=True)
     assert identity(there) == here
     assert json.loads(json.dumps(here)) == here
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000])
+def test_damaged_settings_are_named_with_what_to_do(content: bytes, tmp_path: Path) -> None:
+    request = TrainRequest(source="s", out=str(tmp_path / "out")).absolute()
+    put(request.work, {"settings.json": content})
+    with pytest.raises(StorageError, match=f"^{request.work}/settings.json is damaged .*choose another --out"):
+        request.belongs_to({})

@@ -1,23 +1,61 @@
 """Which run a night continues, gives up or plans, without Ray: no picture is ever published twice by a detector."""
 
+import io
 import json
+import tarfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 
-from jobs import attempts, ledger, lock, parquet, runs, schema, storage
+from jobs import attempts, ledger, lock, parquet, resources, runs, schema, storage
 from jobs.ledger import Run
 from jobs.plan import Plan, Selection, write_manifest
-from jobs.runs import Request
+from jobs.runs import Request, Work
 from nsnet.config import to_dict
-from nsnet.errors import LockedError
+from nsnet.errors import LockedError, StorageError
 from nsnet.images import DecodeLimits
-from tests.tables import batches, put, read_rows, verdict_row
+from tests.tables import WRITE, batches, put, read_rows, rows_file, verdict_row
 
 NAMES = [f"{i}.jpg" for i in range(5)]
+
+
+def write_rows(attempt: attempts.Attempt, run_id: str, most: int | None = None) -> None:
+    """Finish what is left for an attempt, or so many pictures of it."""
+    todo = [row for entry in storage.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
+    rows = [verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run_id) for row in todo[:most]]
+    parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, rows_file(attempt.folder))
+    storage.write_bytes(f"{attempt.checkpoint}/{WRITE}_000000.parquet", b"ids")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Stands for the pipeline: verdicts out of thin air."""
+
+    attempt: attempts.Attempt
+    run_id: str
+
+    def write(self, *_: Any) -> None:
+        write_rows(self.attempt, self.run_id)
+
+
+def work_of(run: Run) -> Work:
+    """How pictures become rows here."""
+    return Work(title="score", stages=("scored",), stream=lambda attempt: cast(Any, Verdicts(attempt, run.run_id)))
+
+
+def killed_at_work(run: Run) -> Work:
+    """The process dies once its run is planned."""
+    raise Killed(run)
+
+
+class Killed(Exception):
+    """With the run that was planned."""
 
 
 class Nights:
@@ -40,18 +78,10 @@ class Nights:
 
     def killed(self, changes: dict[str, Any] | None = None, **selection: Any) -> Run:
         """A night that is killed once it was planned."""
-        started: list[Run] = []
-
-        class Killed(Exception):
-            pass
-
-        def kill(run: Run) -> Work:
-            started.append(run)
-            raise Killed
-
-        with pytest.raises(Killed):
-            runs.carry_out(self.request(changes, **selection), kill)
-        return started[0]
+        with pytest.raises(Killed) as caught:
+            runs.carry_out(self.request(changes, **selection), killed_at_work)
+        run: Run = caught.value.args[0]
+        return run
 
     def whole(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any] | None:
         """A night that publishes -> its record; None: it found nothing to do."""
@@ -61,12 +91,7 @@ class Nights:
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
         """An attempt that does what is left, or so many pictures of it."""
         attempt = attempts.begin(run.staging, lock_number)
-        todo = (
-            [row for entry in storage.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
-        )
-        rows = [verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run.run_id) for row in todo[:most]]
-        parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, f"{attempt.rows}/w_000000-0.parquet")
-        storage.write_bytes(f"{attempt.checkpoint}/w_000000.parquet", b"ids")
+        write_rows(attempt, run.run_id, most)
         return attempt
 
     def staged(self) -> list[str]:
@@ -81,6 +106,7 @@ class Nights:
 
 @pytest.fixture
 def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
+    monkeypatch.setattr(resources, "connect", lambda address: None)
     numbers = count()
     monkeypatch.setattr(
         ledger, "new_run_id", lambda: f"20260102T{next(numbers):06d}Z-000000"
@@ -150,8 +176,7 @@ def test_runs_that_were_published_before_change_nothing(nights: Nights) -> None:
 
 def test_of_two_unfinished_runs_the_newer_is_continued_and_the_other_given_up(nights: Nights, said: list[str]) -> None:
     with lock.hold(nights.out) as held:  # as of two processes of which one lost the lock too late
-        first, second = (runs._plan(nights.request(), held) for _ in range(2))
-    assert first is not None and second is not None
+        first, second = (runs._plan(nights.request(), held)[0] for _ in range(2))
     record = nights.whole()
     assert record is not None and record["run_id"] == second.run_id
     assert nights.staged() == [first.run_id]
@@ -312,15 +337,24 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
                 "captioner": None,
             },  # fmt: skip
             "published": [record["run_id"] for record in published[:2] if record],
-            "plan": {"count": 3, "left_out": {}, "states": {"new": 3, "scored before": 2}},
+            "plan": {
+                "count": 3,
+                "left_out": {},
+                "unread": [],
+                "unread_count": 0,
+                "states": {"new": 3, "scored before": 2},
+            },
         }
     )
 
 
-def test_nothing_to_do_leaves_nothing(nights: Nights) -> None:
+def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
     nights.whole()
-    assert nights.whole() is None
-    assert nights.staged() == [] and len(ledger.runs(nights.out)) == 1
+    record = runs.carry_out(nights.request(), lambda run: pytest.fail("there was nothing to work on"))
+    assert (record["rows"], record["files"], record["listing"]) == (0, [], {"scored before": 5})
+    assert record["counts"] == {"status": {}, "verdict": {}, "error_class": {}}
+    assert nights.staged() == [] and ledger.runs(nights.out)[1:] == [record]
+    assert nights.published() == Counter(NAMES)
 
 
 def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
@@ -337,3 +371,156 @@ def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
     assert [storage.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
     assert runs._unfinished(nights.request()) is None  # and what it left goes
     assert nights.staged() == []
+
+
+# What of the source could not be read.
+
+
+def cut_tar(source: str, name: str = "cut.tar") -> str:
+    """A container that ends too early; its URI."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size = 2000
+            tar.addfile(member, io.BytesIO(bytes(2000)))
+    put(source, {name: buffer.getvalue()[:4000]})
+    return f"{source}/{name}"
+
+
+def test_record_names_what_could_not_be_read_also_where_there_is_nothing_to_do(nights: Nights) -> None:
+    uri = cut_tar(nights.source)
+    for rows in (5, 0):
+        record = runs.carry_out(nights.request(), work_of)
+        assert (record["rows"], record["unread_count"], record["left_out"]) == (
+            rows,
+            1,
+            {".tar that cannot be read": 1},
+        )
+        (named,) = record["unread"]
+        assert named.startswith(f"{uri} ") and ledger.runs(nights.out)[-1] == record
+
+
+def test_run_that_is_continued_names_what_its_plan_could_not_read(nights: Nights) -> None:
+    uri = cut_tar(nights.source)
+    run = nights.killed()
+    storage.remove_file(uri)
+    record = nights.whole()
+    assert record is not None and (record["run_id"], record["unread_count"]) == (run.run_id, 1)
+
+
+def test_run_that_an_older_version_planned_is_continued(nights: Nights) -> None:
+    run = nights.killed()
+    planned = storage.read_json(f"{run.staging}/run.json")
+    for name in ("unread", "unread_count"):
+        del planned["plan"][name]
+    storage.write_json(f"{run.staging}/run.json", planned)
+    record = nights.whole()
+    assert record is not None and (record["run_id"], record["unread"], record["unread_count"]) == (run.run_id, [], 0)
+
+
+def test_run_that_found_nothing_to_do_overtakes_nobody(nights: Nights) -> None:
+    nights.whole()
+    run = nights.killed(rescore=True)
+    assert nights.whole() is None and len(ledger.runs(nights.out)) == 2
+    assert nights.killed(rescore=True) == run
+
+
+def test_record_that_cannot_be_written_leaves_nothing_to_continue(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next night would continue a run of nothing, and look at no new picture."""
+    nights.whole()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the store is away"):
+        patch.setattr(storage, "create", lambda *_: (_ for _ in ()).throw(OSError("the store is away")))
+        nights.whole()
+    put(nights.source, {"new.jpg": b"x"})
+    nights.whole()
+    assert nights.published() == Counter([*NAMES, "new.jpg"]) and nights.staged() == []
+
+
+# Who was overtaken.
+
+
+def overtake(nights: Nights) -> None:
+    """Another run takes the lock over, and does all that this one planned."""
+    number = max(int(name[:8]) for name in storage.names_below(f"{nights.out}/locks").files) + 1
+    storage.write_json(f"{nights.out}/locks/{number:08d}.json", {"released": True})
+    assert nights.whole() is not None
+
+
+FAILURES: dict[str, Callable[[str], Exception]] = {
+    "rows that are gone": lambda place: FileNotFoundError(2, "No such file or directory", place),
+    "a cluster that failed": lambda place: StorageError(f"the cluster failed: {place}"),
+    "damaged Parquet": lambda place: pa.ArrowInvalid(f"{place}: Parquet magic bytes not found"),
+    "a bug": lambda place: KeyError(place),
+    "Ctrl-C": lambda place: cast(Exception, KeyboardInterrupt()),
+}
+
+
+@pytest.mark.parametrize("failure", [None, *FAILURES])
+def test_run_that_was_overtaken_at_its_work_ends_as_locked_however_it_fails(
+    failure: str | None, nights: Nights
+) -> None:
+    class Overtaken(Verdicts):
+        def write(self, *_: Any) -> None:
+            super().write()
+            overtake(nights)
+            if failure is not None:
+                raise FAILURES[failure](self.attempt.rows)
+
+    def work(run: Run) -> Work:
+        return Work(title="score", stages=(), stream=lambda attempt: cast(Any, Overtaken(attempt, run.run_id)))
+
+    with pytest.raises(LockedError, match=r"locks/00000001\.json was lost: .*; nothing was published") as caught:
+        runs.carry_out(nights.request(), work)
+    assert caught.value.exit_code == 4
+    assert nights.published() == Counter(NAMES)
+
+
+def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
+    nights: Nights, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped between its parts and its record, and killed later."""
+    upload = storage.upload_file
+
+    def stop(path: Path, uri: str) -> None:
+        monkeypatch.setattr(storage, "upload_file", upload)
+        overtake(nights)
+        upload(path, uri)
+        raise Killed
+
+    monkeypatch.setattr(storage, "upload_file", stop)
+    with pytest.raises((Killed, LockedError)):
+        runs.carry_out(nights.request(), work_of)
+    rows = [row for path in Path(nights.out, "verdicts").rglob("*.parquet") for row in read_rows(str(path))]
+    assert len(rows) == 2 * len(NAMES)
+    said.clear()
+    assert nights.whole() is None  # there is nothing to do, and all the same
+    rows = [row for path in Path(nights.out, "verdicts").rglob("*.parquet") for row in read_rows(str(path))]
+    assert len(rows) == len(NAMES) and nights.published() == Counter(NAMES)
+    assert any(line.startswith("removed: 1 files of publications that were cut or overtaken, such as") for line in said)
+
+
+def test_part_of_a_run_that_was_never_recorded_is_removed_for_every_product(nights: Nights) -> None:
+    for product in ledger.PRODUCTS.values():
+        run = Run(out=nights.out, run_id="20260101T000000Z-ffffff", product=product)
+        put(run.final, {"part-00000-0a1b2c3d.parquet": b"x", "photo.jpg": b"x"})
+    nights.whole()
+    left = [path.name for path in Path(nights.out).rglob("*") if "ffffff" in str(path) and path.is_file()]
+    assert left == ["photo.jpg"] * 3
+
+
+def test_part_of_an_unfinished_run_with_other_settings_stays(nights: Nights) -> None:
+    run = nights.killed(limit=3)
+    put(run.final, {"part-00000-0a1b2c3d.parquet": b"x"})
+    nights.whole({"detector_id": "two"})
+    assert storage.exists(f"{run.final}/part-00000-0a1b2c3d.parquet")
+
+
+def test_damaged_plan_ends_the_night_and_nothing_is_planned_anew(nights: Nights) -> None:
+    run = nights.killed()
+    storage.write_bytes(f"{run.staging}/run.json", b"{")
+    with pytest.raises(StorageError, match=f"{run.staging}/run.json is damaged"):
+        nights.whole()
+    assert nights.staged() == [run.run_id]
