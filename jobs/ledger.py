@@ -267,7 +267,8 @@ def summary(record: dict[str, Any]) -> str:
 def records(out: str) -> list[dict[str, Any]]:
     """Records of all published runs below an output, whatever they publish, oldest first."""
     folder = storage.join(storage.absolute(out), "runs")
-    found = [name for name in storage.names_below(folder).files if names.RECORD.fullmatch(name)]
+    below = storage.names_below(folder)
+    found = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # a link is read, too
     with ThreadPoolExecutor(parquet.READERS) as pool:
         return list(pool.map(_record, [storage.join(folder, name) for name in sorted(found)]))
 

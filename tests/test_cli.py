@@ -15,6 +15,7 @@ import pytest
 import s3fs
 
 from jobs import cli, console, resources, storage
+from jobs.left_out import LeftOut, first_named
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.tables import picture_file, put, run_command, save_bundle
@@ -233,6 +234,32 @@ def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (1, 0), (2, 3)])
 def test_more_failures_than_allowed_are_exit_code_3(failed: int, code: int) -> None:
     assert console.exit_code({"status": {"failed": failed, "scored": 100 - failed}}, 100, 0.01) == code
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 3), ("2", 0)])
+@pytest.mark.parametrize("command", ["score", "caption"])
+def test_more_of_the_source_unread_than_allowed_is_exit_code_3(
+    command: str, allowed: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"counts": {"status": {}}, "rows": 0, "unread": ["/a: Permission denied", "/b.tar"], "unread_count": 2}
+    monkeypatch.setattr(f"jobs.{command}.{command}", lambda *_, **__: record)
+    options = ("--detector", "d") if command == "score" else ()
+    ended, out, err = run_command(command, "pictures", "--out", "out", *options, "--max-left-out", allowed)
+    assert (ended, out) == (code, "")
+    assert ("2 folders or containers" in err and "/a: Permission denied; /b.tar" in err) is (code == 3)
+
+
+def test_what_could_not_be_read_is_named_in_one_line_that_stays_short() -> None:
+    named = [f"/{i}: Permission denied" for i in range(100)]
+    assert first_named(5000, named) == "; ".join(named[:3]) + "; and 4,997 more"
+    assert first_named(2, named[:2]) == "; ".join(named[:2])
+
+
+def test_names_that_are_no_utf8_can_be_recorded() -> None:
+    left_out = LeftOut()
+    left_out.add_unread("folder that cannot be read", "/\udcff: Permission denied")
+    assert left_out.named == ["/\\xff: Permission denied"]
+    storage.encode_json(left_out.named)
 
 
 def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:

@@ -517,12 +517,16 @@ def test_queries_of_the_guide_run_on_published_verdicts(tmp_path: Path) -> None:
     publish(out, "20260101T000000Z-aaaaaa", "OLD", [verdict_row(uri, 0.1) for uri in uris])
     publish(out, "20260102T000000Z-bbbbbb", "NEW", [verdict_row(uri, None) for uri in uris])
     publish(out, "20260103T000000Z-cccccc", "NEW", [verdict_row(uri, 0.9) for uri in uris[:3]])
+    publish(out, "20260103T000001Z-eeeeee", "NEW", [], unread=["/cut.tar ends too early"])  # nothing was to be done
     cut = publish(out, "20260104T000000Z-dddddd", "NEW", [verdict_row(uri, 0.1) for uri in uris])
     storage.remove_file(cut.record)
     sql = "\n".join(blocks("sql")).replace("s3://example-verdicts/incoming", out)
     statements = [statement for statement in sql.split(";") if statement.strip()]
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as database:
-        *_, over_budget, failing, compared = [database.execute(statement).fetchall() for statement in statements]
+        *_, unread, over_budget, failing, compared = [
+            database.execute(statement).fetchall() for statement in statements
+        ]
+    assert unread == [("/cut.tar ends too early",)]
     assert [run_id for run_id, *_ in over_budget] == ["20260102T000000Z-bbbbbb"]
     assert failing == [("decode", "ImageCorruptError", 1, uris[3])]
     assert compared == [("real", "fake", 3, pytest.approx(0.8)), ("real", None, 1, None)]
@@ -532,6 +536,7 @@ def test_query_of_the_readme_gives_the_newest_verdicts_of_published_runs(tmp_pat
     out = str(tmp_path / "verdicts")
     publish(out, "20260101T000000Z-aaaaaa", "A", [verdict_row(uri, 0.1) for uri in ("/0.jpg", "/1.jpg")])
     publish(out, "20260102T000000Z-bbbbbb", "A", [verdict_row("/1.jpg", 0.9)])
+    publish(out, "20260102T000001Z-eeeeee", "A", [])  # nothing was to be done
     cut = publish(out, "20260103T000000Z-cccccc", "A", [verdict_row("/0.jpg", 0.9)])
     storage.remove_file(cut.record)
     (sql,) = blocks("sql", REPO_ROOT / "README.md")
@@ -542,12 +547,12 @@ def test_query_of_the_readme_gives_the_newest_verdicts_of_published_runs(tmp_pat
     assert sorted(rows) == [("/0.jpg", 0.1), ("/1.jpg", 0.9)]
 
 
-def publish(out: str, run_id: str, detector_id: str, rows: list[dict[str, Any]]) -> Run:
+def publish(out: str, run_id: str, detector_id: str, rows: list[dict[str, Any]], **details: Any) -> Run:
     """Publish rows as a run of a detector."""
     run = Run(out=out, run_id=run_id)
     Path(run.staging).mkdir(parents=True)
     manifest, staged = f"{run.staging}/manifest.parquet", f"{run.staging}/rows.parquet"
     pq.write_table(manifest_table(*(manifest_row(row["uri"]) for row in rows)), manifest)
     pq.write_table(verdict_table(*({**row, "run_id": run_id, "detector_id": detector_id} for row in rows)), staged)
-    run.publish(manifest, [staged], {"detector_id": detector_id, "attempts": 1})
+    run.publish(manifest, [staged], {"detector_id": detector_id, "attempts": 1, **details})
     return run

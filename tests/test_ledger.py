@@ -656,23 +656,6 @@ def test_run_that_found_nothing_to_do_is_there_and_disturbs_nobody(out: str) -> 
     assert sorted(ledger.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/operations.md"])
-def test_queries_of_the_documents_give_each_verdict_once(document: str, tmp_path: Path) -> None:
-    text = Path(__file__).parents[1].joinpath(document).read_text(encoding="utf-8")
-    for run_id, rows in ((ONE, rows_for(URIS[:4])), ("20260102T040000Z-cccccc", []), (TWO, rows_for(URIS, failed=1))):
-        publish(f"{tmp_path}/verdicts", run_id, rows, attempts=1)
-    (query,) = re.findall(r"```sql\n((?:(?!```).)*?set variable parts.*?)```", text, re.DOTALL)
-    query = query.replace("s3://example-verdicts/incoming", "verdicts").replace("'verdicts/", f"'{tmp_path}/verdicts/")
-    with duckdb.connect() as connection:
-        answers = [connection.sql(statement) for statement in query.split(";") if statement.strip()]
-        tables = [answer.to_arrow_table() for answer in answers if answer is not None]
-    if document == "README.md":
-        assert sorted(tables[-1].column("uri").to_pylist()) == URIS
-    else:
-        failed = tables[-1].select(["error_stage", "error_class", "pictures"]).to_pylist()
-        assert failed == [{"error_stage": "decode", "error_class": "ImageCorruptError", "pictures": 1}]
-
-
 def test_publishing_removes_the_staging_of_its_run_only(out: str) -> None:
     run, other = Run(out=out), Run(out=out)
     stage(other, rows_for(URIS))

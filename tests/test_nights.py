@@ -50,7 +50,8 @@ def test_each_night_scores_what_is_new_or_changed(detector: Path) -> None:
     second = score(source, detector=str(detector), out=out)
     assert second["rows"] == 0
     assert time.monotonic() - started < NIGHT_2_SECONDS
-    assert len(ledger.runs(out)) == 1 and storage.subfolders(f"{out}/staging") == []
+    assert [record["rows"] for record in ledger.runs(out)] == [PICTURES, 0]
+    assert storage.subfolders(f"{out}/staging") == []
 
     put(source, {f"new {i}.jpg": picture_file(1000 + i, "JPEG", 100, 80) for i in range(6)})
     put(source, {f"{i}.jpg": picture_file(2000 + i, "JPEG", 100, 80) for i in range(2)})
