@@ -110,13 +110,16 @@ def unfinished(out: str) -> dict[str, dict[str, Any]]:
 def planned(staging: str) -> dict[str, Any]:
     """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
     uri, remedy = storage.join(staging, SETTINGS), _plan_anew(staging)
-    told: dict[str, Any] = storage.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
-    plan = {"count": 0, "left_out": {}, "states": {}}
-    if not all(type(told["plan"].get(name)) is type(value) for name, value in plan.items()):
-        raise storage.damaged(uri, f"its plan has no {', '.join(plan)}", remedy)
-    if not all(names.is_run_id(run_id) for run_id in told["published"]):
+    values: dict[str, Any] = storage.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
+    plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions do not say what was not read
+    for name, kind in {"count": int, "left_out": dict, "states": dict, "unread": list, "unread_count": int}.items():
+        if type(plan.get(name)) is not kind:
+            raise storage.damaged(uri, f"the {name} of its plan is no {kind.__name__}", remedy)
+    if not all(type(line) is str for line in plan["unread"]):
+        raise storage.damaged(uri, "the unread of its plan is no list of texts", remedy)
+    if not all(names.is_run_id(run_id) for run_id in values["published"]):
         raise storage.damaged(uri, "what was published before is no list of runs", remedy)
-    return told
+    return {**values, "plan": plan}
 
 
 def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:

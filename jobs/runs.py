@@ -100,15 +100,9 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
             check=held.check,
             planned_after=planned["published"],
             details={
-                "source": request.source,
-                "left_out": plan["left_out"],
-                "unread": plan.get("unread", []),
-                "unread_count": plan.get("unread_count", 0),
-                "listing": plan["states"],
-                request.product.maker: request.maker,
+                **_known(request, plan),
                 "attempts": number,
                 "seconds": round(time.monotonic() - started, 1),  # of the last attempt
-                "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
                 **details,
                 "settings": {**request.identity(), **details.get("settings", {})},
             },
@@ -118,6 +112,19 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
         say(f"{request.product.name}: {run.final}")
     say(f"record: {run.record}")
     return record
+
+
+def _known(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
+    """What a record says whatever was done: the source, what of it was left out, and by whom its rows were made."""
+    return {
+        "source": request.source,
+        "left_out": plan["left_out"],
+        "unread": plan["unread"],
+        "unread_count": plan["unread_count"],
+        "listing": plan["states"],
+        request.product.maker: request.maker,
+        "versions": {name: version(name) for name in RECORDED_PACKAGES} | {"python": platform.python_version()},
+    }
 
 
 def _do(request: Request, run: Run, way: Work, attempt: attempts.Attempt, count: int) -> None:
@@ -143,17 +150,17 @@ def _unfinished(request: Request) -> Run | None:
     records = {record["run_id"]: record for record in every}
     published = ledger.run_ids(out, product, request.maker)
     unfinished = attempts.unfinished(out)
-    for run_id, told in unfinished.items():
-        if told.get("product", ledger.VERDICTS.name) != product.name:
+    for run_id, planned in unfinished.items():
+        if planned.get("product", ledger.VERDICTS.name) != product.name:
             continue
         run = Run(out=out, run_id=run_id, product=product)
         if run_id in records:
             run.tidy(records[run_id])
-        elif told["settings"] != wanted:
-            keys = wanted.keys() | told["settings"].keys()
-            differing = sorted(name for name in keys if told["settings"].get(name) != wanted.get(name))
+        elif planned["settings"] != wanted:
+            keys = wanted.keys() | planned["settings"].keys()
+            differing = sorted(name for name in keys if planned["settings"].get(name) != wanted.get(name))
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
-        elif published - set(told["published"]):
+        elif published - set(planned["published"]):
             say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
             run.abandon()
         else:

@@ -650,7 +650,10 @@ def read_json(uri: str, fields: Mapping[str, type] | None = None, remedy: str = 
 
     Raises `FileNotFoundError`, and `StorageError` with the file, the reason and the `remedy` where it is damaged.
     """
-    data = read_bytes(uri, 0, MAX_JSON_BYTES + 1)
+    try:
+        data = read_bytes(uri, 0, MAX_JSON_BYTES + 1)
+    except IsADirectoryError as error:
+        raise damaged(uri, "it is a folder", remedy) from error
     try:
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
@@ -678,7 +681,7 @@ def damaged(uri: str, reason: str, remedy: str = RESTORE) -> StorageError:
 def _check_depth(value: Any) -> None:
     """Raise `RecursionError` where lists and objects lie deeper in each other than this program writes any."""
     level = [value]
-    for _ in range(MAX_JSON_DEPTH):
+    for _ in range(MAX_JSON_DEPTH + 1):
         below = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
         if not below:
             return

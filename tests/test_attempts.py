@@ -575,9 +575,11 @@ def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:
 # Runs that were not published.
 
 
+PLAN = {"count": 1, "left_out": {}, "states": {}, "unread": [], "unread_count": 0}
+
+
 def run_json(**values: Any) -> dict[str, Any]:
-    plan_ = {"count": 1, "left_out": {}, "states": {}}
-    return {"product": "verdicts", "settings": {"of": "this"}, "published": [], "plan": plan_, **values}
+    return {"product": "verdicts", "settings": {"of": "this"}, "published": [], "plan": PLAN, **values}
 
 
 NOT_OURS = "since no run of this program made it"
@@ -643,8 +645,12 @@ def test_link_that_is_named_like_a_run_is_not_followed(tmp_path: Path, capsys: p
         (json.dumps(run_json(published={})).encode(), "its published is a dict instead of a list"),
         (json.dumps(run_json(published=[1])).encode(), "what was published before is no list of runs"),
         (json.dumps(run_json(published=[["a"]])).encode(), "what was published before is no list of runs"),
-        (json.dumps(run_json(plan={})).encode(), "its plan has no count, left_out, states"),
-        (json.dumps(run_json(plan={"count": "1", "left_out": {}, "states": {}})).encode(), "its plan has no count"),
+        (json.dumps(run_json(plan={})).encode(), "the count of its plan is no int"),
+        (json.dumps(run_json(plan={**PLAN, "unread": [1]})).encode(), "the unread of its plan is no list of texts"),
+        (
+            json.dumps(run_json(plan={"count": "1", "left_out": {}, "states": {}})).encode(),
+            "the count of its plan is no int",
+        ),
     ],
 )
 def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, reason: str, tmp_path: Path) -> None:

@@ -178,6 +178,59 @@ def test_uploaded_file_is_whole_and_replaces(place: str, tmp_path: Path) -> None
     assert names(place) == ["deep/x.bin"]
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"[1", "Expecting ',' delimiter"),
+        (b"\xff", "can't decode"),
+        (b"[" * 33 + b"]" * 33, "it is nested deeper than 32"),
+        (b"[" * 10**6, "it is nested deeper than 32"),
+        (b'"' + b"x" * 100 + b'"', "it is larger than 64 bytes"),
+        (b"[]", "it holds a list instead of an object"),
+        (b"{}", "it has no a"),
+        (b'{"a": true}', "its a is a bool instead of a int"),
+    ],
+)
+def test_damaged_json_is_named_with_its_reason_and_what_to_do(
+    content: bytes, reason: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if b"x" in content:
+        monkeypatch.setattr(storage, "MAX_JSON_BYTES", 64)
+    put(place, {"x.json": content})
+    with pytest.raises(StorageError) as caught:
+        storage.read_json(f"{place}/x.json", {"a": int}, "remove it")
+    message = str(caught.value)
+    assert message.startswith(f"{place}/x.json is damaged (") and reason in message and message.endswith("): remove it")
+
+
+def test_json_as_deep_as_is_allowed_is_read(tmp_path: Path) -> None:
+    put(str(tmp_path), {"x.json": b"[" * 32 + b"]" * 32})
+    assert storage.read_json(f"{tmp_path}/x.json")
+
+
+def test_folder_in_the_place_of_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(StorageError, match=f"{tmp_path}/x.json is damaged .it is a folder.: restore it"):
+        storage.read_json(f"{tmp_path}/x.json")
+
+
+def test_names_below_a_folder_are_told_apart(place: str) -> None:
+    put(place, {"b/1": b"", "b/c/2": b"", "a": b"", "ü #": b""})
+    assert storage.names_below(place) == storage.Names(folders=["b"], files=["a", "ü #"], others=[])
+    assert storage.names_below(f"{place}/absent") == storage.Names(folders=[], files=[], others=[])
+
+
+def test_links_are_neither_files_nor_folders(tmp_path: Path) -> None:
+    put(str(tmp_path), {"file": b"x", "folder/1": b"x"})
+    for name in ("file", "folder", "absent"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+    found = storage.names_below(str(tmp_path))
+    assert (found.folders, found.files) == (["folder"], ["file"])
+    assert found.others == ["link to absent", "link to file", "link to folder"]
+    assert storage.subfolders(str(tmp_path)) == ["folder"]
+
+
 def test_subfolders_are_named_sorted_and_not_deeper(place: str) -> None:
     put(place, {"b/1": b"", "a ü#/x/2": b"", "file": b"", "b/c/d/3": b"", "zz/1": b""})
     assert storage.subfolders(place) == ["a ü#", "b", "zz"]
