@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nsnet import transforms
+from nsnet import jpeg, transforms
 from nsnet.duplicates import perceptual_hash
-from nsnet.images import DecodedImage, DecodeLimits, check_pixels, decode_image, image_to_rgb, jpeg_quality, thumbnail
+from nsnet.images import DecodedImage, decode_image, image_to_rgb, thumbnail
+from nsnet.limits import DecodeLimits, check_pixels
 from nsnet.patches import PatchConfig, select_patches
 
 
@@ -61,7 +62,7 @@ def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: 
     `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the picture before it.
     """
     if isinstance(picture, Image.Image):
-        quality = jpeg_quality(picture)
+        quality = jpeg.quality(picture)
         pixels = image_to_rgb(picture, config.limits)
         image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1, quality=quality)
     else:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsnet import images
+from nsnet import jpeg, rasters
 from nsnet.errors import (
     ConfigError,
     ImageCorruptError,
@@ -446,7 +446,7 @@ def test_pixel_limit_of_a_heic_cannot_be_hidden_by_a_box_before_it() -> None:
     cover = struct.pack(">I4s4s6s", 18, b"free", b"ispe", bytes(6))  # its letters take those of the next box along
     heif = struct.pack(">I4sI", 12 + len(cover + size), b"meta", 0) + cover + size
     with pytest.raises(ImageTooLargeError):
-        images._check_coded_pixels(heif, DecodeLimits())
+        rasters.inspect_heif(heif, DecodeLimits())
 
 
 def test_second_page_that_is_damaged_does_not_lose_the_first() -> None:
@@ -726,7 +726,7 @@ def test_tables_are_those_that_libjpeg_writes() -> None:
     for q in range(1, 101):
         with Image.open(io.BytesIO(encode(slope(), "JPEG", quality=q))) as image:
             written.append(image.quantization[0])  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(images.LUMINANCE_TABLES, written)
+    np.testing.assert_array_equal(jpeg.LUMINANCE_TABLES, written)
 
 
 def test_quality_is_of_the_luminance_table_whatever_its_number() -> None:
@@ -746,9 +746,9 @@ def test_quality_is_of_the_luminance_table_whatever_its_number() -> None:
 @pytest.mark.parametrize("expected", [5, 40, 75, 92])
 def test_quality_of_foreign_tables_is_the_nearest(expected: int) -> None:
     rng = np.random.default_rng(expected)
-    table = images.LUMINANCE_TABLES[expected - 1]
+    table = jpeg.LUMINANCE_TABLES[expected - 1]
     moved = np.clip(table + rng.integers(-1, 2, 64), 1, 255)
-    distances = [sum(abs(int(a) - int(b)) for a, b in zip(moved, row, strict=True)) for row in images.LUMINANCE_TABLES]
+    distances = [sum(abs(int(a) - int(b)) for a, b in zip(moved, row, strict=True)) for row in jpeg.LUMINANCE_TABLES]
     found = quality(encode(slope(), "JPEG", qtables=[moved.tolist()]))
     assert found is not None and distances[found - 1] == min(distances) and abs(found - expected) <= 2
 
@@ -777,20 +777,20 @@ def test_quality_of_16_bit_tables_counts_values_up_to_255() -> None:
     at = data.index(b"\xff\xdb\0\x43\0")
     wide = b"\xff\xdb" + struct.pack(">HB64H", 3 + 128, 0x10, *[800] * 64)
     with Image.open(io.BytesIO(data[:at] + wide + data[at + 69 :])) as image:
-        assert images.jpeg_quality(image) == 1
-        standard = images.LUMINANCE_TABLES[49]  # quality 50 leaves it as it is
+        assert jpeg.quality(image) == 1
+        standard = jpeg.LUMINANCE_TABLES[49]  # quality 50 leaves it as it is
         for low in range(1, 25):
             image.quantization = {0: ((standard * (5000 // low) + 50) // 100).tolist()}  # type: ignore[attr-defined]
-            assert images.jpeg_quality(image) == low
+            assert jpeg.quality(image) == low
 
 
 def test_damaged_tables_give_no_quality() -> None:
     with Image.open(io.BytesIO(encode(slope(), "JPEG"))) as image:
         for tables in ({}, {0: [1] * 63}, {0: [0] * 64}, {0: None}, {1: [1] * 64}, {0: ["a"] * 64}):
             image.quantization = tables  # type: ignore[attr-defined]
-            assert images.jpeg_quality(image) is None, tables
+            assert jpeg.quality(image) is None, tables
         image.quantization, image.layer = {0: [1] * 64}, []  # type: ignore[attr-defined]
-        assert images.jpeg_quality(image) is None
+        assert jpeg.quality(image) is None
 
 
 def test_quality_of_the_awkward_files_is_a_number_for_each_jpeg_and_nothing_else() -> None:

@@ -1,0 +1,186 @@
+"""Decoders in place of five of Pillow's own, which take seconds for each megapixel, or time with the square of the file.
+
+Pillow still reads the headers, and hands the decoders what it read there (`args`). N pixels, C channels.
+"""
+
+import re
+from array import array
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+
+PIXELS_AT_ONCE: Final = 1 << 20
+WHITESPACE: Final = b" \t\n\v\f\r"
+
+
+class _Decoder(ImageFile.PyDecoder):
+    """Reads the whole file from where its pixels begin."""
+
+    _pulls_fd = True
+
+    def decode(self, buffer: Any) -> tuple[int, int]:
+        """Decode everything at once; -1: no more is needed."""
+        assert self.fd is not None
+        self.fill(self.fd.read(), self.state.xsize, self.state.ysize)
+        return -1, 0
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """Decode `data` and set the image. Raises `ValueError` or `IndexError` where it is damaged."""
+        raise NotImplementedError
+
+
+class DdsMasks(_Decoder):
+    """Uncompressed DirectDraw surfaces: each channel is what its mask leaves of a pixel's bits, scaled to 8 bits."""
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """Masks are applied to `PIXELS_AT_ONCE` pixels at a time."""
+        bits, masks = self.args
+        size = bits // 8
+        stored = np.frombuffer(data, np.uint8, width * height * size).reshape(-1, size)
+        channels = np.zeros((width * height, len(masks)), np.uint8)
+        for start in range(0, width * height, PIXELS_AT_ONCE):
+            block = stored[start : start + PIXELS_AT_ONCE]
+            values = np.zeros((len(block), 4), np.uint8)
+            values[:, :size] = block
+            numbers = values.view("<u4")[:, 0]
+            for channel, mask in enumerate(masks):
+                if mask:
+                    shift = (mask & -mask).bit_length() - 1
+                    share = (numbers & np.uint32(mask)) >> np.uint32(shift)
+                    channels[start : start + len(block), channel] = share / (mask >> shift) * 255
+        self.set_as_raw(channels.tobytes())
+
+
+class PortableMap(_Decoder):
+    """Binary portable maps whose greatest sample is not that of 8 or 16 bits."""
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """Samples of more than 8 bits are big-endian; those of colours become 8 bits, those of grey 16."""
+        top = self.args[-1]
+        count = width * height * Image.getmodebands(self.mode)
+        samples = np.frombuffer(data, np.uint8 if top < 256 else ">u2", count)
+        self.set_scaled(samples, top)
+
+    def set_scaled(self, samples: npt.NDArray[Any], top: int) -> None:
+        """Scale so that `top` is white."""
+        full = 65535 if self.mode == "I" else 255
+        levels = np.rint(np.arange(top + 1) / top * full)
+        levels = levels.astype("<i4" if self.mode == "I" else np.uint8)
+        self.set_as_raw(levels[np.minimum(samples, top)].tobytes(), "I;32" if self.mode == "I" else self.mode)
+
+
+class PlainPortableMap(PortableMap):
+    """Portable maps in digits."""
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """Comments reach from # to the end of their line."""
+        text = re.sub(rb"#[^\r\n]*", b" ", data) if b"#" in data else data
+        if text.translate(None, b"0123456789" + WHITESPACE):
+            raise ValueError("a portable map in digits holds something else")
+        count = width * height * Image.getmodebands(self.mode)
+        if self.mode == "1":
+            ink = np.frombuffer(text.translate(None, WHITESPACE), np.uint8)[:count] - ord("0")
+            if len(ink) < count or ink.max(initial=0) > 1:
+                raise ValueError("a bitmap in digits is cut, or holds other digits than 0 and 1")
+            self.set_as_raw(((1 - ink) * np.uint8(255)).tobytes(), "1;8")
+            return
+        samples = np.fromstring(text, np.int64, count, sep=" ")
+        if len(samples) < count or samples.max(initial=0) > self.args[-1] or samples.min(initial=0) < 0:
+            raise ValueError("a portable map in digits is cut, or holds samples above its greatest")
+        self.set_scaled(samples, self.args[-1])
+
+
+class RunLengths(_Decoder):
+    """Bitmaps of 4 or 8 bits in runs: what they skip has the first colour of the palette."""
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """Commands are two bytes: a run, or zero and an end of line, an end, a jump, or a count of pixels as stored."""
+        nibbles = self.args[1]
+        rows = bytearray(width * height)
+        x = y = at = 0
+        while y < height and (y < height - 1 or x < width):
+            count, value = data[at], data[at + 1]
+            at += 2
+            if count:
+                run = bytes((value >> 4, value & 15)) * 128 if nibbles else bytes((value,)) * 255
+            elif value > 2:
+                count, length = value, (value + 1) // 2 if nibbles else value
+                run = data[at : at + length]
+                if len(run) < length:
+                    raise ValueError("a run-length coded bitmap is cut")
+                at += length + length % 2
+                if nibbles:
+                    run = bytes(level for byte in run for level in (byte >> 4, byte & 15))
+            else:
+                if value == 1:
+                    break
+                right, up = (data[at], data[at + 1]) if value == 2 else (-x, 1)
+                at += 2 if value == 2 else 0
+                x, y = min(x + right, width), y + up
+                continue
+            count = min(count, width - x)
+            rows[y * width + x : y * width + x + count] = run[:count]
+            x += count
+        if y < height - 1 or (y == height - 1 and x < width):
+            raise ValueError("a run-length coded bitmap ends before its last pixel")
+        self.set_as_raw(bytes(rows), "L" if self.mode in ("1", "L") else "P", (0, self.args[-1]))
+
+
+class QuiteOk(_Decoder):
+    """QOI (qoiformat.org): pixels as differences, from an index of 64, or repeated."""
+
+    def fill(self, data: bytes, width: int, height: int) -> None:
+        """A pixel is one number, red in its lowest byte, alpha in its highest."""
+        index, out = [0] * 64, array("I", bytes(4 * width * height))
+        red, green, blue, alpha = 0, 0, 0, 255
+        pixel, at, place, count = 0xFF000000, 0, 0, width * height
+        while place < count:
+            code = data[at]
+            at += 1
+            if code >= 0xC0:
+                if code < 0xFE:
+                    run = code - 0xBF
+                    out[place : place + run] = array("I", (pixel,)) * min(run, count - place)
+                    place += run
+                    index[(red * 3 + green * 5 + blue * 7 + alpha * 11) & 63] = pixel
+                    continue
+                red, green, blue = data[at : at + 3]
+                at += 3
+                if code == 0xFF:
+                    alpha = data[at]
+                    at += 1
+            elif code < 0x40:
+                pixel = index[code]
+                red, green, blue, alpha = pixel & 255, pixel >> 8 & 255, pixel >> 16 & 255, pixel >> 24
+                out[place] = pixel
+                place += 1
+                continue
+            elif code < 0x80:
+                red = red + (code >> 4 & 3) - 2 & 255
+                green = green + (code >> 2 & 3) - 2 & 255
+                blue = blue + (code & 3) - 2 & 255
+            else:
+                more, step = data[at], code - 0xA0
+                at += 1
+                red = red + step + (more >> 4) - 8 & 255
+                green = green + step & 255
+                blue = blue + step + (more & 15) - 8 & 255
+            pixel = red | green << 8 | blue << 16 | alpha << 24
+            index[(red * 3 + green * 5 + blue * 7 + alpha * 11) & 63] = pixel
+            out[place] = pixel
+            place += 1
+        self.set_as_raw(out.tobytes(), "RGBX" if self.mode == "RGB" else "RGBA")
+
+
+def register() -> None:
+    """Put these decoders in the place of Pillow's, for the whole process."""
+    for name, decoder in (
+        ("dds_rgb", DdsMasks),
+        ("ppm", PortableMap),
+        ("ppm_plain", PlainPortableMap),
+        ("bmp_rle", RunLengths),
+        ("qoi", QuiteOk),
+    ):
+        Image.register_decoder(name, decoder)

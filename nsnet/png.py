@@ -1,0 +1,128 @@
+"""PNG files before they are decoded: chunks that no pixel needs are left out, whatever they hold.
+
+Chunks and their order: PNG specification, third edition, chapters 5 and 11; animation: chapter 11.3.6.
+"""
+
+import zlib
+from typing import Final, NamedTuple
+
+from nsnet.errors import ImageCorruptError, ImageTooLargeError
+from nsnet.limits import DecodeLimits, Inspected, check_pixels
+
+SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+DECISIVE: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
+"""Chunks without which the pixels are wrong."""
+TEXTS: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+COMPRESSED: Final = frozenset({b"iCCP", b"zTXt", b"iTXt"})
+ORIENTING: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Texts in which Pillow looks for an orientation."""
+MAX_CHUNKS: Final = 10_000
+"""Most chunks, besides one for each `MIN_CHUNK_BYTES` of the file: each costs a decoder time, also an empty one."""
+MIN_CHUNK_BYTES: Final = 256
+FREE_TEXT_BYTES: Final = 4 << 20
+TEXT_BYTES_PER_PIXEL: Final = 16
+"""Compressed text and profiles may inflate to `FREE_TEXT_BYTES`, and to more in a large image; beyond it is a bomb."""
+MAX_TEXT_BYTES: Final = 512 * 1024
+"""Longest inflated text in which an orientation is looked for."""
+
+
+class Chunk(NamedTuple):
+    """One chunk: its kind, where it begins and ends in the file."""
+
+    kind: bytes
+    start: int
+    end: int
+
+
+def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
+    """Read the chunks of a PNG. Raises an `ImageError` where a chunk that pixels need is damaged."""
+    chunks = _chunks(data)
+    if not chunks or chunks[0].kind != b"IHDR" or chunks[0].end - chunks[0].start < 25:
+        apple = chunks and chunks[0].kind == b"CgBI"
+        raise ImageCorruptError(
+            "a PNG rewritten for Apple's devices (CgBI), which is not decoded" if apple else "a PNG without its header"
+        )
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    depth, colour = data[24], data[25]
+    check_pixels(width, height, limits)
+    view = memoryview(data)
+    room = FREE_TEXT_BYTES + TEXT_BYTES_PER_PIXEL * width * height
+    kept: list[Chunk] = []
+    for chunk in chunks:
+        inflated = _inflated_bytes(view, chunk, room) if chunk.kind in COMPRESSED else 0
+        room -= inflated
+        if chunk.kind in DECISIVE:
+            if not _is_whole(view, chunk):
+                raise ImageCorruptError(f"a PNG with a wrong checksum in {chunk.kind.decode()}")
+            if chunk.kind == b"tRNS" and (depth, colour) == (16, 2):
+                raise ImageCorruptError("a PNG of 16 bits with a transparent colour, of which 8 bits are not enough")
+            kept.append(chunk)
+        elif _is_orientation(view, chunk, inflated):
+            kept.append(chunk)
+    if len(kept) < len(chunks):
+        data = b"".join([SIGNATURE, *(view[chunk.start : chunk.end] for chunk in kept)])
+    return Inspected(data=data, frames=_frames(chunks), full_scale=2**depth - 1)
+
+
+def _chunks(data: bytes) -> list[Chunk]:
+    """All chunks up to the end of the image, the last one cut where the file is."""
+    chunks: list[Chunk] = []
+    at, most = len(SIGNATURE), MAX_CHUNKS + len(data) // MIN_CHUNK_BYTES
+    while at + 8 <= len(data):
+        kind, length = data[at + 4 : at + 8], int.from_bytes(data[at : at + 4], "big")
+        chunks.append(Chunk(kind, at, min(at + 12 + length, len(data))))
+        at += 12 + length
+        if kind == b"IEND":
+            break
+        if len(chunks) > most:
+            raise ImageTooLargeError(f"a PNG of more than {most:,} chunks")
+    return chunks
+
+
+def _is_whole(view: memoryview, chunk: Chunk) -> bool:
+    """Whether the checksum fits. Image data that is cut passes: the decoder tells whether it is enough."""
+    body, end = view[chunk.start + 4 : chunk.end - 4], chunk.end
+    if end - chunk.start < 12 + int.from_bytes(view[chunk.start : chunk.start + 4], "big"):
+        return chunk.kind in (b"IDAT", b"IEND")
+    return zlib.crc32(body) == int.from_bytes(view[end - 4 : end], "big")
+
+
+def _is_orientation(view: memoryview, chunk: Chunk, inflated: int) -> bool:
+    """Whether an ancillary chunk may say how the image is turned, and is sound enough to be read."""
+    if chunk.kind in TEXTS:
+        length = chunk.end - chunk.start
+        wanted = bytes(view[chunk.start + 8 : chunk.start + 40]).startswith(ORIENTING)
+        return wanted and max(length, inflated) <= MAX_TEXT_BYTES and _is_whole(view, chunk)
+    return chunk.kind == b"eXIf" and _is_whole(view, chunk)
+
+
+def _inflated_bytes(view: memoryview, chunk: Chunk, room: int) -> int:
+    """Bytes that a chunk's text or profile inflates to, at most `room`; 0 where nothing is compressed or it is damaged.
+
+    iCCP and zTXt: keyword, zero, method, stream. iTXt: keyword, zero, flag, method, language, zero, keyword, zero, text.
+    """
+    body = bytes(view[chunk.start + 8 : chunk.end - 4])
+    _, _, rest = body.partition(b"\0")
+    stream = rest[1:]
+    if chunk.kind == b"iTXt":
+        if rest[:1] != b"\1":
+            return 0
+        stream = rest[2:].split(b"\0", 2)[-1]
+    inflater, count = zlib.decompressobj(), 0
+    try:
+        while stream and not inflater.eof:
+            count += len(inflater.decompress(stream, 1 << 18))
+            stream = inflater.unconsumed_tail
+            if count > room:
+                raise ImageCorruptError(f"text or a profile that inflates to {count:,} bytes or more is too large")
+    except zlib.error:
+        return count
+    return count
+
+
+def _frames(chunks: list[Chunk]) -> int:
+    """Frames of an animation, and the image before them where it is none of them."""
+    kinds = [chunk.kind for chunk in chunks if chunk.kind in (b"acTL", b"fcTL", b"IDAT")]
+    if b"acTL" not in kinds or b"fcTL" not in kinds or b"IDAT" not in kinds:
+        return 1
+    return kinds.count(b"fcTL") + (kinds.index(b"IDAT") < kinds.index(b"fcTL"))

@@ -1,0 +1,293 @@
+"""TIFF files before they are decoded: which page is the image, and whether its layout is known to decode right.
+
+Tags: TIFF 6.0, its supplements 1 and 2, DNG 1.7. Layouts that are not in `_layout` are refused by name: Pillow opens
+many of them and shows something else.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from nsnet.errors import ImageCorruptError, ImageError, ImageTooLargeError
+from nsnet.limits import DecodeLimits, Inspected, check_pixels
+
+MAX_PAGES: Final = 1_000
+"""Most directories that are read for the choice of a page."""
+MAX_COUNTED_PAGES: Final = 100_000
+"""Most directories that are counted."""
+MAX_TAGS: Final = 1_000
+MAX_STRIPS: Final = 100_000
+"""Most strips or tiles: each costs a decoder time, also where all lie in the same place."""
+MAX_SCANS_PER_STRIP: Final = 20
+"""Most JPEG scans per strip or tile, on average."""
+
+SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
+FILL_ORDER, MAKE, STRIPS, SAMPLES, STRIP_BYTES, PLANAR, COLOUR_MAP = 266, 271, 273, 277, 279, 284, 320
+TILES, TILE_BYTES, SUB_IFDS, INK_SET, DOT_RANGE, EXTRA, FORMAT = 324, 325, 330, 332, 336, 338, 339
+JPEG_TABLES, SUBSAMPLING, BLACK_WHITE, CFA_SIZE, CFA, DNG, DNG_BACKWARD = 347, 530, 532, 33421, 33422, 50706, 50707
+
+PROGRESSIVE: Final = re.compile(rb"\xff\xc2\0[\x0b\x11\x14]\x08")
+"""How the header of a progressive JPEG of 8 bits and 1, 3 or 4 components begins."""
+
+TYPE_SIZES: Final = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+"""Integer types of tags, as `struct` names them."""
+REDUCED, MASK = 1, 4
+"""Bits of NewSubfileType."""
+
+PHOTOMETRICS: Final = {
+    0: "MinIsWhite", 1: "MinIsBlack", 2: "RGB", 3: "palette", 4: "transparency mask", 5: "CMYK", 6: "YCbCr",
+    8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA", 32844: "LogL", 32845: "LogLuv", 34892: "LinearRaw",
+}  # fmt: skip
+FORMATS: Final = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "undefined", 5: "complex integer", 6: "complex"}
+UNCOMPRESSED, JPEG, CCITT = 1, 7, (2, 3, 4)
+COMPRESSIONS: Final = {
+    1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "Deflate", 32773: "PackBits",
+    32946: "Deflate", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP",
+}  # fmt: skip
+"""Compressions that are decoded."""
+RAW_COMPRESSIONS: Final = frozenset({32767, 32769, 32770, 34713, 34892, 65000, 65535})
+"""Of Sony, Epson, Samsung, Nikon, lossy DNG, Kodak and Pentax."""
+
+
+@dataclass
+class Directory:
+    """One image file directory: where it lies, and its tags of integer types."""
+
+    offset: int
+    tags: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    following: int = 0
+
+    def one(self, tag: int, default: int) -> int:
+        """First value of a tag."""
+        values = self.tags.get(tag)
+        return values[0] if values else default
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is a smaller version of another image, or a mask, by the new tag or the old one."""
+        return bool(self.one(SUBFILE, 0) & (REDUCED | MASK)) or self.one(OLD_SUBFILE, 1) == 2
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it says which part of another image is transparent."""
+        return bool(self.one(SUBFILE, 0) & MASK) or self.one(PHOTOMETRIC, 1) == 4
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it holds what a sensor saw, or belongs to a file that does."""
+        raw = self.one(PHOTOMETRIC, 1) in (32803, 34892) or self.one(COMPRESSION, 1) in RAW_COMPRESSIONS
+        return raw or any(tag in self.tags for tag in (DNG, DNG_BACKWARD, CFA, CFA_SIZE))
+
+    @property
+    def pixels(self) -> int:
+        """Width × height."""
+        return self.one(WIDTH, 0) * self.one(HEIGHT, 0)
+
+
+class _Reader:
+    """The directories of a TIFF, classic or big, of either byte order."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.order = "<" if data[:2] == b"II" else ">"
+        self.big = 43 in (data[2], data[3])
+        # Pillow takes a version in the other byte order for the one of big-endian files
+        if data[:4] in (b"II\0*", b"MM*\0"):
+            raise ImageCorruptError("a TIFF whose byte order and version contradict each other")
+        self.first = self._number(8 if self.big else 4, "Q" if self.big else "I")
+
+    def _number(self, at: int, kind: str) -> int:
+        try:
+            return int(struct.unpack_from(self.order + kind, self.data, at)[0])
+        except struct.error as error:
+            raise ImageCorruptError("a TIFF that is cut in a directory") from error
+
+    def chain(self) -> Iterator[Directory]:
+        """The directories in their order, as far as they can be read, at most `MAX_PAGES`."""
+        at, seen = self.first, set[int]()
+        while at and at not in seen and len(seen) < MAX_PAGES:
+            seen.add(at)
+            try:
+                directory = self.directory(at)
+            except ImageError:
+                if len(seen) == 1:
+                    raise
+                return
+            yield directory
+            at = directory.following
+
+    def count(self) -> int:
+        """Number of directories in the chain, as far as they can be followed."""
+        size, skip, kind, link = (20, 8, "Q", "Q") if self.big else (12, 2, "H", "I")
+        at, seen = self.first, set[int]()
+        while at and at not in seen and len(seen) < MAX_COUNTED_PAGES:
+            try:
+                following = self._number(at + skip + size * self._number(at, kind), link)
+            except ImageError:
+                break
+            seen.add(at)
+            at = following
+        return max(1, len(seen))
+
+    def directory(self, at: int) -> Directory:
+        """The directory at an offset. Raises where it cannot be read, or has too many tags."""
+        size, skip, kind, link = (20, 8, "Q", "Q") if self.big else (12, 2, "H", "I")
+        count = self._number(at, kind)
+        if count > MAX_TAGS:
+            raise ImageTooLargeError(f"a TIFF with {count:,} tags in a directory; {MAX_TAGS:,} are read")
+        directory = Directory(at, following=self._number(at + skip + size * count, link))
+        for entry in range(at + skip, at + skip + size * count, size):
+            tag, type_, length = struct.unpack_from(self.order + ("HHQ" if self.big else "HHI"), self.data, entry)
+            if tag not in directory.tags and type_ in TYPE_SIZES:
+                directory.tags[tag] = self._values(entry + size - (8 if self.big else 4), TYPE_SIZES[type_], length)
+            elif tag == MAKE:
+                directory.tags[tag] = (length,)
+        return directory
+
+    def _values(self, at: int, kind: str, length: int) -> tuple[int, ...]:
+        room = 8 if self.big else 4
+        if struct.calcsize(kind) * length > room:
+            at = self._number(at, "Q" if self.big else "I")
+        length = min(length, MAX_STRIPS + 1)
+        if at + struct.calcsize(kind) * length > len(self.data):
+            return ()
+        return struct.unpack_from(f"{self.order}{length}{kind}", self.data, at)
+
+    def starting_at(self, offset: int) -> bytes:
+        """The file with another first directory."""
+        at, kind = (8, "Q") if self.big else (4, "I")
+        field_ = struct.pack(self.order + kind, offset)
+        return self.data[:at] + field_ + self.data[at + len(field_) :]
+
+
+def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
+    """Choose the page that is the image. Raises an `ImageError` for camera raw and layouts that are not known right."""
+    reader = _Reader(data)
+    if data[8:10] == b"CR" or data[8:12] in (b"IIII", b"MMMM"):  # Canon and Phase One mark their files there
+        raise ImageCorruptError("a camera raw file, which is not decoded")
+    page = _page(reader)
+    check_pixels(page.one(WIDTH, 0), page.one(HEIGHT, 0), limits)
+    full_scale = _layout(page, data)
+    _check_cost(page, data)
+    if page.offset != reader.first:
+        data = reader.starting_at(page.offset)
+    return Inspected(data=data, frames=reader.count(), full_scale=full_scale)
+
+
+def _page(reader: _Reader) -> Directory:
+    """The first page of full resolution where the first of all is one; else the largest of full resolution."""
+    chain = reader.chain()
+    first = next(chain, None)
+    if first is None:
+        raise ImageCorruptError("a TIFF without a directory")
+    inner = [directory for directory in _sub_directories(reader, first)]
+    if first.is_raw or any(directory.is_raw for directory in inner):
+        raise ImageCorruptError("a camera raw file, which is not decoded; what it shows at first is a preview")
+    if not first.is_reduced and not first.is_mask:
+        return first
+    others = [*inner]
+    for page in chain:
+        others += [page, *_sub_directories(reader, page)]
+        if len(others) > MAX_PAGES:
+            break
+    if any(page.is_raw for page in others):
+        raise ImageCorruptError("a camera raw file, which is not decoded; what it shows at first is a preview")
+    whole = [page for page in others if not page.is_reduced and not page.is_mask]
+    if whole:
+        return max(whole, key=lambda page: page.pixels)
+    if MAKE in first.tags:
+        raise ImageCorruptError("a camera raw file of which only previews can be read")
+    if first.is_mask or others:
+        raise ImageCorruptError("a TIFF that holds only masks and images of reduced resolution")
+    return first  # a lonely page that calls itself reduced is the only image there is
+
+
+def _sub_directories(reader: _Reader, page: Directory) -> Iterator[Directory]:
+    for offset in page.tags.get(SUB_IFDS, ())[:MAX_PAGES]:
+        try:
+            yield reader.directory(offset)
+        except ImageError:
+            continue
+
+
+def _layout(page: Directory, data: bytes) -> int | None:
+    """Refuse what is not known to decode right; the sample that is white where samples have more than 8 bits.
+
+    Known right are those that the tests compare with samples read from the strips by hand.
+    """
+    compression = page.one(COMPRESSION, UNCOMPRESSED)
+    photometric = page.one(PHOTOMETRIC, 0)
+    samples = page.one(SAMPLES, 1)
+    all_bits = page.tags.get(BITS, (1,))
+    bits = all_bits[0]
+    formats = set(page.tags.get(FORMAT, (1,))) or {1}
+    extra = page.tags.get(EXTRA, ())
+    planes = page.one(PLANAR, 1) == 2 and samples > 1
+    kind = FORMATS.get(min(formats), "unknown")
+    said = (
+        f"a TIFF of {samples} × {bits} bits, {kind}, {PHOTOMETRICS.get(photometric, photometric)}, "
+        f"{'planes' if planes else 'contiguous'}, compression {COMPRESSIONS.get(compression, compression)}"
+    )
+
+    def refuse(reason: str) -> ImageCorruptError:
+        return ImageCorruptError(f"{said}: {reason}")
+
+    if compression not in COMPRESSIONS:
+        raise refuse("this compression is not decoded")
+    if len(set(all_bits)) > 1 or len(formats) > 1:
+        raise refuse("samples of different kinds are not decoded")
+    colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(photometric)
+    if colours is None:
+        raise refuse("these colours are not decoded")
+    if samples < colours or (len(extra) > samples - colours):
+        raise refuse("fewer samples than its colours need")
+    if page.one(FILL_ORDER, 1) != 1 and (bits > 1 or planes or compression not in (UNCOMPRESSED, *CCITT)):
+        raise refuse("fill order 2 is decoded in images of one bit only")
+    format_ = formats.pop()
+    deep = (
+        (format_ == 1 and bits in (12, 16))
+        or (format_ == 1 and bits == 32 and data[:2] == b"II")
+        or (format_ == 3 and bits == 32)
+    )
+    if samples == 1 and photometric == 1 and deep:
+        if bits == 12 and compression != UNCOMPRESSED:
+            raise refuse("12 bits are decoded without compression only")
+        if page.one(PLANAR, 1) == 2 and compression == UNCOMPRESSED:
+            raise refuse("a single plane of more than 8 bits is not decoded")
+        return 4095 if bits == 12 else None
+    if format_ != 1 or bits not in (1, 2, 4, 8, 16):
+        raise refuse("only unsigned samples of up to 16 bits, and grey of 32, are decoded")
+    if bits == 16 and photometric not in (2, 5):
+        raise refuse("16 bits are decoded as grey from black, RGB and CMYK only")
+    if bits < 8 and (photometric not in (0, 1, 3) or samples > 1):
+        raise refuse("fewer than 8 bits are decoded as grey or palette only")
+    if planes and (bits == 16 or photometric not in (2, 5) or (compression != UNCOMPRESSED and extra)):
+        raise refuse("planes are decoded in RGB and CMYK of 8 bits only")
+    if page.one(PLANAR, 1) == 2 and not planes and (bits < 8 or photometric != 1) and compression == UNCOMPRESSED:
+        raise refuse("a single plane is decoded as grey of 8 bits only")
+    if photometric == 6:
+        plain = page.tags.get(SUBSAMPLING, (2, 2)) == (1, 1) or compression == JPEG
+        if not plain:
+            raise refuse("YCbCr is decoded where it is not subsampled, or in JPEG")
+    if photometric == 5 and (page.one(INK_SET, 1) != 1 or page.tags.get(DOT_RANGE, (0, 255))[:1] != (0,)):
+        raise refuse("other inks than CMYK, or inverted ones, are not decoded")
+    if photometric == 3 and not page.tags.get(COLOUR_MAP):
+        raise refuse("the palette is missing")
+    return None
+
+
+def _check_cost(page: Directory, data: bytes) -> None:
+    """Bound what a decoder does for each strip, and for each JPEG scan in them."""
+    offsets = page.tags.get(TILES) or page.tags.get(STRIPS, ())
+    if len(offsets) > MAX_STRIPS:
+        raise ImageTooLargeError(f"a TIFF of more than {MAX_STRIPS:,} strips or tiles")
+    if page.one(COMPRESSION, UNCOMPRESSED) == JPEG:
+        lengths = page.tags.get(TILE_BYTES) or page.tags.get(STRIP_BYTES, ())
+        if sum(lengths) > len(data):
+            raise ImageTooLargeError("a TIFF whose JPEG strips lie in the same place")
+        if PROGRESSIVE.search(data):
+            raise ImageCorruptError("a TIFF of progressive JPEG, which TIFF does not have")
+        if data.count(b"\xff\xda") > MAX_SCANS_PER_STRIP * max(1, len(offsets)):
+            raise ImageTooLargeError(f"a TIFF with more than {MAX_SCANS_PER_STRIP} JPEG scans for each strip or tile")
