@@ -100,6 +100,9 @@ PLUGINS: Final = (
 """Imported for what they register; nothing is imported when an image is decoded."""
 
 
+__all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_rgb", "thumbnail"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
     """A picture as a viewer would show it: first frame, upright, on a white background."""
@@ -218,9 +221,7 @@ def _unidentified(data: bytes) -> ImageUnidentifiedError:
     if data[4:12] == b"ftypcrx ":
         known = "camera raw"
     what = "not a picture in a supported format" if known is None else f"a file of {known}, which is not decoded"
-    return ImageUnidentifiedError(
-        f"{what} (first bytes {data[:8].hex(' ')}); supported: {', '.join(FORMATS)}"
-    )
+    return ImageUnidentifiedError(f"{what} (first bytes {data[:8].hex(' ')}); supported: {', '.join(FORMATS)}")
 
 
 @contextmanager

@@ -34,6 +34,7 @@ KEPT_METADATA: Final = (b"JFIF\0", b"Exif\0\0", b"Adobe", b"MPF\0")
 STANDALONE: Final = frozenset({0x01, SOI, *range(0xD0, 0xD8)})
 _MARKER: Final = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 """What ends entropy-coded data: a marker that is neither a stuffed zero nor a restart."""
+_SCAN_OR_TABLE: Final = re.compile(rb"\xff[\xda\xc4]")
 TAILS: Final = (b"\0\0\xff\xd9", bytes(np.random.default_rng(0).integers(1, 255, 4096, dtype=np.uint8)) + b"\xff\xd9")
 """Two ends for a file that has none. What it shows depends on them if and only if its last scan is cut."""
 
@@ -58,12 +59,12 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
     head, scan = _head(data)
     frame = _frame(head)
     check_pixels(frame.width, frame.height, limits)
-    _check_scans(data, scan, frame, limits)
+    _check_scans(data, head[-1], frame, limits)
     metadata = sum(len(segment.body) for segment in head if segment.marker >= 0xE0)
     kept = _without_metadata(data, head, scan) if metadata > MAX_METADATA_BYTES else data
     if not data.endswith(b"\xff\xd9") and not _ends(data, scan):
         _check_whole(data, scan, frame)
-        return Inspected(data=kept.rstrip(b"\xff") + TAILS[0], remark="the end marker is missing")
+        return Inspected(data=kept + TAILS[0], remark="the end marker is missing")
     return Inspected(data=kept)
 
 
@@ -139,13 +140,15 @@ def _frame(head: list[Segment]) -> _Frame:
     return _Frame(marker == 0xC2, width, height, components)
 
 
-def _check_scans(data: bytes, scan: int, frame: _Frame, limits: DecodeLimits) -> None:
+def _check_scans(data: bytes, first: Segment, frame: _Frame, limits: DecodeLimits) -> None:
     """Bound the work that the scans make. Counting letters is fast and never counts too few."""
+    if not frame.progressive and first.body[:1] == bytes([len(frame.components)]):
+        return  # all is in the first scan, after which a decoder stops
     most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS * limits.max_pixels // (frame.width * frame.height)))
-    if data.count(b"\xff\xda", scan) <= most and data.count(b"\xff\xc4", scan) <= MAX_SEGMENTS:
+    if sum(1 for _ in _SCAN_OR_TABLE.finditer(data, first.start)) <= most:
         return
     scans = 0
-    for index, segment in enumerate(_segments(data, scan)):
+    for index, segment in enumerate(_segments(data, first.start)):
         scans += segment.marker == SOS
         if scans > most or index > MAX_SEGMENTS:
             raise ImageTooLargeError(f"a JPEG of more than {most} scans of {frame.width} × {frame.height} px")
@@ -173,6 +176,8 @@ def _ends(data: bytes, scan: int) -> bool:
 
 def _check_whole(data: bytes, scan: int, frame: _Frame) -> None:
     """Raise where a JPEG without an end marker lacks whole scans: then more is missing than the marker."""
+    if data.endswith(b"\xff"):  # half of a marker, or of a byte of the image
+        raise ImageCorruptError("a JPEG that is cut within its last two bytes")
     missing = {(component, index) for component in frame.components for index in range(64 if frame.progressive else 1)}
     for segment in _segments(data, scan):
         if segment.marker != SOS or not segment.body:

@@ -60,12 +60,12 @@ def _flat(image: Image.Image, full_scale: int | None) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, BACKGROUND)
         image.paste(layer, mask=layer.getchannel("A"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _alpha_is_unused(image: Image.Image) -> bool:
     """Whether the alpha of a bitmap is 0 everywhere: writers that know no alpha leave the byte empty."""
-    return image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0)
+    return image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -96,9 +96,9 @@ def _to_8_bits(
         raise ImageCorruptError(f"the samples reach from {darkest:g} to {brightest:g}: which of them is black is open")
     if np.issubdtype(values.dtype, np.floating):
         tops = [1.0, *(top for top in (255.0, 65535.0) if brightest > top / 2)]
-        full = next((top for top in tops if brightest <= top), None)
-        if full is None:
-            raise ImageCorruptError(f"the samples are floating point up to {brightest:g}: which of them is white is open")
+        full = next((top for top in tops if brightest <= top), 0.0)
+        if not full:
+            raise ImageCorruptError(f"the samples are floating point up to {brightest:g}: which is white is open")
     elif full_scale is not None and full_scale > 255:
         full = float(full_scale)
     else:

@@ -101,9 +101,10 @@ def _inflated_bytes(view: memoryview, chunk: Chunk, room: int) -> int:
 
     iCCP and zTXt: keyword, zero, method, stream. iTXt: keyword, zero, flag, method, language, zero, keyword, zero, text.
     """
-    body = bytes(view[chunk.start + 8 : chunk.end - 4])
-    _, _, rest = body.partition(b"\0")
+    _, _, rest = bytes(view[chunk.start + 8 : chunk.end - 4]).partition(b"\0")
     stream = rest[1:]
+    if chunk.kind != b"iTXt" and rest[:1] > b"\0":
+        raise ImageCorruptError(f"a PNG with a compression method of {rest[0]}, which no version of the format has")
     if chunk.kind == b"iTXt":
         if rest[:1] != b"\1":
             return 0
@@ -114,7 +115,7 @@ def _inflated_bytes(view: memoryview, chunk: Chunk, room: int) -> int:
             count += len(inflater.decompress(stream, 1 << 18))
             stream = inflater.unconsumed_tail
             if count > room:
-                raise ImageCorruptError(f"text or a profile that inflates to {count:,} bytes or more is too large")
+                raise ImageCorruptError(f"text or a profile that inflates to more than {count:,} bytes is too large")
     except zlib.error:
         return count
     return count

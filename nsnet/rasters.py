@@ -133,7 +133,7 @@ def inspect_icns(data: bytes, limits: DecodeLimits) -> Inspected:
         if icons > MAX_ICONS:
             raise ImageTooLargeError(f"an ICNS of more than {MAX_ICONS:,} icons")
         if icon.startswith(png.SIGNATURE) and len(icon) >= 24:
-            check_pixels(*struct.unpack_from(">II", icon, 16), limits)
+            check_pixels(int.from_bytes(icon[16:20], "big"), int.from_bytes(icon[20:24], "big"), limits)
         elif icon.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
             inspect_jpeg2000(data[at + 8 : at + length], limits)
         at += length
@@ -180,7 +180,8 @@ def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
         raise ImageTooLargeError("a JPEG 2000 file of more than 65,535 tiles")
     _check_coding(data, start, limits)
     space = data.find(b"colr", 0, start)
-    if space >= 0 and data[space + 4] == 1 and (code := int.from_bytes(data[space + 7 : space + 11], "big")) not in (16, 17):
+    code = int.from_bytes(data[space + 7 : space + 11], "big")
+    if space >= 0 and data[space + 4] == 1 and code not in (16, 17):
         raise ImageCorruptError(f"a JPEG 2000 file of colour space {code}; sRGB and grey are decoded")
     return Inspected(data=data)
 
@@ -307,17 +308,17 @@ def _bitmap(data: bytes, start: int) -> tuple[int, int, int, int, int]:
 
 def _is_grey_ramp(palette: bytes, colours: int, size: int) -> bool:
     levels = (0, 255) if colours == 2 else range(colours)
-    return all(palette[size * index : size * index + 3] == bytes([level % 256] * 3) for index, level in enumerate(levels))
+    return all(palette[size * at : size * at + 3] == bytes([level % 256] * 3) for at, level in enumerate(levels))
 
 
 def _check_slow(width: int, height: int, what: str) -> None:
     if width * height > MAX_SLOW_PIXELS:
-        raise ImageTooLargeError(f"{what} of {width} × {height} px; its kind is decoded up to {MAX_SLOW_PIXELS:,} pixels")
+        raise ImageTooLargeError(f"{what} of {width} × {height} px; {MAX_SLOW_PIXELS:,} pixels are decoded")
 
 
 def _check_room(data: bytes, offset: int, needed: int, what: str) -> None:
     if len(data) - offset < needed:
-        raise ImageCorruptError(f"a {what} that is cut: {needed:,} bytes of pixels are due, {len(data) - offset:,} left")
+        raise ImageCorruptError(f"a {what} that is cut: {len(data) - offset:,} of {needed:,} bytes of pixels are there")
 
 
 def _check_coding(data: bytes, start: int, limits: DecodeLimits) -> None:
