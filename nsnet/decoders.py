@@ -1,4 +1,4 @@
-"""Decoders in place of five of Pillow's own, which take seconds for each megapixel, or time with the square of the file.
+"""Decoders in place of five of Pillow's own, which take seconds for each megapixel or more.
 
 Pillow still reads the headers, and hands the decoders what it read there (`args`). N pixels, C channels.
 """
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 PIXELS_AT_ONCE: Final = 1 << 20
+MAX_COMMENTS: Final = 1_000
+"""Most comments among the digits of a portable map; nobody writes them there."""
 WHITESPACE: Final = b" \t\n\v\f\r"
 
 
@@ -76,6 +78,8 @@ class PlainPortableMap(PortableMap):
 
     def fill(self, data: bytes, width: int, height: int) -> None:
         """Comments reach from # to the end of their line."""
+        if data.count(b"#") > MAX_COMMENTS:
+            raise ValueError(f"a portable map with more than {MAX_COMMENTS:,} comments among its digits")
         text = re.sub(rb"#[^\r\n]*", b" ", data) if b"#" in data else data
         if text.translate(None, b"0123456789" + WHITESPACE):
             raise ValueError("a portable map in digits holds something else")
@@ -98,13 +102,15 @@ class RunLengths(_Decoder):
     def fill(self, data: bytes, width: int, height: int) -> None:
         """Commands are two bytes: a run, or zero and an end of line, an end, a jump, or a count of pixels as stored."""
         nibbles = self.args[1]
+        pairs = [(value >> 4, value & 15) if nibbles else (value, value) for value in range(256)]
+        runs = [bytes(pair) * 128 for pair in pairs]
         rows = bytearray(width * height)
         x = y = at = 0
         while y < height and (y < height - 1 or x < width):
             count, value = data[at], data[at + 1]
             at += 2
             if count:
-                run = bytes((value >> 4, value & 15)) * 128 if nibbles else bytes((value,)) * 255
+                run = runs[value]
             elif value > 2:
                 count, length = value, (value + 1) // 2 if nibbles else value
                 run = data[at : at + length]
@@ -112,16 +118,18 @@ class RunLengths(_Decoder):
                     raise ValueError("a run-length coded bitmap is cut")
                 at += length + length % 2
                 if nibbles:
-                    run = bytes(level for byte in run for level in (byte >> 4, byte & 15))
+                    run = bytes(level for byte in run for level in pairs[byte])
+            elif value == 1:
+                break
             else:
-                if value == 1:
-                    break
-                right, up = (data[at], data[at + 1]) if value == 2 else (-x, 1)
-                at += 2 if value == 2 else 0
+                right, up = (data[at], data[at + 1]) if value else (-x, 1)
+                at += value
                 x, y = min(x + right, width), y + up
                 continue
-            count = min(count, width - x)
-            rows[y * width + x : y * width + x + count] = run[:count]
+            if count > width - x:
+                count = width - x
+            start = y * width + x
+            rows[start : start + count] = run[:count]
             x += count
         if y < height - 1 or (y == height - 1 and x < width):
             raise ValueError("a run-length coded bitmap ends before its last pixel")

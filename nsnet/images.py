@@ -40,7 +40,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from nsnet import decoders, jpeg, pixels, png, rasters, tiff
+from nsnet import decoders, jpeg, pixels, png, rasters, samples, tiff
 from nsnet.errors import (
     ImageCorruptError,
     ImageEmptyError,
@@ -100,7 +100,7 @@ PLUGINS: Final = (
 """Imported for what they register; nothing is imported when an image is decoded."""
 
 
-__all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_rgb", "thumbnail"]
+__all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_rgb", "preload", "thumbnail"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,16 @@ def image_to_rgb(image: Image.Image, limits: DecodeLimits | None = None) -> npt.
     with _image_errors():
         check_pixels(image.width, image.height, limits or DecodeLimits())
         return pixels.to_rgb(image)
+
+
+def preload() -> None:
+    """Decode one image of each format: whatever a library loads or opens on first use, it has when this returns.
+
+    For processes that may open no file, socket or process afterwards. Takes a tenth of a second. Raises what
+    `decode_image` does where a library cannot decode its own format.
+    """
+    for _, data in samples.samples():
+        decode_image(data)
 
 
 def thumbnail(array: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:

@@ -20,6 +20,8 @@ TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """Orientation in EXIF -> what undoes it."""
+ROWS_AT_ONCE: Final = 64
+"""Rows that are scaled at a time: what is in the processor's cache is not fetched for each step again."""
 WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 """Formats whose 16-bit samples use all 16 bits."""
 
@@ -88,10 +90,9 @@ def _to_8_bits(
     brightest sample. Floating point up to 1.0 is taken as [0, 1], above it as 8 or 16 bits if it reaches their upper
     half. Samples below zero have no black, and are refused.
     """
-    samples = values.astype(np.float32)
-    if not np.isfinite(samples).all():
+    brightest, darkest = float(values.max(initial=0)), float(values.min(initial=0))
+    if not np.isfinite(brightest) or not np.isfinite(darkest):
         raise ImageCorruptError("the samples hold NaN or infinity")
-    brightest, darkest = float(samples.max(initial=0.0)), float(samples.min(initial=0.0))
     if darkest < 0:
         raise ImageCorruptError(f"the samples reach from {darkest:g} to {brightest:g}: which of them is black is open")
     if np.issubdtype(values.dtype, np.floating):
@@ -104,5 +105,9 @@ def _to_8_bits(
     else:
         depths = (16, 32) if image_format in WHOLE_RANGE else (8, 10, 12, 14, 16, 32)
         full = float(next((2**bits - 1 for bits in depths if brightest <= 2**bits - 1), brightest))
-    samples *= 255.0 / full
-    return np.rint(np.clip(samples, 0.0, 255.0, out=samples), out=samples).astype(np.uint8)
+    scale, levels = np.float32(255.0 / full), np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), ROWS_AT_ONCE):
+        samples = values[start : start + ROWS_AT_ONCE].astype(np.float32) * scale
+        np.rint(np.clip(samples, 0.0, 255.0, out=samples), out=samples)
+        levels[start : start + ROWS_AT_ONCE] = samples
+    return levels

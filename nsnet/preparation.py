@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nsnet import jpeg, transforms
+from nsnet import images, jpeg, transforms
 from nsnet.duplicates import perceptual_hash
 from nsnet.images import DecodedImage, decode_image, image_to_rgb, thumbnail
 from nsnet.limits import DecodeLimits, check_pixels
@@ -45,6 +45,8 @@ class Prepared:
     frames: int
     quality: int | None = None
     """Estimated quality of a JPEG file, 1 to 100."""
+    remark: str | None = None
+    """What is wrong with a file that was decoded all the same; None: nothing."""
     perceptual_hash: str | None = None
     """64 bits as hexadecimal digits; None where it is not wanted or the picture is too plain for one."""
 
@@ -54,6 +56,14 @@ def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]
     patches = config.patches
     chosen = (patches.slots, patches.patch_px, patches.patch_px, 3) if patches is not None else (0, 0, 0, 3)
     return chosen, (config.thumbnail_px, config.thumbnail_px, 3)
+
+
+def preload(config: PreparationConfig) -> None:
+    """Decode one image of each format and prepare one: nothing is imported or opened by `prepare` afterwards."""
+    images.preload()
+    shown = Image.effect_noise((256, 256), 64)
+    for transform in ("", "jpeg:90", "blur:1", "resize:0.5", "noise:2", "crop:0.9", "screenshot:0.75"):
+        prepare(shown, config, transform)
 
 
 def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
@@ -81,5 +91,6 @@ def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: 
         format=image.format,
         frames=image.frames,
         quality=image.quality,
+        remark=image.remark,
         perceptual_hash=perceptual_hash(image.pixels) if config.fingerprint else None,
     )

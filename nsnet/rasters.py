@@ -12,11 +12,14 @@ from nsnet import png
 from nsnet.errors import ImageCorruptError, ImageTooLargeError, ImageUnidentifiedError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
-MAX_SLOW_PIXELS: Final = 8_500_000
-"""Most pixels of formats that are decoded in Python, run by run: a screen of 3,840 × 2,160."""
+MAX_SLOW_PIXELS: Final = 2048 * 2048
+"""Most pixels of formats that are decoded in Python, up to 1.2 s for a million."""
 MAX_BLOCKS: Final = 100_000
 """Most blocks of a GIF that are read, to its first image and for the count of its frames."""
 MAX_ICONS: Final = 1_000
+MAX_PACKETS: Final = 10_000
+"""Most packets of a JPEG 2000 file, besides one for each `MIN_PACKET_PIXELS`."""
+MIN_PACKET_PIXELS: Final = 200
 
 
 def inspect_bmp(data: bytes, limits: DecodeLimits, start: int = 14) -> Inspected:
@@ -176,9 +179,12 @@ def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
     depth = (components[0][0] & 127) + 1
     if not 8 <= depth <= 16:
         raise ImageCorruptError(f"a JPEG 2000 file of {depth} bits a sample; those of 8 to 16 are decoded")
-    if tile_x and tile_y and -(-(x1 - tile_x0) // tile_x) * -(-(y1 - tile_y0) // tile_y) > 65_535:
+    if not tile_x or not tile_y:
+        raise ImageCorruptError("a JPEG 2000 file of tiles without a size")
+    tiles = -(-(x1 - tile_x0) // tile_x) * -(-(y1 - tile_y0) // tile_y)
+    if tiles > 65_535:
         raise ImageTooLargeError("a JPEG 2000 file of more than 65,535 tiles")
-    _check_coding(data, start, limits)
+    _check_coding(data, start, x1 - x0, y1 - y0, tiles, count)
     space = data.find(b"colr", 0, start)
     code = int.from_bytes(data[space + 7 : space + 11], "big")
     if space >= 0 and data[space + 4] == 1 and code not in (16, 17):
@@ -321,14 +327,20 @@ def _check_room(data: bytes, offset: int, needed: int, what: str) -> None:
         raise ImageCorruptError(f"a {what} that is cut: {len(data) - offset:,} of {needed:,} bytes of pixels are there")
 
 
-def _check_coding(data: bytes, start: int, limits: DecodeLimits) -> None:
-    """Refuse precincts and layers that make a JPEG 2000 decoder work for each of a few pixels."""
+def _check_coding(data: bytes, start: int, width: int, height: int, tiles: int, components: int) -> None:
+    """Refuse a JPEG 2000 of more packets than its pixels justify: each costs a decoder time, also an empty one."""
     at = start + 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0x90, 0xD9):
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at + 1] == 0x52 and length >= 12:
-            style, layers, levels = data[at + 4], int.from_bytes(data[at + 6 : at + 8], "big"), data[at + 9]
-            sizes = data[at + 14 : at + 2 + length] if style & 1 else b""
-            if layers > 100 or levels > 32 or any(size & 15 < 5 or size >> 4 < 5 for size in sizes[1:]):
-                raise ImageTooLargeError("a JPEG 2000 file of more than 100 layers, or of precincts below 32 px")
+            layers, levels = int.from_bytes(data[at + 6 : at + 8], "big"), min(data[at + 9], 32)
+            sizes = data[at + 14 : at + 2 + length] if data[at + 4] & 1 else b"\xff" * (levels + 1)
+            precincts = 0
+            for level, size in zip(range(levels, -1, -1), sizes, strict=False):
+                across, down = -(-width >> level), -(-height >> level)
+                precincts += max(tiles, -(-across >> (size & 15)) * -(-down >> (size >> 4)))
+            if precincts * layers * components > MAX_PACKETS + width * height // MIN_PACKET_PIXELS:
+                raise ImageTooLargeError(f"a JPEG 2000 file of {precincts:,} precincts in {layers:,} layers")
+            if min(data[at + 10], data[at + 11]) < 2:
+                raise ImageTooLargeError("a JPEG 2000 file of code blocks below 16 px")
         at += 2 + max(length, 2)

@@ -13,8 +13,11 @@ ELSEWHERE = {"tests", "jobs", "benchmarks"}
 
 NOT_IN_THE_LIBRARY = {"ray", "fsspec", "s3fs", "pyarrow", "click", "jobs", "tests"}
 LEAVES: dict[str, set[str]] = {
-    "errors": set(), "images": {"errors"}, "patches": {"errors"}, "files": set(), "digest": {"files"},
-    "hub": {"errors"},
+    "errors": set(), "limits": {"errors"}, "decoders": set(), "pixels": {"errors"}, "samples": set(),
+    "jpeg": {"errors", "limits"}, "png": {"errors", "limits"}, "tiff": {"errors", "limits"},
+    "rasters": {"errors", "limits", "png"},
+    "images": {"errors", "limits", "decoders", "pixels", "samples", "jpeg", "png", "tiff", "rasters"},
+    "patches": {"errors"}, "files": set(), "digest": {"files"}, "hub": {"errors"},
     "model_settings": set(), "weight_formats": {"errors", "files"},
     "model_files": {"errors", "files", "model_settings", "weight_formats"},
     "captions": {"errors", "digest", "hub", "model_files"},
