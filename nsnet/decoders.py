@@ -90,7 +90,7 @@ class PlainPortableMap(PortableMap):
                 raise ValueError("a bitmap in digits is cut, or holds other digits than 0 and 1")
             self.set_as_raw(((1 - ink) * np.uint8(255)).tobytes(), "1;8")
             return
-        samples = np.fromstring(text, np.int64, count, sep=" ")
+        samples = np.fromstring(text, np.int64, sep=" ")[:count]  # with a count it gives memory that nobody wrote
         if len(samples) < count or samples.max(initial=0) > self.args[-1] or samples.min(initial=0) < 0:
             raise ValueError("a portable map in digits is cut, or holds samples above its greatest")
         self.set_scaled(samples, self.args[-1])

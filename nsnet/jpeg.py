@@ -35,8 +35,9 @@ STANDALONE: Final = frozenset({0x01, SOI, *range(0xD0, 0xD8)})
 _MARKER: Final = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 """What ends entropy-coded data: a marker that is neither a stuffed zero nor a restart."""
 _SCAN_OR_TABLE: Final = re.compile(rb"\xff[\xda\xc4]")
-TAILS: Final = (b"\0\0\xff\xd9", bytes(np.random.default_rng(0).integers(1, 255, 4096, dtype=np.uint8)) + b"\xff\xd9")
-"""Two ends for a file that has none. What it shows depends on them if and only if its last scan is cut."""
+TAILS: Final = (b"\0\0\xff\xd9", bytes((0xAA, *np.random.default_rng(0).integers(1, 255, 4096))) + b"\xff\xd9")
+"""Two ends for a file that has none. They begin with different bits: where the last scan is cut, the code it breaks
+off in means something else with each, as all that follows."""
 
 
 class Segment(NamedTuple):

@@ -97,9 +97,9 @@ def _is_orientation(view: memoryview, chunk: Chunk, inflated: int) -> bool:
 
 
 def _inflated_bytes(view: memoryview, chunk: Chunk, room: int) -> int:
-    """Bytes that a chunk's text or profile inflates to, at most `room`; 0 where nothing is compressed or it is damaged.
+    """Bytes that a chunk's text or profile inflates to, as far as it is sound. Raises where they exceed `room`.
 
-    iCCP and zTXt: keyword, zero, method, stream. iTXt: keyword, zero, flag, method, language, zero, keyword, zero, text.
+    iCCP, zTXt: keyword, 0, method, stream. iTXt: keyword, 0, whether compressed, method, language, 0, keyword, 0, text.
     """
     _, _, rest = bytes(view[chunk.start + 8 : chunk.end - 4]).partition(b"\0")
     stream = rest[1:]

@@ -56,4 +56,5 @@ def samples() -> Iterator[tuple[str, bytes]]:
     yield "ICNS", b"icns" + struct.pack(">I", len(block) + 8) + block
     yield "PSD", b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 16, 16, 8, 3) + bytes(14) + bytes(3 * 16 * 16)
     yield "PPM", b"P3 16 16 9 " + b"1 " * 768
-    yield "BMP", b"BM" + struct.pack("<IHHI", 0, 0, 0, 62) + struct.pack("<IiiHHIIiiIIII", 40, 4, 1, 1, 8, 1, 4, 0, 0, 2, 0, 0, 255) + b"\4\0\0\1"  # fmt: skip
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 8, 1, 4, 0, 0, 2, 0)
+    yield "BMP", b"BM" + struct.pack("<IHHI", 0, 0, 0, 62) + header + bytes(4) + b"\xff\0\0\0" + b"\4\0\0\1"

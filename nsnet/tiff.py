@@ -41,6 +41,15 @@ PHOTOMETRICS: Final = {
     8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA", 32844: "LogL", 32845: "LogLuv", 34892: "LinearRaw",
 }  # fmt: skip
 FORMATS: Final = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "undefined", 5: "complex integer", 6: "complex"}
+EXTRAS: Final[dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
+    (1, 8): ((0,), (2,)),
+    (2, 8): ((0,), (0, 0), (0, 0, 0), (1,), (1, 0), (1, 0, 0), (2,), (2, 0), (2, 0, 0), (999,)),
+    (2, 16): ((0,), (1,), (2,)),
+    (3, 8): ((0,), (2,)),
+    (5, 8): ((0,), (0, 0)),
+}
+"""Photometric interpretation and bits -> ExtraSamples: 0 is unspecified, 1 alpha that multiplies, 2 alpha. Corel writes
+999 for alpha. RGB of 4 samples without the tag has alpha as well."""
 UNCOMPRESSED, JPEG, CCITT = 1, 7, (2, 3, 4)
 COMPRESSIONS: Final = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "Deflate", 32773: "PackBits",
@@ -96,6 +105,8 @@ class _Reader:
         # Pillow takes a version in the other byte order for the one of big-endian files
         if data[:4] in (b"II\0*", b"MM*\0"):
             raise ImageCorruptError("a TIFF whose byte order and version contradict each other")
+        if self.big and self.order == ">":
+            raise ImageCorruptError("a BigTIFF of big-endian numbers, which is not decoded")
         self.first = self._number(8 if self.big else 4, "Q" if self.big else "I")
 
     def _number(self, at: int, kind: str) -> int:
@@ -241,14 +252,17 @@ def _layout(page: Directory, data: bytes) -> int | None:
     colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(photometric)
     if colours is None:
         raise refuse("these colours are not decoded")
-    if samples < colours or (len(extra) > samples - colours):
-        raise refuse("fewer samples than its colours need")
+    silent_alpha = (photometric, samples, extra) == (2, 4, ())
+    if samples != colours + len(extra) and not silent_alpha:
+        raise refuse(f"its colours need {colours} samples, and {len(extra)} more are declared")
+    if extra and extra not in EXTRAS.get((photometric, bits), ()):
+        raise refuse(f"extra samples of the kinds {', '.join(map(str, extra))} are not decoded with these")
     if page.one(FILL_ORDER, 1) != 1 and (bits > 1 or planes or compression not in (UNCOMPRESSED, *CCITT)):
         raise refuse("fill order 2 is decoded in images of one bit only")
     format_ = formats.pop()
     deep = (
-        (format_ == 1 and bits in (12, 16))
-        or (format_ == 1 and bits == 32 and data[:2] == b"II")
+        (format_ == 1 and bits == 16)
+        or (format_ == 1 and bits in (12, 32) and data[:2] == b"II")
         or (format_ == 3 and bits == 32)
     )
     if samples == 1 and photometric == 1 and deep:
@@ -263,7 +277,12 @@ def _layout(page: Directory, data: bytes) -> int | None:
         raise refuse("16 bits are decoded as grey from black, RGB and CMYK only")
     if bits < 8 and (photometric not in (0, 1, 3) or samples > 1):
         raise refuse("fewer than 8 bits are decoded as grey or palette only")
-    if planes and (bits == 16 or photometric not in (2, 5) or (compression != UNCOMPRESSED and extra)):
+    if planes and (
+        bits == 16
+        or photometric not in (2, 5)
+        or extra not in ((), (2,))
+        or (extra and (photometric, compression) != (2, UNCOMPRESSED))
+    ):
         raise refuse("planes are decoded in RGB and CMYK of 8 bits only")
     if page.one(PLANAR, 1) == 2 and not planes and (bits < 8 or photometric != 1) and compression == UNCOMPRESSED:
         raise refuse("a single plane is decoded as grey of 8 bits only")
