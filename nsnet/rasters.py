@@ -177,8 +177,9 @@ def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
     if count > 4 or not components or len(set(components)) > 1 or components[0][1:] != b"\1\1":
         raise ImageCorruptError("a JPEG 2000 file whose components differ, are subsampled or more than 4")
     depth = (components[0][0] & 127) + 1
-    if not 8 <= depth <= 16:
-        raise ImageCorruptError(f"a JPEG 2000 file of {depth} bits a sample; those of 8 to 16 are decoded")
+    if components[0][0] & 128 or not 8 <= depth <= 16:
+        kind = "signed" if components[0][0] & 128 else "unsigned"
+        raise ImageCorruptError(f"a JPEG 2000 file of {depth} bits, {kind}; unsigned samples of 8 to 16 are decoded")
     if not tile_x or not tile_y:
         raise ImageCorruptError("a JPEG 2000 file of tiles without a size")
     tiles = -(-(x1 - tile_x0) // tile_x) * -(-(y1 - tile_y0) // tile_y)

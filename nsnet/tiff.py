@@ -53,7 +53,7 @@ EXTRAS: Final[dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
 UNCOMPRESSED, JPEG, CCITT = 1, 7, (2, 3, 4)
 COMPRESSIONS: Final = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "Deflate", 32773: "PackBits",
-    32946: "Deflate", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP",
+    32946: "Deflate", 34925: "LZMA", 50000: "Zstandard",
 }  # fmt: skip
 """Compressions that are decoded."""
 RAW_COMPRESSIONS: Final = frozenset({32767, 32769, 32770, 34713, 34892, 65000, 65535})

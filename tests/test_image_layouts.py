@@ -312,6 +312,24 @@ def test_transparent_grey_of_few_bits_is_the_one_that_is_told(bits: int) -> None
     np.testing.assert_array_equal(decode(data), np.repeat(expected, 3, axis=2))
 
 
+@pytest.mark.parametrize(
+    ("mode", "options", "said"),
+    [("L", {"signed": True}, "signed"), ("CMYK", {}, "colour space 12")],
+)
+def test_jpeg_2000_of_signed_samples_or_other_colours_is_refused(mode: str, options: Any, said: str) -> None:
+    with pytest.raises(ImageCorruptError, match=said):
+        decode(saved(Image.new(mode, (32, 32)), "JPEG2000", **options))
+
+
+@pytest.mark.parametrize("steps", [b"\2\1", b"\1\2"])
+def test_jpeg_2000_of_subsampled_components_is_refused(steps: bytes) -> None:
+    data = bytearray(saved(Image.new("RGB", (32, 32)), "JPEG2000"))
+    at = data.index(b"\xff\x4f\xff\x51") + 42 + 4
+    data[at : at + 2] = steps
+    with pytest.raises(ImageCorruptError, match="subsampled"):
+        decode(bytes(data))
+
+
 def test_first_frame_smaller_than_its_gif_lies_on_white() -> None:
     frame = Image.fromarray(drawn(1, 4)[..., 0].astype(np.uint8)).convert("P")
     frame.putpalette(bytes(range(48)))
