@@ -78,6 +78,8 @@ MODES: Final[dict[str, tuple[str, ...]]] = {
 FORMATS: Final = tuple(name for name in MODES if name != "MPO")
 """Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin; HEIF
 is HEIC."""
+COUNTED: Final = ("GIF", "PNG", "PSD", "TIFF")
+"""Formats whose frames the inspector counts; Pillow knows those of others when it has opened them."""
 NAMED: Final = {
     b"IIRO": "camera raw", b"IIRS": "camera raw", b"MMOR": "camera raw", b"IIU\0": "camera raw",
     b"FUJIFILMCCD-RAW": "camera raw", b"FOVb": "camera raw", b"\0MRM": "camera raw",
@@ -207,23 +209,18 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
     return DecodedImage(pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark)
 
 
-COUNTED: Final = ("GIF", "PNG", "PSD", "TIFF")
-"""Formats whose frames the inspector counts; Pillow knows those of others when it has opened them."""
-
-
 def _open(name: str, data: bytes) -> Image.Image:
     """Let one plugin of Pillow read the headers: unlike `Image.open`, it tells why it cannot."""
     return Image.OPEN[name][0](io.BytesIO(data), "")
 
 
 def _rgb(image: Image.Image, inspected: Inspected, limits: DecodeLimits) -> npt.NDArray[np.uint8]:
-    box = inspected.box
     image.load()
     image_format = image.format or ""
     if image.mode not in MODES.get(image_format, ()):
         raise ImageCorruptError(f"a {image_format} of Pillow's mode {image.mode}, which is not known to decode right")
     check_pixels(image.width, image.height, limits)  # an icon may be larger than its directory says
-    return pixels.to_rgb(image, box, inspected.full_scale)
+    return pixels.to_rgb(image, inspected.box, inspected.full_scale)
 
 
 def _unidentified(data: bytes) -> ImageUnidentifiedError:

@@ -268,7 +268,7 @@ def inspect_sgi(data: bytes, limits: DecodeLimits) -> Inspected:
 
 def inspect_webp(data: bytes, limits: DecodeLimits) -> Inspected:
     """WebP: the place of an animation's first frame in its canvas."""
-    box, at, frames = None, 12, 0
+    box, at = None, 12
     if data[12:16] == b"VP8X" and len(data) >= 30:
         check_pixels(1 + _u24(data, 24), 1 + _u24(data, 27), limits)
         if data[20] & 2:
@@ -278,7 +278,7 @@ def inspect_webp(data: bytes, limits: DecodeLimits) -> Inspected:
                     box = (2 * left, 2 * top, 2 * left + wide + 1, 2 * top + high + 1)
                     break
                 at += 8 + _u32(data, at + 4) + (_u32(data, at + 4) & 1) if at + 8 <= len(data) else len(data)
-    return Inspected(data=data, frames=frames, box=box)
+    return Inspected(data=data, box=box)
 
 
 INSPECTORS: Final[dict[str, Callable[[bytes, DecodeLimits], Inspected]]] = {

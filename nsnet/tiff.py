@@ -1,6 +1,6 @@
 """TIFF files before they are decoded: which page is the image, and whether its layout is known to decode right.
 
-Tags: TIFF 6.0, its supplements 1 and 2, DNG 1.7. Layouts that are not in `_layout` are refused by name: Pillow opens
+Tags: TIFF 6.0, its supplements 1 and 2, DNG 1.7. Layouts that `_Layout` does not know are refused by name: Pillow opens
 many of them and shows something else.
 """
 
@@ -50,6 +50,8 @@ EXTRAS: Final[dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
 }
 """Photometric interpretation and bits -> ExtraSamples: 0 is unspecified, 1 alpha that multiplies, 2 alpha. Corel writes
 999 for alpha. RGB of 4 samples without the tag has alpha as well."""
+COLOURS: Final = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+"""Photometric interpretations that are decoded -> their samples."""
 UNCOMPRESSED, JPEG, CCITT = 1, 7, (2, 3, 4)
 COMPRESSIONS: Final = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "Deflate", 32773: "PackBits",
@@ -223,77 +225,105 @@ def _sub_directories(reader: _Reader, page: Directory) -> Iterator[Directory]:
             continue
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How the samples of a page lie, as far as the table needs it."""
+
+    photometric: int
+    samples: int
+    bits: int
+    sample_format: int
+    extra: tuple[int, ...]
+    planes: bool
+    """Each channel lies in a plane of its own."""
+    lone_plane: bool
+    """A single channel that says so, too, without compression: Pillow then forgets how its samples are made."""
+    compression: int
+    little_endian: bool
+
+    def __str__(self) -> str:
+        return (
+            f"a TIFF of {self.samples} × {self.bits} bits, {FORMATS.get(self.sample_format, 'unknown')}, "
+            f"{PHOTOMETRICS.get(self.photometric, self.photometric)}, {'planes' if self.planes else 'contiguous'}, "
+            f"compression {COMPRESSIONS.get(self.compression, self.compression)}"
+        )
+
+    @property
+    def is_deep_grey(self) -> bool:
+        """Grey of more bits than 8, which is scaled here and not by Pillow."""
+        known = {(1, 16), (3, 32)} | ({(1, 12), (1, 32)} if self.little_endian else set())
+        return (self.photometric, self.samples) == (1, 1) and (self.sample_format, self.bits) in known
+
+    def refusal(self) -> str | None:
+        """Why the layout is not decoded; None: the tests compare it with samples read from the strips by hand."""
+        colours = COLOURS.get(self.photometric)
+        if self.compression not in COMPRESSIONS:
+            return "this compression is not decoded"
+        if colours is None:
+            return "these colours are not decoded"
+        silent_alpha = (self.photometric, self.samples, self.extra) == (2, 4, ())
+        if self.samples != colours + len(self.extra) and not silent_alpha:
+            return f"its colours need {colours} samples, and {len(self.extra)} more are declared"
+        if self.extra and self.extra not in EXTRAS.get((self.photometric, self.bits), ()):
+            return f"extra samples of the kinds {', '.join(map(str, self.extra))} are not decoded with these"
+        return self._refusal_of_grey() if self.is_deep_grey else self._refusal_of_levels()
+
+    def _refusal_of_grey(self) -> str | None:
+        if self.bits == 12 and self.compression != UNCOMPRESSED:
+            return "12 bits are decoded without compression only"
+        return "a single plane of more than 8 bits is not decoded" if self.lone_plane else None
+
+    def _refusal_of_levels(self) -> str | None:
+        plain = not self.extra or (self.photometric, self.extra, self.compression) == (2, (2,), UNCOMPRESSED)
+        if self.sample_format != 1 or self.bits not in (1, 2, 4, 8, 16):
+            return "only unsigned samples of up to 16 bits, and grey of 32, are decoded"
+        if self.bits == 16 and self.photometric not in (2, 5):
+            return "16 bits are decoded as grey from black, RGB and CMYK only"
+        if self.bits < 8 and (self.photometric not in (0, 1, 3) or self.samples > 1):
+            return "fewer than 8 bits are decoded as grey or palette only"
+        if self.planes and not (plain and self.bits == 8 and self.photometric in (2, 5)):
+            return "planes are decoded in RGB and CMYK of 8 bits only"
+        if self.lone_plane and (self.bits < 8 or self.photometric != 1):
+            return "a single plane is decoded as grey of 8 bits only"
+        return None
+
+
 def _layout(page: Directory, data: bytes) -> int | None:
-    """Refuse what is not known to decode right; the sample that is white where samples have more than 8 bits.
-
-    Known right are those that the tests compare with samples read from the strips by hand.
-    """
-    compression = page.one(COMPRESSION, UNCOMPRESSED)
-    photometric = page.one(PHOTOMETRIC, 0)
-    samples = page.one(SAMPLES, 1)
-    all_bits = page.tags.get(BITS, (1,))
-    bits = all_bits[0]
-    formats = set(page.tags.get(FORMAT, (1,))) or {1}
-    extra = page.tags.get(EXTRA, ())
-    planes = page.one(PLANAR, 1) == 2 and samples > 1
-    kind = FORMATS.get(min(formats), "unknown")
-    said = (
-        f"a TIFF of {samples} × {bits} bits, {kind}, {PHOTOMETRICS.get(photometric, photometric)}, "
-        f"{'planes' if planes else 'contiguous'}, compression {COMPRESSIONS.get(compression, compression)}"
+    """Refuse what is not known to decode right; the sample that is white where the depth of a page says it."""
+    all_bits, formats = page.tags.get(BITS) or (1,), page.tags.get(FORMAT) or (1,)
+    samples, compression = page.one(SAMPLES, 1), page.one(COMPRESSION, UNCOMPRESSED)
+    apart = page.one(PLANAR, 1) == 2
+    layout = _Layout(
+        photometric=page.one(PHOTOMETRIC, 0),
+        samples=samples,
+        bits=all_bits[0],
+        sample_format=formats[0],
+        extra=page.tags.get(EXTRA, ()),
+        planes=apart and samples > 1,
+        lone_plane=apart and samples == 1 and compression == UNCOMPRESSED,
+        compression=compression,
+        little_endian=data[:2] == b"II",
     )
+    reason = layout.refusal()
+    if len(set(all_bits)) > 1 or len(set(formats)) > 1:
+        reason = "samples of different kinds are not decoded"
+    reason = reason or _refusal_of_tags(page, layout)
+    if reason is not None:
+        raise ImageCorruptError(f"{layout}: {reason}")
+    return 4095 if layout.bits == 12 else None
 
-    def refuse(reason: str) -> ImageCorruptError:
-        return ImageCorruptError(f"{said}: {reason}")
 
-    if compression not in COMPRESSIONS:
-        raise refuse("this compression is not decoded")
-    if len(set(all_bits)) > 1 or len(formats) > 1:
-        raise refuse("samples of different kinds are not decoded")
-    colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(photometric)
-    if colours is None:
-        raise refuse("these colours are not decoded")
-    silent_alpha = (photometric, samples, extra) == (2, 4, ())
-    if samples != colours + len(extra) and not silent_alpha:
-        raise refuse(f"its colours need {colours} samples, and {len(extra)} more are declared")
-    if extra and extra not in EXTRAS.get((photometric, bits), ()):
-        raise refuse(f"extra samples of the kinds {', '.join(map(str, extra))} are not decoded with these")
-    if page.one(FILL_ORDER, 1) != 1 and (bits > 1 or planes or compression not in (UNCOMPRESSED, *CCITT)):
-        raise refuse("fill order 2 is decoded in images of one bit only")
-    format_ = formats.pop()
-    deep = (
-        (format_ == 1 and bits == 16)
-        or (format_ == 1 and bits in (12, 32) and data[:2] == b"II")
-        or (format_ == 3 and bits == 32)
-    )
-    if samples == 1 and photometric == 1 and deep:
-        if bits == 12 and compression != UNCOMPRESSED:
-            raise refuse("12 bits are decoded without compression only")
-        if page.one(PLANAR, 1) == 2 and compression == UNCOMPRESSED:
-            raise refuse("a single plane of more than 8 bits is not decoded")
-        return 4095 if bits == 12 else None
-    if format_ != 1 or bits not in (1, 2, 4, 8, 16):
-        raise refuse("only unsigned samples of up to 16 bits, and grey of 32, are decoded")
-    if bits == 16 and photometric not in (2, 5):
-        raise refuse("16 bits are decoded as grey from black, RGB and CMYK only")
-    if bits < 8 and (photometric not in (0, 1, 3) or samples > 1):
-        raise refuse("fewer than 8 bits are decoded as grey or palette only")
-    if planes and (
-        bits == 16
-        or photometric not in (2, 5)
-        or extra not in ((), (2,))
-        or (extra and (photometric, compression) != (2, UNCOMPRESSED))
-    ):
-        raise refuse("planes are decoded in RGB and CMYK of 8 bits only")
-    if page.one(PLANAR, 1) == 2 and not planes and (bits < 8 or photometric != 1) and compression == UNCOMPRESSED:
-        raise refuse("a single plane is decoded as grey of 8 bits only")
-    if photometric == 6:
-        plain = page.tags.get(SUBSAMPLING, (2, 2)) == (1, 1) or compression == JPEG
-        if not plain:
-            raise refuse("YCbCr is decoded where it is not subsampled, or in JPEG")
-    if photometric == 5 and (page.one(INK_SET, 1) != 1 or page.tags.get(DOT_RANGE, (0, 255))[:1] != (0,)):
-        raise refuse("other inks than CMYK, or inverted ones, are not decoded")
-    if photometric == 3 and not page.tags.get(COLOUR_MAP):
-        raise refuse("the palette is missing")
+def _refusal_of_tags(page: Directory, layout: _Layout) -> str | None:
+    bilevel = layout.bits == 1 and not layout.planes and layout.compression in (UNCOMPRESSED, *CCITT)
+    if page.one(FILL_ORDER, 1) != 1 and not bilevel:
+        return "fill order 2 is decoded in images of one bit only"
+    if layout.photometric == 6 and layout.compression != JPEG and page.tags.get(SUBSAMPLING, (2, 2)) != (1, 1):
+        return "YCbCr is decoded where it is not subsampled, or in JPEG"
+    if layout.photometric == 5 and (page.one(INK_SET, 1) != 1 or page.one(DOT_RANGE, 0) != 0):
+        return "other inks than CMYK, or inverted ones, are not decoded"
+    palette = page.tags.get(COLOUR_MAP, ())
+    if layout.photometric == 3 and 0 < max(palette, default=1) < 256:
+        return "a palette that is missing, or of 8 bits where the format has 16"
     return None
 
 

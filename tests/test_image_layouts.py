@@ -95,6 +95,12 @@ def test_tiff_of_colours_that_pillow_does_not_know_is_refused(photometric: int) 
         decode(tiff(drawn(3, 8), photometric, 8))
 
 
+def test_tiff_palette_of_8_bits_is_refused_rather_than_shown_black() -> None:
+    tags: dict[int, tuple[int, Sequence[int]]] = {320: (3, [*range(256)] * 3)}
+    with pytest.raises(ImageCorruptError, match="palette"):
+        decode(tiff(drawn(1, 8), 3, 8, tags=tags))
+
+
 def test_unsigned_tiff_of_32_bits_is_scaled_by_its_type() -> None:
     samples = np.linspace(0, 2**32 - 1, 21 * 37).reshape(21, 37, 1).astype(np.uint32)
     assert np.abs(decode(tiff(samples, 1, 32)) - samples / (2**32 - 1) * 255).max() <= 0.51
