@@ -103,7 +103,7 @@ def ablate(
     text = as_text(rows)
     storage.write_json(storage.join(out, "ablation.json"), result)
     storage.write_bytes(storage.join(out, "ablation.txt"), (text + "\n").encode())
-    click.echo(text)
+    console.show(text)
     say(f"table: {storage.join(out, 'ablation.json')}")
     return result
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from jobs import console
+from jobs import console, storage
 from jobs.console import say
 from nsnet.errors import UsageError
 
@@ -28,7 +28,7 @@ def command(out: str, **options: Any) -> int:
     The fakes are drawn scenes passed through a small up-sampling decoder: they show that the whole way works, and say
     nothing about pictures from today's generators.
     """
-    demo(Path(out), **options)
+    demo(Path(storage.absolute(out)), **options)
     return 0
 
 
@@ -68,7 +68,7 @@ def _progress(name: str, total: int) -> Any:
     """A line that is redrawn on a terminal, and silence in a log."""
     if not sys.stderr.isatty():
         return None
-    return lambda done: click.echo(f"\r\033[Kpictures: {name}, scene {done}/{total}", err=True, nl=done == total)
+    return lambda done: console.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import pyarrow as pa
 from jobs import schema, sources, storage
 from jobs.faults import OUTAGE_SECONDS
 from jobs.guard import GuardedDecoder
+from jobs.redaction import without_secrets
 from jobs.storage import Fetched
 from nsnet import bundle
 from nsnet.errors import (
@@ -136,7 +137,7 @@ def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
         "status": "failed",
         "error_stage": error.stage,
         "error_class": type(error).__name__,
-        "error_message": str(error)[:1000],
+        "error_message": without_secrets(str(error))[:1000],
     }
 
 

@@ -32,6 +32,7 @@ from botocore.exceptions import ClientError
 from jobs import faults
 from jobs.faults import Fault
 from jobs.left_out import LeftOut
+from jobs.redaction import holds_secrets, without_secrets
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 
 SCHEMES: Final = ("file", "s3")
@@ -67,7 +68,23 @@ class Entry:
 
 
 def absolute(uri: str) -> str:
-    """`s3://…` as it is; a local path made absolute. Raises `UsageError` for other schemes and for no place at all."""
+    """`s3://…` as it is; a local path made absolute.
+
+    Raises `UsageError` for other schemes, for no place at all, for what is not UTF-8, and for an address with a
+    password or a signature: it would be printed and recorded.
+    """
+    if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
+        raise UsageError(f"{without_secrets(ascii(uri))} is not UTF-8: rename it, or name a folder above it")
+    return located(uri)
+
+
+def located(uri: str) -> str:
+    """The same for what is only read here and recorded nowhere: a local file may have any name."""
+    if holds_secrets(uri):
+        raise UsageError(
+            f"{without_secrets(uri)}: an address must hold no user, password or signature. Give keys in "
+            "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by a role"
+        )
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in SCHEMES:
         raise UsageError(f"{uri}: only local paths and s3:// are supported, not {scheme}://")
@@ -102,6 +119,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """fsspec filesystem and the path in it."""
     if is_local(uri):
         return fsspec.filesystem("file"), uri
+    _check_endpoint()
     # Listings are not cached: what another process wrote must be seen.
     settings = {
         "connect_timeout": CONNECT_SECONDS,
@@ -110,6 +128,16 @@ def filesystem(uri: str) -> tuple[Any, str]:
         "retries": {"mode": "standard", "max_attempts": 4},
     }
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=settings), uri.partition("://")[2]
+
+
+def _check_endpoint() -> None:
+    """S3 signs its requests: a user in its address is a mistake, and clients quote the address in their errors."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if holds_secrets(os.environ.get(name, "")):
+            raise UsageError(
+                f"{name} is {without_secrets(os.environ[name])}: it must hold no user or password, as in "
+                "https://host:9000. Give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -146,8 +174,10 @@ def reachable(uri: str) -> None:
         _page(uri, prefix, 1, timeout=REACH_SECONDS)
     except FileNotFoundError as error:
         raise StorageError(f"the bucket s3://{bucket} does not exist") from error
+    except UsageError:
+        raise
     except Exception as error:  # botocore, aiohttp and OS errors share no base
-        endpoint = faults.without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
+        endpoint = without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
         raise StorageError(
             f"the bucket s3://{bucket} at {endpoint} cannot be reached: {faults.reason(error)}"
         ) from error
@@ -406,7 +436,7 @@ def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
         try:
             data, retries = read()
             return Fetched(data=data, requests=requests + retries)
-        except ImageError:
+        except (ImageError, UsageError):
             raise
         except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
             fault = faults.kind(error)

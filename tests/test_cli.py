@@ -273,13 +273,14 @@ def test_exit_codes_of_errors_are_those_promised(monkeypatch: pytest.MonkeyPatch
         assert code == 1 and message.startswith("error: the store failed: ") and "s3cret" not in message
 
 
-def test_error_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_program_itself_keeps_its_traceback_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise KeyError("x")
+        raise KeyError("https://me:s3cret@store/x?sig=s1gned")
 
     monkeypatch.setattr(cli.group, "invoke", fail)
-    with pytest.raises(KeyError):
-        run_command("score")
+    code, out, err = run_command("score")
+    assert code == 1 and out == "" and err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1] == "KeyError: 'https://***@store/x?***'" and "in fail" in err
 
 
 def test_program_answers_quickly_and_starts_no_library_for_its_help() -> None:

@@ -275,7 +275,9 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
 @pytest.mark.parametrize("password", ["secret", "se@cret", "s:ecret"])
 def test_error_is_told_without_the_password_of_an_address(password: str) -> None:
     error = OSError(f"no answer from http://me:{password}@store:8080/a and https://me:{password}@other, of s3://b/a@b")
-    assert faults.reason(error) == "OSError: no answer from http://store:8080/a and https://other, of s3://b/a@b"
+    assert (
+        faults.reason(error) == "OSError: no answer from http://***@store:8080/a and https://***@other, of s3://b/a@b"
+    )
 
 
 # What was listed and is there no more.
