@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import console, parquet, results, storage
+from jobs.address import check_address
 from jobs.console import say
 from jobs.request import TrainRequest
 from jobs.train import PREDICTIONS, RESULT, WorkersType, train
@@ -85,6 +86,7 @@ def ablate(
     ]
     for request in requests:
         request.resolved()
+    check_address(shared.address)
     split = share_split(shared)
     failed: dict[str, str] = {}
     for number, request in enumerate(requests, start=1):

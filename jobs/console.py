@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -19,6 +21,8 @@ from nsnet.images import DecodeLimits
 
 EXIT_TOO_MANY_FAILED = 3
 """Finished and published, but more images failed than allowed."""
+WAITING_SECONDS = 15.0
+"""Between two lines about something that is waited for."""
 
 
 def run(command: click.Command, name: str) -> NoReturn:
@@ -87,6 +91,25 @@ def _to_stderr(text: str, newline: bool = True) -> None:
     """A night must not end because a terminal was closed, the reader of a pipe went, or a log's disk is full."""
     with suppress(OSError):
         click.echo(text, err=True, nl=newline)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say every `WAITING_SECONDS` what the body waits for, and how busy this machine is."""
+    stop, started = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not stop.wait(WAITING_SECONDS):
+            load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+            say(f"waiting for {what}: {time.monotonic() - started:.0f} s so far, {load}")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=WAITING_SECONDS)
 
 
 def show(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from jobs import console, storage
+from jobs.address import check_address
 from jobs.console import say
 from nsnet.errors import UsageError
 
@@ -44,6 +45,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
     out = out.absolute()
     if (out / "detector" / "detector.json").exists():
         raise UsageError(f"{out} already holds a finished demo; choose another --out or remove it")
+    check_address(address)
     parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
     for name, scenes in parts.items():
         count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))

@@ -44,7 +44,7 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
         storage.make_folder(uri.rpartition("/")[0])
     system, path = storage.arrow_filesystem(uri)
     count = 0
-    with pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
+    with storage.naming(uri), pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
         for table in _groups(batches, schema):
             writer.write_table(table)
             count += table.num_rows

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -215,9 +215,14 @@ def check_output(uri: str) -> None:
     """Raise `StorageError` or `UsageError` where nothing could be written: before the work, not after it."""
     reachable(uri)
     if is_local(uri):
-        there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+        try:
+            there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+        except OSError as error:  # a name that is too long, a link to itself
+            raise UsageError(f"{uri} cannot be a folder: {error.strerror}") from error
         if not there.is_dir():
             raise UsageError(f"{uri} cannot be a folder: {there} is a file")
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise StorageError(f"{uri} cannot be written: {there} is mounted read-only; choose another --out")
         if not os.access(there, os.W_OK):
             raise StorageError(f"{uri} cannot be written: {there} does not allow it")
 
@@ -520,6 +525,17 @@ def _refresh(uri: str) -> None:
             _refreshed_at = time.monotonic()
 
 
+@contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Errors of the system in the body name this file: what fails while writing (a full disk) names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = uri
+        raise
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write an object whole: a reader sees all of it or nothing."""
     system, path = filesystem(uri)
@@ -533,11 +549,23 @@ def _write_partial(path: str, data: bytes) -> str:
     """Write a file beside its place, down to the disk: a machine may lose its power."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    with open(partial, "wb") as file:
+    with _whole(partial), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+@contextmanager
+def _whole(partial: str) -> Iterator[None]:
+    """What the body could not finish is removed: on a full disk it would take the room that is left."""
+    try:
+        with naming(partial):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -576,12 +604,8 @@ def _create_exclusively(path: str, data: bytes) -> bool:
         file = open(path, "xb")  # noqa: SIM115 - what was there before must not be removed below
     except FileExistsError:
         return False
-    try:
-        with file:
-            file.write(data)
-    except OSError:
-        os.unlink(path)
-        raise
+    with _whole(path), file:
+        file.write(data)
     return True
 
 
@@ -620,9 +644,10 @@ def upload_file(path: Path, uri: str) -> None:
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
-    shutil.copyfile(path, partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    with _whole(partial):
+        shutil.copyfile(path, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(partial, target)
 
 
