@@ -2,10 +2,13 @@
 
 import os
 import secrets
+import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from jobs import faults
 from jobs.address import check_address
@@ -31,12 +34,13 @@ nearly half of the throughput."""
 START_SECONDS: Final = 240.0
 """Longest wait for an embedded cluster, and for the first worker of any: a machine may be busy with other things."""
 START_ENVIRONMENT: Final = {
-    "RAY_raylet_start_wait_time_s": f"{START_SECONDS:.0f}",
-    "RAY_gcs_server_port_wait_time_s": f"{START_SECONDS:.0f}",
+    "RAY_gcs_server_port_wait_time_s": "60",
     "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
 }
 """Ray's own limits for the start of an embedded cluster's parts, which are 10 to 60 s."""
+MIN_TEMPORARY_BYTES: Final = 64 * 2**20
+"""Least room for the sockets and logs of an embedded cluster."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that shows that workers start: more than none, since a head without CPUs does no work."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -170,12 +174,12 @@ def _begin(**settings: Any) -> None:
     """An embedded cluster. A busy machine is waited for; a start that fails sooner is tried once more."""
     import ray
 
+    _check_temporary_folder()
     for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     _keep_token()
-    cast(Any, ray)._raylet.Config.initialize("")  # Ray has read its settings when it was imported: once more
     started = time.monotonic()
-    with waiting("the embedded Ray cluster to start"):
+    with waiting("the embedded Ray cluster to start"), _patience():
         for last in (False, True):
             try:
                 ray.init(address="local", **settings)
@@ -188,6 +192,41 @@ def _begin(**settings: Any) -> None:
                         "the machine busy or its memory full?"
                     ) from error
                 say("the embedded Ray cluster did not start: once more")
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Let Ray ask for its node for `START_SECONDS`: it gives up after 30, whatever it was set to.
+
+    Not its `RAY_raylet_start_wait_time_s`, within which no Ctrl-C and no SIGTERM comes through.
+    """
+    import ray._private.services as services
+
+    ask, deadline = services.get_node, time.monotonic() + START_SECONDS
+
+    def ask_again(*arguments: Any) -> Any:
+        while True:
+            try:
+                return ask(*arguments)  # type: ignore[no-untyped-call]
+            except RuntimeError:  # the node is not there after 10 s
+                if time.monotonic() > deadline:
+                    raise
+
+    services.get_node = ask_again
+    try:
+        yield
+    finally:
+        services.get_node = ask
+
+
+def _check_temporary_folder() -> None:
+    """Ray's processes die without a word where they cannot write their files."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray looks for it
+    if (free := shutil.disk_usage(folder).free) < MIN_TEMPORARY_BYTES:
+        raise StorageError(
+            f"{folder}: {free / 2**20:.0f} MiB are free, Ray's own files need {MIN_TEMPORARY_BYTES / 2**20:.0f}: make "
+            "room, or set TMPDIR to another folder"
+        )
 
 
 def _keep_token() -> None:

@@ -531,7 +531,7 @@ def naming(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno in faults.ADVICE and error.filename is None:
             error.filename = uri
         raise
 
