@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+import re
 import traceback
 from enum import Enum
 from typing import Any, Final
@@ -125,9 +126,14 @@ def wait_seconds(attempt: int) -> float:
     return random.uniform(0.0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
 
 
+def own_words(error: BaseException) -> str:
+    """An error's message, without what Ray Data appends to it about attempts."""
+    return re.split(r"\n?Failed to [^\n]*attempts \(total backoff", str(error), maxsplit=1)[0]
+
+
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    text = without_secrets(" ".join(str(error).split()))
+    text = without_secrets(" ".join(own_words(error).split()))
     return f"{type(error).__name__}: {text[:300] or 'no answer in time'}"
 
 
@@ -163,7 +169,7 @@ def explain(error: BaseException) -> str | None:
     error = root_cause(error)
     name = type(error).__name__
     if isinstance(error, NsnetError):
-        return str(error)
+        return own_words(error)
     if name in OUT_OF_MEMORY or isinstance(error, MemoryError):
         return (
             f"{_detail(error)}: out of memory; end other programs, or take a larger machine or a smaller --batch-size"
@@ -191,9 +197,16 @@ def _errno(error: BaseException) -> int | None:
 
 def _detail(error: BaseException) -> str:
     """`file: reason` where the system said so, else class and message."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return without_secrets(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    return reason(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return reason(error)
+    file = file_of(error)
+    return without_secrets(f"{file}: {error.strerror}" if file else f"{type(error).__name__}: {error.strerror}")
+
+
+def file_of(error: OSError) -> str | None:
+    """The file that an error of the system names. Ray Data puts its words on attempts into the same place."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    return None if not name or "\n" in name else name
 
 
 def _last_line(error: BaseException) -> str:

@@ -77,9 +77,9 @@ def _of_stream(error: Exception, folder: str) -> Exception:
     """What ended a stream, as a command's error in one line; a bug of a stage is left as it is, with its traceback."""
     cause = faults.root_cause(error)
     if isinstance(cause, NsnetError):
-        return type(cause)(str(cause))  # Ray's copy of it carries a remote traceback
+        return type(cause)(faults.own_words(cause))  # Ray's copy of it carries a remote traceback
     if (line := faults.explain(cause)) is not None:
-        named = isinstance(cause, OSError) and cause.filename is not None
+        named = not isinstance(cause, OSError) or faults.file_of(cause)
         return StorageError(line if named else f"writing below {folder}: {line}")
     if isinstance(cause, RayError | ExecutionTimeoutError):
         return StorageError(f"the cluster failed: {faults.reason(cause)}")

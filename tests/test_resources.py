@@ -1,10 +1,18 @@
 """Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
 
 import itertools
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RuntimeEnvSetupError
 
-from jobs import resources
+from jobs import console, resources
 from jobs.resources import shares
 from nsnet.errors import StorageError
 
@@ -74,6 +82,120 @@ def test_embedded_cluster_that_does_not_start_is_tried_once_more(
     if failures == 1:
         resources._begin(object_store_memory=1)
     else:
-        with pytest.raises(StorageError, match=r"does not start: The current node timed out .* is the machine busy"):
+        with pytest.raises(
+            StorageError, match=r"does not start: Exception: The current node timed out .* is the machine busy"
+        ):
             resources._begin(object_store_memory=1)
     assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
+
+
+# What an embedded cluster is waited for.
+
+
+def test_node_is_asked_for_again_until_the_start_has_taken_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.services as services
+
+    tries = itertools.count(1)
+
+    def absent(*_: object) -> str:
+        if next(tries) < 5:
+            raise RuntimeError("no such node")
+        return "node"
+
+    monkeypatch.setattr(services, "get_node", absent)
+    with resources._patience():
+        assert services.get_node("address", "id") == "node"
+    assert services.get_node is absent
+    monkeypatch.setattr(resources, "START_SECONDS", -1.0)
+    tries = itertools.count(1)
+    with pytest.raises(RuntimeError, match="no such node"), resources._patience():
+        services.get_node("address", "id")
+    assert next(tries) == 2
+
+
+def test_wait_is_said_with_the_load_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "WAITING_SECONDS", 0.01)
+    with console.waiting("a cluster"):
+        time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(re.fullmatch(r"waiting for a cluster: \d+ s so far, load \d+ on \d+ cores", line) for line in lines)
+
+
+def test_embedded_cluster_is_not_begun_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("begun"))
+    with pytest.raises(StorageError, match=rf"^{re.escape(str(tmp_path))}: 1 MiB are free.*set TMPDIR"):
+        resources._begin()
+
+
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+def test_token_of_an_embedded_cluster_needs_no_home(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    resources._keep_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps it below HOME
+    monkeypatch.setenv("HOME", str(tmp_path / "absent"))
+    resources._keep_token()
+    assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (0 if mode == "disabled" else 64)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+
+
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_uv_makes_no_environments_for_workers_unless_asked(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray._private.worker as worker
+    from ray._private import ray_constants
+    from ray._private.runtime_env import uv_runtime_env_hook
+
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run", "nsnet"])
+    monkeypatch.setattr(uv_runtime_env_hook, "hook", lambda _: {"py_executable": "uv run python"})
+    monkeypatch.setenv(resources.UV_HOOK, asked or "")
+    if asked is None:
+        monkeypatch.delenv(resources.UV_HOOK)
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    resources._leave_uv_alone()
+    assert worker._maybe_modify_runtime_env({}, False) == ({"py_executable": "uv run python"} if asked else {})
+    assert ("uv run: workers use this environment as it is" in capsys.readouterr().err) == (asked is None)
+
+
+class StubbornRay:
+    """Stands in for Ray: tasks never start, or fail."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def remote(self, **_: object) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda: "first")
+
+    def wait(self, references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        return (references, []) if self.error else ([], references)
+
+    def get(self, _: str) -> None:
+        assert self.error is not None
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(None, "none within 240 s"), (RuntimeEnvSetupError("uv: no such file"), "RuntimeEnvSetupError: .*no such file")],
+)
+def test_cluster_that_starts_no_worker_is_given_up(
+    error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubborn = StubbornRay(error)
+    for name in ("remote", "wait", "get"):
+        monkeypatch.setattr(f"ray.{name}", getattr(stubborn, name))
+    monkeypatch.setattr("ray.cancel", lambda _: None)
+    with pytest.raises(StorageError, match=f"^the cluster starts no worker: {reason}.*holds all its CPUs.*raylet.out"):
+        resources._await_worker()
