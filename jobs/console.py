@@ -127,7 +127,7 @@ def _to_stdout(text: str) -> None:
     try:
         click.echo(text)
     except OSError as error:
-        with suppress(OSError):  # what is buffered must not fail again when the interpreter ends
+        with suppress(OSError, ValueError):  # what is buffered must not fail again when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise _OutputError(f"standard output cannot be written: {error.strerror}") from error
 
