@@ -1,16 +1,11 @@
 """The cluster that a command runs on, and the shares of it that its stages take."""
 
 import os
-import secrets
-import shutil
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs import faults
+from jobs import embedded, faults
 from jobs.address import check_address
 from jobs.console import say, waiting
 from jobs.redaction import guard_logs
@@ -19,28 +14,9 @@ from nsnet.errors import StorageError
 if TYPE_CHECKING:
     from ray.data.checkpoint import CheckpointConfig
 
-OBJECT_STORE_BYTES: Final = 2 * 2**30
-"""Object store of an embedded cluster: pictures stream through it, they do not collect there."""
-
 BLOCK_BYTES: Final = 16 * 2**20
 """Largest block between stages: some 32 pictures with BLIP's thumbnails, small enough to stream."""
 
-NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
-"""Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of
-them than CPUs; but decoding waits for the models now and then, and every new worker imports for seconds: on two cores,
-nearly half of the throughput."""
-
-
-START_SECONDS: Final = 240.0
-"""Longest wait for an embedded cluster, and for the first worker of any: a machine may be busy with other things."""
-START_ENVIRONMENT: Final = {
-    "RAY_gcs_server_port_wait_time_s": "60",
-    "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
-    "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
-}
-"""Ray's own limits for the start of an embedded cluster's parts, which are 10 to 60 s."""
-MIN_TEMPORARY_BYTES: Final = 64 * 2**20
-"""Least room for the sockets and logs of an embedded cluster."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that shows that workers start: more than none, since a head without CPUs does no work."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -116,7 +92,7 @@ def streaming_bytes() -> int:
     import ray
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(0.25 * available.get("object_store_memory", OBJECT_STORE_BYTES))
+    return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
 
 
 def connect(address: str | None = None) -> None:
@@ -146,7 +122,7 @@ def connect(address: str | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {faults.reason(error)}") from error
     else:
-        _begin(object_store_memory=OBJECT_STORE_BYTES, **settings)
+        embedded.start(**settings)
     if callable(ended):  # Ray puts its own in the place of the command's
         signal.signal(signal.SIGTERM, ended)
     configure_data()
@@ -170,76 +146,6 @@ def _leave_uv_alone() -> None:
         say(f"uv run: workers use this environment as it is; {UV_HOOK}=1 has Ray make it anew for each")
 
 
-def _begin(**settings: Any) -> None:
-    """An embedded cluster. A busy machine is waited for; a start that fails sooner is tried once more."""
-    import ray
-
-    _check_temporary_folder()
-    for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
-        os.environ.setdefault(name, value)
-    _keep_token()
-    started = time.monotonic()
-    with waiting("the embedded Ray cluster to start"), _patience():
-        for last in (False, True):
-            try:
-                ray.init(address="local", **settings)
-                return
-            except Exception as error:  # Ray has no class for it
-                ray.shutdown()
-                if last or time.monotonic() - started > START_SECONDS:
-                    raise StorageError(
-                        f"an embedded Ray cluster does not start: {faults.explain(error) or faults.reason(error)}; is "
-                        "the machine busy or its memory full?"
-                    ) from error
-                say("the embedded Ray cluster did not start: once more")
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Let Ray ask for its node for `START_SECONDS`: it gives up after 30, whatever it was set to.
-
-    Not its `RAY_raylet_start_wait_time_s`, within which no Ctrl-C and no SIGTERM comes through.
-    """
-    import ray._private.services as services
-
-    ask, deadline = services.get_node, time.monotonic() + START_SECONDS
-
-    def ask_again(*arguments: Any) -> Any:
-        while True:
-            try:
-                return ask(*arguments)  # type: ignore[no-untyped-call]
-            except RuntimeError:  # the node is not there after 10 s
-                if time.monotonic() > deadline:
-                    raise
-
-    services.get_node = ask_again
-    try:
-        yield
-    finally:
-        services.get_node = ask
-
-
-def _check_temporary_folder() -> None:
-    """Ray's processes die without a word where they cannot write their files."""
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray looks for it
-    if (free := shutil.disk_usage(folder).free) < MIN_TEMPORARY_BYTES:
-        raise StorageError(
-            f"{folder}: {free / 2**20:.0f} MiB are free, Ray's own files need {MIN_TEMPORARY_BYTES / 2**20:.0f}: make "
-            "room, or set TMPDIR to another folder"
-        )
-
-
-def _keep_token() -> None:
-    """Ray keeps the token of an embedded cluster below HOME; where that cannot be written, the environment holds it."""
-    known = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or any(name in os.environ for name in known):
-        return
-    folder = os.path.join(os.path.expanduser("~"), ".ray")
-    home = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    if not os.path.isfile(os.path.join(folder, "auth_token")) and not os.access(home, os.W_OK):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
 def _await_worker() -> None:
     """Wait until the cluster runs a first task, whose process others use after it. Raises `StorageError`."""
     import ray
@@ -247,12 +153,12 @@ def _await_worker() -> None:
     first = ray.remote(num_cpus=WORKER_CPUS, max_retries=0)(_started).remote()
     try:
         with waiting("a first worker of the cluster"):
-            ready, _ = ray.wait([first], timeout=START_SECONDS)
+            ready, _ = ray.wait([first], timeout=embedded.START_SECONDS)
         if ready:
             ray.get(first)
             return
         ray.cancel(first)
-        problem = f"none within {START_SECONDS:g} s"
+        problem = f"none within {embedded.START_SECONDS:g} s"
     except ray.exceptions.RayError as error:
         problem = faults.reason(faults.root_cause(error))
     raise StorageError(

@@ -23,9 +23,10 @@ import ray
 import yaml
 
 from jobs import cli, score, storage, train
+from jobs.embedded import NODE_ENVIRONMENT
 from jobs.ledger import Run
 from jobs.request import TrainRequest
-from jobs.resources import NODE_ENVIRONMENT, shares
+from jobs.resources import shares
 from nsnet import recipes
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 

@@ -1,11 +1,8 @@
 """Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
 
 import itertools
-import os
 import re
-import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,52 +64,6 @@ def test_cluster_without_cpus_is_refused(gpus: float) -> None:
         shares(0, gpus)
 
 
-@pytest.mark.parametrize("failures", [1, 2])
-def test_embedded_cluster_that_does_not_start_is_tried_once_more(
-    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tries = itertools.count(1)
-
-    def init(**_: object) -> None:
-        if next(tries) <= failures:
-            raise Exception("The current node timed out during startup.\nThis could happen")
-
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
-    if failures == 1:
-        resources._begin(object_store_memory=1)
-    else:
-        with pytest.raises(
-            StorageError, match=r"does not start: Exception: The current node timed out .* is the machine busy"
-        ):
-            resources._begin(object_store_memory=1)
-    assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
-
-
-# What an embedded cluster is waited for.
-
-
-def test_node_is_asked_for_again_until_the_start_has_taken_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray._private.services as services
-
-    tries = itertools.count(1)
-
-    def absent(*_: object) -> str:
-        if next(tries) < 5:
-            raise RuntimeError("no such node")
-        return "node"
-
-    monkeypatch.setattr(services, "get_node", absent)
-    with resources._patience():
-        assert services.get_node("address", "id") == "node"
-    assert services.get_node is absent
-    monkeypatch.setattr(resources, "START_SECONDS", -1.0)
-    tries = itertools.count(1)
-    with pytest.raises(RuntimeError, match="no such node"), resources._patience():
-        services.get_node("address", "id")
-    assert next(tries) == 2
-
-
 def test_wait_is_said_with_the_load_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,31 +73,6 @@ def test_wait_is_said_with_the_load_of_the_machine(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
     assert all(re.fullmatch(r"waiting for a cluster: \d+ s so far, load \d+ on \d+ cores", line) for line in lines)
-
-
-def test_embedded_cluster_is_not_begun_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
-    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("begun"))
-    with pytest.raises(StorageError, match=rf"^{re.escape(str(tmp_path))}: 1 MiB are free.*set TMPDIR"):
-        resources._begin()
-
-
-@pytest.mark.parametrize("mode", [None, "token", "disabled"])
-def test_token_of_an_embedded_cluster_needs_no_home(
-    mode: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    if mode is not None:
-        monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    resources._keep_token()
-    assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps it below HOME
-    monkeypatch.setenv("HOME", str(tmp_path / "absent"))
-    resources._keep_token()
-    assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (0 if mode == "disabled" else 64)
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
 
 
 @pytest.mark.parametrize("asked", [None, "1"])
