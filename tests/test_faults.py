@@ -547,9 +547,9 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
 def test_what_a_machine_cannot_do_is_one_line_also_out_of_a_task(error: Exception, line: str) -> None:
     carried = _Carried(_Carried(error))
     assert faults.root_cause(carried) is error and faults.root_cause(error) is error
-    told = faults.explain(carried)
-    assert told is not None and told == faults.explain(error)
-    assert told.startswith(line) and "\n" not in told and "ray::" not in told
+    line_said = faults.explain(carried)
+    assert line_said is not None and line_said == faults.explain(error)
+    assert line_said.startswith(line) and "\n" not in line_said and "ray::" not in line_said
 
 
 def test_error_that_ray_data_has_annotated_is_told_in_its_own_words() -> None:

@@ -46,8 +46,8 @@ def test_memory_and_secrets_of_a_task_are_told_and_hidden() -> None:
 
 @pytest.mark.parametrize("error", [WorkerCrashedError(), ExecutionTimeoutError("no progress for 1800 s")])
 def test_cluster_that_fails_is_said(error: Exception) -> None:
-    told = _of_stream(error, "/out")
-    assert type(told) is StorageError and str(told).startswith(f"the cluster failed: {type(error).__name__}: ")
+    raised = _of_stream(error, "/out")
+    assert type(raised) is StorageError and str(raised).startswith(f"the cluster failed: {type(error).__name__}: ")
 
 
 def test_bug_of_a_stage_stays_what_it_is() -> None:
