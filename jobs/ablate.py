@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import console, parquet, results, storage
+from jobs.address import check_address
 from jobs.console import say
 from jobs.request import TrainRequest
 from jobs.train import PREDICTIONS, RESULT, WorkersType, train
@@ -86,6 +87,7 @@ def ablate(
     ]
     for request in requests:
         request.resolved()
+    check_address(shared.address)
     split = share_split(shared)
     failed: dict[str, str] = {}
     for number, request in enumerate(requests, start=1):
@@ -104,7 +106,7 @@ def ablate(
     text = as_text(rows)
     storage.write_json(storage.join(out, "ablation.json"), result)
     storage.write_bytes(storage.join(out, "ablation.txt"), (text + "\n").encode())
-    click.echo(text)
+    console.show(text)
     say(f"table: {storage.join(out, 'ablation.json')}")
     return result
 

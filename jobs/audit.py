@@ -78,7 +78,7 @@ def audit(
             storage.write_bytes(storage.join(place, REPORT), (text + "\n").encode())
             storage.write_json(storage.join(place, RESULT), result)
             say(f"report: {storage.join(place, RESULT)}")
-    click.echo(text)
+    console.show(text)
     return result
 
 

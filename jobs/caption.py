@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs import console, failures, ledger, schema, storage
+from jobs.address import check_address
 from jobs.attempts import Attempt
 from jobs.ledger import Run
 from jobs.plan import Selection
@@ -70,6 +71,7 @@ def caption(
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     source, out, limits = storage.absolute(source), storage.absolute(out), limits or DecodeLimits()
     storage.check_output(out)
+    check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
     models = Models(clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner))

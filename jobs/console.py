@@ -1,47 +1,71 @@
 """What all commands share: exit codes, one-line errors, common options."""
 
+import io
+import json
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
 from jobs.left_out import first_named
+from jobs.redaction import guard_logs, traceback_text, without_secrets
 from nsnet.errors import NsnetError
 from nsnet.images import DecodeLimits
 
 EXIT_TOO_MANY_FAILED = 3
 """Finished and published, but more images failed, or more of the source could not be read, than allowed."""
+WAITING_SECONDS = 15.0
+"""Between two lines about something that is waited for."""
 
 
 def run(command: click.Command, name: str) -> NoReturn:
-    """Run a command as the program: an expected error is one line on stderr and its exit code, never a traceback."""
+    """Run a command as the program: what can be expected ends as one line on stderr and an exit code.
+
+    Expected are errors of `nsnet.errors`, wrong usage, signals, and what a store or this machine does
+    (`faults.explain`): every `OSError`, errors of the store's client, memory, nesting; also where Ray carried them here
+    from a task. Anything else is a bug of this program: it keeps its traceback, without secrets, and ends with 1.
+    """
+    _tolerant_streams()
     quiet_libraries()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(command.main(prog_name=name, standalone_mode=False) or 0)
-    except NsnetError as error:
-        _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)  # it quotes what was typed
+        say(usage.getvalue().rstrip("\n"))
         sys.exit(error.exit_code)
     except _Terminated:
         _fail("stopped", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 128 + signal.SIGINT)
-    except Exception as error:  # botocore, aiohttp and OS errors share no base
+    except _OutputError as error:
+        _fail(str(error), 1)
+    except Exception as error:  # botocore, aiohttp, Ray's and OS errors share no base
         from jobs import faults  # not sooner: its imports take a while
 
-        if faults.kind(error) in (faults.Fault.MISSING, faults.Fault.CHANGED, faults.Fault.PERMANENT):
-            raise
-        _fail(f"the store failed: {faults.reason(error)}", 1)
+        cause = faults.root_cause(error)
+        line = faults.explain(cause)
+        if line is None:
+            say(traceback_text(error))
+            sys.exit(1)
+        _fail(line, cause.exit_code if isinstance(cause, NsnetError) else 1)
 
 
 class _Terminated(SystemExit):
     """SIGTERM came."""
+
+
+class _OutputError(Exception):
+    """Nobody takes what goes to stdout."""
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -50,23 +74,85 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    say(f"error: {' '.join(message.split())}")
     sys.exit(code)
 
 
 def say(message: str) -> None:
     """Lines for the person who runs the command, on stderr: stdout is for results."""
-    click.echo("\n".join(printable(line) for line in message.split("\n")), err=True)
+    _to_stderr(_lines(message))
+
+
+def redraw(text: str, *, last: bool = False) -> None:
+    """A line in the place of the one before, on a terminal; the last one stays."""
+    _to_stderr(f"\r\033[K{printable(text)}", newline=last)
+
+
+def _to_stderr(text: str, newline: bool = True) -> None:
+    """A night must not end because a terminal was closed, the reader of a pipe went, or a log's disk is full."""
+    with suppress(OSError):
+        click.echo(text, err=True, nl=newline)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say every `WAITING_SECONDS` what the body waits for, and how busy this machine is."""
+    stop, started = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not stop.wait(WAITING_SECONDS):
+            load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+            say(f"waiting for {what}: {time.monotonic() - started:.0f} s so far, {load}")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=WAITING_SECONDS)
+
+
+def show(text: str) -> None:
+    """Results, on stdout."""
+    _to_stdout(_lines(text))
+
+
+def show_json(values: dict[str, Any]) -> None:
+    """A result as one line of JSON, on stdout."""
+    hidden = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+    _to_stdout(json.dumps(hidden))
+
+
+def _to_stdout(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what is buffered must not fail again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def printable(text: str) -> str:
-    """Text that may hold names from a source, without what a terminal would take for commands."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Text for people: without secrets, and without what a terminal would take for commands."""
+    return "".join(letter if letter.isprintable() else "?" for letter in without_secrets(text))
+
+
+def _lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _tolerant_streams() -> None:
+    """A letter that a stream's encoding lacks is written as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_libraries() -> None:
     """Keep libraries' chatter off the console: what matters is in our own lines, warnings of ours still show."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    guard_logs(None)
     for name in ("open_clip", "httpx", "huggingface_hub", "botocore", "aiobotocore", "s3fs"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # open_clip says on the root logger that a model starts from random weights: here that is a recipe's choice

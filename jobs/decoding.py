@@ -11,13 +11,14 @@ import numpy as np
 
 from jobs import frames
 from jobs.guard import Child, ChildTimeoutError, Clock, Zygote, exit_reason
-from nsnet import errors
+from nsnet import errors, preparation
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
 
-FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash")
+FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
 """What an answer's header says of an image."""
+MAX_REMARK: Final = 200
 SERVICE: Final = "jobs.decoding"
 
 _zygote = Zygote(SERVICE)
@@ -87,6 +88,7 @@ class GuardedDecoder:
             frames=_count(header["frames"]),
             quality=None if header["quality"] is None else _count(header["quality"]),
             perceptual_hash=_hash(header["perceptual_hash"]),
+            remark=None if header["remark"] is None else _text(header["remark"])[:MAX_REMARK],
         )
 
     def _running(self) -> Child:
@@ -124,10 +126,8 @@ def _hash(value: Any) -> str | None:
 
 
 def preload() -> None:
-    """Import what decoding needs later, when no file can be opened any more."""
-    from PIL import Image
-
-    Image.init()
+    """Load what decoding needs later, when no file can be opened any more."""
+    preparation.preload(PreparationConfig(thumbnail_px=16, fingerprint=True))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import click
 
-from jobs import console
+from jobs import console, storage
+from jobs.address import check_address
 from jobs.console import say
 from nsnet.errors import UsageError
 
@@ -28,7 +29,7 @@ def command(out: str, **options: Any) -> int:
     The fakes are drawn scenes passed through a small up-sampling decoder: they show that the whole way works, and say
     nothing about pictures from today's generators.
     """
-    demo(Path(out), **options)
+    demo(Path(storage.absolute(out)), **options)
     return 0
 
 
@@ -44,6 +45,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
     out = out.absolute()
     if (out / "detector" / "detector.json").exists():
         raise UsageError(f"{out} already holds a finished demo; choose another --out or remove it")
+    check_address(address)
     parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
     for name, scenes in parts.items():
         count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))
@@ -68,7 +70,7 @@ def _progress(name: str, total: int) -> Any:
     """A line that is redrawn on a terminal, and silence in a log."""
     if not sys.stderr.isatty():
         return None
-    return lambda done: click.echo(f"\r\033[Kpictures: {name}, scene {done}/{total}", err=True, nl=done == total)
+    return lambda done: console.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def _write(result: dict[str, Any], out: str) -> None:
     pq.write_table(long_table(result), parquet)
     storage.write_bytes(storage.join(out, "evaluation.parquet"), parquet.getvalue())
     storage.write_bytes(storage.join(out, "report.html"), page.encode())
-    click.echo(text)
+    console.show(text)
     say(f"table: {storage.join(out, 'evaluation.json')}\nreport: {storage.join(out, 'report.html')}")
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Final
 
 from jobs import failures, ledger, schema, storage
+from jobs.address import check_address
 from jobs.attempts import Attempt
 from jobs.ledger import Run
 from jobs.plan import Selection
@@ -30,6 +31,7 @@ def examine(
     """Publish the facts (`schema.FACTS`) of the pictures that have none in `out` yet; returns the run's record."""
     source, out, limits = storage.absolute(source), storage.absolute(out), limits or DecodeLimits()
     storage.check_output(out)
+    check_address(address)
     Source(source).check()
 
     def work(run: Run) -> Work:

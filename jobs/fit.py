@@ -10,10 +10,11 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError as RayTrainError
 
-from jobs import progress, resources, storage, worker
+from jobs import faults, progress, resources, storage, worker
 from jobs.checkpoints import settings_digest
 from jobs.examples import Examples
 from jobs.groundwork import FITTED, SPLIT, Facts
+from jobs.redaction import without_secrets
 from jobs.request import TrainRequest
 from jobs.resources import Shares
 from jobs.worker import WorkerConfig
@@ -73,9 +74,10 @@ def fit(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Example
 def _first_cause(error: BaseException) -> str:
     """What a person can act on, of an error that Ray has wrapped."""
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        return " ".join(str(failure).split())[-600:]
-    return " ".join(str(error).split())[-600:]
+    cause = faults.root_cause(next(iter(failures.values()), error))
+    if (line := faults.explain(cause)) is not None:
+        return line
+    return without_secrets(" ".join(str(cause).split()))[-600:]
 
 
 def _worker_config(

@@ -103,7 +103,7 @@ class Run:
         verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
         check()
         counts = Counts()
-        rows = counts.watch(parquet.read_small(staged, self.product.columns))
+        rows = counts.watch(parquet.read_small(staged, self.product.columns, optional=True))
         files: list[dict[str, Any]] = []
         try:
             for file in _write_parts(rows, self.product, self.final):

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from jobs import faults, storage
+from jobs import storage
 from jobs.labels import is_missing, text
 from jobs.layouts import Labels
+from jobs.redaction import without_secrets
 from jobs.schema import MANIFEST
 from nsnet.errors import UsageError
 
@@ -58,10 +59,8 @@ def from_values(values: Mapping[str, Any], manifest: str, number: int, **labels:
         return row(uri, etag, size, expected_hash=_hash(values.get(HASH)), **inside, **labels)
     except RowError as error:
         name = values.get("uri")
-        shown = f"{manifest}#{number}" if is_missing(name) else faults.without_secrets(readable(str(name)))
-        return row(
-            shown, etag, None, problem=f"row {number} of the manifest: {faults.without_secrets(str(error))}", **labels
-        )
+        shown = f"{manifest}#{number}" if is_missing(name) else without_secrets(readable(str(name)))
+        return row(shown, etag, None, problem=f"row {number} of the manifest: {without_secrets(str(error))}", **labels)
 
 
 def _place(name: Any, manifest: str) -> str:
@@ -74,7 +73,7 @@ def _place(name: Any, manifest: str) -> str:
         scheme, separator, path = folder.partition("://")
         uri = f"{scheme}{separator}{posixpath.normpath(f'{path}/{uri}')}" if separator else f"{folder}/{uri}"
         if separator and not uri.startswith(f"{scheme}://{path.partition('/')[0]}/"):
-            raise RowError(f"{faults.without_secrets(str(name))} leaves the bucket of the manifest")
+            raise RowError(f"{without_secrets(str(name))} leaves the bucket of the manifest")
     try:
         uri = storage.absolute(uri)
     except UsageError as error:

@@ -62,11 +62,11 @@ def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
     return pads.dataset([storage.arrow_path(uri) for uri in uris], schema=columns, filesystem=system, format="parquet")
 
 
-def read_small(uris: Sequence[str], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Some columns of many small files, several read at a time, in the order of the files."""
+def read_small(uris: Sequence[str], columns: pa.Schema, *, optional: bool = False) -> Iterator[pa.RecordBatch]:
+    """As `read`, of many small files, several at a time, in their order."""
 
     def whole(uri: str) -> list[pa.RecordBatch]:
-        return list(read(uri, columns))
+        return list(read(uri, columns, optional=optional))
 
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(uris), READERS):  # no further ahead than this: memory is bounded
@@ -80,7 +80,7 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
         storage.make_folder(uri.rpartition("/")[0])
     system, path = storage.arrow_filesystem(uri)
     count = 0
-    with pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
+    with storage.naming(uri), pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
         for table in _groups(batches, schema):
             writer.write_table(table)
             count += table.num_rows

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.data.exceptions import ExecutionTimeoutError
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
 from jobs import faults, progress, resources, schema, storage
@@ -71,11 +71,21 @@ class Stream:
                     concurrency=self.shares.writers,
                     ray_remote_args={"num_cpus": self.shares.light_task_cpus},
                 )
-            except NsnetError as error:  # Ray's copy of it carries a remote traceback
-                cause = getattr(error, "cause", error)
-                raise type(cause)(str(cause)) from None
-            except (RayError, ExecutionTimeoutError) as error:
-                raise StorageError(f"the cluster failed: {faults.reason(error)}") from error
+            except (NsnetError, RayError, ExecutionTimeoutError, SystemException) as error:
+                raise _of_stream(error, folder) from None
+
+
+def _of_stream(error: Exception, folder: str) -> Exception:
+    """What ended a stream, as a command's error in one line; a bug of a stage is left as it is, with its traceback."""
+    cause = faults.root_cause(error)
+    if isinstance(cause, NsnetError):
+        return type(cause)(faults.own_words(cause))  # Ray's copy of it carries a remote traceback
+    if (line := faults.explain(cause)) is not None:
+        named = not isinstance(cause, OSError) or faults.file_of(cause)
+        return StorageError(line if named else f"writing below {folder}: {line}")
+    if isinstance(cause, RayError | ExecutionTimeoutError):
+        return StorageError(f"the cluster failed: {faults.reason(cause)}")
+    return error
 
 
 def prepared(

@@ -1,7 +1,6 @@
 """`nsnet predict`: verdicts on single pictures, in this process, without Ray."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,17 @@ def command(images: tuple[str, ...], **options: Any) -> int:
             verdict = detector.predict_prepared([picture])[0]
             failures += verdict.status == "failed"
             values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
-            click.echo(json.dumps(values) if options["as_json"] else _text(values))
+            if options["as_json"]:
+                console.show_json(values)
+            else:
+                console.show(_text(values))
     finally:
         decoder.close()
     return console.EXIT_TOO_MANY_FAILED if failures else 0
 
 
 def _read(image: str, max_bytes: int) -> bytes:
-    uri = storage.absolute(image)
+    uri = storage.located(image)
     try:
         size = storage.describe(uri).size_bytes
         if size > max_bytes:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
-import click
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.console import redraw, say
 from jobs.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0
@@ -86,14 +86,17 @@ def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop:
                 return
             continue
         if terminal and lines:
-            click.echo("\r\033[K", err=True, nl=False)
+            redraw("")
         for line in lines:
-            click.echo(line, err=True)
+            say(line)
         now = time.monotonic()
         if total and (terminal or ended or now >= next_line):
             next_line = now + LINE_SECONDS
             text = _line(title, counts, total, stages, now - started)
-            click.echo(f"\r\033[K{text}" if terminal else text, err=True, nl=ended or not terminal)
+            if terminal:
+                redraw(text, last=ended)
+            else:
+                say(text)
         if ended:
             return
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs import storage
+from jobs import faults, storage
+from jobs.redaction import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Records:
             try:
                 storage.upload_file(path, storage.join(self._folder, path.name))
             except Exception as error:  # botocore, aiohttp and OS errors share no base
-                logger.warning("TensorBoard's file was not copied to %s: %s", self._folder, error)
+                logger.warning("TensorBoard's file was not copied to %s: %s", self._folder, faults.reason(error))
 
     def close(self) -> None:
         """Write all, and end."""
@@ -93,9 +94,9 @@ class _Mlflow:
                 experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
                 run_id = client.create_run(experiment_id).info.run_id
                 for key, value in settings.items():
-                    client.log_param(run_id, key, str(value)[:500])
+                    client.log_param(run_id, key, without_secrets(str(value))[:500])
         except Exception as error:  # of the server, of the network, of its settings
-            logger.warning("MLflow is left out: %s", error)
+            logger.warning("MLflow is left out: %s", faults.reason(error))
             return None
         return cls(client, run_id)
 
@@ -104,10 +105,10 @@ class _Mlflow:
             for name, value in values.items():
                 self._client.log_metric(self.run_id, name, value, step=step)
         except Exception as error:  # as above
-            logger.warning("MLflow was not told of step %d: %s", step, error)
+            logger.warning("MLflow was not told of step %d: %s", step, faults.reason(error))
 
     def end(self) -> None:
         try:
             self._client.set_terminated(self.run_id)
         except Exception as error:  # as above
-            logger.warning("MLflow's run was not ended: %s", error)
+            logger.warning("MLflow's run was not ended: %s", faults.reason(error))

@@ -5,22 +5,21 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs.console import say
+from jobs import embedded, faults
+from jobs.address import check_address
+from jobs.console import say, waiting
+from jobs.redaction import guard_logs
 from nsnet.errors import StorageError
 
 if TYPE_CHECKING:
     from ray.data.checkpoint import CheckpointConfig
 
-OBJECT_STORE_BYTES: Final = 2 * 2**30
-"""Object store of an embedded cluster: pictures stream through it, they do not collect there."""
-
 BLOCK_BYTES: Final = 16 * 2**20
 """Largest block between stages: some 32 pictures with BLIP's thumbnails, small enough to stream."""
 
-NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
-"""Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of
-them than CPUs; but decoding waits for the models now and then, and every new worker imports for seconds: on two cores,
-nearly half of the throughput."""
+WORKER_CPUS: Final = 0.001
+"""CPUs of the task that shows that workers start: more than none, since a head without CPUs does no work."""
+UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,55 +92,83 @@ def streaming_bytes() -> int:
     import ray
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(0.25 * available.get("object_store_memory", OBJECT_STORE_BYTES))
+    return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
 
 
 def connect(address: str | None = None) -> None:
-    """Join a cluster: the given one, the one this process runs in (`RAY_ADDRESS`), or an embedded one."""
+    """Join a cluster: the given one, the one this process runs in (`RAY_ADDRESS`), or an embedded one.
+
+    Raises `StorageError` where none answers or starts, or where it starts no worker.
+    """
     import ray
 
     if ray.is_initialized():
         return
+    check_address(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # The share of the cluster that a killed driver asked for is kept from its successor for so long, instead of 180 s.
     os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
-    for name, value in NODE_ENVIRONMENT.items():  # for an embedded cluster
-        os.environ.setdefault(name, value)
     # Ray's C++ side prints advice on its own actors as errors; failures that matter reach Python.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    _leave_uv_alone()
     ended = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         settings.pop("include_dashboard")
         try:
-            ray.init(address=address, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise StorageError(f"the Ray cluster {address} cannot be reached: {error}") from error
+            with waiting(f"the Ray cluster {address}"):
+                ray.init(address=address, **settings)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise StorageError(f"the Ray cluster {address} cannot be reached: {faults.reason(error)}") from error
     else:
-        _begin(object_store_memory=OBJECT_STORE_BYTES, **settings)
+        embedded.start(**settings)
     if callable(ended):  # Ray puts its own in the place of the command's
         signal.signal(signal.SIGTERM, ended)
     configure_data()
+    guard_logs("ray", "ray.data", "ray.train")
+    _await_worker()
     say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
 
 
-def _begin(**settings: Any) -> None:
-    """An embedded cluster; once more where it does not start, as on a machine that is busy: Ray waits for 30 s."""
+def _leave_uv_alone() -> None:
+    """Under `uv run`, Ray would start each worker by `uv run` too, which makes the environment anew: minutes, or never.
+
+    Ray reads the variable when it is imported, which may have been long ago.
+    """
+    if UV_HOOK in os.environ:
+        return
+    import ray._private.ray_constants as constants
+
+    os.environ[UV_HOOK] = "0"
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # uv sets it for what it runs
+        say(f"uv run: workers use this environment as it is; {UV_HOOK}=1 has Ray make it anew for each")
+
+
+def _await_worker() -> None:
+    """Wait until the cluster runs a first task, whose process others use after it. Raises `StorageError`."""
     import ray
 
-    for last in (False, True):
-        try:
-            ray.init(address="local", **settings)
+    first = ray.remote(num_cpus=WORKER_CPUS, max_retries=0)(_started).remote()
+    try:
+        with waiting("a first worker of the cluster"):
+            ready, _ = ray.wait([first], timeout=embedded.START_SECONDS)
+        if ready:
+            ray.get(first)
             return
-        except Exception as error:  # Ray has no class for it
-            ray.shutdown()
-            if last:
-                raise StorageError(
-                    f"an embedded Ray cluster does not start: {' '.join(str(error).split())[:300]}; is the machine "
-                    "busy or its memory full?"
-                ) from error
-            say("the embedded Ray cluster did not start: once more")
+        ray.cancel(first)
+        problem = f"none within {embedded.START_SECONDS:g} s"
+    except ray.exceptions.RayError as error:
+        problem = faults.reason(faults.root_cause(error))
+    raise StorageError(
+        f"the cluster starts no worker: {problem}. Either other work holds all its CPUs (`ray status`), or its "
+        "processes do not start: see /tmp/ray/session_latest/logs/raylet.out"
+    )
+
+
+def _started() -> bool:
+    return True
 
 
 def configure_data() -> None:

@@ -49,6 +49,7 @@ PICTURE: Final = [
     pa.field("height", pa.int32()),
     pa.field("format", pa.string()),
     pa.field("frames", pa.int32()),  # of which the first is judged
+    pa.field("remark", pa.string()),  # what is wrong with a file that could be judged all the same
     pa.field("content_hash", pa.string()),  # SHA-256 of the file
     pa.field("requests", pa.int32()),  # of its bytes (in Parquet: tries); more than 1: the store was asked again
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from jobs import console, failures, ledger, schema, storage
+from jobs.address import check_address
 from jobs.attempts import Attempt
 from jobs.faults import OUTAGE_SECONDS
 from jobs.ledger import Run
@@ -87,6 +88,7 @@ def score(
     clip_weights, captioner = storage.model_path(clip_weights), storage.model_path(captioner)
     storage.reachable(detector)
     storage.check_output(out)
+    check_address(address)
     description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
     if description.note:
         console.say(description.note)

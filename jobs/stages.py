@@ -24,6 +24,7 @@ from jobs.decoding import GuardedDecoder
 from jobs.faults import OUTAGE_SECONDS
 from jobs.patience import Patience
 from jobs.poison import Remembered
+from jobs.redaction import without_secrets
 from jobs.storage import Fetched
 from nsnet import bundle
 from nsnet.errors import (
@@ -156,7 +157,7 @@ def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
         "status": "failed",
         "error_stage": error.stage,
         "error_class": type(error).__name__,
-        "error_message": str(error)[:1000],
+        "error_message": without_secrets(str(error))[:1000],
     }
 
 
@@ -300,6 +301,7 @@ class Prepare:
             return None
         row |= {
             "width": done.width, "height": done.height, "format": done.format, "frames": done.frames,
+            "remark": done.remark,
             "jpeg_quality": done.quality, "perceptual_hash": done.perceptual_hash,
         }  # fmt: skip
         if row.get("known_hash") == content_hash:

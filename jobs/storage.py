@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from botocore.exceptions import ClientError
 from jobs import faults
 from jobs.faults import Fault
 from jobs.left_out import LeftOut
+from jobs.redaction import holds_secrets, without_secrets
 from nsnet import bundle
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 from nsnet.files import open_regular
@@ -75,7 +76,23 @@ class Entry:
 
 
 def absolute(uri: str) -> str:
-    """`s3://…` as it is; a local path made absolute. Raises `UsageError` for other schemes and for no place at all."""
+    """`s3://…` as it is; a local path made absolute.
+
+    Raises `UsageError` for other schemes, for no place at all, for what is not UTF-8, and for an address with a
+    password or a signature: it would be printed and recorded.
+    """
+    if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
+        raise UsageError(f"{without_secrets(ascii(uri))} is not UTF-8: rename it, or name a folder above it")
+    return located(uri)
+
+
+def located(uri: str) -> str:
+    """The same for what is only read here and recorded nowhere: a local file may have any name."""
+    if holds_secrets(uri):
+        raise UsageError(
+            f"{without_secrets(uri)}: an address must hold no user, password or signature. Give keys in "
+            "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by a role"
+        )
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in SCHEMES:
         raise UsageError(f"{uri}: only local paths and s3:// are supported, not {scheme}://")
@@ -110,6 +127,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """fsspec filesystem and the path in it."""
     if is_local(uri):
         return fsspec.filesystem("file"), uri
+    _check_endpoint()
     # Listings are not cached: what another process wrote must be seen.
     settings = {
         "connect_timeout": CONNECT_SECONDS,
@@ -118,6 +136,16 @@ def filesystem(uri: str) -> tuple[Any, str]:
         "retries": {"mode": "standard", "max_attempts": 4},
     }
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=settings), uri.partition("://")[2]
+
+
+def _check_endpoint() -> None:
+    """S3 signs its requests: a user in its address is a mistake, and clients quote the address in their errors."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if holds_secrets(os.environ.get(name, "")):
+            raise UsageError(
+                f"{name} is {without_secrets(os.environ[name])}: it must hold no user or password, as in "
+                "https://host:9000. Give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -154,8 +182,10 @@ def reachable(uri: str) -> None:
         _page(uri, prefix, 1, timeout=REACH_SECONDS)
     except FileNotFoundError as error:
         raise StorageError(f"the bucket s3://{bucket} does not exist") from error
+    except UsageError:
+        raise
     except Exception as error:  # botocore, aiohttp and OS errors share no base
-        endpoint = faults.without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
+        endpoint = without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
         raise StorageError(
             f"the bucket s3://{bucket} at {endpoint} cannot be reached: {faults.reason(error)}"
         ) from error
@@ -193,9 +223,14 @@ def check_output(uri: str) -> None:
     """Raise `StorageError` or `UsageError` where nothing could be written: before the work, not after it."""
     reachable(uri)
     if is_local(uri):
-        there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+        try:
+            there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+        except OSError as error:  # a name that is too long, a link to itself
+            raise UsageError(f"{uri} cannot be a folder: {error.strerror}") from error
         if not there.is_dir():
             raise UsageError(f"{uri} cannot be a folder: {there} is a file")
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise StorageError(f"{uri} cannot be written: {there} is mounted read-only; choose another --out")
         if not os.access(there, os.W_OK):
             raise StorageError(f"{uri} cannot be written: {there} does not allow it")
 
@@ -437,7 +472,7 @@ def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
         try:
             data, retries = read()
             return Fetched(data=data, requests=requests + retries)
-        except ImageError:
+        except (ImageError, UsageError):
             raise
         except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
             fault = faults.kind(error)
@@ -527,6 +562,17 @@ def _refresh(uri: str) -> None:
             _refreshed_at = time.monotonic()
 
 
+@contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Errors of the system in the body name this file: what fails while writing (a full disk) names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in faults.ADVICE and error.filename is None:
+            error.filename = uri
+        raise
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write an object whole: a reader sees all of it or nothing."""
     system, path = filesystem(uri)
@@ -540,11 +586,23 @@ def _write_partial(path: str, data: bytes) -> str:
     """Write a file beside its place, down to the disk: a machine may lose its power."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    with open(partial, "wb") as file:
+    with _whole(partial), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+@contextmanager
+def _whole(partial: str) -> Iterator[None]:
+    """What the body could not finish is removed: on a full disk it would take the room that is left."""
+    try:
+        with naming(partial):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -583,12 +641,8 @@ def _create_exclusively(path: str, data: bytes) -> bool:
         file = open(path, "xb")  # noqa: SIM115 - what was there before must not be removed below
     except FileExistsError:
         return False
-    try:
-        with file:
-            file.write(data)
-    except OSError:
-        os.unlink(path)
-        raise
+    with _whole(path), file:
+        file.write(data)
     return True
 
 
@@ -627,9 +681,10 @@ def upload_file(path: Path, uri: str) -> None:
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
-    shutil.copyfile(path, partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    with _whole(partial):
+        shutil.copyfile(path, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(partial, target)
 
 

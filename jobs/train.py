@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobs import console, lock, storage
+from jobs.address import check_address
 from jobs.console import say
 from jobs.request import TrainRequest
 from nsnet.calibration import Calibration, OperatingPoint
@@ -82,6 +83,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     request = request.absolute()
     recipe, point = request.resolved(), OperatingPoint.parse(request.operating_point)
     storage.check_output(request.out)
+    check_address(request.address)
     from jobs.sources import Source
 
     Source(request.source).check()

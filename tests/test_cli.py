@@ -1,12 +1,15 @@
 """The command line: what is wrong with its arguments is one line and an exit code, before anything is started."""
 
 import errno
+import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -300,13 +303,120 @@ def test_exit_codes_of_errors_are_those_promised(monkeypatch: pytest.MonkeyPatch
         assert code == 1 and message.startswith("error: the store failed: ") and "s3cret" not in message
 
 
-def test_error_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_program_itself_keeps_its_traceback_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise KeyError("x")
+        raise KeyError("https://me:s3cret@store/x?sig=s1gned")
 
     monkeypatch.setattr(cli.group, "invoke", fail)
-    with pytest.raises(KeyError):
-        run_command("score")
+    code, out, err = run_command("score")
+    assert code == 1 and out == "" and err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1] == "KeyError: 'https://***@store/x?***'" and "in fail" in err
+
+
+def run_program(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+    """`nsnet` as a process of its own."""
+    environment = {**os.environ, **settings.pop("env", {})}
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, timeout=120, env=environment, **settings)
+
+
+def test_file_that_may_not_grow_is_named(pictures: str, tmp_path: Path) -> None:
+    """The kernel's own refusal, as on a full disk, which needs no rights here."""
+    out = tmp_path / "out"
+    done = run_program(
+        "caption", pictures, "--out", str(out),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+    last = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert re.fullmatch(rf"error: {re.escape(str(out))}/\S+: File too large; .*`ulimit -f`.*", last), last
+    assert not list(out.rglob("*.partial-*"))
+
+
+def test_output_on_a_disk_that_is_read_only_is_refused(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = os.statvfs("/proc").f_flag | os.ST_RDONLY
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    assert "is mounted read-only; choose another --out" in complaint("caption", pictures, "--out", "/tmp/x", code=1)
+
+
+def test_output_with_a_name_that_is_too_long_is_refused(pictures: str, tmp_path: Path) -> None:
+    message = complaint("caption", pictures, "--out", str(tmp_path / ("x" * 300)))
+    assert "cannot be a folder: File name too long" in message
+
+
+@pytest.mark.parametrize("place", ["source", "--out", "--captioner", "--clip-weights"])
+def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, pictures: str, tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    given = {"source": pictures, "--out": str(tmp_path / "out"), place: name}
+    source = given.pop("source")
+    done = run_program(
+        "caption", source, *(part for option in given.items() for part in option), env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 2 and done.stderr.decode("ascii").count("\n") == 1
+    assert re.fullmatch(r"error: '\S+/caf\\udce9' is not UTF-8: rename it, .*\n", done.stderr.decode("ascii"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shows(*_: Any, **__: Any) -> None:
+        console.show("ü 图 \udcff")
+        console.say("ü 图 \udcff")
+
+    monkeypatch.setattr(cli.group, "invoke", shows)
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "argv", ["nsnet", "score"])
+    with pytest.raises(SystemExit) as ended:
+        console.run(cli.group, "nsnet")
+    assert ended.value.code == 0
+    for stream in streams:
+        stream.flush()
+        assert stream.buffer.getvalue().endswith(b"?\n")  # type: ignore[attr-defined]
+
+
+def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, jobs.cli as cli, jobs.console as console\n"
+        "cli.group.invoke = lambda *_: [console.show('x' * 100_000) for _ in range(100)]\n"
+        "sys.argv = ['nsnet', 'score']\n"
+        "console.run(cli.group, 'nsnet')"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=gone, stderr=subprocess.PIPE, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"error: standard output cannot be written: Broken pipe\n"
+
+
+class FullDisk(io.StringIO):
+    """A log on a disk that is full."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_log_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    console.say("a line")
+    console.redraw("a line")
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    with pytest.raises(console._OutputError, match="standard output cannot be written: No space left on device"):
+        console.show("a result")
+
+
+def test_home_that_is_not_known_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cli.group, "invoke", fail)
+    code, _, err = run_command("score")
+    assert code == 1 and err.splitlines() == [
+        "error: RuntimeError: Could not determine home directory. Set HOME to a folder that can be written"
+    ]
 
 
 def test_program_answers_quickly_and_starts_no_library_for_its_help() -> None:

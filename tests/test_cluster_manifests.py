@@ -23,9 +23,10 @@ import ray
 import yaml
 
 from jobs import cli, score, storage, train
+from jobs.embedded import NODE_ENVIRONMENT
 from jobs.ledger import Run
 from jobs.request import TrainRequest
-from jobs.resources import NODE_ENVIRONMENT, shares
+from jobs.resources import shares
 from nsnet import recipes
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
@@ -354,6 +355,43 @@ def test_cluster_without_kubernetes_is_what_ray_declares(ray_up: dict[str, Any],
     assert ray_up["docker"]["image"] in {item["image"] for item in walk(rayjob) if "image" in item}
 
 
+def test_no_cluster_takes_commands_without_a_token(
+    rayjob: dict[str, Any], training: dict[str, Any], ray_up: dict[str, Any]
+) -> None:
+    for document in (rayjob, training):
+        assert document["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    options = ray_up["docker"]["run_options"]
+    ((place, origin),) = ray_up["file_mounts"].items()
+    assert {"--env RAY_AUTH_MODE=token", f"--env RAY_AUTH_TOKEN_PATH={place}"} <= {*options}
+    # not below `~`: Ray takes that for /root where an image sets no HOME, and containers run as another user
+    assert place.startswith("/") and origin == "~/.ray/auth_token"
+    comments = [line for line in (CLUSTER / "ray-up.yaml").read_text().splitlines() if line.startswith("#")]
+    assert any("ray get-auth-token --generate" in line for line in comments)  # before `ray up`, which copies it
+    assert all("RAY_AUTH_MODE=token" in line for line in comments if "ray job submit" in line)
+
+
+def test_token_is_copied_from_where_ray_generates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.authentication import authentication_token_setup as setup
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    setup.generate_and_save_token()
+    assert len((tmp_path / ".ray/auth_token").read_text()) >= 32
+    assert setup.AUTH_MODE_ENV_VAR == "RAY_AUTH_MODE"
+
+
+def test_dashboard_and_client_are_reached_through_the_head_alone(
+    rayjob: dict[str, Any], training: dict[str, Any], ray_up: dict[str, Any]
+) -> None:
+    (start,) = [line for line in ray_up["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in shlex.split(start)
+    assert "0.0.0.0" not in "".join(path.read_text() for path in CLUSTER.iterdir())
+    for document in (rayjob, training):
+        cluster = document["spec"]["rayClusterSpec"]
+        assert "serviceType" not in cluster["headGroupSpec"]  # ClusterIP: nothing is published outside
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert "dashboard-host" not in group["rayStartParams"] and "hostNetwork" not in pod(group)
+
+
 def test_commands_of_the_cluster_files_and_of_the_reproduction_exist() -> None:
     comments = "\n".join(line.lstrip("# ") for line in (CLUSTER / "ray-up.yaml").read_text().splitlines())
     text = "\n".join([*blocks("", REPRODUCE), comments]).replace("\\\n", " ")
@@ -505,7 +543,7 @@ def test_commands_of_the_guide_exist() -> None:
 
 def test_options_of_the_guide_exist() -> None:
     prose = re.sub(r"^ *```.*?^ *```$", "", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"(?<=[`( ])--[a-z-]+", prose)) - {"--from-env-file"}
+    named = set(re.findall(r"(?<=[`( ])--[a-z-]+", prose)) - {"--from-env-file", "--generate"}
     commands = [cli.group.get_command(click.Context(cli.group), name) for name in cli.COMMANDS]
     known = {option for command in commands if command for parameter in command.params for option in parameter.opts}
     assert named <= known

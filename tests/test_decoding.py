@@ -372,7 +372,15 @@ def message(header: bytes, payload: bytes = b"") -> bytes:
 
 
 PAYLOAD = bytes(4 * 8 * 8 * 3 + 16 * 16 * 3)
-FINE = {"width": 5, "height": 6, "format": "PNG", "frames": 1, "quality": 75, "perceptual_hash": "0123456789abcdef"}
+FINE = {
+    "width": 5,
+    "height": 6,
+    "format": "PNG",
+    "frames": 1,
+    "quality": 75,
+    "perceptual_hash": "0123456789abcdef",
+    "remark": "",
+}
 
 
 def answer(**changes: Any) -> bytes:

@@ -18,7 +18,7 @@ from s3fs.errors import translate_boto_error
 
 from jobs import faults, storage
 from jobs.faults import ATTEMPTS, Fault, fetch_error, kind, wait_seconds
-from nsnet.errors import FetchError, ObjectChangedError, ObjectDeniedError, ObjectMissingError
+from nsnet.errors import FetchError, ObjectChangedError, ObjectDeniedError, ObjectMissingError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, Script
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, put
@@ -275,7 +275,9 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
 @pytest.mark.parametrize("password", ["secret", "se@cret", "s:ecret"])
 def test_error_is_told_without_the_password_of_an_address(password: str) -> None:
     error = OSError(f"no answer from http://me:{password}@store:8080/a and https://me:{password}@other, of s3://b/a@b")
-    assert faults.reason(error) == "OSError: no answer from http://store:8080/a and https://other, of s3://b/a@b"
+    assert (
+        faults.reason(error) == "OSError: no answer from http://***@store:8080/a and https://***@other, of s3://b/a@b"
+    )
 
 
 # What was listed and is there no more.
@@ -494,3 +496,80 @@ def test_store_that_no_longer_takes_the_keys_does_not_answer(code: str, proxy: F
 @pytest.mark.s3
 def test_bucket_that_is_gone_does_not_answer(proxy: FaultyProxy, picture: str) -> None:
     assert not storage.answers("s3://there-is-no-such-bucket/a.jpg", None)
+
+
+# What a command's last line says of this machine.
+
+
+class _Carried(Exception):
+    """Stands in for Ray's error: what a task raised is its `cause`."""
+
+    __module__ = "ray.exceptions"
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__("ray::task() (pid=1)\n" + "  File x\n" * 200)
+        self.cause = cause
+
+
+def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
+    return OSError(code, os.strerror(code), filename)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (full("/out/a"), "/out/a: No space left on device; make room there"),
+        (full(), "OSError: No space left on device; make room"),
+        (full("/out/a", errno.EROFS), "/out/a: Read-only file system; it is mounted read-only"),
+        (full("/out/a", errno.EMFILE), "/out/a: Too many open files; too many files are open: raise `ulimit -n`"),
+        (full("/out/a", errno.EFBIG), "/out/a: File too large; the file system or `ulimit -f`"),
+        (
+            RuntimeError("IO Error: Could not write /tmp/x: No space left on device"),
+            "RuntimeError: IO Error: Could not",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "FileNotFoundError: No usa",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a"), "/a: No such file or directory"),
+        (MemoryError("33 GiB"), "MemoryError: 33 GiB: out of memory; end other programs"),
+        (
+            RuntimeError("Could not determine home directory."),
+            "RuntimeError: Could not determine home directory. Set HOME",
+        ),
+        (
+            RecursionError("maximum recursion depth"),
+            "RecursionError: maximum recursion depth: something in a file is nes",
+        ),
+        (UsageError("--out is wrong"), "--out is wrong"),
+    ],
+)
+def test_what_a_machine_cannot_do_is_one_line_also_out_of_a_task(error: Exception, line: str) -> None:
+    carried = _Carried(_Carried(error))
+    assert faults.root_cause(carried) is error and faults.root_cause(error) is error
+    line_said = faults.explain(carried)
+    assert line_said is not None and line_said == faults.explain(error)
+    assert line_said.startswith(line) and "\n" not in line_said and "ray::" not in line_said
+
+
+def test_error_that_ray_data_has_annotated_is_told_in_its_own_words() -> None:
+    suffix = (
+        "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, configure"
+    )
+    written = full()
+    written.filename = f"\n{suffix}"  # what becomes of an argument that is appended, on its way between processes
+    assert faults.explain(written) == faults.explain(full())
+    assert faults.explain(UsageError(f"a bundle is damaged\n{suffix}")) == "a bundle is damaged"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), ValueError("x"), AssertionError("x"), RuntimeError("x")]
+)
+def test_bug_is_not_explained_away(error: Exception) -> None:
+    assert faults.explain(error) is None and faults.explain(_Carried(error)) is None
+
+
+def test_circle_of_causes_ends() -> None:
+    first, second = _Carried(KeyError()), _Carried(KeyError())
+    first.cause, second.cause = second, first
+    assert faults.root_cause(first) in (first, second)

@@ -1,10 +1,15 @@
 """Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
 
 import itertools
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RuntimeEnvSetupError
 
-from jobs import resources
+from jobs import console, resources
 from jobs.resources import shares
 from nsnet.errors import StorageError
 
@@ -59,21 +64,64 @@ def test_cluster_without_cpus_is_refused(gpus: float) -> None:
         shares(0, gpus)
 
 
-@pytest.mark.parametrize("failures", [1, 2])
-def test_embedded_cluster_that_does_not_start_is_tried_once_more(
-    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wait_is_said_with_the_load_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tries = itertools.count(1)
+    monkeypatch.setattr(console, "WAITING_SECONDS", 0.01)
+    with console.waiting("a cluster"):
+        time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(re.fullmatch(r"waiting for a cluster: \d+ s so far, load \d+ on \d+ cores", line) for line in lines)
 
-    def init(**_: object) -> None:
-        if next(tries) <= failures:
-            raise Exception("The current node timed out during startup.\nThis could happen")
 
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
-    if failures == 1:
-        resources._begin(object_store_memory=1)
-    else:
-        with pytest.raises(StorageError, match=r"does not start: The current node timed out .* is the machine busy"):
-            resources._begin(object_store_memory=1)
-    assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
+@pytest.mark.parametrize("asked", [None, "1"])
+def test_uv_makes_no_environments_for_workers_unless_asked(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray._private.worker as worker
+    from ray._private import ray_constants
+    from ray._private.runtime_env import uv_runtime_env_hook
+
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run", "nsnet"])
+    monkeypatch.setattr(uv_runtime_env_hook, "hook", lambda _: {"py_executable": "uv run python"})
+    monkeypatch.setenv(resources.UV_HOOK, asked or "")
+    if asked is None:
+        monkeypatch.delenv(resources.UV_HOOK)
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    resources._leave_uv_alone()
+    assert worker._maybe_modify_runtime_env({}, False) == ({"py_executable": "uv run python"} if asked else {})
+    assert ("uv run: workers use this environment as it is" in capsys.readouterr().err) == (asked is None)
+
+
+class StubbornRay:
+    """Stands in for Ray: tasks never start, or fail."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def remote(self, **_: object) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda: "first")
+
+    def wait(self, references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        return (references, []) if self.error else ([], references)
+
+    def get(self, _: str) -> None:
+        assert self.error is not None
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(None, "none within 240 s"), (RuntimeEnvSetupError("uv: no such file"), "RuntimeEnvSetupError: .*no such file")],
+)
+def test_cluster_that_starts_no_worker_is_given_up(
+    error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubborn = StubbornRay(error)
+    for name in ("remote", "wait", "get"):
+        monkeypatch.setattr(f"ray.{name}", getattr(stubborn, name))
+    monkeypatch.setattr("ray.cancel", lambda _: None)
+    with pytest.raises(StorageError, match=f"^the cluster starts no worker: {reason}.*holds all its CPUs.*raylet.out"):
+        resources._await_worker()

@@ -1,0 +1,107 @@
+"""What a person, a log or a record may see of a text that came from an argument, the environment or an error.
+
+Every place where text leaves the program calls `without_secrets`: the console, rows, records, logs and tracebacks.
+"""
+
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import unquote
+
+HIDDEN: Final = "***"
+MIN_SECRET_LENGTH: Final = 8
+"""Fewest letters of a secret variable's value: to hide every `test` or `token` would spoil messages."""
+
+SECRET_NAME: Final = re.compile(
+    r"(SECRET|SECRET_KEY|SECRET_ACCESS_KEY|ACCESS_KEY_ID|TOKEN|PASSWORD|PASSWD|API_KEY|PRIVATE_KEY)$", re.IGNORECASE
+)
+"""Environment variables whose value is a secret; names such as `…_TOKEN_PATH` hold none."""
+
+USER_OF_URL: Final = re.compile(
+    r"""(?<=://)(?:[^/\s'"<>@:]{0,200}:(?!\d{1,5}(?:[/?#\s]|$))[^\s'"<>]{0,999}@|[^/\s'"<>]{0,999}@)"""
+)
+"""`user:password@` after a scheme. A password may hold `/` and `@`, as S3's do; a port is no password. All repetitions
+are bounded: an error may quote what a stranger wrote."""
+USER_OF_HOST: Final = re.compile(
+    r"""(?<![\w.-])[^\s/:@'"<>=,()\[\]]{1,200}:(?!//|\d+[/:])[^\s@'"<>]{1,999}@(?=[\w\[*])"""
+)
+"""`user:password@` without a scheme."""
+QUERY: Final = re.compile(r"""(https?://[^\s'"<>?]{0,999})\?[^\s'"<>]*""", re.IGNORECASE)
+PARAMETER: Final = re.compile(
+    r"""(?<![A-Za-z0-9/])(X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|"""
+    r"""(?:[a-z]{1,20}[_-])?token|password|passwd|(?:client_)?secret|api[_-]?key)=[^&\s'"<>]+""",
+    re.IGNORECASE,
+)
+"""A parameter of a signed address, such as `X-Amz-Signature=…`."""
+HEADER: Final = re.compile(
+    r"""\b(bearer\s{1,9}|authorization['"]?\s{0,9}[:=]\s{0,9}['"]?(?:basic\s{1,9})?)[\w.~+/=-]{8,}""", re.IGNORECASE
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text with `***` in the place of passwords and keys.
+
+    That is: users and passwords of addresses (with a scheme or without), queries of http addresses, parameters that
+    sign a request, bearer tokens, and the values of secret variables of this process, wherever they stand.
+    """
+    for secret in _secrets():
+        text = text.replace(secret, HIDDEN)
+    if "@" in text:
+        text = USER_OF_HOST.sub(f"{HIDDEN}@", USER_OF_URL.sub(f"{HIDDEN}@", text))
+    text = PARAMETER.sub(rf"\1={HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
+    return HEADER.sub(rf"\1{HIDDEN}", text)
+
+
+def holds_secrets(uri: str) -> bool:
+    """Whether an address holds a user, a password or a signature. A path that begins with `/`, `.` or `~` does not."""
+    if "://" not in uri:
+        return not uri.startswith(("/", ".", "~")) and USER_OF_HOST.match(uri) is not None
+    return any(pattern.search(uri) for pattern in (USER_OF_URL, QUERY)) or (
+        "?" in uri and PARAMETER.search(uri.partition("?")[2]) is not None
+    )
+
+
+def _secrets() -> list[str]:
+    """Secret values of the environment, the longest first: one may hold another."""
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name):
+            found.add(value.strip())
+        elif "@" in value:
+            found.update(_passwords(value))
+    return sorted((value for value in found if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+
+
+def _passwords(value: str) -> Iterator[str]:
+    """The password of an address such as a proxy's, as it is written and as it is meant."""
+    user, separator, _ = value.rpartition("@")
+    password = user.rpartition("://")[2].partition(":")[2]
+    if separator and password and not re.search(r"\s", password):
+        yield password
+        yield unquote(password)
+
+
+class SecretsFilter(logging.Filter):
+    """Takes secrets out of what a handler logs: messages, arguments and tracebacks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = without_secrets("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
+        return True
+
+
+def guard_logs(*names: str | None) -> None:
+    """Let no secret through the handlers of these loggers; None is the root."""
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(known, SecretsFilter) for known in handler.filters):
+                handler.addFilter(SecretsFilter())
+
+
+def traceback_text(error: BaseException) -> str:
+    """An error's traceback without secrets."""
+    return without_secrets("".join(traceback.format_exception(error))).rstrip("\n")

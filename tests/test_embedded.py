@@ -1,0 +1,88 @@
+"""An embedded cluster waits for a busy machine, and says at once what it can never start on."""
+
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import embedded
+from nsnet.errors import StorageError
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_embedded_cluster_that_does_not_start_is_tried_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries = itertools.count(1)
+
+    def init(**_: object) -> None:
+        if next(tries) <= failures:
+            raise Exception("The current node timed out during startup.\nThis could happen")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    if failures == 1:
+        embedded.start()
+    else:
+        with pytest.raises(
+            StorageError, match=r"does not start: Exception: The current node timed out .* is the machine busy"
+        ):
+            embedded.start()
+    assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
+
+
+def test_node_is_asked_for_again_until_the_start_has_taken_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.services as services
+
+    tries = itertools.count(1)
+
+    def absent(*_: object) -> str:
+        if next(tries) < 5:
+            raise RuntimeError("no such node")
+        return "node"
+
+    monkeypatch.setattr(services, "get_node", absent)
+    with embedded._patience():
+        assert services.get_node("address", "id") == "node"
+    assert services.get_node is absent
+    monkeypatch.setattr(embedded, "START_SECONDS", -1.0)
+    tries = itertools.count(1)
+    with pytest.raises(RuntimeError, match="no such node"), embedded._patience():
+        services.get_node("address", "id")
+    assert next(tries) == 2
+
+
+def test_embedded_cluster_is_not_begun_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("begun"))
+    with pytest.raises(StorageError, match=rf"^{re.escape(str(tmp_path))}: 1 MiB are free.*set TMPDIR"):
+        embedded.start()
+
+
+def test_embedded_cluster_is_not_begun_with_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (20, 20))
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("begun"))
+    with pytest.raises(StorageError, match="^20 open files are allowed, .* raise `ulimit -n`"):
+        embedded.start()
+
+
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+def test_token_of_an_embedded_cluster_needs_no_home(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    embedded._keep_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps it below HOME
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))  # cannot be made, whoever tries
+    embedded._keep_token()
+    assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (0 if mode == "disabled" else 64)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
