@@ -111,12 +111,13 @@ def outputs(column: str, mark: Path, tmp_path: Path, product: ledger.Product) ->
     row = dict.fromkeys(product.columns.names) | verdict_row("a", 0.5)
     table = pa.Table.from_pylist([row], schema=product.columns)
     table = table.set_column(table.schema.get_field_index(column), column, pickled(mark))
-    out = tmp_path / "out"
-    (out / "runs").mkdir(parents=True)
-    pq.write_table(table, out / "part.parquet")
-    record = {"run_id": "r", "product": product.name, "detector_id": "d" * 16, "files": [{"path": "part.parquet"}]}
-    storage.write_json(str(out / "runs" / "r.json"), record)
-    return str(out)
+    run = ledger.Run(out=str(tmp_path / "out"), product=product, run_id="20260101T000000Z-000000")
+    path = Path(run.final) / "part-00000-00000000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(table, path)
+    files = [{"path": path.relative_to(run.out).as_posix()}]
+    storage.write_json(run.record, {"run_id": run.run_id, "product": product.name, "detector_id": "d", "files": files})
+    return run.out
 
 
 @pytest.mark.parametrize("column", ["uri", "label", "caption", "verdict", "image_id"])

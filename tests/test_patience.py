@@ -1,5 +1,6 @@
 """What hostile images may cost: short first tries, second tries while the budget lasts, nothing twice. Costs 4 s."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -185,15 +186,20 @@ def test_slow_images_that_end_well_never_use_the_budget_up() -> None:
 LIMITS = to_dict(DecodeLimits())
 
 
-def publish(out: str, run_id: str, rows: list[dict[str, Any]], **record: Any) -> None:
-    path = f"verdicts/{run_id}.parquet"
+def run_of(number: int) -> str:
+    return f"2026010{number}T000000Z-00000{number}"
+
+
+def publish(out: str, number: int, rows: list[dict[str, Any]], **record: Any) -> None:
+    run = ledger.Run(out=out, run_id=run_of(number))
+    path = f"{run.final}/part-00000-00000000.parquet".removeprefix(f"{out}/")
     table = pa.Table.from_pylist(rows, schema=schema.VERDICTS)
     parquet.write(table.to_batches(), schema.VERDICTS, storage.join(out, path))
     counts = {"error_class": {row["error_class"]: 1 for row in rows if row["error_class"]}}
     storage.write_json(
-        storage.join(out, "runs", f"{run_id}.json"),
+        run.record,
         {
-            "run_id": run_id, "product": "verdicts", "files": [{"path": path}], "counts": counts,
+            "run_id": run.run_id, "product": "verdicts", "files": [{"path": path}], "counts": counts,
             "settings": {"limits": LIMITS}, "versions": {"pillow": failures.version("pillow")}, **record,
         },
     )  # fmt: skip
@@ -215,7 +221,7 @@ def failed_row(name: str, kind: str, **values: Any) -> dict[str, Any]:
 def test_contents_that_hang_or_kill_are_remembered_across_runs(tmp_path: Path) -> None:
     out = str(tmp_path)
     publish(
-        out, "1",
+        out, 1,
         [
             failed_row("slow", "ImageTimeoutError"), failed_row("crash", "DecoderCrashError", transform="jpeg:75"),
             failed_row("damaged", "ImageCorruptError"), failed_row("unlucky", "ImageBudgetError"),
@@ -223,8 +229,8 @@ def test_contents_that_hang_or_kill_are_remembered_across_runs(tmp_path: Path) -
         ],
     )  # fmt: skip
     assert remembered(asked(out)) == {
-        "hash of slow ": ("ImageTimeoutError", "of slow (in run 1)"),
-        "hash of crash jpeg:75": ("DecoderCrashError", "of crash (in run 1)"),
+        "hash of slow ": ("ImageTimeoutError", f"of slow (in run {run_of(1)})"),
+        "hash of crash jpeg:75": ("DecoderCrashError", f"of crash (in run {run_of(1)})"),
     }
     assert remembered(asked(out, retry_failed=True)) == remembered(asked(out, rescore=True)) == {}
 
@@ -234,7 +240,7 @@ def test_contents_that_hang_or_kill_are_remembered_across_runs(tmp_path: Path) -
     [{"settings": {"limits": LIMITS | {"max_seconds": 60.0}}}, {"versions": {"pillow": "1.0"}}, {"settings": {}}],
 )
 def test_failures_under_other_limits_or_decoders_are_not_remembered(record: dict[str, Any], tmp_path: Path) -> None:
-    publish(str(tmp_path), "1", [failed_row("slow", "ImageTimeoutError")], **record)
+    publish(str(tmp_path), 1, [failed_row("slow", "ImageTimeoutError")], **record)
     assert remembered(asked(str(tmp_path))) == {}
 
 
@@ -242,12 +248,12 @@ def test_newest_failures_are_remembered_where_there_are_too_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failures, "MAX_REMEMBERED", 2)
-    for run_id in "123":
-        publish(str(tmp_path), run_id, [failed_row(f"slow {run_id}", "ImageTimeoutError")])
+    for number in (1, 2, 3):
+        publish(str(tmp_path), number, [failed_row(f"slow {number}", "ImageTimeoutError")])
     assert [*remembered(asked(str(tmp_path)))] == ["hash of slow 3 ", "hash of slow 2 "]
 
 
 def test_runs_without_such_failures_are_not_read(tmp_path: Path) -> None:
-    publish(str(tmp_path), "1", [verdict_row("good", 0.5)])
-    (tmp_path / "verdicts" / "1.parquet").unlink()
+    publish(str(tmp_path), 1, [verdict_row("good", 0.5)])
+    shutil.rmtree(tmp_path / "verdicts")
     assert remembered(asked(str(tmp_path))) == {}
