@@ -1,25 +1,40 @@
-"""What folders say of the pictures in them: label, generator and split, in anybody's way and in that of the benchmarks.
+"""Layouts: what a path says of a picture (label, generator and split), in anybody's way and in that of the benchmarks.
 
 Mostly one path is enough: `0_real|1_fake`, `nature|ai`, `real|fake` folders are labels, the folder above is the
-generator, `train`, `val` and `test` are splits. ForenSynths and AIGIBench have classes of objects where the generator
-should be, which only the folders beside it tell: `recognise` asks all of them, once a source is listed.
+generator, or that below where there is none, `train`, `val` and `test` are splits. What needs the folders beside it,
+`recognise` finds out once a source is listed: words as `human` beside `ai`, partitions as `label=0`, and the classes of
+objects that ForenSynths and AIGIBench have where the generator should be.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-LABEL_FOLDERS: Final = {
-    "0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1, "fakev2": 1, "fake-v2": 1,
-}  # fmt: skip
-SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+from jobs.folders import LABEL_FOLDERS as LABEL_FOLDERS
+from jobs.folders import (
+    NUMBERED,
+    Decided,
+    Parts,
+    decide,
+    is_split,
+    label_run,
+    lone_labels,
+    may_be_generator,
+    paired_split,
+    partition,
+    partitions,
+    split_path,
+    undecided,
+)
+from jobs.folders import SPLIT_FOLDERS as SPLIT_FOLDERS
 
-NUMBERED: Final = frozenset({"0_real", "1_fake"})
-"""Label folders of ForenSynths and of all that took its layout over."""
+MAX_GENERATORS: Final = 200
+"""Folders below labels that are generators; data sets have tens, and thousands of classes or persons."""
+
 OBJECTS: Final = frozenset(
     "airplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa tvmonitor bedroom church apple orange summer winter zebra".split()
@@ -65,7 +80,7 @@ class Labels(NamedTuple):
     generator: str | None
     split: str | None
     folder: str | None
-    """The folders below the source that say it; None without a label."""
+    """The folders below the source that say it; None without a label, unless other folders may make it one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +89,14 @@ class Layout:
 
     name: str | None = None
     """The benchmark, or benchmarks one after the other; None: none that is known."""
-    labels: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    labels: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
     """`Labels.folder` -> generator and split, where its own path says other ones."""
+    decided: dict[str, int] = field(default_factory=dict)
+    """`Labels.folder` -> label, where only all folders together say it."""
+    remarks: tuple[str, ...] = ()
+    """What folders do not say, and why; for people."""
+    lone: dict[Parts, int] = field(default_factory=dict, compare=False)
+    """Folders that hold label folders of one label only (`folders.lone_labels`)."""
 
 
 # One path.
@@ -84,7 +105,8 @@ class Layout:
 def labels_from_path(relative: str, source: str = "") -> Labels:
     """What the folders of a path below the source say.
 
-    The generator is the last folder above the label that is no split, which may be one of the source's own path. That
+    A partition as `generator=sdxl` says it. Else the generator is the last folder above the label that is no split;
+    without one in the source, the folder below the label, as in `fake/sdxl`; else one of the source's own path. That
     says neither label nor split: who names a part of a data set wants this part, to be split anew.
     """
     return _labels(relative.rpartition("/")[0], source)
@@ -92,43 +114,69 @@ def labels_from_path(relative: str, source: str = "") -> Labels:
 
 @lru_cache(maxsize=4096)
 def _labels(folder: str, source: str) -> Labels:
-    parts = _parts(folder)
-    splits = [i for i, part in enumerate(parts) if part.lower() in SPLIT_FOLDERS]
-    split = SPLIT_FOLDERS[parts[splits[0]].lower()] if splits else None
-    run = _label_run(parts)
+    parts = split_path(folder)
+    if places := undecided(parts):
+        said = [_said(parts, range(place, place + 1), source) for place in places]
+        generator = said[-1].generator if partitions(parts, "generator") else None
+        return Labels(None, generator, said[-1].split, "/".join(parts[: max(one.end for one in said)]))
+    run = label_run(parts)
+    one = _said(parts, run, source)
     if not run:
-        return Labels(None, None, split, None)
-    names = [name for name in (*_own_names(source), *parts[: run.start]) if name.lower() not in SPLIT_FOLDERS]
-    told = "/".join(parts[: max(run.stop - 1, *splits, 0) + 1])
-    return Labels(LABEL_FOLDERS[parts[run.start].lower()], _generator(names), split, told)
+        return Labels(None, one.generator, one.split, None)
+    return Labels(LABEL_FOLDERS[parts[run.start].lower()], one.generator, one.split, "/".join(parts[: one.end]))
 
 
-def _parts(folder: str) -> tuple[str, ...]:
-    return tuple(part for part in folder.split("/") if part not in ("", "."))
+class _Said(NamedTuple):
+    """What a path says beside its label."""
+
+    generator: str | None
+    split: str | None
+    end: int
+    """Number of the folders that say it, with those above them and the label."""
+    is_below: bool
+    """Whether the generator is a folder below the label."""
+
+
+def _said(parts: Parts, run: range, source: str) -> _Said:
+    """What the folders of a path say, of which those in `run` are the label; empty: there is none."""
+    split, split_end = _split(parts, run)
+    generator, generator_end, is_below = _generator_in(parts, run, source)
+    return _Said(generator, split, max(run.stop, split_end, generator_end), is_below)
+
+
+def _split(parts: Parts, run: range) -> tuple[str | None, int]:
+    """The split, and the number of folders that end with the last one that says any."""
+    if given := partitions(parts, "split"):
+        return SPLIT_FOLDERS.get((given[max(given)] or "").lower()), max(given) + 1
+    if splits := [place for place, part in enumerate(parts) if is_split(part)]:
+        return SPLIT_FOLDERS[parts[splits[0]].lower()], splits[-1] + 1
+    return next((split for place in run if (split := paired_split(parts[place]))), None), 0
+
+
+def _generator_in(parts: Parts, run: range, source: str) -> tuple[str | None, int, bool]:
+    """The generator, the number of folders that end with it (0: it lies above the label), whether it lies below."""
+    if given := partitions(parts, "generator"):
+        return given[max(given)], max(given) + 1, False
+    if not run:
+        return None, 0, False
+    inside = [part for part in parts[: run.start] if _is_name(part)]
+    below = next((place for place in range(run.stop, len(parts)) if _is_name(parts[place])), None)
+    if not inside and below is not None and may_be_generator(parts[below]):
+        return parts[below], below + 1, True
+    return _generator([*filter(_is_name, _own_names(source)), *inside]), 0, False
+
+
+def _is_name(part: str) -> bool:
+    return not is_split(part) and partition(part) is None
 
 
 @lru_cache(maxsize=16)
-def _own_names(source: str) -> tuple[str, ...]:
+def _own_names(source: str) -> Parts:
     """Folders of the source's own path, without those of a version: kagglehub fetches to `<name>/versions/7`."""
     path = re.sub(r"/versions/\d+(?=/|$)", "", source.partition("://")[2] or source)
-    return _parts(re.sub(r"\.tar$", "", path, flags=re.IGNORECASE))
-
-
-def _label_run(parts: tuple[str, ...]) -> range:
-    """Where the nearest label folder is, with those of the same label directly above it; empty: nowhere.
-
-    Folders that contradict each other are no label: a class of pictures may be called `nature`. Only `0_real` and
-    `1_fake` are never anything else.
-    """
-    labels = [LABEL_FOLDERS.get(part.lower()) for part in parts]
-    if {0, 1} <= {*labels}:
-        labels = [label if part.lower() in NUMBERED else None for part, label in zip(parts, labels, strict=True)]
-        if {0, 1} <= {*labels}:
-            return range(0)
-    start = stop = next((i + 1 for i in reversed(range(len(parts))) if labels[i] is not None), 0)
-    while start > 0 and labels[start - 1] == labels[stop - 1]:
-        start -= 1
-    return range(start, stop)
+    parts = split_path(re.sub(r"\.tar$", "", path, flags=re.IGNORECASE))
+    named = partitions(parts, "generator")
+    return tuple(named.get(place) or part for place, part in enumerate(parts))
 
 
 def _generator(names: list[str]) -> str | None:
@@ -173,7 +221,7 @@ class _Place:
     def split(self, but_child: bool = False) -> str | None:
         """The split below the source; `but_child`: that folder says none."""
         skipped = len(self.names) - 1 - self.own if but_child else None
-        parts = [part.lower() for i, part in enumerate(_parts(self.folder)) if i != skipped]
+        parts = [part.lower() for i, part in enumerate(split_path(self.folder)) if i != skipped]
         return next((SPLIT_FOLDERS[part] for part in parts if part in SPLIT_FOLDERS), None)
 
 
@@ -182,27 +230,58 @@ _Told = Iterator[tuple[_Place, str, str, str | None]]
 
 
 def recognise(folders: Collection[str], source: str = "") -> Layout:
-    """The benchmarks in a source, by all its folders that carry a label (`Labels.folder`) and by its own path."""
+    """What all folders of a source (`Labels.folder`) say together, and the benchmarks in them and in its own path."""
+    paths = {split_path(folder): folder for folder in sorted(folders)}
+    decided, remarks = decide(paths)
+    labels, more = _generators(paths, decided, source)
     own = _own_names(source)
-    places = [_place(folder, own) for folder in sorted(folders)]
+    places = [_place(folder, own) for path, folder in paths.items() if label_run(path) and not undecided(path)]
     names = {benchmark for place in places for name in place.names[-4:] if (benchmark := _benchmark(name))}
     if any(set(place.run) <= {"ai", "nature"} and place.child in SPLIT_FOLDERS for place in places):
         names.add(GENIMAGE)
     if paired_reals({place.child for place in places if set(place.run) <= NUMBERED}):
         names.add(UNIVERSAL)
-    labels: dict[str, tuple[str, str | None]] = {}
     for found in (_by_objects(places), _of_dalle(places)):
         for place, benchmark, generator, split in found:
             names.add(benchmark)
             said = _labels(place.folder, source)
             if (generator, split) != (said.generator, said.split):
                 labels[place.folder] = generator, split
-    return Layout(name=", ".join(sorted(names)) or None, labels=labels)
+    return Layout(
+        name=", ".join(sorted(names)) or None,
+        labels=labels,
+        decided={paths[path]: found.label for path, found in decided.items()},
+        remarks=(*remarks, *more),
+        lone=lone_labels(paths, decided),
+    )
+
+
+def _generators(
+    paths: Mapping[Parts, str], decided: Mapping[Parts, Decided], source: str
+) -> tuple[dict[str, tuple[str | None, str | None]], list[str]]:
+    """Folder -> generator and split, of what was `decided` and where too many lie below labels; remarks."""
+    changed, below = {}, {}
+    for path, folder in paths.items():
+        open_places = undecided(path)
+        if open_places and path not in decided:
+            continue
+        run = range(decided[path].place, decided[path].place + 1) if open_places else label_run(path)
+        said, alone = _said(path, run, source), _labels(folder, source)
+        if (said.generator, said.split) != (alone.generator, alone.split):
+            changed[folder] = said.generator, said.split
+        if said.is_below:
+            below[folder] = said
+    count = len({said.generator for said in below.values()})
+    if count <= MAX_GENERATORS:
+        return changed, []
+    own = _generator([*filter(_is_name, _own_names(source))])
+    changed |= {folder: (own, said.split) for folder, said in below.items()}
+    return changed, [f"the {count:,} folders below labels are too many for generators: none is taken for one"]
 
 
 def _place(folder: str, own: tuple[str, ...]) -> _Place:
-    parts = _parts(folder)
-    run = _label_run(parts)
+    parts = split_path(folder)
+    run = label_run(parts)
     label = tuple(part.lower() for part in parts[run.start : run.stop])
     return _Place(folder=folder, own=len(own), names=(*own, *parts[: run.start]), run=label)
 

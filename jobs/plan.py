@@ -15,6 +15,7 @@ import pyarrow as pa
 from jobs import layouts, parquet, schema
 from jobs.console import say
 from jobs.database import Database, database
+from jobs.folders import beside
 from jobs.layouts import Layout
 from jobs.left_out import first_named
 from jobs.sources import Source
@@ -22,15 +23,19 @@ from nsnet.errors import ConfigError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
-MOST_FOLDERS: Final = 10_000
-"""Folders with a label of a source that may be a benchmark: none has as many, and a bucket may have millions."""
+MOST_FOLDERS: Final = 100_000
+"""Folders of a source that are compared with each other for its labels: a bucket may have millions."""
 
 LISTED: Final = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string())])
 """What a source lists, numbered, with the folder that its labels come from."""
 FORMS: Final = pa.schema([pa.field("form", pa.int64()), schema.TRANSFORM])
 """Forms in which each picture is done, in their order: as it is, or under a transform."""
-FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), schema.MANIFEST.field("generator"), schema.SPLIT])
-"""What folders with a label say in the layout of a benchmark."""
+FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), *schema.LABELS, schema.SPLIT])
+"""What folders say in the layout of their source: with a label, where their own path does not say one."""
+
+TOO_MANY: Final = (
+    f"there are more than {MOST_FOLDERS:,} folders with labels: they are not compared, each says what its name says"
+)
 
 PLAIN_ID: Final = "replace(l.image_id::varchar, '-', '')"
 """Identity of a picture `l`, as text."""
@@ -139,6 +144,7 @@ def write_manifest(
         if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
             listing.left_out["listed twice"] += repeated
         layout = _recognise(rows, listing.uri)
+        _merge(rows)
         labels: Counter[int | None] = Counter()
         count = parquet.write(_counted(_chosen(rows, selection, wanted), labels), schema.MANIFEST, uri)
     return Plan(
@@ -155,17 +161,57 @@ def write_manifest(
 
 
 def _recognise(rows: Database, source: str) -> Layout:
-    """Table `folders` of what folders say that a benchmark has in a way of its own."""
+    """View `labelled` of what is listed, with what its folders say together."""
     found = rows.execute(f"select distinct folder from listed where folder is not null limit {MOST_FOLDERS + 1}")
     few = len(found) <= MOST_FOLDERS
-    layout = layouts.recognise([folder for (folder,) in found], source) if few else Layout()
-    generators, splits = ([told[i] for told in layout.labels.values()] for i in (0, 1))
-    _load(rows, "folders", {"folder": list(layout.labels), "generator": generators, "split": splits}, FOLDERS)
+    layout = layouts.recognise([folder for (folder,) in found], source) if few else Layout(remarks=(TOO_MANY,))
+    folders = sorted({*layout.labels, *layout.decided})
+    generators, splits = ([layout.labels.get(folder, (None, None))[i] for folder in folders] for i in (0, 1))
+    labels = [layout.decided.get(folder) for folder in folders]
+    columns = {"folder": folders, "label": labels, "generator": generators, "split": splits}
+    _load(rows, "folders", columns, FOLDERS)
+    # a join, since an update would write the whole listing anew; what a column says goes before what folders decide
+    said = ", ".join(
+        f"case when d.folder is null then l.{name} when d.label is null then d.{name} "
+        f"else coalesce(l.{name}, d.{name}) end as {name}"
+        for name in ("generator", "split")
+    )
+    rows.execute(
+        f"create view labelled as select l.* exclude (folder) replace (coalesce(l.label, d.label) as label, {said}) "
+        "from listed l left join folders d on l.folder = d.folder"
+    )
+    for remark in (*layout.remarks, *(_beside(rows, source, layout) if layout.lone else [])):
+        say(f"warning: {source}: {remark}")
     return layout
 
 
+def _beside(rows: Database, source: str, layout: Layout) -> list[str]:
+    """Remarks on images without a label that lie beside folders of one label only."""
+    path = "case when container is null then uri else substr(uri, length(container) + 2) end"
+    found = rows.execute(
+        f"select regexp_replace({path}, '[^/]*$', ''), count(*) from labelled where label is null group by 1 "
+        f"limit {MOST_FOLDERS}"
+    )
+    prefix = source.rstrip("/") + "/"
+    return beside(layout.lone, {folder.removeprefix(prefix): count for folder, count in found})
+
+
+def _merge(rows: Database) -> None:
+    """Table `repeated` of pictures that are listed more than once: what their rows say together.
+
+    Labels that contradict each other are none; of generators and splits, the first that is said counts.
+    """
+    rows.execute(
+        "create table repeated as select image_id, min(label) as label, max(label) as other, "
+        "arg_min(generator, n) as generator, arg_min(split, n) as split from labelled "
+        "semi join (select image_id from listed group by 1 having count(*) > 1) using (image_id) group by 1"
+    )
+    if contradicting := rows.number("select count(*) from repeated where label <> other"):
+        say(f"warning: {contradicting:,} images are listed twice with labels that contradict each other and have none")
+
+
 def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
-    """The manifest's rows. Folders are joined, since an update would write the whole listing anew."""
+    """The manifest's rows."""
     seed = selection.shuffle_seed
     order = "n" if seed is None else f"hash(l.image_id::varchar || '/{seed}'), l.image_id"
     first = "" if selection.limit is None else (
@@ -173,10 +219,11 @@ def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.Re
         f"order by {order} limit {selection.limit})"
     )  # fmt: skip
     return rows.select(
-        f"select l.* exclude (folder) replace ({FORM_ID} as image_id, f.transform as transform, "
-        "case when d.folder is null then l.generator else d.generator end as generator, "
-        "case when d.folder is null then l.split else d.split end as split) "
-        "from planned join listed l using (n) join forms f using (form) left join folders d on l.folder = d.folder "
+        f"select l.* replace ({FORM_ID} as image_id, f.transform as transform, "
+        "case when r.image_id is null then l.label when r.label = r.other then r.label end as label, "
+        "coalesce(r.generator, l.generator) as generator, coalesce(r.split, l.split) as split) "
+        "from planned join labelled l using (n) join forms f using (form) "
+        "left join repeated r on l.image_id = r.image_id "
         f"where state in ({wanted}) {first} order by {order}, form"
     )
 
