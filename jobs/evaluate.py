@@ -11,18 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import console, labelled, parquet, schema, storage
+from jobs import console, labelled, parquet, schema, storage, verdicts
 from jobs.comparison import SAMPLES, compare, long_table
 from jobs.console import say
 from jobs.curves import curves
 from jobs.table import as_text
+from jobs.verdicts import NoVerdictsError
 from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
 
-NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
-WANTED: Final = ("image_id", "threshold", "transform", "split")
-"""Columns that verdicts may have besides."""
-TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT]}
 STANDARD: Final = "standard"
 AUTO: Final = "auto"
 EVERY_SPLIT: Final = "all"
@@ -121,11 +118,13 @@ def evaluate(
         if detector_id not in (None, own):
             raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
         detector_id = own
-    table, source = _verdicts(uri), None
+    source = None
     unread: dict[str, Any] = {"unread": [], "unread_count": 0}
-    if table is None:
+    try:
+        table = verdicts.read(uri)
+    except NoVerdictsError as error:
         if detector is None:
-            raise SourceError(f"{uri} holds no published verdicts; to score its pictures first, give --detector")
+            raise SourceError(f"{error}; to score its pictures first, give --detector") from error
         models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
         source, (table, unread) = uri, _score(uri, detector, storage.join(out, "scored"), chains, models)
     table = _of_detector(table, detector_id, uri)
@@ -165,9 +164,8 @@ def _score(
     from jobs.score import score
 
     record = score(source, detector=detector, out=out, transforms=chains, **models)
-    table = _verdicts(out)
-    assert table is not None
-    return _as_listed(table, source, chains), {name: record[name] for name in ("unread", "unread_count")}
+    unread = {name: record[name] for name in ("unread", "unread_count")}
+    return _as_listed(verdicts.read(out), source, chains), unread
 
 
 def _as_listed(table: pa.Table, source: str, chains: Sequence[str]) -> pa.Table:
@@ -248,50 +246,12 @@ def _write(result: dict[str, Any], out: str) -> None:
     text, page = as_text(result), render(result)
     storage.write_json(storage.join(out, "evaluation.json"), result)
     storage.write_bytes(storage.join(out, "evaluation.txt"), (text + "\n").encode())
-    parquet = io.BytesIO()
-    pq.write_table(long_table(result), parquet)
-    storage.write_bytes(storage.join(out, "evaluation.parquet"), parquet.getvalue())
+    rows = io.BytesIO()
+    pq.write_table(long_table(result), rows)
+    storage.write_bytes(storage.join(out, "evaluation.parquet"), rows.getvalue())
     storage.write_bytes(storage.join(out, "report.html"), page.encode())
     console.show(text)
     say(f"table: {storage.join(out, 'evaluation.json')}\nreport: {storage.join(out, 'report.html')}")
-
-
-# Verdicts from storage.
-
-
-def _verdicts(uri: str) -> pa.Table | None:
-    """Verdict rows of a published output or a Parquet file; None if it holds none.
-
-    A picture that several runs have judged counts once, as the newest run has it.
-    """
-    from jobs import ledger
-
-    if not storage.is_folder(uri):
-        if not storage.exists(uri):
-            raise SourceError(f"there is no {uri}")
-        return _from_file(uri) if uri.lower().endswith(".parquet") else None
-    if not any(record["files"] for record in ledger.runs(uri)):
-        return None
-    columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
-    table = ledger.verdicts(uri).to_table(columns=columns)
-    pictures = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
-    newest = {picture: row for row, picture in enumerate(pictures)}  # the oldest run comes first
-    return table.take(list(newest.values()))
-
-
-def _from_file(uri: str) -> pa.Table | None:
-    try:
-        with parquet.opened(uri) as file:
-            names = set(file.schema.names)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{uri} is no Parquet file: {error}") from error
-    if not set(NEEDED) <= names:
-        return None
-    columns = pa.schema([pa.field(name, TYPES[name]) for name in (*NEEDED, *WANTED) if name in names])
-    try:
-        return pa.Table.from_batches(parquet.read(uri, columns), columns)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SourceError(f"{uri} holds no verdicts: {error}") from error
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ def decide(paths: Collection[Parts]) -> tuple[dict[Parts, Decided], list[str]]:
         else:
             words = _words_of(path) if undecided(path) else {}
             found = {place: word for place, word in words.items() if 1 - word in here[base(path[:place])]}
-        if len(said := {*found.values()}) == 1 and (label := said.pop()) is not None:
-            decided[path] = Decided(max(found), label)
+        if len(said := {*found.values()}) == 1 and (only := said.pop()) is not None:
+            decided[path] = Decided(max(found), only)
     return decided, _remarks(values, meanings or {})
 
 
@@ -223,9 +223,7 @@ def beside(lone: Mapping[Parts, int], unlabelled: Mapping[str, int]) -> list[str
     remarks = []
     for parent, names in counts.items():
         where = f"in {'/'.join(parent)}" if parent else "at the top of the source"
-        shown = ", ".join(name[:40] for name, _ in names.most_common(MAX_SHOWN)) + (
-            ", …" if len(names) > MAX_SHOWN else ""
-        )
+        shown = [name[:40] for name, _ in names.most_common(MAX_SHOWN)] + ["…"] * (len(names) > MAX_SHOWN)
         remarks.append(
             f"{where}, only folders of {LABEL_NAMES[lone[parent]]} images are known: {names.total():,} images in "
             f"{', '.join(shown)} have no label; call the folders real and fake, or give labels in a manifest"

@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pytest
 from jobs import evaluate as module
 from jobs import ledger, storage
 from jobs.comparison import compare, long_table
-from jobs.evaluate import NEEDED, evaluate, parse_chains, parse_pairs
+from jobs.evaluate import evaluate, parse_chains, parse_pairs
 from jobs.ledger import Run
 from jobs.plan import write_manifest
 from jobs.results import PREDICTIONS
 from jobs.table import LONGEST_NAME, WIDEST, as_text
+from jobs.verdicts import NEEDED
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import ROBUSTNESS
 from tests.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
@@ -182,12 +184,13 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     assert len(ledger.runs(str(tmp_path / "scored"))) == 1
 
 
-def test_file_without_the_columns_of_verdicts_needs_a_detector(tmp_path: Path) -> None:
-    whole = verdict_table(verdict_row("/a", 0.2, label=0))
+def test_file_that_lacks_a_column_is_told_which(tmp_path: Path) -> None:
+    whole = verdict_table(verdict_row("/a", 0.2, label=0)).select(NEEDED)
     for missing in NEEDED:
-        pq.write_table(whole.drop_columns([missing]), tmp_path / "v.parquet")
-        with pytest.raises(SourceError, match=r"v\.parquet holds no published verdicts; .* give --detector"):
-            evaluate(str(tmp_path / "v.parquet"), out=str(tmp_path / "out"))
+        uri = _stored(whole.drop_columns([missing]), tmp_path / "v.parquet")
+        others = ", ".join(name for name in NEEDED if name != missing)
+        with pytest.raises(SourceError, match=rf"holds no `{missing}` column; it has {others}; .* give --detector"):
+            evaluate(uri, out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -198,21 +201,116 @@ def test_missing_or_other_files_are_said(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "text.parquet"), b"text")
     with pytest.raises(SourceError, match="is no Parquet file"):
         evaluate(str(tmp_path / "text.parquet"), out=str(tmp_path / "out"))
-    with pytest.raises(SourceError, match="holds no published verdicts"):
+    with pytest.raises(SourceError, match=r"holds no published verdicts .* files such as text\.parquet; to score"):
         evaluate(str(tmp_path), out=str(tmp_path / "out"))
+    with pytest.raises(
+        SourceError, match=r"/empty holds no published verdicts .* it holds no file; .* give --detector"
+    ):
+        (tmp_path / "empty").mkdir()
+        evaluate(str(tmp_path / "empty"), out=str(tmp_path / "out"))
 
 
-def test_columns_of_other_types_are_verdicts_all_the_same(tmp_path: Path) -> None:
-    table = verdict_table(*labelled_rows()).select(NEEDED)
-    expected = evaluate(_stored(table, tmp_path / "a.parquet"), out=str(tmp_path / "out"), samples=1)
-    table = table.cast(pa.schema([("label", pa.int64()), ("generator", pa.large_string()), *list(table.schema)[2:]]))
-    place = table.schema.get_field_index("verdict")
-    table = table.set_column(place, "verdict", table.column("verdict").dictionary_encode())
-    found = evaluate(_stored(table, tmp_path / "b.parquet"), out=str(tmp_path / "out"), samples=1)
-    assert found["generators"] == expected["generators"]
-    wrong = table.set_column(0, "label", pa.array(["fake"] * table.num_rows))
-    with pytest.raises(SourceError, match="holds no verdicts"):
-        evaluate(_stored(wrong, tmp_path / "c.parquet"), out=str(tmp_path / "out"))
+LABELS = [0, 1, 1, 0]
+WHOLE = {
+    "label": LABELS, "generator": ["g"] * 4, "prob_fake": [0, 1, 1, 1], "verdict": ["real", "fake", "fake", "fake"],
+    "status": ["scored"] * 4, "detector_id": ["d"] * 4,
+}  # fmt: skip
+NAN = float("nan")
+
+
+def compared(tmp_path: Path, metadata: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
+    """Evaluation of a file with these columns in the place of those of `WHOLE`."""
+    table = pa.table(WHOLE | columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": metadata}})})
+    return evaluate(_stored(table, tmp_path / "v.parquet"), out=str(tmp_path / "out"), samples=1)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("label", ["real", "FAKE", "fake ", "Real"]),
+        ("label", [0.0, 1.0, 1.0, 0.0]),
+        ("label", [False, True, True, False]),
+        ("label", pa.array([Decimal(0), Decimal(1), Decimal(1), Decimal(0)])),
+        ("label", pa.array(["0", "1", "1", "0"], pa.large_string())),
+        ("label", pa.array([b"human", b"ai", b"ai", b"human"])),
+        ("label", pa.array(["real", "fake", "fake", "real"]).dictionary_encode()),
+        ("generator", pa.array(["g"] * 4).dictionary_encode()),
+        ("generator", pa.array(["g"] * 4, pa.large_string())),
+        ("prob_fake", pa.array([0, 1, 1, 1], pa.float32())),
+        ("prob_fake", pa.array([Decimal("0.0"), Decimal("1.0"), Decimal("1.0"), Decimal("1.0")])),
+        ("prob_fake", [False, True, True, True]),
+        ("prob_fake", ["0", "1.0", "1e0", "1"]),
+        ("verdict", ["REAL", "Fake", "fake", "fake "]),
+        ("verdict", [0, 1, 1, 1]),
+        ("verdict", [False, True, True, True]),
+        ("status", ["Scored"] * 4),
+        ("status", pa.array(["scored"] * 4).dictionary_encode()),
+    ],
+)
+def test_columns_of_any_type_mean_what_they_say(column: str, values: Any, tmp_path: Path) -> None:
+    expected = compared(tmp_path)
+    found = compared(tmp_path, **{column: values})
+    assert found["generators"] == expected["generators"] and found["all"]["acc"]["value"] == 0.75
+
+
+def test_values_that_pandas_writes_for_nothing_are_nothing(tmp_path: Path) -> None:
+    result = compared(tmp_path, label=[0, 1, NAN, NAN], generator=["g", None, "", "g"], split=[NAN] * 4)
+    assert result["without_label"] == 2 and result["all"]["real"] + result["all"]["fake"] == 2
+    assert set(compared(tmp_path, generator=[NAN] * 4)["generators"]) == {"(none)"}
+    failed = compared(tmp_path, status=["scored", "scored", "failed", "scored"], prob_fake=[0, 1, NAN, 1])
+    assert failed["failed"] == 1
+
+
+def test_label_numbers_are_what_the_file_calls_them(tmp_path: Path) -> None:
+    names = {"label": {"_type": "ClassLabel", "names": ["fake", "real"]}}
+    assert compared(tmp_path, names, label=[1, 0, 0, 1])["generators"] == compared(tmp_path)["generators"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "shown"),
+    [
+        ([0, 1, 2, 7], None, r"`label` are 0, 1, 2, 7: none means real"),
+        (["cat", "dog", "cat", "dog"], None, r"`label` are cat, dog: none"),
+        ([0.5] * 4, None, r"`label` are 0\.5: none"),
+        ([0, 1, 1, 0], ["cat", "dog"], r"`label` are 0, 1, which the file calls cat, dog: none"),
+    ],
+)
+def test_classes_of_something_else_are_refused_by_name(
+    labels: list[Any], names: list[str] | None, shown: str, tmp_path: Path
+) -> None:
+    metadata = {"label": {"_type": "ClassLabel", "names": names}} if names else None
+    with pytest.raises(SourceError, match=rf"v\.parquet: the values of {shown}"):
+        compared(tmp_path, metadata, label=labels)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"status": ["ok"] * 4}, "the status 'ok' is neither scored nor failed"),
+        ({"prob_fake": ["high"] * 4}, "prob_fake 'high' is no number"),
+        ({"verdict": ["maybe"] * 4}, "4 scored rows have another verdict than real, uncertain, fake"),
+        ({"prob_fake": [[0.5]] * 4}, "the column `prob_fake` is of type list"),
+    ],
+)
+def test_values_that_are_no_verdicts_are_named(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=message):
+        compared(tmp_path, **columns)
+
+
+def test_name_in_another_case_is_taken_where_there_is_only_one(tmp_path: Path) -> None:
+    def renamed(*names: str) -> str:
+        table = pa.table(WHOLE)
+        arrays = [*table.columns, table.column("label")][: len(names)]
+        return _stored(pa.Table.from_arrays(arrays, names=names), tmp_path / "v.parquet")
+
+    rest = list(WHOLE)[1:]
+    for names in (["Label", *rest], ["label", *rest, "LABEL"]):
+        assert evaluate(renamed(*names), out=str(tmp_path / "out"), samples=1)["all"]["acc"]["value"] == 0.75
+    for names in (["Label", *rest, "LABEL"], ["label", *rest, "label"]):
+        with pytest.raises(SourceError, match=rf"2 columns that may be `label`: {names[0]}, {names[-1]}; keep one"):
+            evaluate(renamed(*names), out=str(tmp_path / "out"), samples=1)
 
 
 def _stored(table: pa.Table, path: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 import ray.data  # noqa: F401 - registers the extension type that unpickles
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-from jobs import evaluate, examples, fetching, ledger, parquet, schema, sources, storage
+from jobs import examples, fetching, ledger, parquet, schema, sources, storage, verdicts
 from jobs.calibrate import _validation
 from jobs.datasource import ParquetFiles
 from jobs.parquet_file import ColumnTypeError, ParquetFile
@@ -129,7 +129,7 @@ def test_no_column_of_published_rows_is_unpickled(column: str, mark: Path, tmp_p
     with pytest.raises(ColumnTypeError, match=EXTENSION):
         ledger.verdicts(out)
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        evaluate._verdicts(out)
+        verdicts.read(out)
     assert not mark.exists()
 
 
@@ -140,11 +140,11 @@ def test_no_column_of_captions_is_unpickled(mark: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("column", evaluate.NEEDED)
+@pytest.mark.parametrize("column", verdicts.NEEDED)
 def test_no_column_of_a_verdict_file_is_unpickled(column: str, mark: Path, tmp_path: Path) -> None:
-    columns: dict[str, Any] = {name: ["x"] for name in evaluate.NEEDED}
+    columns: dict[str, Any] = {name: ["x"] for name in verdicts.NEEDED}
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        evaluate._from_file(file_of(tmp_path, **(columns | {column: pickled(mark)})))
+        verdicts.read(file_of(tmp_path, **(columns | {column: pickled(mark)})))
     assert not mark.exists()
 
 

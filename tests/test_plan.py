@@ -435,6 +435,92 @@ def test_source_with_too_many_labelled_folders_is_no_benchmark(tmp_path: Path, m
         assert write_manifest(source, str(tmp_path / "m.parquet")).layout == layout
 
 
+# Folders that say labels together.
+
+
+def test_words_beside_each_other_are_labels_of_folders_and_tars(place: str) -> None:
+    expected = {
+        "train/Human/1.jpg": (0, "mine", "train"), "train/AI/1.jpg": (1, "mine", "train"),
+        "fake/sdxl/1.jpg": (1, "sdxl", None), "generated/adm/1.jpg": (1, "adm", None),
+        "original/1.jpg": (0, "mine", None),
+    }  # fmt: skip
+    source = put(f"{place}/mine", dict.fromkeys(expected, b"x"))
+    assert told(write_manifest(source, f"{place}/m.parquet"), source) == expected
+    tar = put(f"{place}/tars", {"mine.tar": tar_bytes(dict.fromkeys(expected, b"x"))}) + "/mine.tar"
+    written = write_manifest(tar, f"{place}/m.parquet")
+    assert {name: label for name, (label, *_) in told(written, tar).items()} == {
+        name: label for name, (label, *_) in expected.items()
+    }
+
+
+def test_label_partitions_are_labels_or_classes_of_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def labels(count: int) -> dict[int | None, int]:
+        files = {f"label={i}/generator=a%20b/{j}.jpg": b"x" for i in range(count) for j in range(i + 1)}
+        return write_manifest(put(str(tmp_path / str(count)), files), str(tmp_path / "m.parquet")).labels
+
+    assert labels(2) == {0: 1, 1: 2} and capsys.readouterr().err == ""
+    assert {row["generator"] for row in manifest_of(str(tmp_path / "m.parquet"))} == {"a b"}
+    assert labels(3) == {None: 6}
+    assert "folders label=0, label=1, label=2 are neither real nor fake" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["real/1.jpg", "deepfloyd/1.jpg", "deepfloyd/2.jpg"], "at the top of the source, only folders of real images"),
+        (["sd/fake/1.jpg", "sd/coco/1.jpg", "sd/x/2.jpg"], "in sd, only folders of fake images are known: 2 images"),
+        (["train/real/1.jpg", "test/unsure/1.jpg"], "only folders of real images are known: 1 images in unsure have"),
+        (["real/1.jpg", "fake/1.jpg", "other/1.jpg"], None),
+        (["sd/fake/1.jpg", "loose.jpg", "other/1.jpg"], None),
+        (["sd/fake/1.jpg", "laion/real/1.jpg"], None),
+        (["real/1.jpg", "generated/1.jpg"], None),
+        (["human/1.jpg", "horse/1.jpg"], None),
+    ],
+)
+@pytest.mark.parametrize("as_tar", [False, True])
+def test_one_label_among_folders_without_any_is_warned_of(
+    names: list[str], warned: str | None, as_tar: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = dict.fromkeys(names, b"x")
+    source = put(str(tmp_path / "mine"), {"a.tar": tar_bytes(files)} if as_tar else files)
+    write_manifest(source, str(tmp_path / "m.parquet"))
+    said = capsys.readouterr().err
+    assert warned in said and f"warning: {source}: " in said if warned else said == ""
+
+
+# Rows that contradict each other.
+
+
+def test_image_listed_with_both_labels_has_none_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {
+        "uri": ["/a", "/b", "/c", "/d", "/a", "/b", "/c"], "label": [0, 1, None, 1, 1, 1, 0],
+        "generator": ["first", None, None, "d", "second", "b", "c"],
+        "split": ["train", None, "val", None, "test", "test", None],
+    }  # fmt: skip
+    written = write_manifest(write_parquet(tmp_path / "source.parquet", columns), str(tmp_path / "m.parquet"))
+    assert [tuple(row[name] for name in columns) for row in manifest_of(written.uri)] == [
+        ("/a", None, "first", "train"),  # of generators and splits, the first counts
+        ("/b", 1, "b", "test"),
+        ("/c", 0, "c", "val"),  # what one row leaves out, another may say
+        ("/d", 1, "d", None),
+    ]
+    assert written.labels == {None: 1, 1: 2, 0: 1} and written.left_out == {"listed twice": 3}
+    assert "1 images are listed twice with labels that contradict each other and have none" in capsys.readouterr().err
+
+
+def test_contradiction_counts_once_for_all_forms_and_before_a_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_parquet(tmp_path / "source.parquet", {"uri": ["/a", "/a", "/b", "/b"], "label": [0, 1, 1, 1]})
+    written = write_manifest(source, str(tmp_path / "m.parquet"), Selection(limit=2), transforms=FORMS)
+    assert written.labels == {None: 3, 1: 3}
+    assert "warning: 1 images are listed twice" in capsys.readouterr().err
+
+
 # Forms of each picture.
 
 FORMS = ["", "jpeg:50", "blur:1+it's 'odd'; ü"]
