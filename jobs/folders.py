@@ -6,7 +6,7 @@ are labels where a folder of the other label stands beside them, as `ai` or `rea
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 from urllib.parse import unquote
@@ -40,11 +40,18 @@ SHARDS: Final = frozenset("all batch chunk dir folder group misc other others pa
 """Names, numbered or not, of what was divided for its number only."""
 SPLIT_WORDS: Final = {**SPLIT_FOLDERS, "training": "train", "testing": "test"}
 
+HUMP: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+WORD: Final = re.compile(r"[^\W_]+")
+SHORT: Final = re.compile(r"[0-9a-f]{1,2}|\d+x\d+")
+"""Beginnings of hexadecimal names, and sizes."""
+
 PARTITION: Final = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 """A folder as Hive and Spark name them."""
 PARTITION_KEYS: Final = frozenset({"label", "generator", "split"})
 NO_VALUE: Final = "__HIVE_DEFAULT_PARTITION__"
 MAX_SHOWN: Final = 5
+REMEMBERED: Final = 2**16
+"""Names or paths of which it is remembered what they say."""
 
 Parts = tuple[str, ...]
 """Folders of a path, from the source on."""
@@ -63,8 +70,7 @@ class Decided(NamedTuple):
 
 def partition(name: str) -> tuple[str, str | None] | None:
     """Key, small, and value of `key=value`, as Hive escapes it; no value: null. None: it is no partition."""
-    found = PARTITION.fullmatch(name)
-    if found is None:
+    if "=" not in name or (found := PARTITION.fullmatch(name)) is None:
         return None
     return found[1].lower(), None if found[2] == NO_VALUE else labels.text(unquote(found[2]))
 
@@ -74,7 +80,7 @@ def is_split(name: str) -> bool:
     return name.lower() in SPLIT_FOLDERS
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=REMEMBERED)
 def paired_label(name: str) -> int | None:
     """The label that a folder may be, if one of the other label stands beside it."""
     words = _words(name)
@@ -88,19 +94,18 @@ def paired_split(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in _words(name) if word in SPLIT_WORDS), None)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def may_be_generator(name: str) -> bool:
     """Whether a folder below a label may be named after a generator: no split, partition, number, shard or label."""
     if is_split(name) or partition(name) is not None or paired_label(name) is not None:
         return False
     words = [word.rstrip("0123456789") for word in _words(name)]
-    is_hexadecimal = re.fullmatch(r"[0-9a-f]{1,2}|\d+x\d+", name.lower()) is not None
-    return not is_hexadecimal and any(word and word not in NOUNS | SHARDS for word in words)
+    return not SHORT.fullmatch(name.lower()) and any(word and word not in NOUNS | SHARDS for word in words)
 
 
 def _words(name: str) -> list[str]:
     """Words of a name, small: `AIGenerated images` is `ai`, `generated`, `images`."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    return re.findall(r"[^\W_]+", apart.lower())
+    return WORD.findall(HUMP.sub("_", name).lower())
 
 
 # The folders of one path.
@@ -113,10 +118,13 @@ def split_path(folder: str) -> Parts:
 
 def partitions(parts: Parts, key: str) -> dict[int, str | None]:
     """Place -> value of the partitions of a key."""
-    found = {place: partition(name) for place, name in enumerate(parts) if "=" in name}
+    if "=" not in "".join(parts):
+        return {}
+    found = {place: partition(name) for place, name in enumerate(parts)}
     return {place: said[1] for place, said in found.items() if said is not None and said[0] == key}
 
 
+@lru_cache(maxsize=REMEMBERED)
 def label_run(parts: Parts) -> range:
     """Where the nearest label folder is, with those of the same label directly above it; empty: nowhere.
 
@@ -134,7 +142,8 @@ def label_run(parts: Parts) -> range:
     return range(start, stop)
 
 
-def undecided(parts: Parts) -> list[int]:
+@lru_cache(maxsize=REMEMBERED)
+def undecided(parts: Parts) -> Sequence[int]:
     """Places of folders that are labels if the other folders of the source agree (`decide`).
 
     These are `label=…` partitions; without one, and without a folder that is a label by itself, words as `human`.

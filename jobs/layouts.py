@@ -262,12 +262,13 @@ def _generators(
     """Folder -> generator and split, of what was `decided` and where too many lie below labels; remarks."""
     changed, below = {}, {}
     for path, folder in paths.items():
-        open_places = undecided(path)
-        if open_places and path not in decided:
-            continue
-        run = range(decided[path].place, decided[path].place + 1) if open_places else label_run(path)
-        said, alone = _said(path, run, source), _labels(folder, source)
-        if (said.generator, said.split) != (alone.generator, alone.split):
+        run = label_run(path)
+        if undecided(path):
+            if path not in decided:
+                continue
+            run = range(decided[path].place, decided[path].place + 1)
+        said = _said(path, run, source)
+        if path in decided and (said.generator, said.split) != _labels(folder, source)[1:3]:
             changed[folder] = said.generator, said.split
         if said.is_below:
             below[folder] = said
@@ -346,8 +347,10 @@ def _base(names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
     return names[:end], end < len(names)
 
 
+@lru_cache(maxsize=4096)
 def _benchmark(name: str) -> str | None:
-    return next((benchmark for words, benchmark in BENCHMARKS.items() if _plain(name).startswith(words)), None)
+    plain = _plain(name)
+    return next((benchmark for words, benchmark in BENCHMARKS.items() if plain.startswith(words)), None)
 
 
 def paired_reals(generators: Collection[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from nsnet.errors import ConfigError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
-MOST_FOLDERS: Final = 100_000
+MOST_FOLDERS: Final = 50_000
 """Folders of a source that are compared with each other for its labels: a bucket may have millions."""
 
 LISTED: Final = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string())])
