@@ -42,6 +42,7 @@ BASELINE: Final = "advanced"
 @click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made below OUT.")
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
 @console.max_left_out_option
+@console.column_option
 @console.weights_options
 @console.limit_options
 @console.address_option

@@ -101,7 +101,7 @@ def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) 
     if not listed_anew:
         listing = ledger.published(place, inventory.LISTED, ledger.FACTS, facts_id=FACTS_ID)
         return inventory.pictures(listing, facts)
-    whole = Selection(include=selection.include, exclude=selection.exclude)
+    whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
         manifest = storage.join(storage.absolute(folder), "manifest.parquet")
         write_manifest(source, manifest, whole)

@@ -203,9 +203,18 @@ limit_options = _stack(
 )
 
 
+column_option = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="KEY=NAME",
+    help="Column of Parquet files that holds image, label, generator, uri …, where it is not called so; several.",
+)
+
 selection_options = _stack(
     click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
+    column_option,
     click.option("--limit", type=int, default=None, help="Most pictures: the first that are found, in no order."),
     click.option("--shuffle-seed", type=int, default=None, help="A random order; with --limit, a random sample."),
     click.option("--retry-failed", is_flag=True, help="Do again what failed before."),

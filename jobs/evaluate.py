@@ -15,6 +15,7 @@ from jobs import console, labelled, parquet, schema, storage, verdicts
 from jobs.comparison import SAMPLES, compare, long_table
 from jobs.console import say
 from jobs.curves import curves
+from jobs.plan import Selection, write_manifest
 from jobs.table import as_text
 from jobs.verdicts import NoVerdictsError
 from nsnet import transforms
@@ -47,6 +48,7 @@ Pairs = Mapping[str, str] | Literal["auto"]
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
 @console.max_failed_option
+@console.column_option
 @console.max_left_out_option
 @console.weights_options
 @console.address_option
@@ -104,6 +106,7 @@ def evaluate(
     split: str | None = None,
     threshold: float | None = None,
     samples: int = SAMPLES,
+    columns: tuple[str, ...] = (),
     clip_weights: str | None = None,
     captioner: str | None = None,
     address: str | None = None,
@@ -125,8 +128,10 @@ def evaluate(
     except NoVerdictsError as error:
         if detector is None:
             raise SourceError(f"{error}; to score its pictures first, give --detector") from error
-        models = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
-        source, (table, unread) = uri, _score(uri, detector, storage.join(out, "scored"), chains, models)
+        settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
+        selection = Selection(columns=columns)
+        source = uri
+        table, unread = _score(uri, detector, storage.join(out, "scored"), chains, selection, settings)
     table = _of_detector(table, detector_id, uri)
     table, rows = _of_split(table, split, uri)
     if chains:
@@ -158,24 +163,22 @@ def _id_of(detector: str) -> str:
 
 
 def _score(
-    source: str, detector: str, out: str, chains: Sequence[str], models: dict[str, Any]
+    source: str, detector: str, out: str, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Verdicts on the pictures that a source holds now, and what of it could not be read."""
     from jobs.score import score
 
-    record = score(source, detector=detector, out=out, transforms=chains, **models)
+    record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
     unread = {name: record[name] for name in ("unread", "unread_count")}
-    return _as_listed(verdicts.read(out), source, chains), unread
+    return _as_listed(verdicts.read(out), source, chains, selection), unread
 
 
-def _as_listed(table: pa.Table, source: str, chains: Sequence[str]) -> pa.Table:
+def _as_listed(table: pa.Table, source: str, chains: Sequence[str], selection: Selection) -> pa.Table:
     """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
-    from jobs.plan import write_manifest
-
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
     with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
         manifest = storage.join(storage.absolute(folder), "manifest.parquet")
-        write_manifest(source, manifest, transforms=("", *chains))
+        write_manifest(source, manifest, selection, transforms=("", *chains))
         listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
     kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
     return table.select(kept).join(listed, keys="image_id", join_type="inner")

@@ -72,7 +72,7 @@ class Examples:
 def read_split(uri: str) -> pa.Table:
     """A stored split, ordered by id. Raises `SourceError` where the file is none."""
     try:
-        table = pa.Table.from_batches(parquet.read(uri, SPLIT), SPLIT)
+        table = pa.Table.from_batches(parquet.read(uri, SPLIT, optional=("column", "problem")), SPLIT)
     except FileNotFoundError as error:
         raise SourceError(f"there is no split {uri}") from error
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:

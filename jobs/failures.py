@@ -40,5 +40,5 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
 
 
 def _failures(uri: str) -> list[dict[str, Any]]:
-    rows = (row for batch in parquet.read(uri, COLUMNS, optional=True) for row in batch.to_pylist())
+    rows = (row for batch in parquet.read(uri, COLUMNS, optional=COLUMNS.names) for row in batch.to_pylist())
     return [row for row in rows if row["error_class"] in KINDS and row["content_hash"]]

@@ -9,6 +9,7 @@ from jobs import ledger, schema, storage
 from jobs.console import say
 from jobs.ledger import Product
 from jobs.left_out import first_named
+from jobs.plan import Selection, write_manifest
 from jobs.request import SETTINGS, TrainRequest
 from nsnet.errors import NullSpaceError, SourceError
 
@@ -51,13 +52,17 @@ def find_out(request: TrainRequest, facts: Facts) -> None:
     if facts.product is ledger.FACTS:
         from jobs.facts import examine
 
-        examine(request.source, out=facts.place, limits=request.limits, address=request.address)
+        examine(
+            request.source, out=facts.place, selection=Selection(columns=request.columns), limits=request.limits,
+            address=request.address,
+        )  # fmt: skip
     elif request.captions is None or request.caption_missing:
         from jobs.caption import caption
 
         caption(
             request.source, out=facts.place, recipe=request.recipe, clip_weights=request.clip_weights,
-            captioner=request.captioner, limits=request.limits, address=request.address,
+            captioner=request.captioner, selection=Selection(columns=request.columns), limits=request.limits,
+            address=request.address,
         )  # fmt: skip
 
 
@@ -105,10 +110,9 @@ def share_split(request: TrainRequest) -> str:
 def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Table":
     """Find out what there is to know of the pictures, and split them."""
     from jobs import split
-    from jobs.plan import write_manifest
 
     manifest = storage.join(request.work, "manifest.parquet")
-    plan = write_manifest(request.source, manifest)
+    plan = write_manifest(request.source, manifest, Selection(columns=request.columns))
     if plan.unread > request.max_left_out:
         raise SourceError(
             f"{plan.unread} folders or containers of {request.source} cannot be read, more than the allowed "

@@ -36,7 +36,7 @@ STEPS_AHEAD: Final = 4
 ROW: Final = pa.field("row", pa.int64())
 ARRIVED: Final = pa.schema([ROW, schema.VERDICTS.field("image_id"), *schema.OUTCOME])
 FETCHED: Final = (
-    "image_id", "uri", "etag", "size_bytes", "container", "position", "listed", "expected_hash"
+    "image_id", "uri", "etag", "size_bytes", "container", "position", "column", "listed", "expected_hash"
 )  # fmt: skip
 """Columns of a split that a picture is fetched by."""
 

@@ -103,7 +103,7 @@ class Run:
         verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
         check()
         counts = Counts()
-        rows = counts.watch(parquet.read_small(staged, self.product.columns, optional=True))
+        rows = counts.watch(parquet.read_small(staged, self.product.columns, optional=["remark"]))
         files: list[dict[str, Any]] = []
         try:
             for file in _write_parts(rows, self.product, self.final):
@@ -349,7 +349,7 @@ def published(
         for file in record["files"]:
             uri = storage.join(storage.absolute(out), file["path"])
             try:
-                yield from parquet.read(uri, columns, optional=True)
+                yield from parquet.read(uri, columns, optional=columns.names)
             except FileNotFoundError as error:
                 raise StorageError(
                     f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"

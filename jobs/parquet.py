@@ -1,7 +1,7 @@
 """Parquet on storage, read and written as a stream of batches."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -29,14 +29,14 @@ def opened(uri: str) -> Iterator[ParquetFile]:
         yield ParquetFile(source, uri)
 
 
-def read(uri: str, columns: pa.Schema, *, optional: bool = False) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, as batches of exactly this schema; `optional`: a column that it lacks is null.
+def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, as batches of exactly this schema; `optional` ones are null where it lacks them.
 
     Raises `KeyError` for a missing column, `ColumnTypeError` for an extension type.
     """
     with opened(uri) as file:
         present = [name for name in columns.names if name in file.schema.names]
-        if not optional and (missing := sorted(set(columns.names) - {*present})):
+        if missing := sorted({*columns.names} - {*present, *optional}):
             raise KeyError(f"{uri} has no column {', '.join(missing)}")
         for batch in file.batches(present, batch_rows=BATCH_ROWS):
             arrays = [
@@ -62,7 +62,7 @@ def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
     return pads.dataset([storage.arrow_path(uri) for uri in uris], schema=columns, filesystem=system, format="parquet")
 
 
-def read_small(uris: Sequence[str], columns: pa.Schema, *, optional: bool = False) -> Iterator[pa.RecordBatch]:
+def read_small(uris: Sequence[str], columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
     """As `read`, of many small files, several at a time, in their order."""
 
     def whole(uri: str) -> list[pa.RecordBatch]:

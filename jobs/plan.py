@@ -19,6 +19,7 @@ from jobs.folders import beside
 from jobs.layouts import Layout
 from jobs.left_out import first_named
 from jobs.sources import Source
+from jobs.tables import KEYS
 from nsnet.errors import ConfigError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
@@ -62,6 +63,8 @@ class Selection:
     """Most pictures, each in all its forms: the first that are found, in no order."""
     shuffle_seed: int | None = None
     """Do them in a random order; with `limit`, a random sample."""
+    columns: tuple[str, ...] = ()
+    """`KEY=NAME` each: what columns of Parquet files are called that are not called as usual (`tables.KEYS`)."""
     retry_failed: bool = False
     """Do again what failed before."""
     rescore: bool = False
@@ -70,6 +73,17 @@ class Selection:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit must be at least 1, got {self.limit}")
+        self.named_columns()
+
+    def named_columns(self) -> dict[str, str]:
+        """What is looked for -> name of the column. Raises `ConfigError`."""
+        named = {}
+        for text in self.columns:
+            key, separator, name = text.partition("=")
+            if not separator or not name or key not in KEYS:
+                raise ConfigError(f"--column {text}: give KEY=NAME, where KEY is one of {', '.join(KEYS)}")
+            named[key] = name
+        return named
 
     def states(self) -> set[str]:
         """The states of pictures that are to be done."""
@@ -125,7 +139,7 @@ def write_manifest(
     the source holds no picture; nothing is left behind then.
     """
     selection = selection or Selection()
-    listing = Source(source, selection.include, selection.exclude)
+    listing = Source(source, selection.include, selection.exclude, selection.named_columns())
     if uri.startswith(listing.uri.rstrip("/") + "/"):
         raise UsageError(f"--out lies inside the source {listing.uri}, which would list it: choose a place beside it")
     forms = list(dict.fromkeys(transform or None for transform in transforms)) or [None]

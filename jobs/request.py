@@ -37,6 +37,8 @@ class TrainRequest:
     """Caption what is missing there, on the way."""
     split: str | None = None
     """A stored split to use; None: a new one is made."""
+    columns: tuple[str, ...] = ()
+    """Names of columns of Parquet files, as `plan.Selection` takes them."""
     leave_out: str | None = None
     """Generator that is kept for the test."""
     operating_point: str = "accuracy"
@@ -121,6 +123,7 @@ class TrainRequest:
         """What makes it the same training, whatever the machines; JSON-ready."""
         names = ("source", "recipe", "variant", "seed", "captions", "split", "leave_out", "clip_weights", "captioner")
         told = {name: getattr(self, name) for name in names}
+        told |= {"columns": self.columns} if self.columns else {}
         told |= {"limits": to_dict(self.limits), "max_failed": self.max_failed}
         told |= {"detector": to_dict(recipe.detector), "training": to_dict(recipe.training), "basis": str(recipe.basis)}
         values: dict[str, Any] = json.loads(json.dumps(told))

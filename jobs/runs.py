@@ -51,7 +51,8 @@ class Request:
         told = {
             "source": self.source,
             self.product.maker: self.maker,
-            "selection": to_dict(self.selection),
+            # settings of older runs have no columns: an unfinished one is to be found again
+            "selection": {name: value for name, value in to_dict(self.selection).items() if value or name != "columns"},
             **({"transforms": self.transforms} if self.transforms else {}),
             **self.settings,
         }

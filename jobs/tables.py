@@ -7,8 +7,9 @@ from typing import Any, Final
 from jobs import storage
 from jobs.console import say
 from jobs.containers import Container, Described
+from jobs.folders import SPLIT_FOLDERS
 from jobs.labels import HUGGINGFACE, class_names, is_missing, meanings, text
-from jobs.layouts import SPLIT_FOLDERS, Labels
+from jobs.layouts import Labels
 from jobs.manifest import FACTS, HASH, from_values, readable, row
 from nsnet.errors import SourceError
 
@@ -17,6 +18,8 @@ GENERATORS: Final = ("generator", "model_name")
 """Columns that name the generator; the first that is there."""
 IMAGES: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "image_data", "img")
 """Columns that hold images, as bytes or as `datasets` stores them (struct of bytes and path); the first one counts."""
+KEYS: Final = ("image", *FACTS, *LABELS)
+"""What `--column` gives a name."""
 REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
 """Columns of texts that repeat."""
 MIN_ROW_BYTES: Final = 32
@@ -147,10 +150,12 @@ class Table:
             "generator": text(given.get("generator")),
             "split": self._split(text(given.get("split"))),
         }
-        return {
+        said = {
             name: getattr(self._folder, name) if value is None and name not in given else value
             for name, value in own.items()
         }
+        own_labels = {"label", "generator"} & given.keys()  # what folders say together must not override them
+        return said | {"folder": None if own_labels else self._folder.folder}
 
     def _split(self, name: str | None) -> str | None:
         """The split that a column says; of another word it is said once that it counts as none."""

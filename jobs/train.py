@@ -61,6 +61,7 @@ class WorkersType(click.ParamType[tuple[int, int]]):
     "--max-failed", type=console.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
 )
 @console.max_left_out_option
+@console.column_option
 @console.weights_options
 @console.limit_options
 @console.address_option

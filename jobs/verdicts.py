@@ -44,7 +44,7 @@ def read(uri: str) -> pa.Table:
         if not uri.lower().endswith(".parquet"):
             raise NoVerdictsError(f"{uri} holds no published verdicts: it is no folder and no .parquet file")
         return _from_file(uri)
-    if not ledger.runs(uri):
+    if not any(record["files"] for record in ledger.runs(uri)):
         prefix = uri.rstrip("/") + "/"
         names = [entry.uri.removeprefix(prefix) for entry in islice(storage.list_files(uri), 3)]
         found = f"there are files such as {', '.join(sorted(names))}" if names else "it holds no file"

@@ -203,7 +203,7 @@ def test_missing_column_is_an_error_unless_it_is_optional(tmp_path: Path) -> Non
     wanted = pa.schema([schema.VERDICTS.field("image_id"), schema.TRANSFORM])
     with pytest.raises(KeyError, match="transform"):
         list(parquet.read(uri, wanted))
-    (batch,) = parquet.read(uri, wanted, optional=True)
+    (batch,) = parquet.read(uri, wanted, optional=["transform"])
     assert batch.schema == wanted and batch.to_pylist() == [
         {"image_id": "a", "transform": None},
         {"image_id": "b", "transform": None},
