@@ -1,10 +1,14 @@
 """How long a decoding process waits for an image.
 
-Every image gets a short first try, long enough for nearly all honest ones. What is not done by then is tried once more,
-after the others of its block, with the full limit (`--max-seconds`), as long as the run's budget lasts
-(`poison.Budget`). What failed is remembered by its content, so that the same bytes cost nothing again.
+Every image gets a short first try, within which nearly all honest ones are done. It grows with the time that others
+take and with the size of the file: a large photograph is a large file, and poison mostly a small one. What is not done
+by then is tried once more, after the others of its block, with the full limit (`--max-seconds`), as far as the run's
+budget for slow images goes (`poison.Budget`). What failed is remembered by its content, so that the same bytes cost
+nothing again.
 """
 
+from collections import deque
+from statistics import median
 from typing import Final, Protocol
 
 from jobs.decoding import GuardedDecoder
@@ -14,9 +18,16 @@ from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageError, ImageT
 from nsnet.preparation import Prepared
 
 FIRST_SECONDS: Final = 0.5
-"""Of computing, for the first try of an image."""
+"""Of computing, for the first try of an image, before it is known what others take."""
+MIN_FIRST_SECONDS: Final = 0.3
+"""And later at least so long,"""
+FIRST_FACTOR: Final = 20.0
+"""and so many times what the others take (the median)."""
 FIRST_SECONDS_PER_BYTE: Final = 0.5e-6
-"""And so many more for each byte of its file: a large photograph is a large file, poison mostly a small one."""
+"""In both cases so many more for each byte of its file."""
+MIN_SEEN: Final = 32
+MAX_SEEN: Final = 512
+"""Images after which it is known what others take, and how many of the last of them count."""
 MAX_REMEMBERED: Final = 10_000
 """Contents that a process remembers."""
 
@@ -24,10 +35,10 @@ MAX_REMEMBERED: Final = 10_000
 class Lender(Protocol):
     """Where a decoding process asks for its run's budget."""
 
-    def lease(self, seconds: float) -> bool:
-        """Wait for the budget's answer."""
+    def lease(self, seconds: float) -> float:
+        """Seconds of computing that a slow image may take, at most as many as wanted; 0: none are left."""
 
-    def settle(self, leased: float, good: float, bad: float) -> None:
+    def settle(self, leased: float, good: float, slow: float) -> None:
         """As `Budget.settle`."""
 
 
@@ -39,57 +50,62 @@ class Patience:
         self._failed: dict[str, tuple[str, str]] = {}
         self.remembered: Remembered = {}
         """What failed in earlier runs."""
-        self._good = self._bad = 0.0
+        self._seen: deque[float] = deque(maxlen=MAX_SEEN)
+        self._good = 0.0
 
     def first(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared | None:
         """The first try; None: it takes longer, try it `again` once the others are done. Raises an `ImageError`."""
         self._refuse(key(content_hash, transform))
         full = self._decoder.config.limits.max_seconds
-        limit = min(full, FIRST_SECONDS + FIRST_SECONDS_PER_BYTE * len(image))
+        limit = min(full, self._short() + FIRST_SECONDS_PER_BYTE * len(image))
         try:
-            return self._try(image, content_hash, transform, seed, limit)
-        except ImageTimeoutError as error:
-            if limit < full:
+            done = self._decoder.prepare(image, transform, seed, limit)
+        except ImageError as error:
+            if isinstance(error, ImageTimeoutError) and limit < full:
                 return None
-            self._fail(key(content_hash, transform), error)
+            self._remember(key(content_hash, transform), error)
             raise
+        self._good += self._decoder.computed
+        self._seen.append(self._decoder.computed)
+        return done
 
     def again(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared:
-        """The second and last try, if the run's budget allows one. Raises an `ImageError`."""
+        """The second and last try, as far as the run's budget goes. Raises an `ImageError`."""
         name = key(content_hash, transform)
         self._refuse(name)  # the same bytes may stand twice in a block
         full = self._decoder.config.limits.max_seconds
         self.settle()
-        if not self._lender.lease(full):
-            raise ImageBudgetError(
-                "decoding takes longer than a short try, and the run's budget for slow images is used up: "
-                "run again with --retry-failed"
-            )
+        leased = self._lender.lease(full)
         try:
-            return self._try(image, content_hash, transform, seed, full)
-        except ImageTimeoutError as error:
-            self._fail(name, error)
+            if not leased:
+                raise ImageTimeoutError
+            done = self._decoder.prepare(image, transform, seed, leased)
+        except ImageError as error:
+            if isinstance(error, ImageTimeoutError) and leased < full:
+                raise ImageBudgetError(
+                    "decoding it takes long, and the run's budget for slow images is used up: the next run tries again"
+                ) from error
+            self._remember(name, error)
             raise
         finally:
-            self.settle(full)
-
-    def settle(self, leased: float = 0.0) -> None:
-        """Tell the run what was spent since the last time."""
-        if leased or self._good or self._bad:
-            self._lender.settle(leased, self._good, self._bad)
-            self._good = self._bad = 0.0
-
-    def _try(self, image: bytes, content_hash: str, transform: str, seed: int, seconds: float) -> Prepared:
-        try:
-            done = self._decoder.prepare(image, transform, seed, seconds)
-        except DecoderCrashError as error:
-            self._fail(key(content_hash, transform), error)
-            raise
-        self._good += self._decoder.computed
+            self._lender.settle(leased, 0.0, self._decoder.computed if leased else 0.0)
+        self._seen.append(self._decoder.computed)
         return done
 
-    def _fail(self, name: str, error: ImageError) -> None:
-        self._bad += self._decoder.computed
+    def settle(self) -> None:
+        """Tell the run what was spent on good images since the last time."""
+        if self._good:
+            self._lender.settle(0.0, self._good, 0.0)
+            self._good = 0.0
+
+    def _short(self) -> float:
+        if len(self._seen) < MIN_SEEN:
+            return FIRST_SECONDS
+        return max(MIN_FIRST_SECONDS, FIRST_FACTOR * median(self._seen))
+
+    def _remember(self, name: str, error: ImageError) -> None:
+        if not isinstance(error, ImageTimeoutError | DecoderCrashError):
+            return
         if len(self._failed) >= MAX_REMEMBERED:
             del self._failed[next(iter(self._failed))]
         self._failed[name] = type(error).__name__, f"{error} (the same bytes were tried before)"

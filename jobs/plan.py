@@ -20,7 +20,7 @@ from jobs.layouts import Layout
 from jobs.left_out import first_named
 from jobs.sources import Source
 from jobs.tables import KEYS
-from nsnet.errors import ConfigError, SourceError, UsageError
+from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
@@ -248,8 +248,12 @@ def _load(rows: Database, table: str, columns: dict[str, Any], of: pa.Schema) ->
 
 
 def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
-    """Tables of what was done before: `seen` pictures, and `known` URIs in any version."""
-    rows.create("done", "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored", schema.DONE)
+    """Tables of what was done before: `seen` pictures, and `known` URIs in any version.
+
+    Those that a run had no time for were not done.
+    """
+    done = "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored"
+    rows.create("done", done, schema.DONE, where=f"error_class is distinct from '{ImageBudgetError.__name__}'")
     rows.insert("done", published)
     rows.execute("create table seen as select image_id, bool_or(scored) as scored from done group by 1")
     rows.execute("create table known as select distinct uri from done")

@@ -7,10 +7,12 @@ from nsnet.errors import DecoderCrashError, ImageTimeoutError
 
 KINDS: Final = (DecoderCrashError.__name__, ImageTimeoutError.__name__)
 """Error classes of what is remembered."""
-BAD_SHARE: Final = 0.25
-"""Second tries that fail may take this share of the time that good images took."""
-SECONDS_PER_CPU: Final = 10.0
+SLOW_SHARE: Final = 0.5
+"""Second tries of slow images may take this share of the time that the others took."""
+SECONDS_PER_CPU: Final = 15.0
 """Or so many seconds for each CPU of the cluster, and one whole try at least."""
+MIN_LEASE_SECONDS: Final = 1.0
+"""Less is not worth a try."""
 
 Remembered = Mapping[str, tuple[str, str]]
 """Content and transform (`key`) -> error class and message."""
@@ -22,24 +24,30 @@ def key(content_hash: str, transform: str) -> str:
 
 
 class Budget:
-    """What second tries may cost a run, in seconds of computing. One for a run; its decoding processes ask it."""
+    """What second tries of slow images may cost a run, in seconds of computing; its decoding processes ask for leases.
+
+    It does not matter how a try ends: what a stranger can send a thousand times may be a valid image, too.
+    """
 
     def __init__(self, cpus: float, max_seconds: float) -> None:
         self._least = max(max_seconds, SECONDS_PER_CPU * cpus)
-        self.good = self.bad = self._leased = 0.0
+        self.good = self.slow = self._leased = 0.0
 
-    def lease(self, seconds: float) -> bool | None:
-        """Whether an image may take so long; None: ask again, since others are being tried with what is left."""
-        allowed = max(self._least, BAD_SHARE * self.good)
-        if self.bad + seconds > allowed + 1e-6 and self.bad > 0:
-            return False
-        if self._leased > 0 and self.bad + self._leased + seconds > allowed + 1e-6:
+    def lease(self, seconds: float) -> float | None:
+        """Seconds that an image may take, at most so many; 0: none are left; None: ask again, since it depends on what
+        others leave of their leases.
+        """
+        left = max(self._least, SLOW_SHARE * self.good) - self.slow
+        if left < min(seconds, MIN_LEASE_SECONDS):
+            return 0.0
+        granted = min(seconds, left - self._leased)
+        if granted < min(seconds, left):
             return None
-        self._leased += seconds
-        return True
+        self._leased += granted
+        return granted
 
-    def settle(self, leased: float, good: float, bad: float) -> None:
-        """Give a lease back, and tell what was spent since the last time on good and on bad images."""
+    def settle(self, leased: float, good: float, slow: float) -> None:
+        """Give a lease back, and tell what was spent since the last time on good images, and on second tries."""
         self._leased = max(0.0, self._leased - leased)
         self.good += good
-        self.bad += bad
+        self.slow += slow

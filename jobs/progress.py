@@ -33,13 +33,13 @@ class Board:
         """Add to the counts."""
         self.counts.update(counts)
 
-    def lease(self, seconds: float) -> bool | None:
+    def lease(self, seconds: float) -> float | None:
         """As `Budget.lease`."""
         return self._budget.lease(seconds)
 
-    def settle(self, leased: float, good: float, bad: float) -> None:
+    def settle(self, leased: float, good: float, slow: float) -> None:
         """As `Budget.settle`."""
-        self._budget.settle(leased, good, bad)
+        self._budget.settle(leased, good, slow)
 
     def tell(self, line: str) -> None:
         """A line for the console."""

@@ -90,7 +90,7 @@ VERDICTS: Final = pa.schema(
 )
 """Published verdicts: one row per planned picture."""
 
-DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status")])
+DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status", "error_class")])
 """What a plan asks of published verdicts."""
 
 CAPTIONED: Final = pa.schema(

@@ -127,20 +127,20 @@ class StageReport:
         if self.board_name is not None:
             _board(self.board_name).add.remote(counts)
 
-    def lease(self, seconds: float) -> bool:
-        """Whether an image may be decoded for so long (`poison.Budget`); waits while others use what is left."""
+    def lease(self, seconds: float) -> float:
+        """Seconds that a slow image may take (`poison.Budget`), at most so many; waits while others use the rest."""
         if self.board_name is None:
-            return True
+            return seconds
         import ray
 
         while (answer := ray.get(_board(self.board_name).lease.remote(seconds))) is None:
             time.sleep(LEASE_POLL_SECONDS)
-        return bool(answer)
+        return float(answer)
 
-    def settle(self, leased: float, good: float, bad: float) -> None:
+    def settle(self, leased: float, good: float, slow: float) -> None:
         """As `Budget.settle`, without waiting."""
         if self.board_name is not None:
-            _board(self.board_name).settle.remote(leased, good, bad)
+            _board(self.board_name).settle.remote(leased, good, slow)
 
 
 @cache

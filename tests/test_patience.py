@@ -15,10 +15,10 @@ from jobs.failures import remembered
 from jobs.guard import Zygote
 from jobs.patience import Patience
 from jobs.plan import Selection
-from jobs.poison import BAD_SHARE, SECONDS_PER_CPU, Budget, key
+from jobs.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
 from jobs.runs import Request
 from nsnet.config import to_dict
-from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageTimeoutError
+from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError, ImageTimeoutError
 from nsnet.images import DecodeLimits
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig
@@ -41,17 +41,17 @@ class Decoder(GuardedDecoder):
 
 
 class Lender:
-    """A budget that answers as it is told."""
+    """A budget that lends what the test says."""
 
-    def __init__(self, *answers: bool) -> None:
-        self.answers = list(answers)
+    def __init__(self, *leases: float) -> None:
+        self.leases = list(leases)
         self.settled: list[tuple[float, float, float]] = []
 
-    def lease(self, seconds: float) -> bool:
-        return self.answers.pop(0)
+    def lease(self, seconds: float) -> float:
+        return min(seconds, self.leases.pop(0))
 
-    def settle(self, leased: float, good: float, bad: float) -> None:
-        self.settled.append((leased, good, bad))
+    def settle(self, leased: float, good: float, slow: float) -> None:
+        self.settled.append((leased, good, slow))
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,14 @@ def test_good_image_is_tried_once(decoder: Decoder, tries: list[float]) -> None:
 def test_slow_image_is_tried_once_more_with_the_full_limit_and_never_again(
     decoder: Decoder, tries: list[float]
 ) -> None:
-    lender = Lender(True)
+    lender = Lender(99.0)
     one = Patience(decoder, lender)
     assert one.first(b"POISON compute", "a", "", 0) is None
     with pytest.raises(ImageTimeoutError, match=r"longer than 0\.6 s"):
         one.again(b"POISON compute", "a", "", 0)
     assert tries == [pytest.approx(0.1, abs=0.01), 0.6]
-    (leased, _, bad), = lender.settled  # fmt: skip
-    assert leased == 0.6 and bad == pytest.approx(0.6, abs=0.1)
+    ((leased, _, slow),) = lender.settled
+    assert leased == 0.6 and slow == pytest.approx(0.6, abs=0.1)
     with pytest.raises(ImageTimeoutError, match="the same bytes were tried before"):
         one.first(b"POISON compute", "a", "", 0)
     with pytest.raises(ImageTimeoutError, match="the same bytes were tried before"):
@@ -91,12 +91,23 @@ def test_slow_image_is_tried_once_more_with_the_full_limit_and_never_again(
     assert len(tries) == 2
 
 
-def test_slow_image_is_not_tried_again_where_the_budget_is_used_up(decoder: Decoder, tries: list[float]) -> None:
-    one = Patience(decoder, Lender(False, True))
+def test_slow_image_that_is_done_in_time_is_good(decoder: Decoder, tries: list[float]) -> None:
+    lender = Lender(99.0)
+    one = Patience(decoder, lender)
+    assert one.again(GOOD, "a", "", 0) is not None
+    assert [(leased, good) for leased, good, _ in lender.settled] == [(0.6, 0.0)]
+
+
+@pytest.mark.parametrize(("lease", "count"), [(0.0, 1), (0.2, 2)])
+def test_slow_image_that_the_budget_does_not_suffice_for_is_left_to_the_next_run(
+    lease: float, count: int, decoder: Decoder, tries: list[float]
+) -> None:
+    lender = Lender(lease)
+    one = Patience(decoder, lender)
     assert one.first(b"POISON compute", "a", "", 0) is None
-    with pytest.raises(ImageBudgetError, match="budget for slow images is used up: run again with --retry-failed"):
+    with pytest.raises(ImageBudgetError, match="budget for slow images is used up: the next run tries again"):
         one.again(b"POISON compute", "a", "", 0)
-    assert len(tries) == 1
+    assert len(tries) == count and lender.settled[-1][0] == lease
     assert one.first(b"POISON compute", "a", "", 0) is None  # it was not tried out: it may have its turn yet
 
 
@@ -108,6 +119,14 @@ def test_crash_is_remembered_and_not_tried_again(decoder: Decoder, tries: list[f
     assert len(tries) == 1
     with pytest.raises(DecoderCrashError):  # under a transform it is another image
         one.first(b"POISON segfault", "a", "jpeg:75", 0)
+    assert len(tries) == 2
+
+
+def test_damaged_image_is_not_remembered(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender())
+    for _ in range(2):
+        with pytest.raises(ImageCorruptError):
+            one.first(b"POISON answer", "a", "", 0)
     assert len(tries) == 2
 
 
@@ -127,6 +146,15 @@ def test_limit_below_the_first_try_is_the_only_one(decoder: Decoder, monkeypatch
     assert decoder.tries == [0.6]
 
 
+def test_first_try_grows_with_what_most_images_take(decoder: Decoder, tries: list[float]) -> None:
+    one = Patience(decoder, Lender())
+    one._seen.extend([0.01] * patience.MIN_SEEN + [5.0] * (patience.MIN_SEEN - 1))
+    one.first(GOOD, "a", "", 0)
+    one._seen.extend([0.025] * 1000)
+    one.first(GOOD, "b", "", 0)
+    assert [round(seconds, 2) for seconds in tries] == [patience.MIN_FIRST_SECONDS, 0.5]
+
+
 def test_process_forgets_the_oldest(decoder: Decoder, tries: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "MAX_REMEMBERED", 2)
     one = Patience(decoder, Lender())
@@ -140,19 +168,26 @@ def test_process_forgets_the_oldest(decoder: Decoder, tries: list[float], monkey
 
 
 def test_budget_begins_with_one_whole_try_at_least() -> None:
-    assert Budget(cpus=0.5, max_seconds=30.0).lease(30.0) is True
     budget = Budget(cpus=0.5, max_seconds=30.0)
-    budget.settle(0.0, 0.0, 30.0)
-    assert budget.lease(30.0) is False
+    assert budget.lease(30.0) == 30.0
+    budget.settle(30.0, 0.0, 30.0)
+    assert budget.lease(30.0) == 0.0
 
 
-def test_budget_grows_with_what_good_images_took() -> None:
+def test_budget_is_spent_however_a_try_ends_and_lends_what_is_left() -> None:
     budget = Budget(cpus=1.0, max_seconds=30.0)
-    budget.settle(0.0, 0.0, 30.0)
-    budget.settle(0.0, 60.0 / BAD_SHARE - 1.0, 0.0)
-    assert budget.lease(30.0) is False
-    budget.settle(0.0, 1.0, 0.0)
-    assert budget.lease(30.0) is True
+    budget.settle(budget.lease(30.0) or 0.0, 0.0, 13.0)
+    assert budget.lease(30.0) == 17.0
+    budget.settle(17.0, 0.0, 16.5)
+    assert budget.lease(30.0) == 0.0
+
+
+def test_budget_grows_with_what_the_other_images_took() -> None:
+    budget = Budget(cpus=1.0, max_seconds=30.0)
+    budget.settle(0.0, 30.0 / SLOW_SHARE, 30.0)
+    assert budget.lease(30.0) == 0.0
+    budget.settle(0.0, 10.0 / SLOW_SHARE, 0.0)
+    assert budget.lease(30.0) == 10.0
 
 
 def test_budget_grows_with_the_cluster() -> None:
@@ -163,22 +198,12 @@ def test_budget_grows_with_the_cluster() -> None:
     assert granted == SECONDS_PER_CPU * cpus // 30.0
 
 
-def test_second_tries_wait_for_each_other_until_it_is_known_how_they_end() -> None:
+def test_second_tries_wait_until_it_is_known_what_others_leave() -> None:
     budget = Budget(cpus=2.0, max_seconds=30.0)
-    assert budget.lease(30.0) is True
+    assert budget.lease(30.0) == 30.0
     assert budget.lease(30.0) is None
-    budget.settle(30.0, 3.0, 0.0)  # it ended well: nothing is used up
-    assert budget.lease(30.0) is True
-    budget.settle(30.0, 0.0, 30.0)
-    assert budget.lease(30.0) is False
-
-
-def test_slow_images_that_end_well_never_use_the_budget_up() -> None:
-    budget = Budget(cpus=1.0, max_seconds=30.0)
-    for _ in range(1000):
-        assert budget.lease(30.0) is True
-        budget.settle(30.0, 29.0, 0.0)
-    assert budget.bad == 0.0
+    budget.settle(30.0, 0.0, 3.0)
+    assert budget.lease(30.0) == 27.0
 
 
 # Earlier runs.

@@ -58,6 +58,18 @@ def done(*outcomes: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     return batches(rows, schema.DONE, size=2)
 
 
+def test_image_that_a_run_had_no_time_for_is_new(pictures: str, tmp_path: Path) -> None:
+    first, second, *_ = rows_of(pictures)
+    history = [
+        {"image_id": row["image_id"], "uri": row["uri"], "status": "failed", "error_class": kind}
+        for row, kind in ((first, "ImageBudgetError"), (second, "ImageTimeoutError"))
+    ]
+    published = batches(history, schema.DONE)
+    plan = write_manifest(pictures, str(tmp_path / "manifest.parquet"), published=published)
+    assert plan.states == {"new": 8, "failed before": 1}
+    assert first["uri"] in {row["uri"] for row in manifest_of(plan.uri)}
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> str:
     files = {f"0_real/{i}.jpg": b"x" for i in range(5)} | {f"1_fake/{i}.jpg": b"x" for i in range(3)}
