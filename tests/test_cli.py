@@ -120,7 +120,7 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str
         "empty": "holds no pictures",
         "texts": r"holds no pictures \(1: \.txt is no picture\)",
         "text.parquet": "is no whole Parquet file",
-        "urls.parquet": "neither a `uri` nor a `bytes` column",
+        "urls.parquet": "neither a `uri` column nor one of images",
         "pictures/0_real/0.png": "see nsnet predict",
     }
     for name, reason in expected.items():

@@ -172,10 +172,10 @@ def test_small_files_are_not_read_far_ahead(tmp_path: Path, monkeypatch: pytest.
     opened: list[str] = []
     lock, read = threading.Lock(), parquet.read
 
-    def counted(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def counted(uri: str, columns: pa.Schema, **options: Any) -> Iterator[pa.RecordBatch]:
         with lock:
             opened.append(uri)
-        return read(uri, columns)
+        return read(uri, columns, **options)
 
     monkeypatch.setattr(parquet, "read", counted)
     stream = parquet.read_small(uris, NUMBERS)
