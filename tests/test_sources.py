@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import faults, fetching, schema, storage
+from jobs import endings, faults, fetching, schema, storage
 from jobs.faults import Fault
 from jobs.manifest import image_id
 from jobs.sources import Source
@@ -571,7 +571,9 @@ def test_bad_row_of_a_manifest_fails_alone(tmp_path: Path) -> None:
     found = problems(rows)
     assert [problem is None for problem in found] == [True, *[False] * 6]
     assert rows[1]["uri"] == f"{tmp_path}/m.parquet#1" and found[1] == "row 1 of the manifest: it has no uri"
-    assert "only local paths and s3:// are supported, not https://" in str(found[2])
+    assert "an address must hold no user, password or signature" in str(found[2])
+    assert "only local paths and s3:// are supported, not gs://" in str(found[4])
+    assert not any(secret in str(row) for row in rows for secret in ("user:pw", "token=abc"))
     identities(rows)
     assert [row["label"] for row in rows] == [1] * 7
     assert fetch(rows[0], LARGE) == b"x"
