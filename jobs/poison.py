@@ -31,23 +31,29 @@ class Budget:
 
     def __init__(self, cpus: float, max_seconds: float) -> None:
         self._least = max(max_seconds, SECONDS_PER_CPU * cpus)
-        self.good = self.slow = self._leased = 0.0
+        self._at_once = max(1.0, cpus)
+        self._leased: list[float] = []
+        self.good = self.slow = 0.0
 
     def lease(self, seconds: float) -> float | None:
         """Seconds that an image may take, at most so many; 0: none are left; None: ask again, since it depends on what
         others leave of their leases.
+
+        As many tries as there are CPUs may have the same seconds lent to them: to wait for each other would cost more
+        than what they may spend too much.
         """
         left = max(self._least, SLOW_SHARE * self.good) - self.slow
         if left < min(seconds, MIN_LEASE_SECONDS):
             return 0.0
-        granted = min(seconds, left - self._leased)
-        if granted < min(seconds, left):
+        granted = min(seconds, left)
+        if len(self._leased) >= self._at_once and sum(self._leased) + granted > left:
             return None
-        self._leased += granted
+        self._leased.append(granted)
         return granted
 
     def settle(self, leased: float, good: float, slow: float) -> None:
         """Give a lease back, and tell what was spent since the last time on good images, and on second tries."""
-        self._leased = max(0.0, self._leased - leased)
+        if leased in self._leased:
+            self._leased.remove(leased)
         self.good += good
         self.slow += slow

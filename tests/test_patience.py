@@ -191,19 +191,26 @@ def test_budget_grows_with_what_the_other_images_took() -> None:
 
 
 def test_budget_grows_with_the_cluster() -> None:
-    cpus = 64.0
-    budget, granted = Budget(cpus=cpus, max_seconds=30.0), 0
+    budget, granted = Budget(cpus=64.0, max_seconds=30.0), 0
     while budget.lease(30.0):
+        budget.settle(30.0, 0.0, 30.0)
         granted += 1
-    assert granted == SECONDS_PER_CPU * cpus // 30.0
+    assert granted == SECONDS_PER_CPU * 64.0 // 30.0
 
 
-def test_second_tries_wait_until_it_is_known_what_others_leave() -> None:
+def test_as_many_second_tries_as_cpus_run_at_once_and_others_wait_for_what_is_left() -> None:
     budget = Budget(cpus=2.0, max_seconds=30.0)
-    assert budget.lease(30.0) == 30.0
-    assert budget.lease(30.0) is None
+    assert [budget.lease(30.0) for _ in range(4)] == [30.0, 30.0, None, None]
     budget.settle(30.0, 0.0, 3.0)
-    assert budget.lease(30.0) == 27.0
+    assert budget.lease(30.0) == 27.0 and budget.lease(30.0) is None
+    budget.settle(30.0, 0.0, 27.0)
+    assert budget.lease(30.0) == 0.0
+
+
+def test_many_second_tries_run_at_once_where_the_budget_suffices_for_all() -> None:
+    budget = Budget(cpus=2.0, max_seconds=30.0)
+    budget.settle(0.0, 1000.0, 0.0)
+    assert [budget.lease(30.0) for _ in range(17)] == [30.0] * 16 + [None]
 
 
 # Earlier runs.
