@@ -16,7 +16,7 @@ from jobs.endings import SIDECARS, is_hidden, what_it_is
 from jobs.layouts import Labels, labels_from_path
 from jobs.left_out import LeftOut
 from jobs.manifest import CONTAINERS, readable, row
-from jobs.tables import Table
+from jobs.tables import NoImagesError, Table
 from nsnet.errors import SourceError
 
 NO_LABELS = Labels(None, None, None, None)
@@ -125,6 +125,11 @@ class Source:
                 yield from tars.rows(entry, self._sidecars, self.left_out)
             else:
                 yield from Table(entry.uri, self._columns, labels_from_path(relative, self.uri)).rows(strict)
+        except NoImagesError as error:
+            if strict:
+                raise
+            self.left_out[f"{ending} without pictures"] += 1
+            say(f"left out: {error}")
         except SourceError as error:
             if strict:
                 raise

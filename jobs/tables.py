@@ -26,6 +26,10 @@ MIN_ROW_BYTES: Final = 32
 """Fewest bytes of a file for each image in it: a small file may hold a billion rows of nothing."""
 
 
+class NoImagesError(SourceError):
+    """A Parquet file that can be read, and is no container of images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which column of a file holds what; None: none does."""
@@ -39,7 +43,7 @@ class Columns:
 def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Columns:
     """The columns of a file. `named`: what `--column` says. Names are compared without case where that is unambiguous.
 
-    Raises `SourceError` where there is neither a list nor stored images.
+    Raises `NoImagesError` where there is neither a list nor stored images.
     """
     wanted = dict(named)
     own = {what: column for what in (*FACTS, *LABELS) if (column := _column(uri, described, wanted.get(what, what)))}
@@ -52,7 +56,7 @@ def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Co
         image = next((one for name in IMAGES if (one := _image(described, _column(uri, described, name)))), None)
     if image is None and ("image" in wanted or "uri" not in own):
         there = ", ".join(f"{name} ({kind})" for name, kind in sorted(described.columns.items()))
-        raise SourceError(
+        raise NoImagesError(
             f"{uri} has neither a `uri` column nor one of images ({', '.join(IMAGES)}; bytes, or as `datasets` stores "
             f"them), only {there[:500]}: name it with --column image=NAME"
         )
@@ -106,7 +110,7 @@ class Table:
             columns = find_columns(self.uri, described, self._named)
             stored = columns.image is not None
             if not stored and not strict:
-                raise SourceError(f"{self.uri} is a list of images: such are followed only where they are the source")
+                raise NoImagesError(f"{self.uri} is a list of images: such are followed only where they are the source")
             if stored and described.rows * MIN_ROW_BYTES > entry.size_bytes:
                 raise SourceError(
                     f"{self.uri} says that its {entry.size_bytes:,} bytes hold {described.rows:,} images: impossible"
