@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import fetching
+from jobs import containers, fetching
 from jobs.sources import Source
 from nsnet.errors import ImageTooLargeError, SourceError
 from tests.tables import parquet_bytes, picture_file, put
@@ -158,20 +158,21 @@ def test_part_in_partition_folders_has_what_they_say_and_its_columns_do_not(tmp_
 # What it may cost.
 
 
-def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path) -> None:
-    """300 KB that unfold to gigabytes of texts, each short enough."""
-    count = 2**28 // 8000 + 2
+def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file that unfolds to many times its size, by texts that are short enough each."""
+    monkeypatch.setattr(containers, "MIN_TEXTS_BYTES", 2**22)
+    count = 2**22 // 8000 + 2
     often = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["/" + "x" * 8000]))
     content = parquet_bytes({"uri": often}, store_schema=False)
-    assert len(content) < 300_000
-    with pytest.raises(SourceError, match=r"bytes hold more than 268,435,456 bytes of texts"):
+    assert len(content) * containers.MAX_RATIO < 2**22
+    with pytest.raises(SourceError, match=r"bytes hold more than 4,194,304 bytes of texts"):
         rows_of(tmp_path, content)
 
 
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
-    """13 KB of Parquet with one image of 1.8 GB, of zeros."""
-    put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(1_800_000_000)]}, compression="zstd")})
-    assert os.path.getsize(tmp_path / "x.parquet") < 200_000
+    """20 KB of Parquet with one image of 600 MB, of zeros."""
+    put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(600_000_000)]}, compression="zstd")})
+    assert os.path.getsize(tmp_path / "x.parquet") < 100_000
     (row,) = Source(str(tmp_path / "x.parquet")).rows()
     with pytest.raises(ImageTooLargeError, match="x.parquet: reading it takes more memory than it may"):
         fetching.fetch(row, 10**6)
