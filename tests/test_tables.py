@@ -13,6 +13,7 @@ from jobs.sources import Source
 from nsnet.errors import ImageTooLargeError, SourceError
 from tests.tables import parquet_bytes, picture_file, put
 
+PLAIN: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
 IMAGES = [picture_file(seed) for seed in range(3)]
 
 
@@ -171,7 +172,7 @@ def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path, monke
 
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
     """20 KB of Parquet with one image of 600 MB, of zeros."""
-    put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(600_000_000)]}, compression="zstd")})
+    put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(600_000_000)]}, **PLAIN)})
     assert os.path.getsize(tmp_path / "x.parquet") < 100_000
     (row,) = Source(str(tmp_path / "x.parquet")).rows()
     with pytest.raises(ImageTooLargeError, match="x.parquet: reading it takes more memory than it may"):
