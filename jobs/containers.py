@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
+from jobs import faults
+from jobs.faults import Fault
 from jobs.guard import Child, ChildTimeoutError, Clock, Zygote, exit_reason
 from jobs.parquet_file import ColumnTypeError
-from nsnet.errors import SourceError
+from nsnet.errors import NsnetError, SourceError
 
 SERVICE: Final = "jobs.container_service"
 SECONDS: Final = 60.0
@@ -181,7 +183,7 @@ class Container:
                 left -= max(0, length)
                 if offset < 0 or length <= 0 or left < 0:
                     raise self._error("it is read again and again")
-                data = self._read(offset, length)
+                data = self._piece(offset, length)
                 self._send({"size_bytes": len(data)}, data)
                 continue
             if "error" in answer:
@@ -192,6 +194,17 @@ class Container:
                 raise self._error("its reader's answer makes no sense") from error
             if answer.get("end"):
                 return
+
+    def _piece(self, offset: int, length: int) -> bytes:
+        """Bytes of the file. An outage of its store is raised as it is; other errors are this file's."""
+        try:
+            return self._read(offset, length)
+        except NsnetError:
+            raise
+        except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+            if faults.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS):
+                raise
+            raise self._error(f"it cannot be read: {faults.reason(error)}") from error
 
     def _send(self, header: dict[str, Any], payload: bytes = b"") -> None:
         self._guarded(lambda child: child.send(Clock(child.pid, SECONDS), header, payload))

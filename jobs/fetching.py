@@ -32,20 +32,24 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
         return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
         return storage.fetch(container, position, min(size, max_bytes + 1), etag)
-    version = row["etag"].rpartition("-")[0]
+    key = (container, row["etag"].rpartition("-")[0], row.get("column"))
     with _reading:  # one thread reads a row group, the others wait for it
-        key = (container, version, row.get("column"))
-        try:
-            stored = _open(key)
-            return Fetched(data=stored.image(position, max_bytes + 1), requests=stored.requests())
-        except BaseException as error:  # the rest of an answer must not be taken for the next one
-            if key in _opened:
-                _opened.pop(key).close()
-            if isinstance(error, ContainerTooLargeError):
-                raise ImageTooLargeError(str(error)) from error
-            if isinstance(error, SourceError):
-                raise FetchError(str(error)) from error
-            raise
+        return storage.with_retries(lambda: _read(key, position, max_bytes + 1), container)
+
+
+def _read(key: tuple[str, str, str | None], position: int, most: int) -> tuple[bytes, int]:
+    """The image of a row of a Parquet file, and how often its store was asked again."""
+    try:
+        stored = _open(key)
+        return stored.image(position, most), stored.retries()
+    except BaseException as error:  # the rest of an answer must not be taken for the next one
+        if key in _opened:
+            _opened.pop(key).close()
+        if isinstance(error, ContainerTooLargeError):
+            raise ImageTooLargeError(str(error)) from error
+        if isinstance(error, SourceError):
+            raise FetchError(str(error)) from error
+        raise
 
 
 def close() -> None:
@@ -60,9 +64,11 @@ class _Stored:
 
     def __init__(self, uri: str, version: str, column: str | None) -> None:
         self._uri, self._version = uri, version
-        self._requests = 0
-        size = self._described().size_bytes
-        self._container = Container(uri, "parquet", size, self._read)
+        self._retries = 0
+        entry = storage.describe(uri)
+        if entry.etag != version:
+            raise faults.ChangedError(f"{uri} was replaced since it was listed")
+        self._container = Container(uri, "parquet", entry.size_bytes, self._read)
         self._container.__enter__()
         try:
             named = {} if column is None else {"image": column}
@@ -88,10 +94,10 @@ class _Stored:
             self._next = position + 1
         return self._kept[position] or b""
 
-    def requests(self) -> int:
-        """How often the store was asked since the last time, at least once: of neighbours the first asks for all."""
-        asked, self._requests = max(1, self._requests), 0
-        return asked
+    def retries(self) -> int:
+        """How often the store was asked again since the last time: of neighbours the first asks for all."""
+        retries, self._retries = self._retries, 0
+        return retries
 
     def close(self) -> None:
         """End its reader."""
@@ -104,18 +110,9 @@ class _Stored:
         ):
             self._kept.popitem(last=False)
 
-    def _described(self) -> storage.Entry:
-        try:
-            entry = storage.describe(self._uri)
-        except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
-            raise faults.fetch_error(error, 1) from error
-        if entry.etag != self._version:
-            raise faults.fetch_error(faults.ChangedError(f"{self._uri} was replaced since it was listed"), 1)
-        return entry
-
     def _read(self, offset: int, length: int) -> bytes:
         fetched = storage.fetch(self._uri, offset, length, self._version)
-        self._requests += fetched.requests - 1
+        self._retries += fetched.requests - 1
         return fetched.data
 
 

@@ -69,7 +69,7 @@ class Source:
         elif self.uri.lower().endswith(".tar"):
             rows = tars.rows(storage.describe(self.uri), self._sidecars, self.left_out)
         else:
-            rows = Table(self.uri, self._columns, NO_LABELS).rows(strict=True)
+            rows = Table(storage.describe(self.uri), self._columns, NO_LABELS).rows(strict=True)
         return filter(self._wanted, rows) if self._include or self._exclude else rows
 
     def _wanted(self, row: dict[str, Any]) -> bool:
@@ -124,7 +124,7 @@ class Source:
             if ending == ".tar":
                 yield from tars.rows(entry, self._sidecars, self.left_out)
             else:
-                yield from Table(entry.uri, self._columns, labels_from_path(relative, self.uri)).rows(strict)
+                yield from Table(entry, self._columns, labels_from_path(relative, self.uri)).rows(strict)
         except NoImagesError as error:
             if strict:
                 raise

@@ -11,6 +11,7 @@ from jobs.folders import SPLIT_FOLDERS
 from jobs.labels import HUGGINGFACE, class_names, is_missing, meanings, text
 from jobs.layouts import Labels
 from jobs.manifest import FACTS, HASH, from_values, readable, row
+from jobs.storage import Entry
 from nsnet.errors import SourceError
 
 LABELS: Final = ("label", "generator", "split")
@@ -93,9 +94,9 @@ def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
 class Table:
     """A Parquet file as a part of a source."""
 
-    def __init__(self, uri: str, named: Mapping[str, str], folder: Labels) -> None:
-        """`folder`: what the folders say that it lies in."""
-        self.uri, self._named, self._folder = uri, named, folder
+    def __init__(self, entry: Entry, named: Mapping[str, str], folder: Labels) -> None:
+        """`named`: what `--column` says; `folder`: what the folders say that it lies in."""
+        self.uri, self._entry, self._named, self._folder = entry.uri, entry, named, folder
         self._warned_of_split = False
 
     def rows(self, strict: bool) -> Iterator[dict[str, Any]]:
@@ -104,7 +105,7 @@ class Table:
         `strict`: the file is the source itself. Else it lies among others, and no URI in it is believed, neither of a
         list nor of stored images: whoever may put a file into a bucket could have anything read that this job may read.
         """
-        entry = storage.describe(self.uri)
+        entry = self._entry
         with Container(self.uri, "parquet", entry.size_bytes, storage.reader(self.uri)) as container:
             described = container.describe(REPEATED)
             columns = find_columns(self.uri, described, self._named)

@@ -1,5 +1,6 @@
 """Sources: what becomes a row, with which label, and what is left out and counted; on disk and on S3."""
 
+import errno
 import hashlib
 import io
 import os
@@ -484,7 +485,7 @@ def test_store_that_fails_is_not_taken_for_a_damaged_container(s3_environment: S
         for name, content in (("b.parquet", parquet_bytes({"bytes": [b"x"]})), ("b.tar", tar_bytes({"b.jpg": b"y"}))):
             bucket = put(new_bucket(), {"a.jpg": b"x", name: content})
             proxy.policy = Always(Action("slow_down"), wanted=f"/{name}")
-            with pytest.raises(OSError) as caught:
+            with pytest.raises(Exception, match="SlowDown|Service Unavailable|So the proxy says") as caught:
                 list(Source(bucket).rows())
             assert faults.kind(caught.value) is Fault.TRANSIENT
             proxy.policy = Always(PASS)
@@ -533,9 +534,33 @@ def test_manifest_among_pictures_is_not_followed(place: str, tmp_path: Path) -> 
 @pytest.mark.s3
 def test_manifest_in_a_bucket_names_no_file_of_this_machine(s3_environment: SwiftServer) -> None:
     bucket = new_bucket()
-    put(bucket, {"m.parquet": parquet_bytes({"uri": [f"{bucket}/a.jpg", "/etc/passwd"]})})
-    with pytest.raises(SourceError, match=r"m\.parquet: row 1 names /etc/passwd on this machine's disk"):
-        rows_of(f"{bucket}/m.parquet")
+    uris = [f"{bucket}/a.jpg", "/etc/passwd", "file:///etc/passwd", "../../../etc/passwd", "b.jpg"]
+    put(bucket, {"m.parquet": parquet_bytes({"uri": uris})})
+    found = problems(list(Source(f"{bucket}/m.parquet").rows()))
+    assert [problem is None for problem in found] == [True, False, False, False, True]
+    assert "on this machine's disk" in str(found[1])
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.parquet"])
+def test_container_that_may_not_be_read_does_not_stop_the_rest(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(
+        str(tmp_path),
+        {"a.jpg": b"x", "b.tar": tar_bytes({"b.jpg": b"y"}), "b.parquet": parquet_bytes({"bytes": [b"x"]})},
+    )
+    reader = storage.reader
+
+    def denied(uri: str) -> Callable[[int, int], bytes]:
+        def read(offset: int, length: int) -> bytes:
+            raise PermissionError(errno.EACCES, "Permission denied", uri)
+
+        return read if uri.endswith(name) else reader(uri)
+
+    monkeypatch.setattr(storage, "reader", denied)
+    source = Source(str(tmp_path))
+    assert len(list(source.rows())) == 2 and source.left_out.unread == 1
+    assert f"{name}: it cannot be read: " in source.left_out.named[0]
 
 
 @pytest.mark.parametrize("include", [(), ("*.txt",), ("*.jpg", "*/*.TXT")])
