@@ -11,11 +11,13 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from jobs import storage
-from jobs.parquet_file import ParquetFile
+from jobs.parquet_file import BUFFER_BYTES, ParquetFile
 
 BATCH_ROWS: Final = 8192
 GROUP_ROWS: Final = 65_536
 """Rows of a row group."""
+MAX_WHOLE_BYTES: Final = 2**26
+"""Files up to this size are read without a buffer, for which pyarrow takes what the header of a page claims: 2 GB."""
 READERS: Final = 8
 """Files that are read at a time."""
 WRITERS: Final = 8
@@ -26,7 +28,7 @@ WRITERS: Final = 8
 def opened(uri: str) -> Iterator[ParquetFile]:
     """A file on storage. Raises what the store and pyarrow raise."""
     with storage.open_file(uri) as source:
-        yield ParquetFile(source, uri)
+        yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
 
 
 def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:

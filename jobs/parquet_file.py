@@ -41,11 +41,18 @@ class ColumnTypeError(SourceError):
 class ParquetFile:
     """A Parquet file with plain types. Raises what pyarrow raises for a damaged file."""
 
-    def __init__(self, source: pa.NativeFile, name: str, repeated: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        source: pa.NativeFile,
+        name: str,
+        repeated: Collection[str] = (),
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
         """`source`: the open file, which this object reads from and does not close. `name`: what people know it by.
 
         `repeated`: columns of which those that hold texts or bytes are read as dictionaries, so that a value which
-        repeats a million times takes memory once.
+        repeats a million times takes memory once. `buffer_bytes`: as `BUFFER_BYTES`; 0: a column's part is read as a
+        whole, which is never more than the file has, whatever the headers of its pages say.
         """
         self.name = name
         self.size_bytes = source.size()
@@ -56,7 +63,7 @@ class ParquetFile:
         leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
         texts = [leaf.path for leaf in leaves if leaf.path in repeated and leaf.physical_type == "BYTE_ARRAY"]
         self._file = pq.ParquetFile(
-            source, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False, read_dictionary=texts
+            source, metadata=metadata, buffer_size=buffer_bytes, pre_buffer=False, read_dictionary=texts
         )
         self.schema: pa.Schema = self._file.schema_arrow
         """Plain types of all columns."""

@@ -21,6 +21,7 @@ import torch
 from nsnet import hub, model_files
 from nsnet.digest import file_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
+from nsnet.model_size import ModelSize
 
 PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b"}
 """Hub repository -> commit."""
@@ -107,7 +108,7 @@ class Captioner:
         self.thumbnail_px = thumbnail_px(folder)
         mean, std = _normalisation(folder)
         try:
-            with model_files.opened(folder, "captioner") as checked:
+            with model_files.opened(folder, "captioner") as checked, ModelSize([checked]):
                 loaded = BlipForConditionalGeneration.from_pretrained(
                     checked, local_files_only=True, output_loading_info=True, weights_only=True
                 )

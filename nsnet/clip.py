@@ -16,6 +16,7 @@ import json
 import pickle
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
@@ -29,6 +30,7 @@ from torch.nn import functional
 from nsnet import hub, model_files, model_settings, weight_formats
 from nsnet.digest import file_digest, weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
+from nsnet.model_size import ModelSize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -403,7 +405,8 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     try:
         if weights is not None and not weights.is_dir():
             weight_formats.check(weights)
-        with torch.random.fork_rng(devices=[]):
+        size = ModelSize([weights]) if weights is not None else nullcontext()
+        with torch.random.fork_rng(devices=[]), size:
             torch.manual_seed(config.seed)
             if weights is not None and weights.is_dir():
                 with model_files.opened(weights, "clip") as folder:

@@ -47,6 +47,7 @@ from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
 from nsnet.losses import LossConfig
 from nsnet.mapper import MapperConfig
+from nsnet.model_size import ModelSize
 from nsnet.network import Network, ProjectionConfig, residual_energy
 from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
@@ -134,11 +135,7 @@ class Detector:
         Raises `WeightsError` or `ConfigError` when weights, architecture and configuration do not fit.
         """
         clip = load_clip(config.clip, find_weights(config.clip, clip_weights))
-        if clip.image_px != config.patches.mosaic_px:
-            raise ConfigError(
-                f"the mosaic has {config.patches.mosaic_px} px, {config.clip.model} takes {clip.image_px} px: set "
-                f"mosaic_px to {clip.image_px}"
-            )
+        _check_mosaic(config, clip)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             visual = add_lora(clip.visual, config.lora) if config.lora.rank else clip.visual
@@ -170,14 +167,19 @@ class Detector:
         except ConfigError as error:
             raise BundleError(f"the bundle {folder} is of another version: {error}") from error
         own = folder / bundle.CLIP
-        clip = load_clip(config.clip, own if own.is_dir() else find_weights(config.clip, clip_weights))
+        weights = own if own.is_dir() else find_weights(config.clip, clip_weights)
+        if weights is None:
+            raise BundleError(f"the bundle {folder} lacks {bundle.CLIP}/, and names no weights of CLIP in its place")
+        clip = load_clip(config.clip, weights)
         if clip.digest() != description.clip_digest:
             raise WeightsError(
                 f"the CLIP weights are not those that detector {description.detector_id} was trained on "
                 f"(digest {clip.digest()[:16]}, recorded {description.clip_digest[:16]}); pass the right --clip-weights"
             )
         try:
-            with torch.random.fork_rng(devices=[]):  # modules start at random; the caller's random numbers are not ours
+            _check_mosaic(config, clip)
+            size = ModelSize([weights, folder / bundle.LORA, folder / bundle.NETWORK])
+            with torch.random.fork_rng(devices=[]), size:  # modules start at random; the caller's numbers are not ours
                 if (folder / bundle.LORA).is_dir():
                     adapted = load_lora(clip.visual, folder / bundle.LORA)
                     if lora_settings(adapted) != (config.lora.rank, config.lora.alpha):
@@ -370,6 +372,14 @@ class Detector:
 def failed_verdict(error: ImageError) -> Verdict:
     """The verdict of a picture that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
+
+
+def _check_mosaic(config: DetectorConfig, clip: Clip) -> None:
+    if clip.image_px != config.patches.mosaic_px:
+        raise ConfigError(
+            f"the mosaic has {config.patches.mosaic_px} px, {config.clip.model} takes {clip.image_px} px: set "
+            f"mosaic_px to {clip.image_px}"
+        )
 
 
 def config_of(description: bundle.Description) -> DetectorConfig:

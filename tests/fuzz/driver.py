@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as first, contextlib.suppress(Exception):
         module.write(0, Path(first))  # what is imported and built at first use
         module.run(Path(first))
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MORE_MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + MORE_MEMORY, resource.RLIM_INFINITY))
     before = _counts()
     for line in sys.stdin:
         seed = int(line)
@@ -69,19 +69,19 @@ def main() -> None:
         print(json.dumps(_result(module, watch, case, MAX_GROWTH_BYTES[kind])), file=answers, flush=True)
     module.close()
     left = {name: (was, now) for name, was in before.items() if (now := _counts()[name]) > was}
-    print(json.dumps({"left": str(left or ""), "peak": _status("VmHWM")}), file=answers, flush=True)
+    print(json.dumps({"left": str(left or ""), "peak": status("VmHWM")}), file=answers, flush=True)
 
 
 def _result(module: Any, watch: Watch, case: Path, most: int) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted anew
-    memory, computed, begun = _status("VmHWM"), time.process_time(), time.monotonic()
+    memory, computed, begun = status("VmHWM"), time.process_time(), time.monotonic()
     failure, outcome, watch.escapes, watch.active = "", "failed", [], True
     try:
         outcome = module.run(case)
     except Exception:  # this is what is looked for
         failure = traceback.format_exc(limit=-12)
     watch.active = False
-    grown, took = _status("VmHWM") - memory, time.process_time() - computed
+    grown, took = status("VmHWM") - memory, time.process_time() - computed
     if watch.escapes or os.path.exists(ESCAPE):
         failure += f"ESCAPE: {watch.escapes}"
     if grown > most:
@@ -91,7 +91,7 @@ def _result(module: Any, watch: Watch, case: Path, most: int) -> dict[str, Any]:
     return {"outcome": outcome, "failure": failure, "grown": grown, "seconds": time.monotonic() - begun}
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A number of bytes that the kernel says of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
