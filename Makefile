@@ -6,7 +6,7 @@ OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
 
-.PHONY: setup demo test test-faults test-unit check format lock help
+.PHONY: setup demo test test-faults test-unit fuzz check format lock help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make demo    draw pictures, train, score, evaluate into OUT=$(OUT)"
 	@echo "make test    all tests;  make test-unit: those without Ray, S3 and the real sizes"
 	@echo "make test-faults   kill -9 of everything KILLS=$(KILLS) times, bad networks, poisoned pictures"
+	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; a minute of them is in make test"
 	@echo "make check   ruff, mypy, import rules"
 
 setup: $(STAMP)
@@ -39,6 +40,10 @@ test-faults: setup
 
 test-unit: setup
 	$(RUN) -m pytest -m "not cluster and not s3 and not real_sizes"
+
+# One case again: python -m tests.fuzz KIND:NUMBER
+fuzz: setup
+	$(RUN) -m tests.fuzz
 
 check: setup
 	$(VENV)/bin/ruff check .

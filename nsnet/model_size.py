@@ -1,4 +1,4 @@
-"""A bound on the model that a configuration describes: it is built before its weights are read, and may say any size."""
+"""A bound on the model that a configuration describes: it may say any size, and is believed before weights are read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from nsnet.errors import WeightsError
 
 FACTOR: Final = 8
-"""A model may take so many times the bytes of its weights: they may be of half precision, and blocks are built twice."""
+"""A model may take so many times the bytes of its weights, which may be of half precision; blocks are built twice."""
 FREE_BYTES: Final = 2**26
 """Beside that: buffers are in no file."""
 TENSOR_BYTES: Final = 2**12
@@ -28,7 +28,7 @@ class ModelSize(TorchFunctionMode):
     """
 
     def __init__(self, weights: Iterable[Path]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         files = [file for path in weights for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
         self._most = FREE_BYTES + FACTOR * sum(file.stat().st_size for file in files)
         self._left = self._most
@@ -43,7 +43,7 @@ class ModelSize(TorchFunctionMode):
             self._left -= max(TENSOR_BYTES, described.numel() * described.itemsize)
             if self._left < 0:
                 raise WeightsError(
-                    f"the configuration describes a model of more than {self._most:,} bytes, which its files of weights "
-                    "cannot fill: take the configuration and the weights of one model"
+                    f"the configuration describes a model of more than {self._most:,} bytes, which its files of "
+                    "weights cannot fill: take the configuration and the weights of one model"
                 )
         return func(*args, **kwargs)

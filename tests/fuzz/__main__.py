@@ -14,8 +14,12 @@ def main() -> int:
     for name in sys.argv[1:] or KINDS:
         kind, _, part = name.partition(":")
         first, _, last = part.partition("-")
-        seeds = range(int(first), int(last or first) + 1) if part else sorted({*range(KINDS[kind]), *campaign.kept(kind)})
-        summary = campaign.run(kind, seeds, folder / name, say=lambda line: print(line, flush=True), keep=len(seeds) == 1)
+        seeds = (
+            range(int(first), int(last or first) + 1) if part else sorted({*range(KINDS[kind]), *campaign.kept(kind)})
+        )
+        summary = campaign.run(
+            kind, seeds, folder / name, say=lambda line: print(line, flush=True), keep=len(seeds) == 1
+        )
         print(*summary.notable, *(f"{case}: {what}" for case, what in summary.failures.items()), summary, sep="\n")
         failed |= bool(summary.failures)
     print(f"inputs of failures are in {folder}" if failed else "nothing failed")

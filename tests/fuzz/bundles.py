@@ -16,7 +16,7 @@ from typing import Any, Final
 from nsnet import bundle
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, ConfigError, WeightsError
-from tests.fuzz import ESCAPE
+from tests.fuzz import ESCAPE, Payload
 from tests.fuzz.mutations import mutated
 from tests.tables import save_bundle
 
@@ -24,9 +24,11 @@ CODE: Final = f"import os\nos.mkdir({ESCAPE!r})\n"
 BAIT: Final = "/tmp/bait.json"
 """Never opened, wherever a bundle names it."""
 KEYS: Final[dict[str, Any]] = {
-    "auto_map": {"AutoModel": "modeling.Foreign", "AutoTokenizer": ["modeling.Foreign", None]}, "trust_remote_code": True,
-    "custom_pipelines": {"a": {"impl": "modeling.Foreign"}}, "_name_or_path": BAIT, "tokenizer_class": "Foreign",
-    "tokenizer_kwargs": {"trust_remote_code": True}, "auto_mapping": {"base_model_class": "system", "parent_library": "os"},
+    "auto_map": {"AutoModel": "modeling.Foreign", "AutoTokenizer": ["modeling.Foreign", None]},
+    "trust_remote_code": True, "custom_pipelines": {"a": {"impl": "modeling.Foreign"}}, "_name_or_path": BAIT,
+    "tokenizer_class": "Foreign",
+    "tokenizer_kwargs": {"trust_remote_code": True},
+    "auto_mapping": {"base_model_class": "system", "parent_library": "os"},
     "hf_model_name": "stranger/model", "hf_tokenizer_name": "../..", "vocab_file": BAIT, "bpe_path": BAIT,
     "quantization_config": {"quant_method": "x"}, "model_type": "modeling", "timm_model_name": "hf-hub:a/b",
     "attn_implementation": "stranger/kernel", "custom_generate": "a/b", "__class__": "os", "weight_map": {"a": BAIT},
@@ -35,27 +37,21 @@ KEYS: Final[dict[str, Any]] = {
 }  # fmt: skip
 VALUES: Final[tuple[Any, ...]] = (
     None, True, False, 0, -1, 1, 3, 17, 1000, 10**6, 2**31, 2**40, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"),
-    float("inf"), "", "x", "hf-hub:stranger/model", "local-dir:/tmp", "../../../tmp/bait.json", BAIT, "file:///tmp/bait.json",
-    "http://127.0.0.1:9/x", "\0", "x" * 10**5, "ViT-bigG-14", "openai", "__import__('os').system('x')", [], {}, [1], [[]],
-    {"a": 1}, ["x"] * 1000, json.loads("[" * 100 + "]" * 100),
+    float("inf"), "", "x", "hf-hub:stranger/model", "local-dir:/tmp", "../../../tmp/bait.json", BAIT,
+    "file:///tmp/bait.json", "http://127.0.0.1:9/x", "\0", "x" * 10**5, "ViT-bigG-14", "openai",
+    "__import__('os').system('x')", [], {}, [1], [[]], {"a": 1}, ["x"] * 1000, json.loads("[" * 100 + "]" * 100),
 )  # fmt: skip
 FILES: Final[dict[str, bytes]] = {
     "modeling.py": CODE.encode(), "captioner/modeling.py": CODE.encode(), "clip/tokenizer.py": CODE.encode(),
     "captioner/pytorch_model.bin": b"", "clip/open_clip_pytorch_model.bin": b"", "lora/adapter_model.bin": b"",
-    "captioner/__init__.py": CODE.encode(), "clip/model.safetensors": b"", "captioner/model-00001-of-00002.safetensors": b"",
-    "captioner/vocab.txt": b"a\nb\n", "clip/tokenizer.json": b"{}", "captioner/added_tokens.json": b'{"<x>": 9999999999}',
+    "captioner/__init__.py": CODE.encode(), "clip/model.safetensors": b"",
+    "captioner/model-00001-of-00002.safetensors": b"", "captioner/vocab.txt": b"a\nb\n", "clip/tokenizer.json": b"{}",
+    "captioner/added_tokens.json": b'{"<x>": 9999999999}',
     "captioner/special_tokens_map.json": b'{"unk_token": "/tmp/bait.json"}', "sitecustomize.py": CODE.encode(),
     "captioner/chat_template.jinja": b"{{ 1 }}", "clip/merges.txt": b"a b\n", "captioner/kernel.so": b"\x7fELF",
-    "captioner/model.safetensors.index.json": b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+    "captioner/model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
 }  # fmt: skip
 """Names -> content; where it is empty a pickle."""
-
-
-class Payload:
-    """Makes a folder where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (ESCAPE,)
 
 
 @cache
@@ -70,7 +66,9 @@ def write(seed: int, folder: Path) -> None:
     copy = folder / "bundle"
     shutil.copytree(whole(), copy)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        rng.choice((_settings, _settings, _settings, _settings, _description, _file, _special, _tensors, _bytes))(rng, copy)
+        rng.choice((_settings, _settings, _settings, _settings, _description, _file, _special, _tensors, _bytes))(
+            rng, copy
+        )
     if rng.random() < 0.9:
         try:
             seal(copy)
@@ -125,7 +123,9 @@ def _objects(value: Any) -> Iterator[Any]:
 
 def _names(folder: Path, ending: str = "") -> list[str]:
     """Files that can be changed."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob(f"*{ending}") if p.is_file() and not p.is_symlink())
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob(f"*{ending}") if p.is_file() and not p.is_symlink()
+    )
 
 
 def _settings(rng: random.Random, folder: Path) -> None:
@@ -185,7 +185,8 @@ def _tensors(rng: random.Random, folder: Path) -> None:
     big = rng.choice((0, 1, -1, 2**31, 2**40, 2**63, 2**64, 10**30))
     one |= rng.choice((
         {"shape": [big, *shape]}, {"shape": []}, {"shape": [big]}, {"data_offsets": [0, big]}, {"shape": [1] * 1000},
-        {"data_offsets": [offsets[-1], offsets[0]]}, {"data_offsets": [0, len(data)]}, {"dtype": rng.choice(("F64", "I8", "F8_E4M3", "x"))},
+        {"data_offsets": [offsets[-1], offsets[0]]}, {"data_offsets": [0, len(data)]},
+        {"dtype": rng.choice(("F64", "I8", "F8_E4M3", "x"))},
         {"dtype": dtype, "extra": 1}, {"shape": shape[::-1]},
     ))  # fmt: skip
     if rng.random() < 0.2:

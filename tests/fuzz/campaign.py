@@ -101,30 +101,38 @@ def _drive(kind: str, seeds: Sequence[int], folder: Path, note: Callable[..., No
     """Run cases in a driver, and in another one where it ends."""
     left = list(seeds)
     while left:
-        driver = _start(kind, folder)
-        while left and driver.poll() is None:
-            seed = left.pop(0)
-            answer = _ask(driver, f"{seed}\n")
-            if answer is None:
-                how = "it took too long" if driver.poll() is None else f"exit code {driver.wait()}"
-                answer = {"outcome": "driver ended", "failure": f"the driver ended: {how}", "grown": 0, "seconds": 0.0}
-                driver.kill()
-                driver.wait()
-            note(seed, answer, folder / str(seed))
-        if driver.poll() is None:
-            last = _ask(driver, None)
-            note(None, last or {"left": "a driver that does not end", "peak": 0}, folder)
+        with _start(kind, folder) as driver:
+            answer: dict[str, Any] | None = {}
+            while left and answer is not None:
+                seed = left.pop(0)
+                if (answer := _ask(driver, f"{seed}\n")) is None:
+                    note(
+                        seed,
+                        {"outcome": "driver ended", "failure": _end(driver), "grown": 0, "seconds": 0.0},
+                        folder / str(seed),
+                    )
+                else:
+                    note(seed, answer, folder / str(seed))
+            if answer is not None:
+                note(None, _ask(driver, None) or {"left": "a driver that does not end", "peak": 0}, folder)
             driver.kill()
-            driver.wait()
-        assert driver.stdout is not None
-        driver.stdout.close()
+
+
+def _end(driver: "subprocess.Popen[str]") -> str:
+    """End a driver that gave no answer; says why there was none."""
+    try:
+        code = driver.wait(10.0)  # its pipes are closed a moment earlier
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        return "the driver ended: it took too long"
+    return f"the driver ended: exit code {code}"
 
 
 def _start(kind: str, folder: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.driver", kind, str(folder)], cwd=ROOT, env=environment, text=True,
+            [sys.executable, "-m", "tests.fuzz.driver", kind, str(folder)], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import random
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 MAX_BYTES: Final = 2**21
@@ -13,9 +13,9 @@ EXTREMES: Final = (
     2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1,
 )  # fmt: skip
 GARBAGE: Final = (
-    b"\0", b"\xff", b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"Exif\0\0II*\0\x08\0\0\0", b"http://ns.adobe.com/xap/1.0/\0<x",
-    b"ICC_PROFILE\0\1\1", b"IDAT", b"acTL", b"ftypavif", b"meta", b"moov", b"\xff\x4f\xff\x51", b"GIF89a", b"\x21\xff\x0b",
-    b"../../etc/passwd", b"%s%n", b"\r\n", b"\xf0\x9f\x92\xa9",
+    b"\0", b"\xff", b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"Exif\0\0II*\0\x08\0\0\0", b"\x21\xff\x0b",
+    b"ICC_PROFILE\0\1\1", b"IDAT", b"acTL", b"ftypavif", b"meta", b"moov", b"\xff\x4f\xff\x51", b"GIF89a",
+    b"http://ns.adobe.com/xap/1.0/\0<x",    b"../../etc/passwd", b"%s%n", b"\r\n", b"\xf0\x9f\x92\xa9",
 )  # fmt: skip
 
 Mutator = Callable[[random.Random, bytes, bytes], bytes]

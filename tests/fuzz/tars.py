@@ -37,10 +37,21 @@ def tar_of(*members: tuple[tarfile.TarInfo, bytes], how: int = tarfile.GNU_FORMA
 def sparse(old: bool) -> bytes:
     """A file with holes, in GNU's old layout or in that of PAX."""
     if not old:
-        records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s.png", "GNU.sparse.realsize": "9"}
-        return tar_of(member("s.png", b"1\n0\n4\n".ljust(512, b"\0") + b"data", pax_headers=records), how=tarfile.PAX_FORMAT)
+        records = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": "s.png",
+            "GNU.sparse.realsize": "9",
+        }
+        return tar_of(
+            member("s.png", b"1\n0\n4\n".ljust(512, b"\0") + b"data", pax_headers=records), how=tarfile.PAX_FORMAT
+        )
     block = bytearray(tar_of(member("s.png", b"data"))[:512])
-    block[156:157], block[386:410], block[483:495] = b"S", b"00000000000\00000000000004"[:24].ljust(24, b"0"), b"00001000000\0"
+    block[156:157], block[386:410], block[483:495] = (
+        b"S",
+        b"00000000000\00000000000004"[:24].ljust(24, b"0"),
+        b"00001000000\0",
+    )
     return checked(bytes(block)) + b"data".ljust(512, b"\0") + bytes(1024)
 
 
@@ -48,12 +59,25 @@ def sparse(old: bool) -> bytes:
 def corpus() -> list[bytes]:
     """Whole tars of many layouts."""
     image, long = picture_file(1, width=24, height=24), "folder/" * 30 + "x.png"
-    plain = {"0_real/a.png": image, "a.json": b"{}", "1_fake/b.jpg": image, "1_fake/b.cls": b"1", ".hidden/c.png": image}
+    plain = {
+        "0_real/a.png": image,
+        "a.json": b"{}",
+        "1_fake/b.jpg": image,
+        "1_fake/b.cls": b"1",
+        ".hidden/c.png": image,
+    }
     kinds = [
         member(f"kind{number}", type=kind, linkname="../../etc/passwd", devmajor=1, devminor=3)
         for number, kind in enumerate((b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"A", b"x", b"Z"))
     ]
-    records = {"path": "é.png", "size": "4", "comment": "c" * 300, "SCHILY.xattr.user": "x", "mtime": "1e9", "hdrcharset": "BINARY"}
+    records = {
+        "path": "é.png",
+        "size": "4",
+        "comment": "c" * 300,
+        "SCHILY.xattr.user": "x",
+        "mtime": "1e9",
+        "hdrcharset": "BINARY",
+    }
     found = [tar_bytes(plain, format=how) for how in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     found += [tar_of(member(long, image), member("y" * 150, b"", type=b"2", linkname=long), how=how) for how in (1, 2)]
     found += [tar_of(*kinds), tar_of(member("x.png", b"data", pax_headers=records), how=2), sparse(True), sparse(False)]
@@ -82,11 +106,14 @@ def damaged_header(rng: random.Random, data: bytes) -> bytes:
     """One field of a header, or a PAX record, gets an extreme value; the check sum is right again."""
     blocks = pieces(data)
     at = rng.randrange(len(blocks))
-    start, length = rng.choice(((0, 100), (100, 8), (124, 12), (124, 12), (136, 12), (156, 1), (157, 100), (345, 155), (386, 97)))
+    start, length = rng.choice(
+        ((0, 100), (100, 8), (124, 12), (124, 12), (136, 12), (156, 1), (157, 100), (345, 155), (386, 97))
+    )
     value = rng.choice(EXTREMES)
     field = rng.choice((
         b"%o" % value, b"\x80" + value.to_bytes(length, "big", signed=False)[-length:] if length > 8 else b"\xff",
-        b"-1", rng.choice((b"L", b"K", b"x", b"g", b"S", b"0", b"\0", b"5")), rng.randbytes(length), b"%d size=%d\n" % (value, value),
+        b"-1", rng.choice((b"L", b"K", b"x", b"g", b"S", b"0", b"\0", b"5")), rng.randbytes(length),
+        b"%d size=%d\n" % (value, value),
     ))  # fmt: skip
     block = bytearray(blocks[at].ljust(512, b"\0"))
     block[start : start + length] = field[:length].ljust(length, b"\0")
