@@ -21,7 +21,9 @@ from jobs.plan import write_manifest
 from jobs.results import PREDICTIONS
 from nsnet import bundle
 from nsnet.errors import NsnetError, SourceError
-from tests.tables import picture_file, verdict_row
+from tests.fuzz.driver import status
+from tests.fuzz.thrift import varint, varints
+from tests.tables import parquet_bytes, picture_file, verdict_row
 
 EXTENSION = "ray.data.arrow_pickled_object"
 
@@ -248,3 +250,18 @@ def test_what_is_no_parquet_is_said_to_be_none(content: bytes, tmp_path: Path) -
     (tmp_path / "x.parquet").write_bytes(content)
     with storage.open_file(str(tmp_path / "x.parquet")) as source, pytest.raises((pa.ArrowException, OSError)):
         ParquetFile(source, "x.parquet")
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_page_that_claims_two_gigabytes_costs_none(version: str, tmp_path: Path) -> None:
+    """4 KB of what jobs read back took 2 GB: a buffer of pyarrow is as large as the header of a page says."""
+    whole = parquet_bytes({"uri": ["a"] * 30}, use_dictionary=False, data_page_version=version)
+    claims = varints(whole, 4)[:3]  # kind of the page, its bytes before and after compression
+    begin, end = claims[2]
+    path = tmp_path / "x.parquet"
+    path.write_bytes(whole[:begin] + varint(2**31 - 1) + whole[end:])
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted anew
+    before = status("VmHWM")
+    with pytest.raises(OSError, match="Page was smaller"):
+        list(parquet.read(str(path), pa.schema([pa.field("uri", pa.string())])))
+    assert status("VmHWM") - before < 2**26
