@@ -26,9 +26,14 @@ WRITERS: Final = 8
 
 @contextmanager
 def opened(uri: str) -> Iterator[ParquetFile]:
-    """A file on storage. Raises what the store and pyarrow raise."""
-    with storage.open_file(uri) as source:
-        yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
+    """A file on storage. Raises what the store raises, and a `pa.ArrowException` where it is damaged."""
+    try:
+        with storage.open_file(uri) as source:
+            yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's own, for a damaged page, names no file
 
 
 def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
@@ -45,7 +50,9 @@ def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Ite
                 batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
                 for field in columns
             ]
-            yield pa.RecordBatch.from_arrays(arrays, schema=columns)
+            whole = pa.RecordBatch.from_arrays(arrays, schema=columns)
+            whole.validate(full=True)  # texts are UTF-8, among others
+            yield whole
 
 
 def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:

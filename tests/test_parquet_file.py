@@ -262,6 +262,25 @@ def test_page_that_claims_two_gigabytes_costs_none(version: str, tmp_path: Path)
     path.write_bytes(whole[:begin] + varint(2**31 - 1) + whole[end:])
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted anew
     before = status("VmHWM")
-    with pytest.raises(OSError, match="Page was smaller"):
+    with pytest.raises(pa.ArrowInvalid, match=r"x\.parquet: .*Page was smaller"):
         list(parquet.read(str(path), pa.schema([pa.field("uri", pa.string())])))
     assert status("VmHWM") - before < 2**26
+
+
+@pytest.mark.parametrize("damage", ["header of a page", "text", "name of a column"])
+def test_damage_in_what_is_read_back_is_named(damage: str, tmp_path: Path) -> None:
+    whole = parquet_bytes({"uri": ["abcdef"] * 30}, use_dictionary=False)
+    path = tmp_path / "x.parquet"
+    path.write_bytes({
+        "header of a page": whole[:4] + b"\xff" * 20 + whole[24:],
+        "text": whole.replace(b"abcdef", b"abc\xffef"),
+        "name of a column": whole.replace(b"uri", b"u\xffi"),
+    }[damage])  # fmt: skip
+    wanted = pa.schema([pa.field("uri", pa.string())])
+    with pytest.raises(pa.ArrowInvalid):
+        list(parquet.read(str(path), wanted))
+    columns: dict[str, Any] = {name: ["abcdef"] for name in evaluate.NEEDED}
+    whole = parquet_bytes(columns, use_dictionary=False)
+    path.write_bytes(whole[:4] + b"\xff" * 20 + whole[24:])
+    with pytest.raises(SourceError, match=r"x\.parquet holds no verdicts"):
+        evaluate._from_file(str(path))

@@ -44,8 +44,7 @@ def run(folder: Path) -> str:
             for batch in islice(parquet.read(str(folder / "part.parquet"), columns, optional=True), MAX_BATCHES):
                 assert batch.schema == columns
                 outcome = "rows" if batch.to_pylist() else outcome
-        except (pa.ArrowException, OSError, NsnetError, UnicodeDecodeError) as error:
-            assert not isinstance(error, MemoryError), "out of memory"
+        except (pa.ArrowException, NsnetError) as error:  # too much memory may be asked for, and not used
             outcome = type(error).__name__
     return outcome
 
