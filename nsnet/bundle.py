@@ -202,8 +202,12 @@ def _identity(
 
 
 def _members(folder: Path) -> list[str]:
-    """Paths in the bundle, sorted, of all files but the description, the card and hidden ones."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Paths in the bundle, sorted, of all but real folders, the description, the card and hidden files.
+
+    A FIFO or a link to a folder is none of a bundle's files: a loader that opened one would wait, or read elsewhere.
+    """
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in found]
     return [name for name in names if name not in (DESCRIPTION, CARD) and not f"/{name}".count("/.")]
 
 

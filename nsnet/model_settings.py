@@ -59,6 +59,11 @@ def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def channels(value: Any) -> bool:
+    """Null or a number for each of the three channels of an image."""
+    return value is None or (isinstance(value, list) and len(value) == 3 and all(map(number, value)))
+
+
 def token(value: Any) -> bool:
     """A token of a tokenizer, or several: its text, with what is removed around it."""
     if isinstance(value, list):
@@ -122,7 +127,7 @@ OPEN_CLIP: Final[dict[str, Rule]] = {
         **ARCHITECTURE,
         "text_cfg": {**_TEXT, "hf_model_name": one_of(None, *TEXT_TOWERS), "hf_model_pretrained": off},
     },
-    "preprocess_cfg": _each("size mode mean std interpolation resize_mode fill_color"),
+    "preprocess_cfg": {**_each("size mode interpolation resize_mode fill_color"), **_each("mean std", channels)},
 }
 
 # --- LoRA, in peft's format ------------------------------------------------------------------------------------------

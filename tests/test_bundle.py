@@ -547,6 +547,30 @@ def test_fifo_in_the_place_of_a_file_is_refused_at_once(name: str, copied: Path)
     assert f"{name} cannot be read: not a regular file" in refused(copied)
 
 
+@pytest.mark.parametrize("name", ["network.safetensors", "lora/adapter_model.safetensors", "captioner/vocab.txt"])
+def test_fifo_that_is_not_listed_is_refused_at_once(name: str, copied: Path) -> None:
+    """A loader that opened it would wait for ever."""
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    sealed_by_a_stranger(copied)
+    assert f"files that detector.json does not list: {name}" in refused(copied)
+
+
+def test_folder_that_is_a_link_out_of_the_bundle_is_refused(copied: Path, tmp_path: Path) -> None:
+    (copied / "captioner").rename(tmp_path / "elsewhere")
+    (copied / "captioner").symlink_to(tmp_path / "elsewhere")
+    sealed_by_a_stranger(copied)
+    assert "files that detector.json does not list: captioner" in refused(copied)
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.5], [0.5, 0.5, [0.5]], 0.5, "0.5", [0.5, 0.5, float("nan")]])
+def test_normalisation_that_is_not_three_numbers_is_refused(value: Any, copied: Path) -> None:
+    path = copied / "clip/open_clip_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preprocess_cfg": {"mean": value}}))
+    sealed_by_a_stranger(copied)
+    assert "'preprocess_cfg.mean' may not be" in refused(copied)
+
+
 @pytest.mark.parametrize("content", [b"[" * 10**6, b" " * (bundle.MAX_DESCRIPTION_BYTES + 1)], ids=["deep", "large"])
 def test_description_that_would_hurt_is_refused(content: bytes, copied: Path) -> None:
     (copied / bundle.DESCRIPTION).write_bytes(content)

@@ -1,5 +1,6 @@
 """Bundles of strangers, mostly sealed anew by them: settings, files and weights that are not what they should be."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -70,16 +71,15 @@ def write(seed: int, folder: Path) -> None:
             rng, copy
         )
     if rng.random() < 0.9:
-        try:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # the case has damaged what is sealed
             seal(copy)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return  # the case has damaged what is sealed
 
 
 def seal(folder: Path) -> None:
     """Record every file as it lies there, as any stranger can."""
     path = folder / bundle.DESCRIPTION
-    values = json.loads(path.read_text())
+    if (values := _read(path)) is None:
+        return
     names = sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file())
     values["files"] = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -121,6 +121,14 @@ def _objects(value: Any) -> Iterator[Any]:
             yield from _objects(part)
 
 
+def _read(path: Path) -> Any:
+    """The JSON in a file of the bundle; None: there is none, or no file."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() and not path.is_symlink() else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def _names(folder: Path, ending: str = "") -> list[str]:
     """Files that can be changed."""
     return sorted(
@@ -130,17 +138,13 @@ def _names(folder: Path, ending: str = "") -> list[str]:
 
 def _settings(rng: random.Random, folder: Path) -> None:
     path = folder / rng.choice([name for name in _names(folder, ".json") if "/" in name] or [bundle.DESCRIPTION])
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return
-    path.write_text(json.dumps(_changed(rng, value)))
+    if (value := _read(path)) is not None:
+        path.write_text(json.dumps(_changed(rng, value)))
 
 
 def _description(rng: random.Random, folder: Path) -> None:
     path = folder / bundle.DESCRIPTION
-    if path in folder.iterdir() and path.is_file():
-        values = json.loads(path.read_text())
+    if (values := _read(path)) is not None:
         part = rng.choice((values, values.get("config"), values.get("config"), values.get("config")))
         _changed(rng, part if isinstance(part, dict) else values)
         path.write_text(json.dumps(values))
