@@ -283,8 +283,8 @@ def test_damage_in_what_is_read_back_is_named(damage: str, tmp_path: Path) -> No
 
 def test_damaged_page_of_verdicts_is_an_error_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
-    columns: dict[str, Any] = {name: ["abcdef"] for name in evaluate.NEEDED}
+    columns: dict[str, Any] = {name: ["abcdef"] for name in verdicts.NEEDED}
     whole = parquet_bytes(columns, use_dictionary=False)
     path.write_bytes(whole[:4] + b"\xff" * 20 + whole[24:])
     with pytest.raises(SourceError, match=r"x\.parquet holds no verdicts"):
-        evaluate._from_file(str(path))
+        verdicts._from_file(str(path))
