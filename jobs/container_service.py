@@ -220,8 +220,9 @@ class Table:
     def __init__(self, file: ContainerFile) -> None:
         self._file = file
         self._opened: Any = None
-        self._images: Iterator[tuple[int, bytes | None]] = iter(())
+        self._images: Iterator[tuple[int, bytes | None]] | None = None
         self._next = 0
+        """Row that the stream of images comes to next."""
 
     def answer(self, request: dict[str, Any]) -> Answers:
         """As the module says."""
@@ -295,7 +296,7 @@ class Table:
 
     def _stored(self, column: Sequence[str], first: int, last: int, most: int) -> Answers:
         """The images of some rows, each at most so many bytes; they are read as a stream within a row group."""
-        if not self._next <= first or self._next == 0:
+        if self._images is None or first < self._next:
             self._images = self._stream(column, first)
         for position, content in self._images:
             self._next = position + 1
@@ -312,7 +313,9 @@ class Table:
         """Rows from the beginning of the row group in which `first` is."""
         name, *inner = column
         starts = [0, *itertools.accumulate(self._opened.group_rows())]
-        group = next(i for i, end in enumerate(starts[1:]) if first < end)
+        group = next((i for i, end in enumerate(starts[1:]) if first < end), None)
+        if group is None:
+            raise EOFError(f"it has no row {first:,}")
         position = starts[group]
         limit = max(MIN_IMAGES_BYTES, MAX_RATIO * self._file.size_bytes)
         for number in range(group, len(starts) - 1):
