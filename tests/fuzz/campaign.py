@@ -25,6 +25,8 @@ SLOW_SECONDS: Final = 10.0
 NOTABLE: Final = ("DecoderCrashError", "ImageTimeoutError", "endless", "too large")
 """Outcomes that are allowed, and named with their seeds."""
 
+ENDED: Final = {"outcome": "driver ended", "grown": 0, "peak": 0, "seconds": 0.0}
+
 
 @dataclass
 class Summary:
@@ -39,6 +41,7 @@ class Summary:
     grown: int = 0
     """Most memory that a case took of its driver, in bytes."""
     peak: int = 0
+    """Most memory that a driver had, in bytes."""
 
     def __str__(self) -> str:
         found = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.most_common())
@@ -83,14 +86,13 @@ def run(
 
 def _note(summary: Summary, seed: int | None, answer: dict[str, Any], case: Path) -> None:
     if seed is None:  # a driver's last words
-        summary.peak = max(summary.peak, answer["peak"])
         if answer["left"]:
             summary.failures[f"{summary.kind}, at the end"] = f"left behind: {answer['left']}"
         return
     name = f"{summary.kind}:{seed}"
     outcome = answer["outcome"]
     summary.outcomes[outcome.partition(":")[0] if outcome.startswith("DecoderCrash") else outcome] += 1
-    summary.grown = max(summary.grown, answer["grown"])
+    summary.grown, summary.peak = max(summary.grown, answer["grown"]), max(summary.peak, answer["peak"])
     if answer["failure"]:
         summary.failures[name] = f"{answer['failure']}\nthe input is in {case}; again: python -m tests.fuzz {name}"
     if answer["seconds"] > SLOW_SECONDS or any(word in outcome for word in NOTABLE):
@@ -105,16 +107,10 @@ def _drive(kind: str, seeds: Sequence[int], folder: Path, note: Callable[..., No
             answer: dict[str, Any] | None = {}
             while left and answer is not None:
                 seed = left.pop(0)
-                if (answer := _ask(driver, f"{seed}\n")) is None:
-                    note(
-                        seed,
-                        {"outcome": "driver ended", "failure": _end(driver), "grown": 0, "seconds": 0.0},
-                        folder / str(seed),
-                    )
-                else:
-                    note(seed, answer, folder / str(seed))
+                answer = _ask(driver, f"{seed}\n")
+                note(seed, answer or ENDED | {"failure": _end(driver)}, folder / str(seed))
             if answer is not None:
-                note(None, _ask(driver, None) or {"left": "a driver that does not end", "peak": 0}, folder)
+                note(None, _ask(driver, None) or {"left": "a driver that does not end"}, folder)
             driver.kill()
 
 

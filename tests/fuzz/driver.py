@@ -69,28 +69,29 @@ def main() -> None:
         print(json.dumps(_result(module, watch, case)), file=answers, flush=True)
     module.close()
     left = {name: (was, now) for name, was in before.items() if (now := _counts()[name]) > was}
-    print(json.dumps({"left": str(left or ""), "peak": status("VmHWM")}), file=answers, flush=True)
+    print(json.dumps({"left": str(left or "")}), file=answers, flush=True)
 
 
 def _result(module: Any, watch: Watch, case: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory is counted anew
-    memory, computed, begun = status("VmHWM"), time.process_time(), time.monotonic()
+    before, computed, begun = status("VmHWM"), time.process_time(), time.monotonic()
     failure, outcome, watch.escapes, watch.active = "", "failed", [], True
     try:
         outcome = module.run(case)
     except Exception:  # this is what is looked for
         failure = traceback.format_exc(limit=-12)
     watch.active = False
-    grown, took = status("VmHWM") - memory, time.process_time() - computed
+    peak, took = status("VmHWM"), time.process_time() - computed
     if made := [place for place in (ESCAPE, f"/{ESCAPE}") if os.path.exists(place)]:
         os.rmdir(made[0])
     if watch.escapes or made:
         failure += f"ESCAPE: {watch.escapes + made}"
-    if grown > MAX_GROWTH_BYTES:
-        failure += f"{grown / 2**20:.0f} MiB more memory"
+    if peak - before > MAX_GROWTH_BYTES:
+        failure += f"{(peak - before) / 2**20:.0f} MiB more memory"
     if took > MAX_SECONDS:
         failure += f"{took:.1f} s of computing"
-    return {"outcome": outcome, "failure": failure, "grown": grown, "seconds": time.monotonic() - begun}
+    seconds = time.monotonic() - begun
+    return {"outcome": outcome, "failure": failure, "grown": peak - before, "peak": peak, "seconds": seconds}
 
 
 def status(name: str) -> int:
