@@ -1,4 +1,4 @@
-"""A minute of `tests.fuzz`, and that it would notice. Costs 100 s."""
+"""A minute of `tests.fuzz`, and that it would notice. Costs 60 s."""
 
 from pathlib import Path
 
