@@ -41,7 +41,9 @@ def run(folder: Path) -> str:
     outcome = "no rows"
     for columns in READ_BACK:
         try:
-            for batch in islice(parquet.read(str(folder / "part.parquet"), columns, optional=columns.names), MAX_BATCHES):
+            for batch in islice(
+                parquet.read(str(folder / "part.parquet"), columns, optional=columns.names), MAX_BATCHES
+            ):
                 assert batch.schema == columns
                 outcome = "rows" if batch.to_pylist() else outcome
         except (pa.ArrowException, NsnetError) as error:  # too much memory may be asked for, and not used
