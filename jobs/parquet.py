@@ -31,8 +31,8 @@ def opened(uri: str) -> Iterator[ParquetFile]:
         with storage.open_file(uri) as source:
             yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the store's: a missing file, no permission
         raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's own, for a damaged page, names no file
 
 

@@ -498,11 +498,17 @@ def test_text_that_no_table_can_hold_is_replaced(echo: Callable[..., GuardedDeco
 
 def test_hundred_crashes_leave_no_descriptor_and_no_process(echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo()
-    before, processes = descriptors(), len(children())
-    for _ in range(100):
+
+    def crash() -> None:
         with pytest.raises(DecoderCrashError):
             decoder.prepare(message(b"7"))
-    assert (descriptors(), len(children())) == (before, processes)
+
+    crash()
+    before, processes = descriptors(), len(children())
+    for _ in range(100):
+        crash()
+    # Whatever else this process does in the meantime opens and closes a few; a leak would be a hundred of them.
+    assert descriptors() < before + 50 and len(children()) < processes + 50
 
 
 def test_descriptors_above_1023_can_be_waited_for(echo: Callable[..., GuardedDecoder]) -> None:
