@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from jobs import names, storage
+from jobs import faults, names, storage
 from jobs.console import say
 from nsnet.errors import LockedError, StorageError
 
@@ -122,7 +122,7 @@ class Lock:
             if self._is_ours():
                 storage.write_bytes(self._uri(self.number), _encoded({"released": True}))
         except Exception as error:  # the store is away: the lock expires by itself
-            say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({type(error).__name__})")
+            say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({faults.reason(error)})")
 
     def _try(self) -> bool:
         highest = self._highest()

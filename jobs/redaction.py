@@ -8,6 +8,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote
 
@@ -47,7 +48,7 @@ def without_secrets(text: str) -> str:
     That is: users and passwords of addresses (with a scheme or without), queries of http addresses, parameters that
     sign a request, bearer tokens, and the values of secret variables of this process, wherever they stand.
     """
-    for secret in _secrets():
+    for secret in _secrets(tuple(os.environ.items())):
         text = text.replace(secret, HIDDEN)
     if "@" in text:
         text = USER_OF_HOST.sub(f"{HIDDEN}@", USER_OF_URL.sub(f"{HIDDEN}@", text))
@@ -64,10 +65,11 @@ def holds_secrets(uri: str) -> bool:
     )
 
 
-def _secrets() -> list[str]:
+@lru_cache(maxsize=1)  # a million bad rows ask for the same
+def _secrets(environment: tuple[tuple[str, str], ...]) -> list[str]:
     """Secret values of the environment, the longest first: one may hold another."""
     found: set[str] = set()
-    for name, value in os.environ.items():
+    for name, value in environment:
         if SECRET_NAME.search(name):
             found.add(value.strip())
         elif "@" in value:

@@ -781,7 +781,7 @@ def fetch_bundle(uri: str, description: str) -> Path:
         raise BundleError(f"{uri}/{description} names {strange[0]!r}, which does not belong in a bundle")
     if len(files) > bundle.MAX_FILES:
         raise BundleError(f"{uri}/{description} names {len(files)} files; a bundle holds at most {bundle.MAX_FILES}")
-    cache = Path(os.environ.get("NSNET_CACHE", Path.home() / ".cache" / "nsnet")) / "detectors"
+    cache = Path(os.environ.get("NSNET_CACHE") or Path.home() / ".cache" / "nsnet") / "detectors"
     folder = cache / hashlib.sha256(described).hexdigest()[:32]
     if (folder / description).is_file():
         return folder

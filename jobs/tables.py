@@ -25,6 +25,8 @@ REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
 """Columns of texts that repeat."""
 MIN_ROW_BYTES: Final = 32
 """Fewest bytes of a file for each image in it: a small file may hold a billion rows of nothing."""
+MIN_LISTED_BYTES: Final = 0.25
+"""Fewest bytes of a file for each image that it lists: names with a counter in them compress well."""
 
 
 class NoImagesError(SourceError):
@@ -112,9 +114,10 @@ class Table:
             stored = columns.image is not None
             if not stored and not strict:
                 raise NoImagesError(f"{self.uri} is a list of images: such are followed only where they are the source")
-            if stored and described.rows * MIN_ROW_BYTES > entry.size_bytes:
+            if described.rows * (MIN_ROW_BYTES if stored else MIN_LISTED_BYTES) > entry.size_bytes:
+                verb = "hold" if stored else "list"
                 raise SourceError(
-                    f"{self.uri} says that its {entry.size_bytes:,} bytes hold {described.rows:,} images: impossible"
+                    f"{self.uri} says that its {entry.size_bytes:,} bytes {verb} {described.rows:,} images: impossible"
                 )
             labels = self._meanings(container, described, columns)
             asked = {what: name for what, name in columns.own.items() if not stored or what in ("uri", *LABELS)}

@@ -33,6 +33,8 @@ NEEDED_FILES: Final = (
     ("tokenizer.json", "vocab.txt"),
 )
 """What a captioner's folder must hold, each with its alternatives. Without words transformers makes up a tokenizer."""
+MAX_TOKENS: Final = 512
+"""Longest caption that may be asked for: what BLIP's text decoder has positions for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +46,13 @@ class CaptionerConfig:
     revision: str | None = None
     """Commit of the repository; None: the pinned one."""
     max_new_tokens: int = 40
-    """Longest caption, in tokens."""
+    """Longest caption, in tokens: at most `MAX_TOKENS`."""
     seed: int = 0
     """Seed of the tiny BLIP's weights."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 1 <= self.max_new_tokens <= MAX_TOKENS:
+            raise ConfigError(f"max_new_tokens must be between 1 and {MAX_TOKENS}, got {self.max_new_tokens}")
         for name, pattern in (("model", r"\w[\w.-]*(/\w[\w.-]*)?"), ("revision", r"\w[\w.-]*")):
             if (value := getattr(self, name)) is not None and not re.fullmatch(pattern, value):
                 raise ConfigError(f"captioner: {name} must be a name on the hub, got {value[:100]!r}")

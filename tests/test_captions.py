@@ -189,9 +189,9 @@ def test_wrong_thumbnail_shape_is_refused(shape: tuple[int, ...], captioner: Cap
     assert str(shape) in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [0, -1])
+@pytest.mark.parametrize("wrong", [0, -1, 513])
 def test_caption_length_out_of_range_is_refused(wrong: int) -> None:
-    with pytest.raises(ConfigError, match=f"max_new_tokens must be at least 1, got {wrong}"):
+    with pytest.raises(ConfigError, match=f"max_new_tokens must be between 1 and 512, got {wrong}"):
         CaptionerConfig(max_new_tokens=wrong)
 
 

@@ -571,7 +571,10 @@ def test_lock_that_cannot_be_released_expires_and_the_result_counts(
 
     with hold(on_disk):
         monkeypatch.setattr(storage, "write_bytes", away)
-    assert "warning: the lock was not released and expires in 120 s (OSError)" in capsys.readouterr().err
+    assert (
+        "warning: the lock was not released and expires in 120 s (OSError: the store is away)"
+        in capsys.readouterr().err
+    )
 
 
 def test_slow_competitor_that_creates_a_number_of_the_past_has_not_won(

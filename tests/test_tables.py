@@ -159,6 +159,14 @@ def test_part_in_partition_folders_has_what_they_say_and_its_columns_do_not(tmp_
 # What it may cost.
 
 
+@pytest.mark.parametrize(("column", "kind", "verb"), [("uri", pa.string(), "list"), ("bytes", pa.binary(), "hold")])
+def test_more_rows_than_a_file_can_name_are_refused(column: str, kind: pa.DataType, verb: str, tmp_path: Path) -> None:
+    """Nulls take no room: a few KB may say that they list millions of images."""
+    content = parquet_bytes({column: pa.nulls(200_000, kind)}, **PLAIN)
+    with pytest.raises(SourceError, match=rf"bytes {verb} 200,000 images: impossible"):
+        rows_of(tmp_path, content)
+
+
 def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file that unfolds to many times its size, by texts that are short enough each."""
     monkeypatch.setattr(containers, "MIN_TEXTS_BYTES", 2**22)
