@@ -397,6 +397,65 @@ def test_dds_that_is_no_flat_picture_is_refused(options: dict[str, Any], said: s
         decode(dds(64, 64, **options))
 
 
+def bits_of(block: bytes, at: int, count: int) -> int:
+    return int.from_bytes(block, "little") >> at & (1 << count) - 1
+
+
+def colours_of_bc1(block: bytes, always_four: bool) -> NDArray[Any]:
+    """16 × RGBA of a block: two colours of 5, 6 and 5 bits, and what lies between them."""
+    first, last, _ = struct.unpack("<HHI", block)
+    one, two = (np.array([c >> 11, c >> 5 & 63, c & 31, 1]) / (31, 63, 31, 1) * 255 for c in (first, last))
+    between = [(2 * one + two) / 3, (one + 2 * two) / 3] if always_four or first > last else [(one + two) / 2, 0 * one]
+    return np.stack([one, two, *between])[[bits_of(block, 32 + 2 * at, 2) for at in range(16)]]
+
+
+def levels_of_bc4(block: bytes) -> NDArray[Any]:
+    """16 levels of a block: two levels, and what lies between them."""
+    one, two, steps = block[0], block[1], 7 if block[0] > block[1] else 5
+    between = [(one * (steps - at) + two * at) / steps for at in range(1, steps)]
+    table = [one, two, *between, *([] if steps == 7 else [0, 255])]
+    return np.array([table[bits_of(block, 16 + 3 * at, 3)] for at in range(16)])
+
+
+def colours_of_bc7(block: bytes) -> NDArray[Any]:
+    """16 × RGBA of a block of mode 6: two colours of 4 × 7 bits and one that they share, 16 weights of 4 bits."""
+    weights = (0, 4, 9, 13, 17, 21, 26, 30, 34, 38, 43, 47, 51, 55, 60, 64)
+    one, two = (
+        np.array([bits_of(block, 7 + 7 * (2 * c + end), 7) * 2 + bits_of(block, 63 + end, 1) for c in range(4)])
+        for end in (0, 1)
+    )
+    places = [(65, 3), *((68 + 4 * at, 4) for at in range(15))]
+    return np.stack([(one * (64 - w) + two * w + 32) >> 6 for w in (weights[bits_of(block, *at)] for at in places)])
+
+
+@pytest.mark.parametrize("kind", ["DXT1", "DXT3", "DXT5", "ATI1", "BC7"])
+def test_dds_of_blocks_has_the_colours_that_they_stand_for(kind: str) -> None:
+    pixels, blocks = np.empty((8, 12, 3)), []
+    for at, block in enumerate(np.random.default_rng(0).bytes(16) for _ in range(6)):
+        rgba = np.full((16, 4), 255.0)
+        if kind == "DXT1":
+            block = block[:8]
+            rgba = colours_of_bc1(block, always_four=False)
+        elif kind == "ATI1":
+            block = block[:8]
+            rgba[:, :3] = levels_of_bc4(block)[:, None]
+        elif kind == "BC7":
+            block = bytes([block[0] & 0x80 | 0x40]) + block[1:]
+            rgba = colours_of_bc7(block)
+        else:
+            rgba = colours_of_bc1(block[8:], always_four=True)
+            four_bits = np.array([bits_of(block, 4 * at, 4) for at in range(16)]) * 17
+            rgba[:, 3] = four_bits if kind == "DXT3" else levels_of_bc4(block[:8])
+        alpha = rgba[:, 3:] / 255
+        y, x = divmod(at, 3)
+        pixels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = (rgba[:, :3] * alpha + 255 * (1 - alpha)).reshape(4, 4, 3)
+        blocks.append(block)
+    if kind == "BC7":
+        blocks.insert(0, struct.pack("<5I", 98, 3, 0, 1, 0))
+    code = b"DX10" if kind == "BC7" else kind.encode()
+    assert np.abs(decode(dds(12, 8, flags=4, code=code, more=b"".join(blocks))) - pixels).max() <= 1.5
+
+
 def psd(samples: NDArray[Any], mode: int, bits: int = 8, *, packbits: bool = False) -> bytes:
     height, width, channels = samples.shape
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, channels, height, width, bits, mode) + bytes(12)
@@ -418,10 +477,23 @@ def test_photoshop_file_shows_its_merged_colours(packbits: bool) -> None:
     np.testing.assert_array_equal(decode(psd(samples[..., :1], 1, packbits=packbits)), grey)
 
 
-def test_photoshop_file_of_lab_is_neutral_where_its_colours_are() -> None:
-    neutral = np.full((8, 8, 3), 128)
-    neutral[..., 0] = 135  # L* 53
-    assert np.abs(decode(psd(neutral, 9)).astype(int) - 126).max() <= 3
+def lab(colours: NDArray[Any]) -> NDArray[Any]:
+    """sRGB in 0 to 255 as L*a*b* of D50, by the formulas of ICC and the matrix of sRGB adapted to D50."""
+    share = colours / 255
+    linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
+    matrix = [[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]]
+    x, y, z = np.moveaxis(np.cbrt(linear @ np.transpose(matrix) / (0.9642, 1.0, 0.8249)), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def test_lab_has_the_colours_that_its_numbers_mean() -> None:
+    colours = np.random.default_rng(0).integers(60, 200, (8, 8, 3))  # light enough for the cube root's part
+    values = lab(colours)
+    lightness, both = np.round(values[..., :1] * 2.55).astype(int), np.round(values[..., 1:]).astype(int)
+    photoshop = psd(np.concatenate([lightness, both + 128], axis=2), 9)
+    page = tiff(np.concatenate([lightness, both & 255], axis=2), 8, 8)
+    for data in (photoshop, page):
+        assert np.abs(decode(data) - colours).max() <= 4
 
 
 @pytest.mark.parametrize(("mode", "bits"), [(0, 1), (7, 8), (3, 16), (3, 32), (1, 16)])
@@ -504,6 +576,23 @@ def test_qoi_of_every_code_has_its_pixels() -> None:
 def test_sgi_image_of_16_bits_keeps_its_high_bytes() -> None:
     samples = drawn(3, 8).astype(np.uint8)
     np.testing.assert_array_equal(decode(saved(samples, "SGI", bpc=2)), samples)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_sgi_image_of_runs_has_the_samples_that_they_stand_for(bits: int) -> None:
+    samples = drawn(3, bits)
+    samples[:, 10:20] = samples[:, 10:11]
+    height, width, _ = samples.shape
+    kind = f">u{bits // 8}"
+    rows = []
+    for channel, y in itertools.product(range(3), range(height - 1, -1, -1)):  # from the bottom to the top
+        row = samples[y, :, channel]
+        runs = [[0x80 | 10, *row[:10]], [10, row[10]], [0x80 | width - 20, *row[20:]], [0]]
+        rows.append(b"".join(np.array(run, kind).tobytes() for run in runs))
+    starts = np.cumsum([512 + 8 * len(rows), *map(len, rows)])[:-1]
+    head = struct.pack(">HBBHHHHII", 474, 1, bits // 8, 3, width, height, 3, 0, (1 << bits) - 1).ljust(512, b"\0")
+    tables = np.array([starts, [len(row) for row in rows]], ">u4").tobytes()
+    np.testing.assert_array_equal(decode(head + tables + b"".join(rows)), samples >> bits - 8)
 
 
 def test_formats_of_the_table_in_the_docs_are_those_that_are_decoded() -> None:
