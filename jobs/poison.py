@@ -1,8 +1,10 @@
 """Images that hang or kill their decoder: what is remembered of them, and what they may cost a run."""
 
+import time
 from collections.abc import Mapping
 from typing import Final
 
+from jobs.guard import WALL_FACTOR
 from nsnet.errors import DecoderCrashError, ImageTimeoutError
 
 KINDS: Final = (DecoderCrashError.__name__, ImageTimeoutError.__name__)
@@ -32,7 +34,8 @@ class Budget:
     def __init__(self, cpus: float, max_seconds: float) -> None:
         self._least = max(max_seconds, SECONDS_PER_CPU * cpus)
         self._at_once = max(1.0, cpus)
-        self._leased: list[float] = []
+        self._leased: list[tuple[float, float]] = []
+        """Seconds that are lent, and when the clock of this process says that they were lost with their borrower."""
         self.good = self.slow = 0.0
 
     def lease(self, seconds: float) -> float | None:
@@ -46,14 +49,18 @@ class Budget:
         if left < min(seconds, MIN_LEASE_SECONDS):
             return 0.0
         granted = min(seconds, left)
-        if len(self._leased) >= self._at_once and sum(self._leased) + granted > left:
+        now = time.monotonic()
+        self._leased = [(lent, end) for lent, end in self._leased if end > now]
+        if len(self._leased) >= self._at_once and sum(lent for lent, _ in self._leased) + granted > left:
             return None
-        self._leased.append(granted)
+        self._leased.append((granted, now + WALL_FACTOR * granted))
         return granted
 
     def settle(self, leased: float, good: float, slow: float) -> None:
         """Give a lease back, and tell what was spent since the last time on good images, and on second tries."""
-        if leased in self._leased:
-            self._leased.remove(leased)
+        for lease in self._leased:
+            if lease[0] == leased:
+                self._leased.remove(lease)
+                break
         self.good += good
         self.slow += slow

@@ -1,6 +1,7 @@
 """What hostile images may cost: short first tries, second tries while the budget lasts, nothing twice. Costs 4 s."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from jobs import failures, ledger, parquet, patience, schema, storage
 from jobs.decoding import GuardedDecoder
 from jobs.failures import remembered
-from jobs.guard import Zygote
+from jobs.guard import WALL_FACTOR, Zygote
 from jobs.patience import Patience
 from jobs.plan import Selection
 from jobs.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
@@ -205,6 +206,14 @@ def test_as_many_second_tries_as_cpus_run_at_once_and_others_wait_for_what_is_le
     assert budget.lease(30.0) == 27.0 and budget.lease(30.0) is None
     budget.settle(30.0, 0.0, 27.0)
     assert budget.lease(30.0) == 0.0
+
+
+def test_lease_of_a_worker_that_died_is_lent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(cpus=1.0, max_seconds=30.0)
+    assert budget.lease(30.0) == 30.0 and budget.lease(30.0) is None
+    later = time.monotonic() + WALL_FACTOR * 30.0
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert budget.lease(30.0) == 30.0
 
 
 def test_many_second_tries_run_at_once_where_the_budget_suffices_for_all() -> None:
