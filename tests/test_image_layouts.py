@@ -101,6 +101,67 @@ def test_tiff_palette_of_8_bits_is_refused_rather_than_shown_black() -> None:
         decode(tiff(drawn(1, 8), 3, 8, tags=tags))
 
 
+def with_field(data: bytes, tag: int, kind: int | None = None, content: bytes = b"", count: int = 1) -> bytes:
+    """A small-endian TIFF with one field in the place of what it has of this tag; `kind` None: with none."""
+    (at,) = struct.unpack_from("<I", data, 4)
+    (number,) = struct.unpack_from("<H", data, at)
+    fields = [data[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(number)]
+    fields = [one for one in fields if struct.unpack_from("<H", one)[0] != tag]
+    beyond = content if len(content) > 4 else b""
+    if kind is not None:
+        where = struct.pack("<I", len(data)) if beyond else content.ljust(4, b"\0")
+        fields.append(struct.pack("<HHI", tag, kind, count) + where)
+    fields.sort(key=lambda one: struct.unpack_from("<H", one))
+    start = struct.pack("<I", len(data) + len(beyond))
+    return data[:4] + start + data[8:] + beyond + struct.pack("<H", len(fields)) + b"".join(fields) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "content"),
+    [(266, 11, struct.pack("<f", 2)), (262, 11, struct.pack("<f", 0)), (339, 7, b"\2"), (317, 2, b"2")],
+)
+def test_tiff_whose_deciding_tag_is_no_whole_number_is_refused(tag: int, kind: int, content: bytes) -> None:
+    data = tiff(drawn(1, 8), 1, 8)
+    assert np.array_equal(decode(with_field(data, 33000, kind, content)), decode(data))
+    with pytest.raises(ImageCorruptError, match=f"tag {tag} is no whole number"):
+        decode(with_field(data, tag, kind, content))
+
+
+def test_tiff_without_photometric_interpretation_is_refused_rather_than_inverted() -> None:
+    with pytest.raises(ImageCorruptError, match="photometric interpretation is missing"):
+        decode(with_field(tiff(drawn(1, 8), 1, 8), 262))
+
+
+@pytest.mark.parametrize(("compression", "is_decoded"), [(NONE, False), (PACKBITS, False), (DEFLATE, True)])
+def test_predictor_is_decoded_where_the_compression_has_one(compression: int, is_decoded: bool) -> None:
+    samples = drawn(1, 8)
+    data = tiff(np.diff(samples, axis=1, prepend=0) % 256, 1, 8, compression=compression, tags={317: (3, [2])})
+    if is_decoded:
+        np.testing.assert_array_equal(decode(data), np.repeat(samples, 3, axis=2))
+    else:
+        with pytest.raises(ImageCorruptError, match="predictor"):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    ("tag", "numbers", "is_decoded"),
+    [(532, [0, 255, 128, 255, 128, 255], True), (532, [16, 235, 128, 240, 128, 240], False),
+     (529, [299, 587, 114], True), (529, [213, 715, 72], False), (529, [299, 587], False)],
+)  # fmt: skip
+def test_ycbcr_of_another_range_or_other_coefficients_is_refused(
+    tag: int, numbers: list[int], is_decoded: bool
+) -> None:
+    below = 1000 if tag == 529 else 1
+    content = b"".join(struct.pack("<II", number, below) for number in numbers)
+    data = tiff(drawn(3, 8), 6, 8, tags={530: (3, [1, 1])})
+    data, expected = with_field(data, tag, 5, content, len(numbers)), decode(data)
+    if is_decoded:
+        np.testing.assert_array_equal(decode(data), expected)
+    else:
+        with pytest.raises(ImageCorruptError, match="full range"):
+            decode(data)
+
+
 def test_unsigned_tiff_of_32_bits_is_scaled_by_its_type() -> None:
     samples = np.linspace(0, 2**32 - 1, 21 * 37).reshape(21, 37, 1).astype(np.uint32)
     assert np.abs(decode(tiff(samples, 1, 32)) - samples / (2**32 - 1) * 255).max() <= 0.51
