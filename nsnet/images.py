@@ -200,6 +200,8 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
             check_pixels(image.width, image.height, limits)
             quality = jpeg.quality(image)
             rgb = _rgb(image, inspected, limits)
+            if name == "PNG" and _may_end_early(image) and png.ends_early(inspected.data):
+                raise ImageCorruptError("a PNG whose image data end before its last pixel")
             frames = inspected.frames if name in COUNTED else getattr(image, "n_frames", 1)
             image_format = image.format or name
         if inspected.remark is not None:
@@ -221,6 +223,12 @@ def _rgb(image: Image.Image, inspected: Inspected, limits: DecodeLimits) -> npt.
         raise ImageCorruptError(f"a {image_format} of Pillow's mode {image.mode}, which is not known to decode right")
     check_pixels(image.width, image.height, limits)  # an icon may be larger than its directory says
     return pixels.to_rgb(image, inspected.box, inspected.full_scale)
+
+
+def _may_end_early(image: Image.Image) -> bool:
+    """Whether the last row is black, or the rows do not come in their order."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or last.getbbox(alpha_only=False) is None
 
 
 def _unidentified(data: bytes) -> ImageUnidentifiedError:

@@ -367,6 +367,52 @@ def test_wrong_checksum_of_a_chunk_that_pixels_need_is_refused(kind: bytes) -> N
         decode(bytes(data))
 
 
+def png_of_palette(*chunks: bytes, rows: int = 4, interlaced: bool = False) -> bytes:
+    """4 × 4 px of the second of four colours, with only so many rows of image data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 2, 3, 0, 0, interlaced))
+    names = {b"image": chunk(b"IDAT", zlib.compress(b"\0\x55" * rows)), b"end": chunk(b"IEND", b"")}
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(names.get(one, one) for one in chunks)
+
+
+PLTE, TRNS = chunk(b"PLTE", bytes(range(12))), chunk(b"tRNS", b"\0\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ((b"image", b"end"), "without its palette"),
+        ((PLTE, chunk(b"PLTE", bytes(12)), b"image", b"end"), "PLTE twice"),
+        ((b"image", PLTE, b"end"), "behind its image data"),
+        ((PLTE, b"image", TRNS, b"end"), "tRNS twice, or behind"),
+        ((TRNS, PLTE, b"image", b"end"), "before the palette"),
+    ],
+)
+def test_png_whose_palette_or_transparency_is_out_of_place_is_refused(chunks: tuple[bytes, ...], said: str) -> None:
+    assert decode(png_of_palette(PLTE, b"image", b"end"))[0, 0].tolist() == [3, 4, 5]
+    with pytest.raises(ImageCorruptError, match=said):
+        decode(png_of_palette(*chunks))
+
+
+@pytest.mark.parametrize("end", [chunk(b"IEND", b"", sound=False), chunk(b"IEND", b"")[:-2], b""])
+def test_damaged_end_does_not_cost_a_good_png(end: bytes) -> None:
+    np.testing.assert_array_equal(decode(png_of_palette(PLTE, b"image", end)), np.full((4, 4, 3), (3, 4, 5)))
+
+
+@pytest.mark.parametrize(("interlaced", "whole"), [(False, 4), (True, 7)])
+def test_png_whose_image_data_end_early_is_refused_and_not_filled_with_black(interlaced: bool, whole: int) -> None:
+    decode(png_of_palette(PLTE, b"image", b"end", rows=whole, interlaced=interlaced))
+    with pytest.raises(ImageCorruptError):
+        decode(png_of_palette(PLTE, b"image", b"end", rows=whole - 1, interlaced=interlaced))
+    np.testing.assert_array_equal(decode(saved(Image.new("L", (37, 21)), "PNG")), np.zeros((21, 37, 3)))
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(3, 0), (4, 2), (16, 3), (8, 1)])
+def test_png_of_a_depth_that_the_format_does_not_have_is_refused_by_name(depth: int, colour: int) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0))
+    with pytest.raises(ImageCorruptError, match=f"colour type {colour} with {depth} bits"):
+        decode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_transparent_grey_of_few_bits_is_the_one_that_is_told(bits: int) -> None:
     samples = np.tile(np.arange(1 << bits), (1 << bits, 1))[..., None]
