@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.folders import base, may_be_generator, paired_label, partition
+from jobs.folders import base, may_be_generator, partition
+from jobs.labels import paired_label
 from jobs.layouts import MAX_GENERATORS, labels_from_path, recognise
 
 SOURCE = "/data/mine"
