@@ -19,7 +19,7 @@ WORDS: Final = {
 """Words that are labels by themselves, small."""
 PAIRED_WORDS: Final = {word: label for word, label in WORDS.items() if not word.isdigit()} | {
     "natural": 0, "human": 0, "human_made": 0, "authentic": 0, "original": 0, "originals": 0, "genuine": 0,
-    "pristine": 0, "photo": 0, "photos": 0, "photograph": 0, "photographs": 0, "camera": 0,
+    "pristine": 0, "photo": 0, "photos": 0, "photograph": 0, "photographs": 0, "camera": 0, "reals": 0,
     "generated": 1, "synthetic": 1, "synthetics": 1, "synthesis": 1, "synthesized": 1, "fakes": 1, "ai_gen": 1,
     "ai_made": 1, "aigc": 1, "artificial": 1, "deepfake": 1, "deepfakes": 1, "deep_fake": 1, "generated_ai": 1,
     "machine_generated": 1, "computer_generated": 1,

@@ -124,7 +124,8 @@ class Source:
         ending = PurePosixPath(relative).suffix.lower()
         try:
             if ending == ".tar":
-                yield from tars.rows(entry, self._sidecars, self.left_out, self.classes)
+                folder = relative.rpartition("/")[0]
+                yield from tars.rows(entry, self._sidecars, self.left_out, self.classes, folder)
             else:
                 yield from Table(entry, self._columns, labels_from_path(relative, self.uri), self.classes).rows(strict)
         except NoImagesError as error:

@@ -23,12 +23,14 @@ SIDECARS: Final = frozenset(
 """Endings by which webdataset's decoders know texts, numbers and Python objects."""
 
 
-def rows(entry: Entry, sidecars: frozenset[str], left_out: LeftOut, classes: set[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    entry: Entry, sidecars: frozenset[str], left_out: LeftOut, classes: set[str], folder: str = ""
+) -> Iterator[dict[str, Any]]:
     """Manifest rows of an uncompressed tar's images. Raises `ContainerError` for one that is damaged or cut off.
 
     `sidecars`: endings that are no images. `classes`: takes up the series of tars whose `.cls` members are no labels.
-    `x.cls` beside `x.jpg` holds the label. Of members of one name the last
-    counts, as when the tar is unpacked.
+    `folder`: that of the tar below the source, whose folders go on in the tar. `x.cls` beside `x.jpg` holds the label.
+    Of members of one name the last counts, as when the tar is unpacked.
     """
     with Container(entry.uri, "tar", entry.size_bytes, storage.reader(entry.uri)) as tar:
         members, behind = tar.members()
@@ -50,7 +52,7 @@ def rows(entry: Entry, sidecars: frozenset[str], left_out: LeftOut, classes: set
         elif ending not in IMAGE_ENDINGS and (stem in with_image or _key(stem) in with_image):
             left_out["beside a picture of the same key in a tar"] += 1
         else:
-            said = labels_from_path(readable(member.name))
+            said = labels_from_path(f"{folder}/{readable(member.name)}")
             is_known, label, is_number = labels.of(stem)
             if is_known:
                 said = said._replace(label=label, folder=None)

@@ -261,6 +261,12 @@ def test_camera_raw_of_its_own_format_is_refused_by_name(start: bytes) -> None:
         decode(start + bytes(100))
 
 
+def test_targa_is_not_called_a_cursor() -> None:
+    for options in ({}, {"compression": "tga_rle"}):
+        with pytest.raises(ImageUnidentifiedError, match="Targa"):
+            decode(saved(Image.new("RGB", (16, 16)), "TGA", **options))
+
+
 def saved(image: Image.Image | NDArray[Any], file_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, file_format, **options)
@@ -318,6 +324,30 @@ def test_progressive_jpeg_that_ends_between_scans_is_refused() -> None:
     assert tables > scans[-2]
     with pytest.raises(ImageCorruptError, match="scans are missing"):
         decode(data[:tables])
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_whose_end_marker_comes_early_is_refused_and_not_filled_with_grey(mode: str, options: Any) -> None:
+    image = Image.fromarray(drawn(3, 8)[:16, :32].astype(np.uint8)).resize((64, 64)).convert(mode)
+    data = saved(image, "JPEG", **options)
+    decode(data)
+    for cut in (data[: len(data) * 3 // 4] + b"\xff\xd9", data[: len(data) * 3 // 4] + b"\xff\xd9" + data[-100:]):
+        with pytest.raises(ImageCorruptError, match="cut in its image data"):
+            decode(cut)
+
+
+def test_progressive_jpeg_without_its_last_scans_is_refused_although_it_has_an_end() -> None:
+    data = jpeg(progressive=True)
+    with pytest.raises(ImageCorruptError, match="scans are missing"):
+        decode(data[: data.rindex(b"\xff\xc4")] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("behind", [b"", b"more", jpeg()])
+def test_grey_jpeg_is_whole(mode: str, behind: bytes) -> None:
+    data = saved(Image.new(mode, (40, 24), 128 if mode == "L" else (128,) * len(mode)), "JPEG")
+    np.testing.assert_array_equal(decode(data + behind), decode(data))
 
 
 def with_chunks(*chunks: bytes, after: bytes = b"") -> bytes:
