@@ -16,10 +16,13 @@ IMAGE_ENDINGS: Final = frozenset(
     .split()
 )  # fmt: skip
 """Endings of images: what lies beside one in a tar under the same key, and has another, is about it."""
-HIDDEN: Final = ("__MACOSX",)
-"""Folders that programs leave behind; others of that kind begin with a dot."""
+HIDDEN: Final = frozenset({
+    "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "@Recycle", "Thumbs.db",
+    "_temporary", "_delta_log", "_spark_metadata",
+})  # fmt: skip
+"""What systems and programs leave behind: bins, thumbnails, unfinished files. Others of that kind begin with a dot."""
 
-COMPRESSED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 NOT_A_SOURCE: Final = {
     **dict.fromkeys(COMPRESSED, "a compressed tar: unpack it, as its members cannot be read one by one"),
     ".csv": "a CSV file: write the list as Parquet, with a `uri` column",
@@ -29,6 +32,11 @@ NOT_A_SOURCE: Final = {
     ".arrow": "an Arrow file: write it as Parquet",
     ".feather": "an Arrow file: write it as Parquet",
     ".zip": "a zip archive: unpack it",
+    ".rar": "a RAR archive: unpack it",
+    ".7z": "a 7z archive: unpack it",
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "a compressed file: unpack it"),
+    ".ndjson": "a file of JSON lines: write the list as Parquet, with a `uri` column",
+    ".xlsx": "a spreadsheet: write the list as Parquet, with a `uri` column",
     ".txt": "a text file: write the list as Parquet, with a `uri` column",
 }  # fmt: skip
 """Endings of files that people take for sources, and what they are."""

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from jobs import labels
+from jobs.labels import NOUNS, paired_label, words_of
 
 LABEL_FOLDERS: Final = {
     "0_real": 0, "real": 0, "nature": 0, "1_fake": 1, "fake": 1, "ai": 1, "fakev2": 1, "fake-v2": 1,
@@ -22,26 +23,10 @@ NUMBERED: Final = frozenset({"0_real", "1_fake"})
 LABEL_NAMES: Final = ("real", "fake")
 SPLIT_FOLDERS: Final = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-PAIRED_WORDS: Final = {word: label for word, label in labels.WORDS.items() if not word.isdigit()} | {
-    "nature": 0, "original": 0, "originals": 0, "genuine": 0, "pristine": 0, "photos": 0, "photograph": 0,
-    "photographs": 0, "camera": 0, "human_made": 0,
-    "fakes": 1, "ai_gen": 1, "ai_made": 1, "aigc": 1, "artificial": 1, "synthesis": 1, "synthesized": 1,
-    "synthetics": 1, "deepfake": 1, "deepfakes": 1, "deep_fake": 1, "generated_ai": 1, "machine_generated": 1,
-    "computer_generated": 1,
-}  # fmt: skip
-"""Words of a name, joined by `_`, that are a label beside one of the other label."""
-NOUNS: Final = frozenset(
-    "image images img imgs picture pictures pic pics photo photos photograph photographs art arts artworks data "
-    "dataset face faces sample samples set file files class jpg jpeg png webp train training val valid validation test "
-    "testing".split()
-)  # fmt: skip
-"""What is beside the word that counts, as in `train_real` and `AiArtData`."""
 SHARDS: Final = frozenset("all batch chunk dir folder group misc other others part seed shard split sub subset".split())
 """Names, numbered or not, of what was divided for its number only."""
 SPLIT_WORDS: Final = {**SPLIT_FOLDERS, "training": "train", "testing": "test"}
 
-HUMP: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-WORD: Final = re.compile(r"[^\W_]+")
 SHORT: Final = re.compile(r"[0-9a-f]{1,2}|\d+x\d+")
 """Beginnings of hexadecimal names, and sizes."""
 
@@ -80,18 +65,9 @@ def is_split(name: str) -> bool:
     return name.lower() in SPLIT_FOLDERS
 
 
-@lru_cache(maxsize=REMEMBERED)
-def paired_label(name: str) -> int | None:
-    """The label that a folder may be, if one of the other label stands beside it."""
-    words = _words(name)
-    if "_".join(words) in PAIRED_WORDS:
-        return PAIRED_WORDS["_".join(words)]
-    return PAIRED_WORDS.get("_".join(word for word in words if word not in NOUNS and not word.isdigit()))
-
-
 def paired_split(name: str) -> str | None:
     """The split that the name of such a folder holds, as `train_real` does."""
-    return next((SPLIT_WORDS[word] for word in _words(name) if word in SPLIT_WORDS), None)
+    return next((SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS), None)
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -99,13 +75,8 @@ def may_be_generator(name: str) -> bool:
     """Whether a folder below a label may be named after a generator: no split, partition, number, shard or label."""
     if is_split(name) or partition(name) is not None or paired_label(name) is not None:
         return False
-    words = [word.rstrip("0123456789") for word in _words(name)]
+    words = [word.rstrip("0123456789") for word in words_of(name)]
     return not SHORT.fullmatch(name.lower()) and any(word and word not in NOUNS | SHARDS for word in words)
-
-
-def _words(name: str) -> list[str]:
-    """Words of a name, small: `AIGenerated images` is `ai`, `generated`, `images`."""
-    return WORD.findall(HUMP.sub("_", name).lower())
 
 
 # The folders of one path.

@@ -174,7 +174,7 @@ def _is_name(part: str) -> bool:
 def _own_names(source: str) -> Parts:
     """Folders of the source's own path, without those of a version: kagglehub fetches to `<name>/versions/7`."""
     path = re.sub(r"/versions/\d+(?=/|$)", "", source.partition("://")[2] or source)
-    parts = split_path(re.sub(r"\.tar$", "", path, flags=re.IGNORECASE))
+    parts = split_path(re.sub(r"\.(tar|parquet)$", "", path, flags=re.IGNORECASE))
     named = partitions(parts, "generator")
     return tuple(named.get(place) or part for place, part in enumerate(parts))
 

@@ -21,7 +21,10 @@ HASH: Final = "content_hash"
 FACTS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
 """Columns of a manifest beside labels; the last two are of images that lie in a tar or in Parquet."""
 
-_EMPTY_ROW: Final = dict.fromkeys((*MANIFEST.names, *Labels._fields))
+SERIES: Final = "series"
+"""Of a row whose label is a number without a name: the containers whose numbers mean the same."""
+
+_EMPTY_ROW: Final = dict.fromkeys((*MANIFEST.names, *Labels._fields, SERIES))
 
 
 class RowError(Exception):
@@ -37,6 +40,12 @@ def row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **
     """A manifest row; what is not given is null."""
     own = {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, "listed": listed}
     return {**_EMPTY_ROW, **own, **values}
+
+
+def series(container: str) -> str:
+    """What the containers that one data set was divided into have in common: the name without its numbers."""
+    folder, _, name = container.rpartition("/")
+    return f"{folder}/{re.sub('[0-9]+', '', name)}"
 
 
 def readable(name: str) -> str:

@@ -18,6 +18,7 @@ from jobs.database import Database, database
 from jobs.folders import beside
 from jobs.layouts import Layout
 from jobs.left_out import first_named
+from jobs.manifest import SERIES
 from jobs.sources import Source
 from jobs.tables import KEYS
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
@@ -27,8 +28,11 @@ TOLD_SECONDS: Final = 5.0
 MOST_FOLDERS: Final = 50_000
 """Folders of a source that are compared with each other for its labels: a bucket may have millions."""
 
-LISTED: Final = pa.schema([pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string())])
-"""What a source lists, numbered, with the folder that its labels come from."""
+LISTED: Final = pa.schema(
+    [pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string()), pa.field(SERIES, pa.string())]
+)
+"""What a source lists, numbered, with the folder or the series of containers that its labels come from."""
+CLASSES: Final = pa.schema([pa.field(SERIES, pa.string())])
 FORMS: Final = pa.schema([pa.field("form", pa.int64()), schema.TRANSFORM])
 """Forms in which each picture is done, in their order: as it is, or under a transform."""
 FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), *schema.LABELS, schema.SPLIT])
@@ -157,6 +161,7 @@ def write_manifest(
             raise SourceError(f"{listing.uri} {what}")
         if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
             listing.left_out["listed twice"] += repeated
+        _load(rows, "classes", {SERIES: sorted(listing.classes)}, CLASSES)
         layout = _recognise(rows, listing.uri)
         _merge(rows)
         labels: Counter[int | None] = Counter()
@@ -191,9 +196,15 @@ def _recognise(rows: Database, source: str) -> Layout:
         for name in ("generator", "split")
     )
     rows.execute(
-        f"create view labelled as select l.* exclude (folder) replace (coalesce(l.label, d.label) as label, {said}) "
-        "from listed l left join folders d on l.folder = d.folder"
+        f"create view labelled as select l.* exclude (folder, {SERIES}) replace ("
+        f"case when c.{SERIES} is null then coalesce(l.label, d.label) end as label, {said}) "
+        f"from listed l left join folders d on l.folder = d.folder left join classes c on l.{SERIES} = c.{SERIES}"
     )
+    if classes := rows.number(f"select count(*) from listed semi join classes using ({SERIES})"):
+        say(
+            f"warning: {source}: {classes:,} images have the numbers 0 and 1 where other files of their series hold "
+            "more classes: they have no label"
+        )
     for remark in (*layout.remarks, *(_beside(rows, source, layout) if layout.lone else [])):
         say(f"warning: {source}: {remark}")
     return layout

@@ -42,6 +42,8 @@ class Source:
         self._columns = columns or {}
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
+        self.classes: set[str] = set()
+        """Series of containers (`manifest.series`) whose numbers are classes, and no labels."""
         self.left_out = LeftOut()
         """Reason -> number of objects that are no pictures, and what could not be read."""
 
@@ -67,9 +69,9 @@ class Source:
         if not self._is_file():
             rows = self._folder(self.uri)
         elif self.uri.lower().endswith(".tar"):
-            rows = tars.rows(storage.describe(self.uri), self._sidecars, self.left_out)
+            rows = tars.rows(storage.describe(self.uri), self._sidecars, self.left_out, self.classes)
         else:
-            rows = Table(storage.describe(self.uri), self._columns, NO_LABELS).rows(strict=True)
+            rows = Table(storage.describe(self.uri), self._columns, NO_LABELS, self.classes).rows(strict=True)
         return filter(self._wanted, rows) if self._include or self._exclude else rows
 
     def _wanted(self, row: dict[str, Any]) -> bool:
@@ -122,9 +124,10 @@ class Source:
         ending = PurePosixPath(relative).suffix.lower()
         try:
             if ending == ".tar":
-                yield from tars.rows(entry, self._sidecars, self.left_out)
+                folder = relative.rpartition("/")[0]
+                yield from tars.rows(entry, self._sidecars, self.left_out, self.classes, folder)
             else:
-                yield from Table(entry, self._columns, labels_from_path(relative, self.uri)).rows(strict)
+                yield from Table(entry, self._columns, labels_from_path(relative, self.uri), self.classes).rows(strict)
         except NoImagesError as error:
             if strict:
                 raise

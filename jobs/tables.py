@@ -8,9 +8,9 @@ from jobs import storage
 from jobs.console import say
 from jobs.containers import Container, Described
 from jobs.folders import SPLIT_FOLDERS
-from jobs.labels import HUGGINGFACE, class_names, is_missing, meanings, text
+from jobs.labels import HUGGINGFACE, class_names, is_missing, meanings, number, text, without_label
 from jobs.layouts import Labels
-from jobs.manifest import FACTS, HASH, from_values, readable, row
+from jobs.manifest import FACTS, HASH, from_values, readable, row, series
 from jobs.storage import Entry
 from nsnet.errors import SourceError
 
@@ -21,6 +21,21 @@ IMAGES: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "ima
 """Columns that hold images, as bytes or as `datasets` stores them (struct of bytes and path); the first one counts."""
 KEYS: Final = ("image", *FACTS, *LABELS)
 """What `--column` gives a name."""
+PLAIN: Final = (
+    "null",
+    "bool",
+    "int",
+    "uint",
+    "half",
+    "float",
+    "double",
+    "decimal",
+    "string",
+    "large_",
+    "binary",
+    "fixed",
+)
+"""How the names of types begin that labels and names may have."""
 REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
 """Columns of texts that repeat."""
 MIN_ROW_BYTES: Final = 32
@@ -63,7 +78,8 @@ def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Co
             f"{uri} has neither a `uri` column nor one of images ({', '.join(IMAGES)}; bytes, or as `datasets` stores "
             f"them), only {there[:500]}: name it with --column image=NAME"
         )
-    if "uri" in own and image is not None and "image" not in wanted and image[0] != "bytes":
+    is_list = "uri" in own and described.columns[own["uri"]].startswith(PLAIN)
+    if is_list and image is not None and "image" not in wanted and image[0] != "bytes":
         image = None  # a list that has thumbnails or the like beside
     return Columns(image=image, own=own)
 
@@ -96,9 +112,15 @@ def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
 class Table:
     """A Parquet file as a part of a source."""
 
-    def __init__(self, entry: Entry, named: Mapping[str, str], folder: Labels) -> None:
-        """`named`: what `--column` says; `folder`: what the folders say that it lies in."""
+    def __init__(self, entry: Entry, named: Mapping[str, str], folder: Labels, classes: set[str]) -> None:
+        """`named`: what `--column` says; `folder`: what the folders say that it lies in.
+
+        `classes`: takes up the series of a file whose numbers are no labels.
+        """
         self.uri, self._entry, self._named, self._folder = entry.uri, entry, named, folder
+        self._classes = classes
+        self._numbers: str | None = None
+        """The series, where labels are numbers without a name."""
         self._warned_of_split = False
 
     def rows(self, strict: bool) -> Iterator[dict[str, Any]]:
@@ -119,8 +141,8 @@ class Table:
                 raise SourceError(
                     f"{self.uri} says that its {entry.size_bytes:,} bytes {verb} {described.rows:,} images: impossible"
                 )
-            labels = self._meanings(container, described, columns)
-            asked = {what: name for what, name in columns.own.items() if not stored or what in ("uri", *LABELS)}
+            asked = self._asked(described, columns)
+            labels = self._meanings(container, described, asked.get("label"))
             found = container.rows(sorted({*asked.values()}), described.rows)
             for number, values in enumerate(found):
                 given = {what: values[name] for what, name in asked.items()}
@@ -135,9 +157,20 @@ class Table:
                     container=self.uri, position=number, column=columns.image[0], **said,
                 )  # fmt: skip
 
-    def _meanings(self, container: Container, described: Described, columns: Columns) -> Mapping[Any, int]:
+    def _asked(self, described: Described, columns: Columns) -> dict[str, str]:
+        """The columns that are read. What is beside an image, and of no type that is read, does not cost the image."""
+        if columns.image is None:
+            return columns.own
+        asked = {what: name for what, name in columns.own.items() if what in ("uri", *LABELS)}
+        for what, name in list(asked.items()):
+            if not (kind := described.columns[name]).startswith(PLAIN):
+                say(f"warning: {self.uri}: its column `{name}` is of type {kind[:80]}, and is not read")
+                del asked[what]
+        return asked
+
+    def _meanings(self, container: Container, described: Described, column: str | None) -> Mapping[Any, int]:
         """Value of the label column -> label; what it does not have is none."""
-        if (column := columns.own.get("label")) is None:
+        if column is None:
             return {}
         names = class_names({HUGGINGFACE: described.features}, column)
         values = container.distinct(column)
@@ -147,8 +180,10 @@ class Table:
                 f"warning: {self.uri}: its column `{column}` holds other values than real and fake, or 0 and 1: it is "
                 "not taken for labels"
             )
-        elif names is not None and values and not found:
-            say(f"warning: {self.uri}: its labels are called {', '.join(names)[:80]}: neither is real or fake")
+            self._classes.add(series(self.uri))
+        elif strange := without_label(values or (), found, names):
+            say(f"warning: {self.uri}: its labels {strange} are neither real nor fake: their images have no label")
+        self._numbers = series(self.uri) if names is None else None
         return found or {}
 
     def _labels(self, given: dict[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
@@ -163,7 +198,11 @@ class Table:
             for name, value in own.items()
         }
         own_labels = {"label", "generator"} & given.keys()  # what folders say together must not override them
-        return said | {"folder": None if own_labels else self._folder.folder}
+        is_number = own["label"] is not None and number(given["label"]) is not None
+        return said | {
+            "folder": None if own_labels else self._folder.folder,
+            "series": self._numbers if is_number else None,
+        }
 
     def _split(self, name: str | None) -> str | None:
         """The split that a column says; of another word it is said once that it counts as none."""

@@ -9,10 +9,10 @@ from jobs import storage
 from jobs.console import say
 from jobs.containers import Container, Member
 from jobs.endings import IMAGE_ENDINGS, is_hidden
-from jobs.labels import meanings
+from jobs.labels import meanings, number, without_label
 from jobs.layouts import labels_from_path
 from jobs.left_out import LeftOut
-from jobs.manifest import readable, row
+from jobs.manifest import readable, row, series
 from jobs.storage import Entry
 
 SIDECARS: Final = frozenset(
@@ -23,11 +23,14 @@ SIDECARS: Final = frozenset(
 """Endings by which webdataset's decoders know texts, numbers and Python objects."""
 
 
-def rows(entry: Entry, sidecars: frozenset[str], left_out: LeftOut) -> Iterator[dict[str, Any]]:
+def rows(
+    entry: Entry, sidecars: frozenset[str], left_out: LeftOut, classes: set[str], folder: str = ""
+) -> Iterator[dict[str, Any]]:
     """Manifest rows of an uncompressed tar's images. Raises `ContainerError` for one that is damaged or cut off.
 
-    `sidecars`: endings that are no images. `x.cls` beside `x.jpg` holds the label. Of members of one name the last
-    counts, as when the tar is unpacked.
+    `sidecars`: endings that are no images. `classes`: takes up the series of tars whose `.cls` members are no labels.
+    `folder`: that of the tar below the source, whose folders go on in the tar. `x.cls` beside `x.jpg` holds the label.
+    Of members of one name the last counts, as when the tar is unpacked.
     """
     with Container(entry.uri, "tar", entry.size_bytes, storage.reader(entry.uri)) as tar:
         members, behind = tar.members()
@@ -36,6 +39,8 @@ def rows(entry: Entry, sidecars: frozenset[str], left_out: LeftOut) -> Iterator[
         say(f"warning: {entry.uri}: {behind:,} bytes behind its end are no tar, and are not read")
     files = _files(members, left_out)
     labels = _Labels(entry.uri, [member for member in files if member.label is not None])
+    if labels.are_classes:
+        classes.add(series(entry.uri))
     with_image = {_stem(member.name) for member in files if _ending(member.name) in IMAGE_ENDINGS}
     with_image |= {_key(stem) for stem in with_image}
     for member in files:
@@ -47,13 +52,14 @@ def rows(entry: Entry, sidecars: frozenset[str], left_out: LeftOut) -> Iterator[
         elif ending not in IMAGE_ENDINGS and (stem in with_image or _key(stem) in with_image):
             left_out["beside a picture of the same key in a tar"] += 1
         else:
-            said = labels_from_path(readable(member.name))
-            is_known, label = labels.of(stem)
+            said = labels_from_path(f"{folder}/{readable(member.name)}")
+            is_known, label, is_number = labels.of(stem)
             if is_known:
                 said = said._replace(label=label, folder=None)
             yield row(
                 f"{entry.uri}#{readable(member.name)}", entry.etag, member.size_bytes, listed=True,
                 modified_at=entry.modified_at, container=entry.uri, position=member.offset, **said._asdict(),
+                series=series(entry.uri) if is_number else None,
             )  # fmt: skip
 
 
@@ -81,20 +87,25 @@ class _Labels:
 
     def __init__(self, uri: str, members: list[Member]) -> None:
         values = meanings(member.label for member in members)
+        self.are_classes = values is None
         if values is None:
             say(f"warning: {uri}: its .cls members hold other numbers than 0 and 1: classes, and no labels")
             members, values = [], {}
-        self._by_stem = {_stem(member.name): values.get(member.label) for member in members}
-        self._by_key: dict[str, set[int | None]] = defaultdict(set)
-        for stem, label in self._by_stem.items():
-            self._by_key[_key(stem)].add(label)
+        elif strange := without_label((member.label for member in members), values):
+            say(f"warning: {uri}: its .cls members say {strange}: neither real nor fake, and no labels")
+        self._by_stem = {
+            _stem(member.name): (values.get(member.label), number(member.label) is not None) for member in members
+        }
+        self._by_key: dict[str, set[tuple[int | None, bool]]] = defaultdict(set)
+        for stem, said in self._by_stem.items():
+            self._by_key[_key(stem)].add(said)
 
-    def of(self, stem: str) -> tuple[bool, int | None]:
-        """Whether a `.cls` member is of an image, and the label that it says."""
-        if stem in self._by_stem:
-            return True, self._by_stem[stem]
-        several = self._by_key.get(_key(stem), set())
-        return bool(several), next(iter(several)) if len(several) == 1 else None  # contradictory ones are no label
+    def of(self, stem: str) -> tuple[bool, int | None, bool]:
+        """Whether a `.cls` member is of an image, the label that it says, and whether it says it as a mere number."""
+        several = {self._by_stem[stem]} if stem in self._by_stem else self._by_key.get(_key(stem), set())
+        said = {label for label, _ in several}
+        label = said.pop() if len(said) == 1 else None  # contradictory ones are no label
+        return bool(several), label, any(is_number for _, is_number in several)
 
 
 def _ending(name: str) -> str:

@@ -137,7 +137,11 @@ def _label(file: ParquetFile, values: set[Any], names: Sequence[str] | None) -> 
 
 def _verdict(values: set[Any], names: Sequence[str] | None) -> Converter:
     """`SAID` in any case, and whatever means a label; another text stays what it is."""
-    meant = labels.meanings({value for value in values if str(value).strip().lower() not in SAID}, names) or {}
+    others = {value for value in values if str(value).strip().lower() not in SAID}
+    meant = dict(labels.meanings(others, names) or {})
+    for value in others - meant.keys():  # a verdict is about nothing else
+        if (label := labels.paired_label(str(value)[: labels.MAX_WORD])) is not None:
+            meant[value] = label
 
     def convert(value: Any) -> str:
         text = str(value).strip().lower()

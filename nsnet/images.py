@@ -83,7 +83,8 @@ COUNTED: Final = ("GIF", "PNG", "PSD", "TIFF")
 NAMED: Final = {
     b"IIRO": "camera raw", b"IIRS": "camera raw", b"MMOR": "camera raw", b"IIU\0": "camera raw",
     b"FUJIFILMCCD-RAW": "camera raw", b"FOVb": "camera raw", b"\0MRM": "camera raw",
-    b"II\x1a\0\0\0HEAPCCDR": "camera raw", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\2\0": "cursor",
+    b"II\x1a\0\0\0HEAPCCDR": "camera raw", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\2\0\0\0\0\0": "Targa", b"\0\0\x0a\0\0\0\0\0": "Targa", b"\0\0\2\0": "cursor",
     b"%!PS": "PostScript", b"%PDF": "PDF", b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance", b"SIMPLE  =": "FITS",
 }  # fmt: skip
 """What is not decoded, by how it begins."""
@@ -200,9 +201,12 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
             check_pixels(image.width, image.height, limits)
             quality = jpeg.quality(image)
             rgb = _rgb(image, inspected, limits)
+            if name == "PNG" and _may_end_early(image) and png.ends_early(inspected.data):
+                raise ImageCorruptError("a PNG whose image data end before its last pixel")
             frames = inspected.frames if name in COUNTED else getattr(image, "n_frames", 1)
             image_format = image.format or name
-        if inspected.remark is not None:
+            is_doubtful = inspected.remark is not None or (name == "JPEG" and jpeg.may_be_cut(image))
+        if is_doubtful:
             with _open(name, jpeg.other_end(inspected.data)) as other:
                 if not np.array_equal(rgb, _rgb(other, inspected, limits)):
                     raise ImageCorruptError("a JPEG that is cut in its image data")
@@ -221,6 +225,12 @@ def _rgb(image: Image.Image, inspected: Inspected, limits: DecodeLimits) -> npt.
         raise ImageCorruptError(f"a {image_format} of Pillow's mode {image.mode}, which is not known to decode right")
     check_pixels(image.width, image.height, limits)  # an icon may be larger than its directory says
     return pixels.to_rgb(image, inspected.box, inspected.full_scale)
+
+
+def _may_end_early(image: Image.Image) -> bool:
+    """Whether the last row is black, or the rows do not come in their order."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or last.getbbox(alpha_only=False) is None
 
 
 def _unidentified(data: bytes) -> ImageUnidentifiedError:

@@ -66,12 +66,24 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
     if not data.endswith(b"\xff\xd9") and not _ends(data, scan):
         _check_whole(data, scan, frame)
         return Inspected(data=kept + TAILS[0], remark="the end marker is missing")
+    if frame.progressive:
+        _check_scans_are_there(data, scan, frame)
     return Inspected(data=kept)
 
 
+def may_be_cut(image: Image.Image) -> bool:
+    """Whether a loaded image ends in the grey that a decoder makes of missing data."""
+    last = image.getpixel((image.width - 1, image.height - 1))
+    return all(level in (127, 128) for level in (last if isinstance(last, tuple) else (last,)))
+
+
 def other_end(inspected: bytes) -> bytes:
-    """The same file with another end than `inspect` gave it: it decodes alike where nothing but the end is missing."""
-    return inspected[: -len(TAILS[0])] + TAILS[1]
+    """The same file with other bytes before its end marker: it decodes alike where no image data are missing."""
+    if inspected.endswith(TAILS[0]):
+        return inspected[: -len(TAILS[0])] + TAILS[1]
+    _, scan = _head(inspected)
+    ends = (segment.start for segment in _segments(inspected, scan) if segment.marker == EOI)
+    return inspected[: next(ends, len(inspected))] + TAILS[1]
 
 
 def quality(image: Image.Image) -> int | None:
@@ -179,6 +191,11 @@ def _check_whole(data: bytes, scan: int, frame: _Frame) -> None:
     """Raise where a JPEG without an end marker lacks whole scans: then more is missing than the marker."""
     if data.endswith(b"\xff"):  # half of a marker, or of a byte of the image
         raise ImageCorruptError("a JPEG that is cut within its last two bytes")
+    _check_scans_are_there(data, scan, frame)
+
+
+def _check_scans_are_there(data: bytes, scan: int, frame: _Frame) -> None:
+    """Raise where no scan has the last bit of a coefficient."""
     missing = {(component, index) for component in frame.components for index in range(64 if frame.progressive else 1)}
     for segment in _segments(data, scan):
         if segment.marker != SOS or not segment.body:

@@ -10,8 +10,16 @@ from nsnet.errors import ImageCorruptError, ImageTooLargeError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-DECISIVE: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
+DECISIVE: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"tRNS"})
 """Chunks without which the pixels are wrong."""
+PALETTE: Final = 3
+"""Colour type."""
+CHANNELS: Final = {0: 1, 2: 3, PALETTE: 1, 4: 2, 6: 4}
+"""Colour type -> samples of a pixel."""
+DEPTHS: Final = {0: (1, 2, 4, 8, 16), 2: (8, 16), PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Colour type -> bits of a sample."""
+PASSES: Final = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Left, top, step across, step down of the passes of an interlaced image."""
 TEXTS: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 COMPRESSED: Final = frozenset({b"iCCP", b"zTXt", b"iTXt"})
 ORIENTING: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -45,9 +53,12 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     depth, colour = data[24], data[25]
     check_pixels(width, height, limits)
+    if depth not in DEPTHS.get(colour, ()):
+        raise ImageCorruptError(f"a PNG of colour type {colour} with {depth} bits, which the format does not have")
     view = memoryview(data)
     room = FREE_TEXT_BYTES + TEXT_BYTES_PER_PIXEL * width * height
     kept: list[Chunk] = []
+    _check_order([chunk.kind for chunk in chunks], colour)
     for chunk in chunks:
         inflated = _inflated_bytes(view, chunk, room) if chunk.kind in COMPRESSED else 0
         room -= inflated
@@ -57,11 +68,40 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
             if chunk.kind == b"tRNS" and (depth, colour) == (16, 2):
                 raise ImageCorruptError("a PNG of 16 bits with a transparent colour, of which 8 bits are not enough")
             kept.append(chunk)
-        elif _is_orientation(view, chunk, inflated):
+        elif _is_orientation(view, chunk, inflated) or (chunk.kind == b"IEND" and _is_whole(view, chunk)):
             kept.append(chunk)
     if len(kept) < len(chunks):
         data = b"".join([SIGNATURE, *(view[chunk.start : chunk.end] for chunk in kept)])
     return Inspected(data=data, frames=_frames(chunks), full_scale=2**depth - 1)
+
+
+def ends_early(inspected: bytes) -> bool:
+    """Whether the image data of a PNG that was decoded end before its last pixel: the decoder leaves the rest black."""
+    width, height = (int.from_bytes(inspected[at : at + 4], "big") for at in (16, 20))
+    bits = inspected[24] * CHANNELS[inspected[25]]
+    rows = 0
+    for left, top, across, down in PASSES if inspected[28] else ((0, 0, 1, 1),):
+        columns = -(-(width - left) // across)
+        rows += -(-(height - top) // down) * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    inflater, count = zlib.decompressobj(), 0
+    for chunk in _chunks(inspected):
+        stream = inspected[chunk.start + 8 : chunk.end - 4] if chunk.kind == b"IDAT" else b""
+        while stream and not inflater.eof and count < rows:
+            count += len(inflater.decompress(stream, 1 << 18))
+            stream = inflater.unconsumed_tail
+    return count < rows
+
+
+def _check_order(kinds: list[bytes], colour: int) -> None:
+    """Raise where a reader may use a palette or a transparent colour, and another may not."""
+    image = kinds.index(b"IDAT") if b"IDAT" in kinds else len(kinds)
+    for kind in (b"PLTE", b"tRNS"):
+        if kinds.count(kind) > 1 or kind in kinds[image:]:
+            raise ImageCorruptError(f"a PNG with {kind.decode()} twice, or behind its image data")
+    if colour == PALETTE and b"PLTE" not in kinds:
+        raise ImageCorruptError("a PNG without its palette")
+    if colour == PALETTE and b"tRNS" in kinds[: kinds.index(b"PLTE")]:
+        raise ImageCorruptError("a PNG with tRNS before the palette that it is about")
 
 
 def _chunks(data: bytes) -> list[Chunk]:
@@ -80,10 +120,10 @@ def _chunks(data: bytes) -> list[Chunk]:
 
 
 def _is_whole(view: memoryview, chunk: Chunk) -> bool:
-    """Whether the checksum fits. Image data that is cut passes: the decoder tells whether it is enough."""
+    """Whether the checksum fits. Image data that are cut pass: the decoder tells whether they are enough."""
     body, end = view[chunk.start + 4 : chunk.end - 4], chunk.end
     if end - chunk.start < 12 + int.from_bytes(view[chunk.start : chunk.start + 4], "big"):
-        return chunk.kind in (b"IDAT", b"IEND")
+        return chunk.kind == b"IDAT"
     return zlib.crc32(body) == int.from_bytes(view[end - 4 : end], "big")
 
 

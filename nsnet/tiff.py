@@ -24,9 +24,17 @@ MAX_SCANS_PER_STRIP: Final = 20
 """Most JPEG scans per strip or tile, on average."""
 
 SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
-FILL_ORDER, MAKE, STRIPS, SAMPLES, STRIP_BYTES, PLANAR, COLOUR_MAP = 266, 271, 273, 277, 279, 284, 320
-TILES, TILE_BYTES, SUB_IFDS, INK_SET, DOT_RANGE, EXTRA, FORMAT = 324, 325, 330, 332, 336, 338, 339
-JPEG_TABLES, SUBSAMPLING, BLACK_WHITE, CFA_SIZE, CFA, DNG, DNG_BACKWARD = 347, 530, 532, 33421, 33422, 50706, 50707
+FILL_ORDER, MAKE, STRIPS, SAMPLES, STRIP_ROWS, STRIP_BYTES = 266, 271, 273, 277, 278, 279
+PLANAR, PREDICTOR, COLOUR_MAP, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES = 284, 317, 320, 322, 323, 324, 325
+SUB_IFDS, INK_SET, DOT_RANGE, EXTRA, FORMAT, JPEG_TABLES = 330, 332, 336, 338, 339, 347
+COEFFICIENTS, SUBSAMPLING, BLACK_WHITE, CFA_SIZE, CFA, DNG, DNG_BACKWARD = 529, 530, 532, 33421, 33422, 50706, 50707
+INTEGERS: Final = frozenset({
+    SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, STRIPS, SAMPLES, STRIP_ROWS,
+    STRIP_BYTES, PLANAR, PREDICTOR, COLOUR_MAP, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES, INK_SET, EXTRA, FORMAT,
+    SUBSAMPLING,
+})  # fmt: skip
+"""Tags that decide what the pixels are: of another type, each reader takes them for something else."""
+RATIONAL, RATIONALS = 5, (COEFFICIENTS, BLACK_WHITE)
 
 PROGRESSIVE: Final = re.compile(rb"\xff\xc2\0[\x0b\x11\x14]\x08")
 """How the header of a progressive JPEG of 8 bits and 1, 3 or 4 components begins."""
@@ -52,7 +60,7 @@ EXTRAS: Final[dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
 999 for alpha. RGB of 4 samples without the tag has alpha as well."""
 COLOURS: Final = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 """Photometric interpretations that are decoded -> their samples."""
-UNCOMPRESSED, JPEG, CCITT = 1, 7, (2, 3, 4)
+UNCOMPRESSED, JPEG, CCITT, PREDICTED = 1, 7, (2, 3, 4), (5, 8, 32946, 34925, 50000)
 COMPRESSIONS: Final = {
     1: "none", 2: "CCITT RLE", 3: "CCITT G3", 4: "CCITT G4", 5: "LZW", 7: "JPEG", 8: "Deflate", 32773: "PackBits",
     32946: "Deflate", 34925: "LZMA", 50000: "Zstandard",
@@ -64,10 +72,12 @@ RAW_COMPRESSIONS: Final = frozenset({32767, 32769, 32770, 34713, 34892, 65000, 6
 
 @dataclass
 class Directory:
-    """One image file directory: where it lies, and its tags of integer types."""
+    """One image file directory: where it lies, and its tags of integer types; of fractions, both numbers of each."""
 
     offset: int
     tags: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    odd_tags: list[int] = field(default_factory=list)
+    """Those of `INTEGERS` that have another type."""
     following: int = 0
 
     def one(self, tag: int, default: int) -> int:
@@ -155,8 +165,12 @@ class _Reader:
             tag, type_, length = struct.unpack_from(self.order + ("HHQ" if self.big else "HHI"), self.data, entry)
             if tag not in directory.tags and type_ in TYPE_SIZES:
                 directory.tags[tag] = self._values(entry + size - (8 if self.big else 4), TYPE_SIZES[type_], length)
+            elif tag not in directory.tags and tag in RATIONALS and type_ == RATIONAL:
+                directory.tags[tag] = self._values(entry + size - (8 if self.big else 4), "I", 2 * length)
             elif tag == MAKE:
                 directory.tags[tag] = (length,)
+            elif tag not in directory.tags and tag in INTEGERS:
+                directory.odd_tags.append(tag)
         return directory
 
     def _values(self, at: int, kind: str, length: int) -> tuple[int, ...]:
@@ -314,6 +328,8 @@ def _layout(page: Directory, data: bytes) -> int | None:
 
 
 def _refusal_of_tags(page: Directory, layout: _Layout) -> str | None:
+    if page.odd_tags:
+        return f"its tag {page.odd_tags[0]} is no whole number"
     bilevel = layout.bits == 1 and not layout.planes and layout.compression in (UNCOMPRESSED, *CCITT)
     if page.one(FILL_ORDER, 1) != 1 and not bilevel:
         return "fill order 2 is decoded in images of one bit only"
@@ -321,10 +337,26 @@ def _refusal_of_tags(page: Directory, layout: _Layout) -> str | None:
         return "YCbCr is decoded where it is not subsampled, or in JPEG"
     if layout.photometric == 5 and (page.one(INK_SET, 1) != 1 or page.one(DOT_RANGE, 0) != 0):
         return "other inks than CMYK, or inverted ones, are not decoded"
+    if page.one(PREDICTOR, 1) != 1 and layout.compression not in PREDICTED:
+        return "a predictor is decoded with LZW, Deflate, LZMA and Zstandard only"
+    if PHOTOMETRIC not in page.tags and layout.compression not in CCITT:
+        return "its photometric interpretation is missing, so that it is open which sample is black"
+    if layout.photometric == 6 and layout.compression != JPEG and not _is_usual_ycbcr(page):
+        return "YCbCr is decoded in its full range, and with the coefficients of Rec. 601, only"
     palette = page.tags.get(COLOUR_MAP, ())
     if layout.photometric == 3 and 0 < max(palette, default=1) < 256:
         return "a palette that is missing, or of 8 bits where the format has 16"
     return None
+
+
+def _is_usual_ycbcr(page: Directory) -> bool:
+    """Whether YCbCr is as it is where no tag says how it is."""
+    for tag, usual in ((COEFFICIENTS, (0.299, 0.587, 0.114)), (BLACK_WHITE, (0, 255, 128, 255, 128, 255))):
+        numbers = page.tags.get(tag, ())
+        said = [above / (below or 1) for above, below in zip(numbers[::2], numbers[1::2], strict=True)]
+        if said and (len(said) != len(usual) or any(abs(a - b) > 0.01 for a, b in zip(said, usual, strict=True))):
+            return False
+    return True
 
 
 def _check_cost(page: Directory, data: bytes) -> None:

@@ -1,10 +1,11 @@
 """Folders: what one name says, and what a source's folders say together."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.folders import base, may_be_generator, paired_label, partition
+from jobs.folders import base, may_be_generator, partition
+from jobs.labels import paired_label
 from jobs.layouts import MAX_GENERATORS, labels_from_path, recognise
 
 SOURCE = "/data/mine"
@@ -199,6 +200,7 @@ NAMES = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(NAMES), max_size=4).map("/".join), max_size=8))
 def test_folder_says_all_that_its_images_are_told(folders: list[str]) -> None:
     for folder in folders:

@@ -101,6 +101,67 @@ def test_tiff_palette_of_8_bits_is_refused_rather_than_shown_black() -> None:
         decode(tiff(drawn(1, 8), 3, 8, tags=tags))
 
 
+def with_field(data: bytes, tag: int, kind: int | None = None, content: bytes = b"", count: int = 1) -> bytes:
+    """A small-endian TIFF with one field in the place of what it has of this tag; `kind` None: with none."""
+    (at,) = struct.unpack_from("<I", data, 4)
+    (number,) = struct.unpack_from("<H", data, at)
+    fields = [data[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(number)]
+    fields = [one for one in fields if struct.unpack_from("<H", one)[0] != tag]
+    beyond = content if len(content) > 4 else b""
+    if kind is not None:
+        where = struct.pack("<I", len(data)) if beyond else content.ljust(4, b"\0")
+        fields.append(struct.pack("<HHI", tag, kind, count) + where)
+    fields.sort(key=lambda one: struct.unpack_from("<H", one))
+    start = struct.pack("<I", len(data) + len(beyond))
+    return data[:4] + start + data[8:] + beyond + struct.pack("<H", len(fields)) + b"".join(fields) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "content"),
+    [(266, 11, struct.pack("<f", 2)), (262, 11, struct.pack("<f", 0)), (339, 7, b"\2"), (317, 2, b"2")],
+)
+def test_tiff_whose_deciding_tag_is_no_whole_number_is_refused(tag: int, kind: int, content: bytes) -> None:
+    data = tiff(drawn(1, 8), 1, 8)
+    assert np.array_equal(decode(with_field(data, 33000, kind, content)), decode(data))
+    with pytest.raises(ImageCorruptError, match=f"tag {tag} is no whole number"):
+        decode(with_field(data, tag, kind, content))
+
+
+def test_tiff_without_photometric_interpretation_is_refused_rather_than_inverted() -> None:
+    with pytest.raises(ImageCorruptError, match="photometric interpretation is missing"):
+        decode(with_field(tiff(drawn(1, 8), 1, 8), 262))
+
+
+@pytest.mark.parametrize(("compression", "is_decoded"), [(NONE, False), (PACKBITS, False), (DEFLATE, True)])
+def test_predictor_is_decoded_where_the_compression_has_one(compression: int, is_decoded: bool) -> None:
+    samples = drawn(1, 8)
+    data = tiff(np.diff(samples, axis=1, prepend=0) % 256, 1, 8, compression=compression, tags={317: (3, [2])})
+    if is_decoded:
+        np.testing.assert_array_equal(decode(data), np.repeat(samples, 3, axis=2))
+    else:
+        with pytest.raises(ImageCorruptError, match="predictor"):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    ("tag", "numbers", "is_decoded"),
+    [(532, [0, 255, 128, 255, 128, 255], True), (532, [16, 235, 128, 240, 128, 240], False),
+     (529, [299, 587, 114], True), (529, [213, 715, 72], False), (529, [299, 587], False)],
+)  # fmt: skip
+def test_ycbcr_of_another_range_or_other_coefficients_is_refused(
+    tag: int, numbers: list[int], is_decoded: bool
+) -> None:
+    below = 1000 if tag == 529 else 1
+    content = b"".join(struct.pack("<II", number, below) for number in numbers)
+    data = tiff(drawn(3, 8), 6, 8, tags={530: (3, [1, 1])})
+    data, expected = with_field(data, tag, 5, content, len(numbers)), decode(data)
+    if is_decoded:
+        np.testing.assert_array_equal(decode(data), expected)
+    else:
+        with pytest.raises(ImageCorruptError, match="full range"):
+            decode(data)
+
+
 def test_unsigned_tiff_of_32_bits_is_scaled_by_its_type() -> None:
     samples = np.linspace(0, 2**32 - 1, 21 * 37).reshape(21, 37, 1).astype(np.uint32)
     assert np.abs(decode(tiff(samples, 1, 32)) - samples / (2**32 - 1) * 255).max() <= 0.51
@@ -200,6 +261,12 @@ def test_camera_raw_of_its_own_format_is_refused_by_name(start: bytes) -> None:
         decode(start + bytes(100))
 
 
+def test_targa_is_not_called_a_cursor() -> None:
+    for options in ({}, {"compression": "tga_rle"}):
+        with pytest.raises(ImageUnidentifiedError, match="Targa"):
+            decode(saved(Image.new("RGB", (16, 16)), "TGA", **options))
+
+
 def saved(image: Image.Image | NDArray[Any], file_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, file_format, **options)
@@ -259,6 +326,30 @@ def test_progressive_jpeg_that_ends_between_scans_is_refused() -> None:
         decode(data[:tables])
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_whose_end_marker_comes_early_is_refused_and_not_filled_with_grey(mode: str, options: Any) -> None:
+    image = Image.fromarray(drawn(3, 8)[:16, :32].astype(np.uint8)).resize((64, 64)).convert(mode)
+    data = saved(image, "JPEG", **options)
+    decode(data)
+    for cut in (data[: len(data) * 3 // 4] + b"\xff\xd9", data[: len(data) * 3 // 4] + b"\xff\xd9" + data[-100:]):
+        with pytest.raises(ImageCorruptError, match="cut in its image data"):
+            decode(cut)
+
+
+def test_progressive_jpeg_without_its_last_scans_is_refused_although_it_has_an_end() -> None:
+    data = jpeg(progressive=True)
+    with pytest.raises(ImageCorruptError, match="scans are missing"):
+        decode(data[: data.rindex(b"\xff\xc4")] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("behind", [b"", b"more", jpeg()])
+def test_grey_jpeg_is_whole(mode: str, behind: bytes) -> None:
+    data = saved(Image.new(mode, (40, 24), 128 if mode == "L" else (128,) * len(mode)), "JPEG")
+    np.testing.assert_array_equal(decode(data + behind), decode(data))
+
+
 def with_chunks(*chunks: bytes, after: bytes = b"") -> bytes:
     data = saved(drawn(3, 8).astype(np.uint8), "PNG")
     end = data.index(b"IEND") - 4
@@ -304,6 +395,52 @@ def test_wrong_checksum_of_a_chunk_that_pixels_need_is_refused(kind: bytes) -> N
     data[at + 4 + int.from_bytes(data[at - 4 : at], "big")] ^= 1
     with pytest.raises(ImageCorruptError, match=f"checksum in {kind.decode()}"):
         decode(bytes(data))
+
+
+def png_of_palette(*chunks: bytes, rows: int = 4, interlaced: bool = False) -> bytes:
+    """4 × 4 px of the second of four colours, with only so many rows of image data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 2, 3, 0, 0, interlaced))
+    names = {b"image": chunk(b"IDAT", zlib.compress(b"\0\x55" * rows)), b"end": chunk(b"IEND", b"")}
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(names.get(one, one) for one in chunks)
+
+
+PLTE, TRNS = chunk(b"PLTE", bytes(range(12))), chunk(b"tRNS", b"\0\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ((b"image", b"end"), "without its palette"),
+        ((PLTE, chunk(b"PLTE", bytes(12)), b"image", b"end"), "PLTE twice"),
+        ((b"image", PLTE, b"end"), "behind its image data"),
+        ((PLTE, b"image", TRNS, b"end"), "tRNS twice, or behind"),
+        ((TRNS, PLTE, b"image", b"end"), "before the palette"),
+    ],
+)
+def test_png_whose_palette_or_transparency_is_out_of_place_is_refused(chunks: tuple[bytes, ...], said: str) -> None:
+    assert decode(png_of_palette(PLTE, b"image", b"end"))[0, 0].tolist() == [3, 4, 5]
+    with pytest.raises(ImageCorruptError, match=said):
+        decode(png_of_palette(*chunks))
+
+
+@pytest.mark.parametrize("end", [chunk(b"IEND", b"", sound=False), chunk(b"IEND", b"")[:-2], b""])
+def test_damaged_end_does_not_cost_a_good_png(end: bytes) -> None:
+    np.testing.assert_array_equal(decode(png_of_palette(PLTE, b"image", end)), np.full((4, 4, 3), (3, 4, 5)))
+
+
+@pytest.mark.parametrize(("interlaced", "whole"), [(False, 4), (True, 7)])
+def test_png_whose_image_data_end_early_is_refused_and_not_filled_with_black(interlaced: bool, whole: int) -> None:
+    decode(png_of_palette(PLTE, b"image", b"end", rows=whole, interlaced=interlaced))
+    with pytest.raises(ImageCorruptError):
+        decode(png_of_palette(PLTE, b"image", b"end", rows=whole - 1, interlaced=interlaced))
+    np.testing.assert_array_equal(decode(saved(Image.new("L", (37, 21)), "PNG")), np.zeros((21, 37, 3)))
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(3, 0), (4, 2), (16, 3), (8, 1)])
+def test_png_of_a_depth_that_the_format_does_not_have_is_refused_by_name(depth: int, colour: int) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0))
+    with pytest.raises(ImageCorruptError, match=f"colour type {colour} with {depth} bits"):
+        decode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize("bits", [2, 4])

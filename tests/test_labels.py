@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.labels import class_names, meanings, text
+from jobs.labels import class_names, meanings, text, without_label
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,11 @@ from jobs.labels import class_names, meanings, text
         (["real", "FAKE ", "AI", "Human"], {"real": 0, "FAKE ": 1, "AI": 1, "Human": 0}),
         (["real", "unsure", "fake"], {"real": 0, "fake": 1}),
         (["cat", "dog"], {}),
+        (["human", "dog", "cat"], {}),
+        (["photo", "sketch", "cartoon"], {}),
+        (["genuine", "fake", "sdxl"], {"genuine": 0, "fake": 1}),
+        (["Real Images", "AI images"], {"Real Images": 0, "AI images": 1}),
+        (["1e999999999", "-1e999999999", "1e-999999999"], {}),
         ([], {}),
     ],
 )
@@ -42,6 +47,9 @@ def test_numbers_beyond_0_and_1_are_classes_of_something_else(values: list[Any])
         (["human", "SDXL", "ai"], {0: 0}),
         (["cat", "dog"], {}),
         (["real"], {0: 0}),
+        (["real", "deepfake"], {0: 0, 1: 1}),
+        (["synthetic", "natural"], {0: 1, 1: 0}),
+        (["human", "dog"], {}),
     ],
 )
 def test_numbers_mean_what_their_file_calls_them(names: list[str], expected: dict[int, int]) -> None:
@@ -70,3 +78,10 @@ def test_metadata_that_is_damaged_names_nothing(metadata: dict[bytes, bytes]) ->
 
 def test_generator_that_is_missing_has_no_name() -> None:
     assert [text(value) for value in (None, float("nan"), "", "sdxl", 7)] == [None, None, None, "sdxl", "7"]
+
+
+def test_values_without_a_label_are_shown_as_their_file_calls_them() -> None:
+    names = ["real", "sdxl", "flux"]
+    assert without_label([0, 1, 2, -1, None, 9], {0: 0}, names) == "'9', 'flux', 'sdxl'"
+    assert without_label(["real", "fake", ""], {"real": 0, "fake": 1}) is None
+    assert without_label(map(str, range(100, 200)), {}) == "'100', '101', '102', '103', '104', …"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.layouts import (
@@ -323,12 +323,14 @@ WORDS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=4), max_size=12))
 def test_without_classes_every_path_speaks_for_itself(paths: list[list[str]]) -> None:
     folders = {told for path in paths if (told := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)}
     assert recognise(folders, "/data/mine").labels == {}
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from([*WORDS, *SETS, *LSUN]), max_size=5), max_size=20))
 def test_order_of_folders_does_not_matter(paths: list[list[str]]) -> None:
     folders = [told for path in paths if (told := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)]

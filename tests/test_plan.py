@@ -2,9 +2,7 @@
 benchmark; nothing left behind by a source without any picture."""
 
 import hashlib
-import io
 import os
-import tarfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from jobs.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manif
 from jobs.sources import Source
 from nsnet.errors import ConfigError, SourceError, UsageError
 from tests.swift import SwiftServer
-from tests.tables import batches, new_bucket, put
+from tests.tables import batches, new_bucket, parquet_bytes, put, tar_bytes
 
 Rows = list[dict[str, Any]]
 
@@ -377,16 +375,6 @@ def test_globs_that_match_nothing_say_so(pictures: str, tmp_path: Path) -> None:
 # Benchmarks.
 
 
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
 def told(written: Plan, place: str) -> dict[str, tuple[int | None, str | None, str | None]]:
     """Name below a place -> label, generator and split in a manifest."""
     rows = manifest_of(written.uri)
@@ -653,3 +641,28 @@ def test_source_of_nothing_but_containers_that_cannot_be_read_says_so(tmp_path: 
     message = str(caught.value)
     assert f"{source} holds no pictures (2: .tar that cannot be read), as far as it can be read; not read: " in message
     assert f"{source}/0.tar" in message and f"{source}/1.tar" in message
+
+
+def numbered(number: int, ending: str) -> bytes:
+    """A container of two images of one class."""
+    if ending == ".parquet":
+        return parquet_bytes({"image": [b"x", b"y"], "label": [number, number]})
+    return tar_bytes({f"{name}{end}": b"%d" % number for name in "ab" for end in (".jpg", ".cls")})
+
+
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+@pytest.mark.parametrize(("classes", "expected"), [((0, 1), {0: 2, 1: 2}), ((0, 1, 2), {None: 6})])
+def test_numbers_of_files_sorted_by_class_mean_what_all_of_them_mean(
+    ending: str, classes: tuple[int, ...], expected: dict[int | None, int], tmp_path: Path
+) -> None:
+    put(str(tmp_path), {f"in/train-{number:05d}{ending}": numbered(number, ending) for number in classes})
+    plan = write_manifest(str(tmp_path / "in"), str(tmp_path / "manifest.parquet"))
+    assert plan.labels == expected
+
+
+def test_classes_of_another_data_set_beside_cost_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"in/{name}.tar": numbered(number, ".tar") for name, number in (("a-0", 0), ("a-1", 1), ("objects", 7))}
+    put(str(tmp_path), {**files, "in/named-0.tar": tar_bytes({"a.jpg": b"x", "a.cls": b"fake"})})
+    plan = write_manifest(str(tmp_path / "in"), str(tmp_path / "manifest.parquet"))
+    assert plan.labels == {0: 2, 1: 3, None: 2}
+    assert "of their series" not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Columns of Parquet files: where images, labels and names are found, whatever wrote the file. Costs 4 s."""
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_row_without_an_image_is_empty(tmp_path: Path) -> None:
         (("real", "fake"), [0, 1, 0]),
         (("human", "AI"), [0, 1, 0]),
         (("cat", "dog"), [None] * 3),
+        (("real", "sdxl"), [0, None, 0]),
     ],
 )
 def test_labels_mean_what_the_schema_calls_them(
@@ -103,7 +105,20 @@ def test_labels_mean_what_the_schema_calls_them(
 ) -> None:
     content = parquet_bytes({"bytes": IMAGES, "label": [0, 1, 0]}, features(label=class_label(*names)))
     assert [row["label"] for row in rows_of(tmp_path, content)] == expected
-    assert ("neither is real or fake" in capsys.readouterr().err) == (expected == [None] * 3)
+    assert ("are neither real nor fake" in capsys.readouterr().err) == (None in expected)
+
+
+@pytest.mark.parametrize("column", ["label", "generator", "split", "uri"])
+@pytest.mark.parametrize(
+    "values",
+    [[["a"]] * 3, [{"name": "real"}] * 3, [datetime.date(2026, 1, 1)] * 3, pa.array([2**52] * 3, pa.timestamp("ms"))],
+)
+def test_column_of_a_type_that_is_not_read_costs_no_image(
+    column: str, values: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(tmp_path, parquet_bytes({"image": IMAGES, column: values}))
+    assert images_of(rows) == IMAGES and [row["label"] for row in rows] == [None] * 3
+    assert f"its column `{column}` is of type" in capsys.readouterr().err
 
 
 def test_classes_are_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,9 +92,19 @@ def test_what_is_no_tar_behind_the_end_is_counted(tmp_path: Path, capsys: pytest
 
 
 def test_hidden_files_and_folders_are_hidden(tmp_path: Path) -> None:
-    hidden = (".git/a.jpg", "x/.cache/b.jpg", "__MACOSX/._c.jpg", "x/.d.jpg", "./.ipynb_checkpoints/e.jpg")
+    hidden = (
+        ".git/a.jpg",
+        "x/.cache/b.jpg",
+        "__MACOSX/._c.jpg",
+        "x/.d.jpg",
+        "./.ipynb_checkpoints/e.jpg",
+        "$RECYCLE.BIN/f.jpg",
+        "@eaDir/g.jpg/SYNOPHOTO_THUMB_XL.jpg",
+        "lost+found/h",
+        "s/_temporary/0/i.jpg",
+    )
     rows, left_out = listed(tmp_path, tar_bytes(dict.fromkeys((*hidden, "./x/f.jpg", "../g.jpg"), b"x")))
-    assert names(rows) == ["./x/f.jpg", "../g.jpg"] and left_out == {"hidden file": 5}
+    assert names(rows) == ["./x/f.jpg", "../g.jpg"] and left_out == {"hidden file": len(hidden)}
 
 
 def sparse_member(layout: str) -> bytes:
@@ -161,3 +171,19 @@ def test_many_members_are_listed_with_few_readings(tmp_path: Path) -> None:
     before = threading.active_count()
     rows, _ = listed(tmp_path, tar_bytes(files))
     assert names(rows) == [*files] and threading.active_count() == before
+
+
+def test_folders_of_a_tar_go_on_in_it(tmp_path: Path) -> None:
+    tars = {
+        "train/real/00.tar": {"a.jpg": b"x"},
+        "train/fake/00.tar": {"sdxl/a.jpg": b"x", "b.jpg": b"x", "b.cls": b"0"},
+    }
+    put(str(tmp_path), {name: tar_bytes(files) for name, files in tars.items()})
+    rows = {row["uri"].removeprefix(f"{tmp_path}/"): row for row in Source(str(tmp_path)).rows()}
+    said = {name: (row["label"], row["split"]) for name, row in rows.items()}
+    assert said == {
+        "train/real/00.tar#a.jpg": (0, "train"),
+        "train/fake/00.tar#sdxl/a.jpg": (1, "train"),
+        "train/fake/00.tar#b.jpg": (0, "train"),
+    }
+    assert rows["train/fake/00.tar#sdxl/a.jpg"]["generator"] == "sdxl"
