@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import labels, ledger, parquet, schema, storage
+from jobs.console import say
 from jobs.labelled import SAID
 from jobs.parquet_file import ParquetFile
 from nsnet.errors import SourceError
@@ -72,7 +73,31 @@ def _from_file(uri: str) -> pa.Table:
         batches = (batch.select(stored.names) for batch in file.batches(stored.names, batch_rows=parquet.BATCH_ROWS))
         table = pa.Table.from_batches(batches, stored)
         converted = {name: _convert(file, name, column, table.column(column)) for name, column in present.items()}
-    return pa.table(converted)
+    return _once(pa.table(converted), uri)
+
+
+def _once(table: pa.Table, uri: str) -> pa.Table:
+    """Each image once, as its last row has it, where a file names them; one that is labelled both ways has no label."""
+    if "image_id" not in table.column_names:
+        return table
+    last: dict[tuple[Any, ...], int] = {}
+    said: dict[tuple[Any, ...], set[Any]] = {}
+    names = [name for name in ("image_id", "detector_id", "transform") if name in table.column_names]
+    keys = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    for row, (key, label) in enumerate(zip(keys, table.column("label").to_pylist(), strict=True)):
+        key = key if key[0] is not None else (row,)
+        last[key] = row
+        said.setdefault(key, set()).add(label)
+    if len(last) == table.num_rows:
+        return table
+    both = [{0, 1} <= labels for labels in said.values()]
+    say(
+        f"warning: {uri}: {table.num_rows - len(last):,} rows repeat an image: the last row of each counts"
+        + (f"; {sum(both):,} images are labelled both real and fake: they have no label" if any(both) else "")
+    )
+    table = table.take(list(last.values()))
+    label = pc.if_else(pa.array(both), pa.scalar(None, table.schema.field("label").type), table.column("label"))
+    return table.set_column(table.column_names.index("label"), "label", label)
 
 
 @contextmanager

@@ -255,6 +255,19 @@ def test_columns_of_any_type_mean_what_they_say(column: str, values: Any, tmp_pa
     assert found["generators"] == expected["generators"] and found["all"]["acc"]["value"] == 0.75
 
 
+def test_image_that_a_join_repeats_counts_once_and_without_a_label_where_its_rows_contradict_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = compared(tmp_path, image_id=["a", "b", "b", "a"])
+    assert (result["without_label"], result["all"]["real"], result["all"]["fake"]) == (0, 1, 1)
+    assert result["all"]["acc"]["value"] == 0.5  # the last row of each
+    assert "warning" in (said := capsys.readouterr().err) and "2 rows repeat an image" in said
+    result = compared(tmp_path, image_id=["a", "a", "b", None])
+    assert (result["without_label"], result["all"]["real"], result["all"]["fake"]) == (1, 1, 1)
+    assert "1 images are labelled both real and fake" in capsys.readouterr().err
+    assert compared(tmp_path, image_id=["a"] * 4, transform=["", "jpeg:90", "jpeg:80", "blur:1"])["rows"]["used"] == 4
+
+
 def test_values_that_pandas_writes_for_nothing_are_nothing(tmp_path: Path) -> None:
     result = compared(tmp_path, label=[0, 1, NAN, NAN], generator=["g", None, "", "g"], split=[NAN] * 4)
     assert result["without_label"] == 2 and result["all"]["real"] + result["all"]["fake"] == 2
