@@ -31,7 +31,7 @@ demo: setup
 
 test: setup
 	$(RUN) -m tests.swift
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 # KILLS of drivers, actors, workers and nodes; `make test` kills two.
 test-faults: setup

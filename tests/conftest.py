@@ -21,6 +21,31 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
 
+LONG_SECONDS = 60.0
+
+
+class LongTests:
+    """Says at once which tests take long, so that the output of a suite that was stopped shows where its time went."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._terminal = config.pluginmanager.getplugin("terminalreporter")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.duration > LONG_SECONDS and self._terminal is not None:
+            self._terminal.write_line(f" {report.nodeid} ({report.when}): {report.duration:.0f} s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LongTests(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-n 2 --dist loadgroup`: one process has all tests with Ray or S3, which are started once; the other the rest."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("cluster", "s3")):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(scope="session")
 def s3_environment(s3_server: SwiftServer) -> Iterator[SwiftServer]:
     """The S3 server, named by the usual AWS variables for the whole process and its children."""
