@@ -750,8 +750,8 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as `write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """JSON as `write_json` writes it; half a surrogate pair, which somebody's JSON may hold, stays an escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> None:
