@@ -1,6 +1,7 @@
 """Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
 
 import itertools
+import logging
 import re
 import time
 from types import SimpleNamespace
@@ -125,3 +126,14 @@ def test_cluster_that_starts_no_worker_is_given_up(
     monkeypatch.setattr("ray.cancel", lambda _: None)
     with pytest.raises(StorageError, match=f"^the cluster starts no worker: {reason}.*holds all its CPUs.*raylet.out"):
         resources._await_worker()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of settings of its own
+def test_error_of_ray_data_is_kept_off_the_console() -> None:
+    resources.configure_data()
+    resources.configure_data()  # for each dataset's settings
+    record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "Full stack trace:"})
+    assert logging.getLogger("ray.data.exceptions").filter(record)
+    handlers = logging.getLogger("ray.data").handlers
+    consoles = [handler for handler in handlers if type(handler) is logging.StreamHandler]
+    assert consoles and not any(handler.filter(record) for handler in consoles)
