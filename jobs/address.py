@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from jobs.redaction import holds_secrets, without_secrets
+from jobs.redaction import holds_secrets, shown
 from nsnet.errors import StorageError, UsageError
 
 PROBE_SECONDS: Final = 5.0
@@ -27,12 +27,12 @@ def check_address(address: str | None) -> None:
     if not given or given == "local":
         return
     name = "--address" if address else "RAY_ADDRESS"
-    shown = without_secrets(given)
-    host, port = _host_and_port(given, f"{name} {shown}")
+    named = f"{name} {shown(given)}"
+    host, port = _host_and_port(given, named)
     problem = _within(2 * PROBE_SECONDS, lambda: _problem(host, port))
     if problem is not None:
         raise StorageError(
-            f"the Ray cluster of {name} {shown} cannot be reached: {problem}. See whether it runs (`ray status`), or "
+            f"the Ray cluster of {named} cannot be reached: {problem}. See whether it runs (`ray status`), or "
             f"leave {name} out for an embedded one"
         )
 
@@ -88,6 +88,8 @@ def _problem(host: str, port: int) -> str | None:
             answer = connection.recv(FRAME_HEADER_BYTES)
     except socket.gaierror as error:
         return f"the name {host} is not known ({error.strerror})"
+    except UnicodeError as error:  # a part of the name is empty or too long
+        return f"the name {host} cannot be one ({error})"
     except TimeoutError:
         return f"no answer from {host}:{port} within {PROBE_SECONDS:g} s"
     except OSError as error:

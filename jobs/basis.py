@@ -30,7 +30,7 @@ def caption_files(captions: str, features_id: str) -> list[str]:
     return [
         storage.join(captions, file["path"])
         for record in records
-        if record["features_id"] == features_id
+        if record.get("features_id") == features_id
         for file in record["files"]
     ]
 

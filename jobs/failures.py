@@ -1,11 +1,13 @@
 """What earlier runs of an output found to hang or kill its decoder, so that it is not tried again."""
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from jobs import ledger, parquet, schema, storage
+from jobs import ledger, schema
 from jobs.poison import KINDS, key
 from jobs.runs import Request
 
@@ -26,19 +28,22 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
     if request.selection.retry_failed or request.selection.rescore:
         return found
     for record in reversed(ledger.runs(request.out, request.product)):
-        counts = record.get("counts", {}).get("error_class", {})
+        counts = record.get("counts", {}).get("error_class")
         same = record.get("settings", {}).get("limits") == request.settings["limits"]
-        if not same or record.get("versions", {}).get("pillow") != version("pillow") or not {*counts} & {*KINDS}:
+        if not same or record.get("versions", {}).get("pillow") != version("pillow"):
             continue
-        for file in record["files"]:
-            for row in _failures(storage.join(request.out, file["path"])):
-                name = key(row["content_hash"], row["transform"] or "")
-                found.setdefault(name, (row["error_class"], f"{row['error_message']} (in run {record['run_id']})"))
-                if len(found) >= MAX_REMEMBERED:
-                    return found
+        if type(counts) is not dict or not counts.keys() & {*KINDS}:
+            continue
+        for row in _failures(request.out, record):
+            name = key(row["content_hash"], row["transform"] or "")
+            found.setdefault(name, (row["error_class"], f"{row['error_message']} (in run {record['run_id']})"))
+            if len(found) >= MAX_REMEMBERED:
+                return found
     return found
 
 
-def _failures(uri: str) -> list[dict[str, Any]]:
-    rows = (row for batch in parquet.read(uri, COLUMNS, optional=COLUMNS.names) for row in batch.to_pylist())
-    return [row for row in rows if row["error_class"] in KINDS and row["content_hash"]]
+def _failures(out: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for batch in ledger.rows_of(out, record, COLUMNS):
+        for row in batch.filter(pc.is_in(batch.column("error_class"), pa.array(KINDS))).to_pylist():
+            if row["content_hash"]:
+                yield row

@@ -182,6 +182,8 @@ def explain(error: BaseException) -> str | None:
         return f"{_detail(error)}; {ADVICE[code]}"
     if "No usable temporary directory" in str(error):
         return f"{_detail(error)}; set TMPDIR to a folder that can be written"
+    if type(error).__module__ == "ray.exceptions" and name != "RayTaskError":  # that one carries a bug
+        return f"the cluster failed: {reason(error)}"
     if kind(error) in (Fault.TRANSIENT, Fault.DENIED, Fault.CREDENTIALS) or isinstance(error, ClientError):
         return f"the store failed: {reason(error)}"
     return _detail(error) if isinstance(error, OSError | BotoCoreError) else None

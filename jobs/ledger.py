@@ -293,9 +293,14 @@ def _record(uri: str) -> dict[str, Any]:
     if type(product) is not str:
         raise storage.damaged(uri, f"its product is {product!r}", remedy)
     if product in PRODUCTS:  # else it is of another version, and no reader here asks for it
+        for name in ("counts", "settings", "versions"):
+            if type(record.get(name, {})) is not dict:
+                raise storage.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
         folder = f"{_final(product, run_id)}/"
         for file in record["files"]:
-            path = file.get("path") if type(file) is dict else file
+            if type(file) is not dict:
+                raise storage.damaged(uri, f"one of its files is {file!r}", remedy)
+            path = file.get("path")
             if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
                 raise storage.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
     return record
@@ -346,21 +351,28 @@ def published(
     for record in runs(out, product):
         if any(wanted not in (None, record.get(key)) for key, wanted in whose.items()):
             continue
-        for file in record["files"]:
-            uri = storage.join(storage.absolute(out), file["path"])
-            try:
-                yield from parquet.read(uri, columns, optional=columns.names)
-            except FileNotFoundError as error:
-                raise StorageError(
-                    f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
-                ) from error
-            except pa.ArrowInvalid as error:
-                raise storage.damaged(
-                    uri,
-                    faults.reason(error),
-                    "restore it from a copy; without it, remove its record "
-                    f"runs/{record['run_id']}.json as well, and its pictures are done anew",
-                ) from error
+        yield from rows_of(out, record, columns)
+
+
+def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Some columns of one published run, null where a file lacks them. Raises `StorageError` for a file that is gone or
+    damaged.
+    """
+    for file in record["files"]:
+        uri = storage.join(storage.absolute(out), file["path"])
+        try:
+            yield from parquet.read(uri, columns, optional=columns.names)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
+            ) from error
+        except pa.ArrowInvalid as error:
+            raise storage.damaged(
+                uri,
+                faults.reason(error),
+                "restore it from a copy; without it, remove its record "
+                f"runs/{record['run_id']}.json as well, and its pictures are done anew",
+            ) from error
 
 
 def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from jobs import storage
 from jobs.labels import is_missing, text
 from jobs.layouts import Labels
-from jobs.redaction import without_secrets
+from jobs.redaction import shown, without_secrets
 from jobs.schema import MANIFEST
 from nsnet.errors import UsageError
 
@@ -68,8 +68,8 @@ def from_values(values: Mapping[str, Any], manifest: str, number: int, **labels:
         return row(uri, etag, size, expected_hash=_hash(values.get(HASH)), **inside, **labels)
     except RowError as error:
         name = values.get("uri")
-        shown = f"{manifest}#{number}" if is_missing(name) else without_secrets(readable(str(name)))
-        return row(shown, etag, None, problem=f"row {number} of the manifest: {without_secrets(str(error))}", **labels)
+        place = f"{manifest}#{number}" if is_missing(name) else shown(readable(str(name)))
+        return row(place, etag, None, problem=f"row {number} of the manifest: {without_secrets(str(error))}", **labels)
 
 
 def _place(name: Any, manifest: str) -> str:

@@ -27,13 +27,19 @@ USER_OF_URL: Final = re.compile(
 """`user:password@` after a scheme. A password may hold `/` and `@`, as S3's do; a port is no password. All repetitions
 are bounded: an error may quote what a stranger wrote."""
 USER_OF_HOST: Final = re.compile(
-    r"""(?<![\w.-])[^\s/:@'"<>=,()\[\]]{1,200}:(?!//|\d+[/:])[^\s@'"<>]{1,999}@(?=[\w\[*])"""
+    r"""(?<![\w.-])[^\s/:@'"<>=,()\[\]]{1,200}:(?!//|\d+[/:])[^\s'"<>]{1,999}@(?=[\w\[*])"""
 )
 """`user:password@` without a scheme."""
+ENCODED_USER: Final = re.compile(r"(?<=%3A%2F%2F)[^\s/&'\"<>]{1,999}%40", re.IGNORECASE)
+"""`user:password@` of an address that is a parameter of another one."""
+BREAKS: Final = re.compile(r"""[\s'"<>]""")
+"""Where an address ends that stands in a text."""
 QUERY: Final = re.compile(r"""(https?://[^\s'"<>?]{0,999})\?[^\s'"<>]*""", re.IGNORECASE)
 PARAMETER: Final = re.compile(
-    r"""(?<![A-Za-z0-9/])(X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|"""
-    r"""(?:[a-z]{1,20}[_-])?token|password|passwd|(?:client_)?secret|api[_-]?key)=[^&\s'"<>]+""",
+    r"""(?:(?<![A-Za-z0-9/])|(?<=%3F)|(?<=%26))"""
+    r"""(X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|(?:SharedAccess)?Signature|sig|"""
+    r"""(?:[a-z]{1,20}[_-])?token|password|passwd|(?:client_)?secret|api[_-]?key|account[_-]?key|"""
+    r"""(?:aws_)?(?:secret_)?access_key)(=|%3D)[^&\s'"<>]+""",
     re.IGNORECASE,
 )
 """A parameter of a signed address, such as `X-Amz-Signature=…`."""
@@ -52,12 +58,24 @@ def without_secrets(text: str) -> str:
         text = text.replace(secret, HIDDEN)
     if "@" in text:
         text = USER_OF_HOST.sub(f"{HIDDEN}@", USER_OF_URL.sub(f"{HIDDEN}@", text))
-    text = PARAMETER.sub(rf"\1={HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
+    text = ENCODED_USER.sub(f"{HIDDEN}%40", text)
+    text = PARAMETER.sub(rf"\1\2{HIDDEN}", QUERY.sub(rf"\1?{HIDDEN}", text))
     return HEADER.sub(rf"\1{HIDDEN}", text)
+
+
+def shown(address: str) -> str:
+    """An address for people. Alone, unlike in a text, its password may hold anything."""
+    return without_secrets(_whole(address) if holds_secrets(address) else address)
+
+
+def _whole(address: str) -> str:
+    return BREAKS.sub("_", unquote(address))
 
 
 def holds_secrets(uri: str) -> bool:
     """Whether an address holds a user, a password or a signature. A path that begins with `/`, `.` or `~` does not."""
+    if "://" in unquote(uri):
+        uri = _whole(uri)
     if "://" not in uri:
         return not uri.startswith(("/", ".", "~")) and USER_OF_HOST.match(uri) is not None
     return any(pattern.search(uri) for pattern in (USER_OF_URL, QUERY)) or (

@@ -12,6 +12,8 @@ from jobs.redaction import guard_logs
 from nsnet.errors import StorageError
 
 if TYPE_CHECKING:
+    from logging import LogRecord
+
     from ray.data.checkpoint import CheckpointConfig
 
 BLOCK_BYTES: Final = 16 * 2**20
@@ -187,7 +189,14 @@ def configure_data() -> None:
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data.exceptions").addFilter(_to_file_alone)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
+
+
+def _to_file_alone(record: "LogRecord") -> bool:
+    """Keep what Ray Data says of an error off the console, where ours is one line; its log file has it all."""
+    record.hide = True
+    return True
 
 
 def job_checkpoint(uri: str) -> "CheckpointConfig":

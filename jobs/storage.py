@@ -32,7 +32,7 @@ from botocore.exceptions import ClientError
 from jobs import faults
 from jobs.faults import Fault
 from jobs.left_out import LeftOut
-from jobs.redaction import holds_secrets, without_secrets
+from jobs.redaction import holds_secrets, shown, without_secrets
 from nsnet import bundle
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 from nsnet.files import open_regular
@@ -82,7 +82,7 @@ def absolute(uri: str) -> str:
     password or a signature: it would be printed and recorded.
     """
     if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
-        raise UsageError(f"{without_secrets(ascii(uri))} is not UTF-8: rename it, or name a folder above it")
+        raise UsageError(f"{shown(ascii(uri))} is not UTF-8: rename it, or name a folder above it")
     return located(uri)
 
 
@@ -90,7 +90,7 @@ def located(uri: str) -> str:
     """The same for what is only read here and recorded nowhere: a local file may have any name."""
     if holds_secrets(uri):
         raise UsageError(
-            f"{without_secrets(uri)}: an address must hold no user, password or signature. Give keys in "
+            f"{shown(uri)}: an address must hold no user, password or signature. Give keys in "
             "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by a role"
         )
     scheme, separator, rest = uri.partition("://")
@@ -143,7 +143,7 @@ def _check_endpoint() -> None:
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if holds_secrets(os.environ.get(name, "")):
             raise UsageError(
-                f"{name} is {without_secrets(os.environ[name])}: it must hold no user or password, as in "
+                f"{name} is {shown(os.environ[name])}: it must hold no user or password, as in "
                 "https://host:9000. Give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
 
@@ -750,8 +750,8 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as `write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """JSON as `write_json` writes it; half a surrogate pair, which somebody's JSON may hold, stays an escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> None:

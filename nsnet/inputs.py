@@ -14,7 +14,8 @@ from nsnet.files import read_regular
 from nsnet.preparation import PreparationConfig, Prepared, prepare
 
 Input: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | BinaryIO
-"""A path, the content of a file, a Pillow image, uint8 RGB (H, W, 3) or grey (H, W), or an open binary file."""
+"""A path, the content of a file, a Pillow image, uint8 RGB (H, W, 3) or grey (H, W), or an open binary file, which is
+read from its start."""
 
 KINDS: Final = "a path, bytes, a Pillow image, a uint8 array (H, W, 3) or (H, W), or a binary file"
 
@@ -47,7 +48,11 @@ def _check(index: int, image: Any) -> None:
             raise ValueError(f"image {index} is an array {image.shape}; predict takes (H, W, 3), RGB, or (H, W), grey")
         return
     if callable(getattr(image, "read", None)):
-        if not isinstance(image.read(0), bytes):
+        try:
+            nothing = image.read(0)
+        except (OSError, ValueError) as error:  # closed, or opened for writing
+            raise ValueError(f"image {index} is a file that cannot be read: {error}") from error
+        if not isinstance(nothing, bytes):
             raise TypeError(f"image {index} is a file opened as text; open it with mode 'rb'")
         return
     raise TypeError(f"image {index} is of type {type(image).__name__}; predict takes {KINDS}")
@@ -72,8 +77,21 @@ def _content(image: Input, max_bytes: int) -> bytes | Image.Image:
     try:
         if isinstance(image, str | Path):
             return read_regular(image, max_bytes)
-        return image.read(max_bytes + 1)  # one more: preparation says that it is too large
+        return _read(image, max_bytes + 1)  # one more: preparation says that it is too large
     except (OSError, ValueError) as error:  # ValueError: a null character in the path, a closed file
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise ImageTooLargeError(f"{name}: more than the limit of {max_bytes:,} bytes") from error
         raise FetchError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read(file: BinaryIO, max_bytes: int) -> bytes:
+    """A file from its start, where it can go back there: somebody may have looked into it before. Pipes and raw files
+    give less at a time than they are asked for.
+    """
+    if callable(getattr(file, "seekable", None)) and file.seekable():
+        file.seek(0)
+    chunks: list[bytes] = []
+    while max_bytes > 0 and (chunk := file.read(max_bytes)):
+        chunks.append(chunk)
+        max_bytes -= len(chunk)
+    return b"".join(chunks)

@@ -46,6 +46,11 @@ def test_no_address_and_local_are_not_asked_for(monkeypatch: pytest.MonkeyPatch)
     check_address(None)
 
 
+@pytest.mark.parametrize("host", ["a..b", ".", "x" * 100])
+def test_name_that_no_host_can_have_is_said(host: str) -> None:
+    assert f"the name {host} cannot be one" in complaint(f"ray://{host}:6379")
+
+
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
 def test_closed_port_is_said_with_where_it_was_named(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = form.format(closed_address().removeprefix("http://"))

@@ -300,6 +300,12 @@ def test_what_is_no_list_is_refused_with_its_type(images: Any, detector: Detecto
         detector.predict(images)
 
 
+def closed_file() -> io.BytesIO:
+    file = io.BytesIO(b"content")
+    file.close()
+    return file
+
+
 NO_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     "tensor": (torch.zeros(3, 8, 8), TypeError, "of type Tensor; predict takes a path, bytes"),
     "none": (None, TypeError, "of type NoneType"),
@@ -317,6 +323,7 @@ NO_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     "row": (np.zeros(8, dtype=np.uint8), ValueError, "an array"),
     "no pixels": (np.zeros((0, 8, 3), dtype=np.uint8), ValueError, "an array"),
     "text file": (io.StringIO("text"), TypeError, "a file opened as text; open it with mode 'rb'"),
+    "closed file": (closed_file(), ValueError, "a file that cannot be read: I/O operation on closed file"),
 }
 
 
@@ -352,6 +359,28 @@ def test_arrays_and_files_are_judged_as_the_images_they_hold(detector: Detector,
     assert detector.predict(np.stack([pixels, pixels]), batch_size=1) == [verdicts[0]] * 2
     assert detector.predict([np.asarray(grey)])[0].logit == scored(expected_grey).logit != expected.logit
     assert [verdict.logit for verdict in detector.predict(iter([image]))] == [expected.logit]
+
+
+class Slow(io.RawIOBase):
+    """A file that gives a few bytes at a time and cannot go back, as a pipe does."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._content.readinto(memoryview(buffer)[:1000])
+
+
+def test_file_is_read_to_its_end_and_from_its_start(detector: Detector) -> None:
+    content = models.file_bytes(models.picture(3))
+    file = io.BytesIO(content)
+    file.read()
+    given: list[Any] = [content, Slow(content), file, file]
+    verdicts = detector.predict(given)
+    assert [scored(verdict).logit for verdict in verdicts] == [scored(verdicts[0]).logit] * len(given)
 
 
 def test_file_or_path_over_the_limit_is_a_failed_verdict(detector: Detector, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import s3fs
 from botocore import exceptions as boto
 from botocore.exceptions import ClientError
+from ray.exceptions import ObjectLostError
 from s3fs.errors import translate_boto_error
 
 from jobs import faults, storage
@@ -542,6 +543,7 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
             "RecursionError: maximum recursion depth: something in a file is nes",
         ),
         (UsageError("--out is wrong"), "--out is wrong"),
+        (ObjectLostError("0a", "", ""), "the cluster failed: ObjectLostError: Failed to retrieve object 0a"),
     ],
 )
 def test_what_a_machine_cannot_do_is_one_line_also_out_of_a_task(error: Exception, line: str) -> None:

@@ -341,6 +341,16 @@ def test_damaged_lock_is_respected_until_it_expires(data: bytes, on_disk: str) -
     assert_free(on_disk)
 
 
+@pytest.mark.parametrize("data", [b"20260101", b'{"locked_by": "another program"}', b"\xff", b"[]"])
+def test_file_of_another_program_with_a_lock_s_name_stays(data: bytes, on_disk: str) -> None:
+    leave(on_disk, data)
+    age(on_disk)
+    assert_free(on_disk)
+    assert_free(on_disk)
+    assert {path.name for path in Path(on_disk, "locks").iterdir()} == {"00000001.json", "00000003.json"}
+    assert Path(on_disk, "locks", "00000001.json").read_bytes() == data
+
+
 # The heartbeat, and those who lost the lock.
 
 

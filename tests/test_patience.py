@@ -1,5 +1,6 @@
 """What hostile images may cost: short first tries, second tries while the budget lasts, nothing twice. Costs 4 s."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from jobs.plan import Selection
 from jobs.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
 from jobs.runs import Request
 from nsnet.config import to_dict
-from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError, ImageTimeoutError
+from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError, ImageTimeoutError, StorageError
 from nsnet.images import DecodeLimits
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig
@@ -297,4 +298,15 @@ def test_newest_failures_are_remembered_where_there_are_too_many(
 def test_runs_without_such_failures_are_not_read(tmp_path: Path) -> None:
     publish(str(tmp_path), 1, [verdict_row("good", 0.5)])
     shutil.rmtree(tmp_path / "verdicts")
+    assert remembered(asked(str(tmp_path))) == {}
+
+
+def test_record_whose_counts_are_damaged_or_file_is_gone_is_no_traceback(tmp_path: Path) -> None:
+    publish(str(tmp_path), 1, [failed_row("slow", "ImageTimeoutError")])
+    path = tmp_path / "runs" / f"{run_of(1)}.json"
+    record = json.loads(path.read_text())
+    shutil.rmtree(tmp_path / "verdicts")
+    with pytest.raises(StorageError, match=f"is gone, but not its record runs/{run_of(1)}.json"):
+        remembered(asked(str(tmp_path)))
+    path.write_text(json.dumps(record | {"counts": {"error_class": None}}))
     assert remembered(asked(str(tmp_path))) == {}

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from jobs import cli, lock, resources, stages
-from jobs.redaction import SecretsFilter, guard_logs, holds_secrets, without_secrets
-from nsnet.errors import FetchError
+from jobs import cli, lock, resources, stages, storage
+from jobs.manifest import from_values
+from jobs.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
+from nsnet.errors import FetchError, UsageError
 from tests.models import closed_address
 from tests.tables import picture_file, put, run_command, save_bundle
 
@@ -26,6 +27,11 @@ SHOWN = [
     ("me:s3cret@host:9000", "***@host:9000"),
     ("Invalid endpoint: me:s3cret@host:9000", "Invalid endpoint: ***@host:9000"),
     ("'KEY:SEC/RET@bucket'", "'***@bucket'"),
+    ("me:s3@cret@host:9000", "***@host:9000"),
+    ("https://proxy/x/https%3A%2F%2Fme%3As3cret%40store", "https://proxy/x/https%3A%2F%2F***%40store"),
+    ("s3://bucket/x%3Fsig%3Ds3cret%26page%3D2", "s3://bucket/x%3Fsig%3D***"),
+    ("aws_secret_access_key=s3cret", "aws_secret_access_key=***"),
+    ("AccountKey=s3cret", "AccountKey=***"),
     ("https://store/x?X-Amz-Signature=abc&b=c is gone", "https://store/x?*** is gone"),
     ("s3://bucket/x?sig=abc&page=2", "s3://bucket/x?sig=***&page=2"),
     ("token=abcdef", "token=***"),
@@ -35,6 +41,7 @@ SHOWN = [
 LEFT_ALONE = [
     "s3://bucket/photo@2x.jpg", "http://host:9000/a@b", "/data/2026-01-02T12:30:05/photo@2x.jpg", "me@example.org",
     "warning: x: y@z", "/data/token=abc/x.jpg", "AUROC=0.9, threshold=0.5", "s3://bucket/what?.jpg", "file:///data/a@b",
+    "s3://bucket/it's 100%40.jpg", "s3://bucket/a%3Fb@2x.jpg",
 ]  # fmt: skip
 
 
@@ -46,6 +53,20 @@ def test_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
 @pytest.mark.parametrize("text", LEFT_ALONE)
 def test_text_without_a_secret_is_left_alone(text: str) -> None:
     assert without_secrets(text) == text and not holds_secrets(text)
+
+
+@pytest.mark.parametrize("letter", ["'", '"', " ", "\n", "<", "%40", "%2F", "@", "/"])
+@pytest.mark.parametrize(
+    "address", ["s3://KEY:s3{}cret@bucket/x", "s3://KEY:s3{}cret%40bucket", "s3%3A%2F%2FKEY:s3{}cret%40bucket"]
+)
+def test_address_alone_hides_a_password_of_any_letters(address: str, letter: str) -> None:
+    text = address.format(letter)
+    assert holds_secrets(text) and "cret" not in shown(text)
+    with pytest.raises(UsageError) as caught:
+        storage.located(text)
+    assert "cret" not in str(caught.value)
+    place = from_values({"uri": text}, "s3://bucket/m.parquet", 0)
+    assert "cret" not in f"{place['uri']} {place['problem']}"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
 
 import itertools
+import logging
 import re
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
 
 from jobs import console, resources
@@ -125,3 +127,12 @@ def test_cluster_that_starts_no_worker_is_given_up(
     monkeypatch.setattr("ray.cancel", lambda _: None)
     with pytest.raises(StorageError, match=f"^the cluster starts no worker: {reason}.*holds all its CPUs.*raylet.out"):
         resources._await_worker()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of settings of its own
+def test_error_of_ray_data_is_kept_off_the_console() -> None:
+    resources.configure_data()
+    resources.configure_data()  # for each dataset's settings
+    record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "Full stack trace:"})
+    assert logging.getLogger("ray.data.exceptions").filter(record)
+    assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
