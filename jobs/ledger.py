@@ -315,17 +315,27 @@ def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Co
     returns their URIs.
 
     They have names of ours, and none of the `published` records names them. Runs that are `unfinished` keep theirs
-    until their own end. The caller must hold the lock since before it read the records.
+    until their own end. Where no record names any file, the records may be lost, and all files stay. The caller must
+    hold the lock since before it read the records.
     """
     named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
-    removed = []
+    removed, kept = [], 0
     for product in PRODUCTS:
 
         def keep(path: str, product: str = product) -> bool:
+            nonlocal kept
             match = names.PUBLISHED.files.fullmatch(path)
-            return match is None or match["run_id"] in unfinished or f"{product}/{path}" in named
+            if match is None or match["run_id"] in unfinished or f"{product}/{path}" in named:
+                return True
+            kept += not named
+            return not named
 
         removed += removal.remove(storage.join(out, product), names.PUBLISHED, keep).removed
+    if kept:
+        say(
+            f"warning: {out} holds {kept:,} files of runs, but no record (runs/*.json) that names any: put the records "
+            "back, or remove the files if they are of no use"
+        )
     return removed
 
 

@@ -24,6 +24,8 @@ from jobs.console import say
 from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
+MAX_NUMBER: Final = 99_999_999
+"""Largest number of a lock (`names.LOCK`)."""
 EXPIRY_SECONDS: Final = 120.0
 """A holder that could not write for longer than this may lose the lock; then it publishes nothing."""
 SETTLE_SECONDS: Final = 1.0
@@ -129,6 +131,8 @@ class Lock:
         if highest and not self._is_free(highest):
             return False
         number = highest + 1
+        if number > MAX_NUMBER:
+            raise StorageError(f"{self._uri(highest)} is the last number that a lock can have: remove this file")
         if not storage.create(self._uri(number), _encoded(self._holder)):
             return False
         if not storage.is_local(self.folder):
@@ -137,10 +141,7 @@ class Lock:
         if not self._is_ours():
             return False
         for older in self._numbers():
-            if older < number and self._read(older).keys() & {
-                "token",
-                "released",
-            }:  # what another program put there stays
+            if older < number and self._is_lock(older):  # what another program put there stays
                 storage.remove_file(self._uri(older))
         return True
 
@@ -177,6 +178,10 @@ class Lock:
 
     def _highest(self) -> int:
         return max(self._numbers(), default=0)
+
+    def _is_lock(self, number: int) -> bool:
+        """Whether a file says what a lock says."""
+        return not {"token", "released"}.isdisjoint(self._read(number))
 
     def _read(self, number: int) -> dict[str, Any]:
         """What a lock file says; nothing where it is damaged: then it holds until it expires."""

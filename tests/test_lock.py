@@ -351,6 +351,16 @@ def test_file_of_another_program_with_a_lock_s_name_stays(data: bytes, on_disk: 
     assert Path(on_disk, "locks", "00000001.json").read_bytes() == data
 
 
+def test_file_with_the_last_number_is_named(on_disk: str) -> None:
+    leave(on_disk, b"x", 99_999_999)
+    age(on_disk, 99_999_999)
+    with (
+        pytest.raises(StorageError, match=r"locks/99999999.json is the last number that a lock can have"),
+        hold(on_disk),
+    ):
+        pass
+
+
 # The heartbeat, and those who lost the lock.
 
 
