@@ -243,11 +243,17 @@ class Table:
 
         self._opened = ParquetFile(pa.PythonFile(self._file, mode="r"), "", repeated)
         features = self._opened.key_value.get(HUGGINGFACE, b"").decode("utf-8", "replace")
-        columns = [[field.name, str(_value_type(field.type))[:200]] for field in self._opened.schema]
-        yield (
-            {"columns": columns, "rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES], "end": True},
-            b"",
-        )
+        some: list[list[Any]] = []
+        size = 0
+        for field in self._opened.schema:
+            kind = _value_type(field.type)
+            some.append([field.name, str(kind)[:200], _images_in(kind)])
+            size += len(field.name) + 64
+            if size > ANSWER_BYTES:
+                yield {"columns": some}, b""
+                some, size = [], 0
+        said = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
+        yield {"columns": some, **said, "end": True}, b""
 
     def _distinct(self, column: str, most: int) -> Answers:
         """Distinct values of a column, or null where there are more than so many."""
@@ -332,6 +338,17 @@ class Table:
 
 def _value_type(kind: Any) -> Any:
     return getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+
+
+def _images_in(kind: Any) -> list[str] | None:
+    """Where a column of this type holds bytes: in itself ([]), in a field of a struct, or nowhere (None)."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        here = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
+        return ["bytes"] if here else None
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return [] if any(is_such(kind) for is_such in binary) else None
 
 
 def _is_text(kind: Any) -> bool:

@@ -85,12 +85,7 @@ def _column(uri: str, described: Described, name: str) -> str | None:
 
 def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
     """The column, and the field where it is a struct, if it holds images."""
-    kind = described.columns.get(column or "", "")
-    if column is None:
-        return None
-    if kind in ("binary", "large_binary") or kind.startswith("fixed_size_binary"):
-        return (column,)
-    return (column, "bytes") if kind.startswith("struct<") and "bytes: " in kind and "binary" in kind else None
+    return None if column is None else described.images.get(column)
 
 
 class Table:

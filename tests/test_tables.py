@@ -11,6 +11,7 @@ import pytest
 from jobs import containers, fetching
 from jobs.sources import Source
 from nsnet.errors import ImageTooLargeError, SourceError
+from tests.fuzz.thrift import varint, varints
 from tests.tables import parquet_bytes, picture_file, put
 
 PLAIN: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
@@ -29,6 +30,15 @@ def features(**columns: Any) -> dict[str, str]:
 
 def class_label(*names: str) -> dict[str, Any]:
     return {"_type": "ClassLabel", "names": names}
+
+
+def with_rows(content: bytes, before: int, said: int) -> bytes:
+    """A Parquet file whose footer says another number of rows; its row groups keep theirs."""
+    length = int.from_bytes(content[-8:-4], "little")
+    pages, footer = content[: -8 - length], content[-8 - length : -8]
+    at, end = next(span for span in varints(footer) if footer[slice(*span)] == varint(before))
+    footer = footer[:at] + varint(said) + footer[end:]
+    return pages + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
 def rows_of(place: Path, content: bytes, **columns: str) -> list[dict[str, Any]]:
@@ -156,7 +166,46 @@ def test_part_in_partition_folders_has_what_they_say_and_its_columns_do_not(tmp_
     assert found["real/part-0.parquet#0"]["generator"] == "g"
 
 
+@pytest.mark.parametrize("name", ["bytes", "image.bytes", "raw_bytes", "path"])
+def test_struct_holds_images_only_in_a_field_of_bytes(name: str, tmp_path: Path) -> None:
+    """Read as one that does, a struct with a text of that name would mix up the answers of its reader."""
+    inner = pa.string() if name == "bytes" else pa.binary()
+    kind = pa.struct({"other": pa.binary(), name: inner, "deep": pa.struct({"bytes": pa.binary()})})
+    with pytest.raises(SourceError, match="has neither a `uri` column nor one of images"):
+        rows_of(tmp_path, parquet_bytes({"image": pa.nulls(3, kind)}))
+
+
+def test_struct_of_many_fields_is_found_to_hold_images(tmp_path: Path) -> None:
+    content = parquet_bytes({"image": [{**dict.fromkeys(map(str, range(90)), "x"), "bytes": one} for one in IMAGES]})
+    assert images_of(rows_of(tmp_path, content)) == IMAGES
+
+
+def test_table_of_thousands_of_columns_is_described_in_parts(tmp_path: Path) -> None:
+    columns = {"bytes": IMAGES[:1], **{f"{'a long name of a feature ' * 9}{i}": [0] for i in range(3000)}}
+    assert images_of(rows_of(tmp_path, parquet_bytes(columns, write_statistics=False))) == IMAGES[:1]
+
+
 # What it may cost.
+
+
+@pytest.mark.parametrize("said", [0, 2, 400, -1])
+@pytest.mark.parametrize("columns", [{"bytes": [b"x"] * 37}, {"bytes": [b"x"] * 37, "label": [0] * 37}], ids=["1", "2"])
+def test_number_of_rows_that_the_groups_do_not_have_is_refused(
+    said: int, columns: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fewer would pass over images unseen, more would be rows of nothing."""
+    content = with_rows(parquet_bytes(columns), 37, said)
+    with pytest.raises(SourceError, match=rf"says that it has {said} rows, and that its groups have 37"):
+        rows_of(tmp_path, content)
+
+
+def test_rows_that_a_reader_was_not_asked_for_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = containers.Container("x.parquet", "parquet", 1000, lambda offset, length: b"")
+    answers: Any = ({"values": [["a"], ["b"]]} for _ in range(10))
+    monkeypatch.setattr(container, "_ask", lambda request, rows: answers)
+    with pytest.raises(containers.ContainerError, match="it says that it has 3 rows, and has more"):
+        list(container.rows(["uri"], 3))
+    assert len(list(answers)) == 8
 
 
 @pytest.mark.parametrize(("column", "kind", "verb"), [("uri", pa.string(), "list"), ("bytes", pa.binary(), "hold")])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from jobs import containers
+from jobs.guard import Clock
 from jobs.sources import Source
 from nsnet.errors import SourceError
 from tests.tables import put, tar_bytes
@@ -161,3 +163,14 @@ def test_many_members_are_listed_with_few_readings(tmp_path: Path) -> None:
     before = threading.active_count()
     rows, _ = listed(tmp_path, tar_bytes(files))
     assert names(rows) == [*files] and threading.active_count() == before
+
+
+def test_tar_is_read_for_a_time_that_its_size_justifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header for all members that follow may cost seconds for each of them, and each answer comes in time."""
+
+    class Spent(Clock):
+        computed = property(lambda self: self.seconds + 1)
+
+    monkeypatch.setattr(containers, "Clock", Spent)
+    with pytest.raises(SourceError, match="x.tar: reading it took longer than 60 s of computing"):
+        listed(tmp_path, tar_bytes({"a.png": b"x"}))
