@@ -172,6 +172,14 @@ class Container:
         if came != count:
             raise self._error(f"it says that it has {count:,} rows, and has {came:,}")
 
+    def group(self, row: int) -> range:
+        """The rows of the row group that a row is in."""
+        (answer,) = self._ask({"group": row})
+        first, end = (int(number) for number in answer["group"])
+        if not first <= row < end:
+            raise self._error("its reader's answer makes no sense")
+        return range(first, end)
+
     def images(self, column: Sequence[str], first: int, last: int, most: int) -> Iterator[bytes | None]:
         """Stored images of rows `first` to `last`, each at most so many bytes; None: the row holds none.
 

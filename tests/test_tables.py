@@ -10,7 +10,7 @@ import pytest
 
 from jobs import containers, fetching
 from jobs.sources import Source
-from nsnet.errors import ImageTooLargeError, SourceError
+from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 from tests.fuzz.thrift import varint, varints
 from tests.tables import parquet_bytes, picture_file, put
 
@@ -225,6 +225,29 @@ def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path, monke
     assert len(content) * containers.MAX_RATIO < 2**22
     with pytest.raises(SourceError, match=r"bytes hold more than 4,194,304 bytes of texts"):
         rows_of(tmp_path, content)
+
+
+def test_row_group_that_cannot_be_read_costs_itself_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are read one through the other: to try that for each could take all night."""
+    forks: list[Any] = []
+    fork = containers._zygote.fork
+    monkeypatch.setattr(containers._zygote, "fork", lambda *given: (forks.append(given), fork(*given))[1])
+    images = [picture_file(seed, width=16, height=16) for seed in range(60)]
+    content = parquet_bytes({"bytes": images}, row_group_size=20, compression="none", use_dictionary=False)
+    at = content.index(images[25][:60]) - 4  # the length of an image of the second group
+    rows = rows_of(tmp_path, content[:at] + b"\xff\xff\xff\x7f" + content[at + 4 :])
+    forks.clear()
+    found: list[bytes | None] = []
+    for row in rows:
+        try:
+            found.append(fetching.fetch(row, 10**6).data)
+        except FetchError as error:
+            assert "x.parquet is no whole Parquet file" in str(error)
+            found.append(None)
+    lost = [i for i, one in enumerate(found) if one is None]
+    assert lost == list(range(lost[0], 40)) and 20 <= lost[0] <= 25
+    assert [one for one in found if one] == [one for i, one in enumerate(images) if i not in lost]
+    assert len(forks) == 2  # the first one, and the one after the failure
 
 
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
