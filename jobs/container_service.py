@@ -1,13 +1,15 @@
 """The guarded child that reads a tar or Parquet file, which it gets from its parent in pieces.
 
     settings  {"kind": "tar" or "parquet", "size_bytes"}
-    request   {"members"} | {"describe"} | {"distinct", "most"} | {"rows"} | {"images", "from", "to", "most"}
+    request   {"members"} | {"describe"} | {"distinct", "most"} | {"rows"} | {"group"}
+              | {"images", "from", "to", "most"}
     answers   any number, the last one with "end" or "error"; in between {"read": [offset, bytes]}, which the parent
               answers with {"size_bytes"} and these bytes
 
 It is the only code that parses what strangers put into containers: it cannot open files, and its memory is bounded.
 """
 
+import bisect
 import io
 import itertools
 import tarfile
@@ -220,6 +222,8 @@ class Table:
     def __init__(self, file: ContainerFile) -> None:
         self._file = file
         self._opened: Any = None
+        self._starts: list[int] = []
+        """First row of each row group, and the number of all rows."""
         self._images: Iterator[tuple[int, bytes | None]] | None = None
         self._next = 0
         """Row that the stream of images comes to next."""
@@ -232,6 +236,9 @@ class Table:
             yield from self._distinct(request["distinct"], request["most"])
         elif "rows" in request:
             yield from self._rows(request["rows"])
+        elif "group" in request:
+            group = self._group(request["group"])
+            yield {"group": self._starts[group : group + 2], "end": True}, b""
         else:
             yield from self._stored(request["images"], request["from"], request["to"], request["most"])
 
@@ -242,12 +249,19 @@ class Table:
         from jobs.parquet_file import ParquetFile
 
         self._opened = ParquetFile(pa.PythonFile(self._file, mode="r"), "", repeated)
+        self._starts = [0, *itertools.accumulate(self._opened.group_rows())]
         features = self._opened.key_value.get(HUGGINGFACE, b"").decode("utf-8", "replace")
-        columns = [[field.name, str(_value_type(field.type))[:200]] for field in self._opened.schema]
-        yield (
-            {"columns": columns, "rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES], "end": True},
-            b"",
-        )
+        some: list[list[Any]] = []
+        size = 0
+        for field in self._opened.schema:
+            kind = _value_type(field.type)
+            some.append([field.name, str(kind)[:200], _images_in(kind)])
+            size += len(field.name) + 64
+            if size > ANSWER_BYTES:
+                yield {"columns": some}, b""
+                some, size = [], 0
+        said = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
+        yield {"columns": some, **said, "end": True}, b""
 
     def _distinct(self, column: str, most: int) -> Answers:
         """Distinct values of a column, or null where there are more than so many."""
@@ -296,8 +310,9 @@ class Table:
 
     def _stored(self, column: Sequence[str], first: int, last: int, most: int) -> Answers:
         """The images of some rows, each at most so many bytes; they are read as a stream within a row group."""
-        if self._images is None or first < self._next:
-            self._images = self._stream(column, first)
+        group = self._group(first)
+        if self._images is None or not self._starts[group] <= self._next <= first:
+            self._images = self._stream(column, group)
         for position, content in self._images:
             self._next = position + 1
             if position < first:
@@ -309,16 +324,19 @@ class Table:
                 return
         raise EOFError(f"it has no row {last:,}")
 
-    def _stream(self, column: Sequence[str], first: int) -> Iterator[tuple[int, bytes | None]]:
-        """Rows from the beginning of the row group in which `first` is."""
+    def _group(self, row: int) -> int:
+        """Number of the row group that a row is in."""
+        group = bisect.bisect_right(self._starts, row) - 1
+        if not 0 <= group < len(self._starts) - 1:
+            raise EOFError(f"it has no row {row:,}")
+        return group
+
+    def _stream(self, column: Sequence[str], group: int) -> Iterator[tuple[int, bytes | None]]:
+        """Rows from the beginning of a row group."""
         name, *inner = column
-        starts = [0, *itertools.accumulate(self._opened.group_rows())]
-        group = next((i for i, end in enumerate(starts[1:]) if first < end), None)
-        if group is None:
-            raise EOFError(f"it has no row {first:,}")
-        position = starts[group]
+        position = self._starts[group]
         limit = max(MIN_IMAGES_BYTES, MAX_RATIO * self._file.size_bytes)
-        for number in range(group, len(starts) - 1):
+        for number in range(group, len(self._starts) - 1):
             came = 0
             for batch in self._opened.batches([name], batch_rows=1, groups=[number]):
                 values = batch.column(0)
@@ -332,6 +350,17 @@ class Table:
 
 def _value_type(kind: Any) -> Any:
     return getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+
+
+def _images_in(kind: Any) -> list[str] | None:
+    """Where a column of this type holds bytes: in itself ([]), in a field of a struct, or nowhere (None)."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        here = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
+        return ["bytes"] if here else None
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return [] if any(is_such(kind) for is_such in binary) else None
 
 
 def _is_text(kind: Any) -> bool:

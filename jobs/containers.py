@@ -4,6 +4,7 @@ The child asks for pieces of the file and answers with names and values; whateve
 pays nothing but these pieces.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,12 +19,17 @@ from nsnet.errors import NsnetError, SourceError
 SERVICE: Final = "jobs.container_service"
 SECONDS: Final = 60.0
 """Longest computing of the child between two messages."""
+BYTES_PER_SECOND: Final = 2**20
+ROWS_PER_SECOND: Final = 10_000
+"""A request may compute for `SECONDS`, and a second more for so many bytes of the file and so many rows of it."""
 MEMORY_BYTES: Final = 512 * 2**20
 MEMORY_PER_BYTE: Final = 8
 MAX_MEMORY_BYTES: Final = 4 * 2**30
 """Address space of the child: so much, and more for each byte of a Parquet file, up to the most."""
 MAX_MEMBERS: Final = 5_000_000
 """Members of a tar."""
+MAX_COLUMNS: Final = 100_000
+"""Columns of a Parquet file."""
 MAX_NAMES_BYTES: Final = 2**29
 """Of all names of a tar's members together, which this process holds."""
 READ_FACTOR: Final = 4
@@ -70,6 +76,8 @@ class Described:
 
     columns: dict[str, str]
     """Name -> type, of columns whose names are unique."""
+    images: dict[str, tuple[str, ...]]
+    """Name -> where its bytes are, of those that can hold images: the column, or a field in it."""
     doubled: list[str]
     """Names that several columns have."""
     rows: int
@@ -122,13 +130,18 @@ class Container:
 
     def describe(self, repeated: Sequence[str] = ()) -> Described:
         """Columns and rows of a Parquet file; must be asked first. `repeated`: as `ParquetFile` takes it."""
-        (answer,) = self._ask({"describe": list(repeated)})
-        columns = self._checked(answer["columns"], (str, str))
-        names = [name for name, _ in columns]
-        doubled = sorted({name for name in names if names.count(name) > 1})
+        columns: list[list[Any]] = []
+        for answer in self._ask({"describe": list(repeated)}):
+            columns += self._checked(answer["columns"], (str, str, list | None))
+            if len(columns) > MAX_COLUMNS:
+                raise self._error(f"it has more than {MAX_COLUMNS:,} columns")
+        unique = {name for name, count in Counter(name for name, _, _ in columns).items() if count == 1}
         return Described(
-            columns={name: kind for name, kind in columns if name not in doubled},
-            doubled=doubled,
+            columns={name: kind for name, kind, _ in columns if name in unique},
+            images={
+                name: (name, *map(str, field)) for name, _, field in columns if name in unique and field is not None
+            },
+            doubled=sorted({name for name, _, _ in columns} - unique),
             rows=int(answer["rows"]),
             features=str(answer["features"]).encode(),
         )
@@ -143,18 +156,29 @@ class Container:
         """Rows of some columns of plain types, `count` of them, as the file says. Texts are bounded, one and all."""
         limit = max(MIN_TEXTS_BYTES, MAX_RATIO * self._size_bytes)
         came = texts = 0
-        for answer in self._ask({"rows": list(columns)}):
+        for answer in self._ask({"rows": list(columns)}, count):
             if not columns:
                 yield from ({} for _ in range(count))
                 return
-            for values in self._checked(answer["values"], (Plain,) * len(columns)):
+            some = self._checked(answer["values"], (Plain,) * len(columns))
+            came += len(some)
+            if came > count:
+                raise self._error(f"it says that it has {count:,} rows, and has more")
+            for values in some:
                 texts += sum(len(value) for value in values if isinstance(value, str))
-                came += 1
                 yield dict(zip(columns, values, strict=True))
             if texts > limit:
                 raise self._error(f"its {self._size_bytes:,} bytes hold more than {limit:,} bytes of texts")
         if came != count:
             raise self._error(f"it says that it has {count:,} rows, and has {came:,}")
+
+    def group(self, row: int) -> range:
+        """The rows of the row group that a row is in."""
+        (answer,) = self._ask({"group": row})
+        first, end = (int(number) for number in answer["group"])
+        if not first <= row < end:
+            raise self._error("its reader's answer makes no sense")
+        return range(first, end)
 
     def images(self, column: Sequence[str], first: int, last: int, most: int) -> Iterator[bytes | None]:
         """Stored images of rows `first` to `last`, each at most so many bytes; None: the row holds none.
@@ -172,12 +196,16 @@ class Container:
         content: bytes = self._guarded(lambda child: child.read(size, Clock(child.pid, SECONDS)))
         return content
 
-    def _ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The child's answers to a request, with its readings in between."""
+    def _ask(self, request: dict[str, Any], rows: int = 0) -> Iterator[dict[str, Any]]:
+        """The child's answers to a request, with its readings in between. `rows`: of the file, that it goes through."""
         left = READ_FACTOR * self._size_bytes + 2**26
+        seconds = SECONDS + self._size_bytes / BYTES_PER_SECOND + rows / ROWS_PER_SECOND
+        whole = self._guarded(lambda child: Clock(child.pid, seconds))
         self._send(request)
         while True:
             answer = self._guarded(lambda child: child.receive(Clock(child.pid, SECONDS)))
+            if whole.computed > seconds:
+                raise self._error(f"reading it took longer than {seconds:.0f} s of computing")
             if "read" in answer:
                 offset, length = (int(number) for number in answer["read"])
                 left -= max(0, length)

@@ -2,10 +2,10 @@
 
 import threading
 from collections import OrderedDict
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from jobs import faults, storage
-from jobs.containers import Container, ContainerTooLargeError
+from jobs.containers import Container, ContainerError, ContainerTooLargeError
 from jobs.storage import Fetched
 from jobs.tables import find_columns
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
@@ -13,8 +13,13 @@ from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 WINDOW: Final = 16
 """Stored images before the one that is asked for that are kept: threads ask for neighbours in no strict order."""
 MAX_KEPT_BYTES: Final = 2**26
+MAX_UNREADABLE: Final = 100
+"""Parts of Parquet files that are known to be unreadable."""
 MAX_OPEN: Final = 2
 """Parquet files whose readers are kept for the next image."""
+
+_Key: TypeAlias = tuple[str, str, str | None]
+"""Address of a Parquet file, its version, and its column of images where that has been named."""
 
 
 def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
@@ -37,9 +42,12 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
         return storage.with_retries(lambda: _read(key, position, max_bytes + 1), container)
 
 
-def _read(key: tuple[str, str, str | None], position: int, most: int) -> tuple[bytes, int]:
+def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
     """The image of a row of a Parquet file, and how often its store was asked again."""
     try:
+        for (file, rows), error in _unreadable.items():
+            if file == key and position in rows:
+                raise type(error)(str(error))
         stored = _open(key)
         return stored.image(position, most), stored.retries()
     except BaseException as error:  # the rest of an answer must not be taken for the next one
@@ -55,6 +63,7 @@ def _read(key: tuple[str, str, str | None], position: int, most: int) -> tuple[b
 def close() -> None:
     """End the readers that are kept."""
     with _reading:
+        _unreadable.clear()
         while _opened:
             _opened.popitem()[1].close()
 
@@ -63,6 +72,7 @@ class _Stored:
     """The images of one version of a Parquet file."""
 
     def __init__(self, uri: str, version: str, column: str | None) -> None:
+        self._key = uri, version, column
         self._uri, self._version = uri, version
         self._retries = 0
         entry = storage.describe(uri)
@@ -88,10 +98,18 @@ class _Stored:
             self._most = most
             self._kept.clear()
         if position not in self._kept:
-            first = position if position < self._next else max(self._next, position - WINDOW)
-            for at, content in enumerate(self._container.images(self._column, first, position, most), start=first):
-                self._keep(at, content)
-            self._next = position + 1
+            group = self._container.group(position)
+            first = position if position < self._next else max(self._next, position - WINDOW, group.start)
+            try:
+                for content in self._container.images(self._column, first, position, most):
+                    self._keep(first, content)
+                    first += 1
+            except ContainerError as error:  # as for all rows behind it, which are read through this one
+                _unreadable[self._key, range(first, group.stop)] = error
+                while len(_unreadable) > MAX_UNREADABLE:
+                    _unreadable.popitem(last=False)
+                raise
+            self._next = first
         return self._kept[position] or b""
 
     def retries(self) -> int:
@@ -117,10 +135,12 @@ class _Stored:
 
 
 _reading: Final = threading.Lock()
-_opened: Final[OrderedDict[tuple[str, str, str | None], _Stored]] = OrderedDict()
+_opened: Final[OrderedDict[_Key, _Stored]] = OrderedDict()
+_unreadable: Final[OrderedDict[tuple[_Key, range], ContainerError]] = OrderedDict()
+"""Rows of a row group that cannot be read: to find that out for each of them anew could take all night."""
 
 
-def _open(key: tuple[str, str, str | None]) -> _Stored:
+def _open(key: _Key) -> _Stored:
     if key not in _opened:
         _opened[key] = _Stored(*key)
         while len(_opened) > MAX_OPEN:

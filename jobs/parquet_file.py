@@ -60,6 +60,9 @@ class ParquetFile:
         hidden = footer.replace(WRITERS_SCHEMA, HIDDEN_SCHEMA)
         metadata = pq.read_metadata(pa.BufferReader(MAGIC + hidden + struct.pack("<I", len(hidden)) + MAGIC))
         self._metadata = metadata
+        groups = self.group_rows()
+        if sum(groups) != self.rows or min(groups, default=0) < 0:  # listed would be one number, and stored another
+            raise pa.ArrowInvalid(f"it says that it has {self.rows:,} rows, and that its groups have {sum(groups):,}")
         leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
         texts = [leaf.path for leaf in leaves if leaf.path in repeated and leaf.physical_type == "BYTE_ARRAY"]
         self._file = pq.ParquetFile(

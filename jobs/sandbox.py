@@ -6,12 +6,13 @@ makes its decoder do, it can only compute, and answer on the pipes that are open
 """
 
 import errno
+import fcntl
 import os
 import resource
 from typing import Final
 
 ALLOWED_CALLS: Final = (
-    "read write readv writev pread64 pwrite64 lseek close fstat newfstatat fstat64 fcntl poll ppoll pselect6 "
+    "read write readv writev pread64 pwrite64 lseek close fstat newfstatat fstat64 poll ppoll pselect6 "
     "mmap mmap2 munmap mremap mprotect brk madvise futex futex_time64 "
     "clock_gettime clock_gettime64 clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage "
     "rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall exit exit_group "
@@ -21,6 +22,8 @@ ALLOWED_CALLS: Final = (
 )  # fmt: skip
 """System calls that computing, threads and open pipes need; `read` and the like work on open descriptors only."""
 CLONE_THREAD: Final = 0x00010000
+FCNTL_COMMANDS: Final = (fcntl.F_GETFD, fcntl.F_GETFL)
+"""Others make the kernel send any signal to any process of the same user (F_SETOWN, F_SETSIG)."""
 MAX_DESCRIPTORS: Final = 16
 
 
@@ -52,6 +55,8 @@ def confine() -> str | None:
     rules.add_rule(
         pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD)
     )  # fmt: skip
+    for command in FCNTL_COMMANDS:
+        rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, command))
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # whose arguments no filter sees: libraries then use clone
     rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, pyseccomp.EQ, os.getpid()))  # abort() ends itself
     rules.add_rule(  # its own limits may be read, not set

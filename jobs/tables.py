@@ -22,19 +22,8 @@ IMAGES: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "ima
 KEYS: Final = ("image", *FACTS, *LABELS)
 """What `--column` gives a name."""
 PLAIN: Final = (
-    "null",
-    "bool",
-    "int",
-    "uint",
-    "half",
-    "float",
-    "double",
-    "decimal",
-    "string",
-    "large_",
-    "binary",
-    "fixed",
-)
+    "null", "bool", "int", "uint", "half", "float", "double", "decimal", "string", "large_", "binary", "fixed",
+)  # fmt: skip
 """How the names of types begin that labels and names may have."""
 REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
 """Columns of texts that repeat."""
@@ -101,12 +90,7 @@ def _column(uri: str, described: Described, name: str) -> str | None:
 
 def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
     """The column, and the field where it is a struct, if it holds images."""
-    kind = described.columns.get(column or "", "")
-    if column is None:
-        return None
-    if kind in ("binary", "large_binary") or kind.startswith("fixed_size_binary"):
-        return (column,)
-    return (column, "bytes") if kind.startswith("struct<") and "bytes: " in kind and "binary" in kind else None
+    return None if column is None else described.images.get(column)
 
 
 class Table:

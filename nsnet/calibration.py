@@ -130,9 +130,13 @@ class Calibration:
     """Raised by one each time a detector is calibrated anew."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0.0 < self.threshold < 1.0 or not 0.0 <= self.uncertain_margin < 1.0:
+        if (
+            not 0.0 < self.temperature < math.inf
+            or not 0.0 < self.threshold < 1.0
+            or not 0.0 <= self.uncertain_margin < 1.0
+        ):
             raise ConfigError(
-                f"need temperature > 0, 0 < threshold < 1, 0 ≤ uncertain_margin < 1, got {self.temperature}, "
+                f"need 0 < temperature < ∞, 0 < threshold < 1, 0 ≤ uncertain_margin < 1, got {self.temperature}, "
                 f"{self.threshold}, {self.uncertain_margin}"
             )
         rates = (self.validation_fpr, self.validation_fpr_upper, self.validation_tpr)

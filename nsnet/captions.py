@@ -53,6 +53,8 @@ class CaptionerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.max_new_tokens <= MAX_TOKENS:
             raise ConfigError(f"max_new_tokens must be between 1 and {MAX_TOKENS}, got {self.max_new_tokens}")
+        if not abs(self.seed) < 2**63:
+            raise ConfigError(f"the seed of a captioner must fit into 64 bits, got {self.seed}")
         for name, pattern in (("model", r"\w[\w.-]*(/\w[\w.-]*)?"), ("revision", r"\w[\w.-]*")):
             if (value := getattr(self, name)) is not None and not re.fullmatch(pattern, value):
                 raise ConfigError(f"captioner: {name} must be a name on the hub, got {value[:100]!r}")
@@ -127,6 +129,12 @@ class Captioner:
             raise WeightsError(
                 f"no BLIP could be loaded from {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
+        positions = model.config.text_config.max_position_embeddings
+        if config.max_new_tokens > positions:
+            raise WeightsError(
+                f"the captioner in {folder} has positions for {positions} tokens: a caption of {config.max_new_tokens} "
+                "(max_new_tokens) needs another one"
+            )
         if report["missing_keys"]:
             raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")
         self.model = model.to(self.device).eval()
@@ -181,7 +189,7 @@ def thumbnail_px(folder: Path | None) -> int:
             raise ValueError("another model")
         side = described["vision_config"].get("image_size")
         return int(_processing(folder)[1]["size"]["height"] if side is None else side)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder}/config.json does not describe a BLIP model ({type(error).__name__})") from error
 
 

@@ -187,7 +187,7 @@ class Detector:
                     clip.visual = merge_lora(adapted)
                 network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
             missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, NsnetError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError, NsnetError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"the bundle {folder} does not fit its configuration: {reason}") from error
         strange = [name for name in missing.missing_keys if not name.startswith("visual.")] + missing.unexpected_keys

@@ -11,6 +11,9 @@ HEAD_BYTES: Final = 512
 TAIL_BYTES: Final = 2**20
 """The directory of a ZIP archive lies at its end."""
 
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+TEXT: Final = frozenset(b"\t\n\r" + bytes(range(32, 127)))
+"""What no file of weights consists of: such a one has lengths of several bytes, or is binary pickle."""
 DOWNLOAD: Final = "download the file itself"
 MAGIC: Final = (
     (b"version https://git-lfs", "a Git LFS pointer to weights", f"run `git lfs pull`, or {DOWNLOAD}"),
@@ -21,6 +24,8 @@ MAGIC: Final = (
     (b"\x89hdf", "weights of Keras", "take those of PyTorch, .safetensors or .bin"),
     (b"gguf", "weights of llama.cpp (GGUF)", "take those of PyTorch, .safetensors or .bin"),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
 )
 """(first bytes in lower case, what the file is, what to do)."""
 
@@ -40,10 +45,18 @@ def check(path: Path) -> None:
 def _foreign(path: Path, head: bytes, tail: bytes) -> tuple[str, str] | None:
     if not head:
         return "empty", "download it again"
-    start = head.lstrip().lower() if not head.startswith(b"PK") else head
+    if not head.strip(b"\0"):
+        return "a file that begins with zeros", "download it again"
+    start = head.removeprefix(BYTE_ORDER_MARK).lstrip().lower() if not head.startswith(b"PK") else head
     for magic, what, advice in MAGIC:
         if start.startswith(magic):
             return what, advice
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it"
+    if head.startswith(b"\x08") and head[2:3] == b"\x12":  # the version of its format, then the name of its producer
+        return "a model of ONNX", "take the weights of PyTorch, .safetensors or .bin"
+    if all(byte in TEXT for byte in head):
+        return f"a text that begins with {head[:60].decode('ascii')!r}", DOWNLOAD
     is_zip, named_safe = head.startswith(b"PK\3\4"), path.suffix == ".safetensors"
     if is_zip and b"/constants.pkl" in tail:
         return "a TorchScript archive, which holds code", (

@@ -589,6 +589,40 @@ def test_description_with_a_value_of_another_kind_is_refused(key: str, value: An
     models.one_line(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("config", "head", "hidden_dim"), 2**63),
+        (("config", "mapper", "hidden_dim"), 2**63),
+        (("config", "captioner", "seed"), 2**70),
+        (("config", "captioner", "max_new_tokens"), 33),
+        (("calibration", "temperature"), math.inf),
+    ],
+    ids=str,
+)
+def test_number_that_no_model_can_have_is_refused(place: tuple[str, ...], value: float, copied: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        for name in place[:-1]:
+            values = values[name]
+        values[place[-1]] = value
+
+    edit(copied, change)
+    sealed_by_a_stranger(copied)
+    with pytest.raises((BundleError, WeightsError)) as caught:
+        Detector.load(copied)
+    models.one_line(caught.value)
+
+
+def test_thumbnails_of_endless_size_are_refused(copied: Path) -> None:
+    path = copied / "captioner/config.json"
+    described = json.loads(path.read_text())
+    described["vision_config"]["image_size"] = math.inf
+    path.write_text(json.dumps(described))
+    sealed_by_a_stranger(copied)
+    with pytest.raises(WeightsError, match="does not describe a BLIP model"):
+        Detector.load(copied)
+
+
 def test_bundle_that_lists_very_many_files_is_refused(copied: Path) -> None:
     edit(copied, lambda values: values.update(files=dict.fromkeys(map(str, range(bundle.MAX_FILES + 1)), "")))
     edit(copied, lambda values: values.update(sha256=bundle._seal_of(without(values, "sha256"))))

@@ -22,6 +22,7 @@ from nsnet.captions import Captioner, CaptionerConfig
 from nsnet.clip import ClipConfig
 from nsnet.errors import ConfigError, WeightsError
 from tests import models
+from tests.tables import tar_bytes
 
 TINY = CaptionerConfig(model=None, max_new_tokens=4)
 SMALL = models.FROZEN.clip
@@ -378,6 +379,12 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "empty": ("empty: download it again", lambda path: path.write_bytes(b"")),
     "keras": ("weights of Keras: take", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))),
     "torchscript": ("a TorchScript archive, which holds code: where you trust it", torchscript),
+    "zeros": ("a file that begins with zeros: download it again", lambda path: path.write_bytes(bytes(9999))),
+    "text": ("a text that begins with 'Entry not found': download", lambda path: path.write_text("Entry not found")),
+    "marked html": ("an HTML page: download", lambda path: path.write_text("\ufeff<!doctype html>", "utf-8")),
+    "tar": ("a tar archive: unpack it", lambda path: path.write_bytes(tar_bytes({"a": b"x"}))),
+    "onnx": ("a model of ONNX: take", lambda path: path.write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(99))),
+    "7z": ("a 7z archive: unpack it", lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(99))),
     "zip": ("a ZIP archive without tensors: unpack it", archive),
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 from jobs import containers, fetching
 from jobs.sources import Source
-from nsnet.errors import ImageTooLargeError, SourceError
+from nsnet.errors import FetchError, ImageTooLargeError, SourceError
+from tests.fuzz.thrift import varint, varints
 from tests.tables import parquet_bytes, picture_file, put
 
 PLAIN: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
@@ -30,6 +31,15 @@ def features(**columns: Any) -> dict[str, str]:
 
 def class_label(*names: str) -> dict[str, Any]:
     return {"_type": "ClassLabel", "names": names}
+
+
+def with_rows(content: bytes, before: int, said: int) -> bytes:
+    """A Parquet file whose footer says another number of rows; its row groups keep theirs."""
+    length = int.from_bytes(content[-8:-4], "little")
+    pages, footer = content[: -8 - length], content[-8 - length : -8]
+    at, end = next(span for span in varints(footer) if footer[slice(*span)] == varint(before))
+    footer = footer[:at] + varint(said) + footer[end:]
+    return pages + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
 def rows_of(place: Path, content: bytes, **columns: str) -> list[dict[str, Any]]:
@@ -171,7 +181,46 @@ def test_part_in_partition_folders_has_what_they_say_and_its_columns_do_not(tmp_
     assert found["real/part-0.parquet#0"]["generator"] == "g"
 
 
+@pytest.mark.parametrize("name", ["bytes", "image.bytes", "raw_bytes", "path"])
+def test_struct_holds_images_only_in_a_field_of_bytes(name: str, tmp_path: Path) -> None:
+    """Read as one that does, a struct with a text of that name would mix up the answers of its reader."""
+    inner = pa.string() if name == "bytes" else pa.binary()
+    kind = pa.struct({"other": pa.binary(), name: inner, "deep": pa.struct({"bytes": pa.binary()})})
+    with pytest.raises(SourceError, match="has neither a `uri` column nor one of images"):
+        rows_of(tmp_path, parquet_bytes({"image": pa.nulls(3, kind)}))
+
+
+def test_struct_of_many_fields_is_found_to_hold_images(tmp_path: Path) -> None:
+    content = parquet_bytes({"image": [{**dict.fromkeys(map(str, range(90)), "x"), "bytes": one} for one in IMAGES]})
+    assert images_of(rows_of(tmp_path, content)) == IMAGES
+
+
+def test_table_of_thousands_of_columns_is_described_in_parts(tmp_path: Path) -> None:
+    columns = {"bytes": IMAGES[:1], **{f"{'a long name of a feature ' * 9}{i}": [0] for i in range(3000)}}
+    assert images_of(rows_of(tmp_path, parquet_bytes(columns, write_statistics=False))) == IMAGES[:1]
+
+
 # What it may cost.
+
+
+@pytest.mark.parametrize("said", [0, 2, 400, -1])
+@pytest.mark.parametrize("columns", [{"bytes": [b"x"] * 37}, {"bytes": [b"x"] * 37, "label": [0] * 37}], ids=["1", "2"])
+def test_number_of_rows_that_the_groups_do_not_have_is_refused(
+    said: int, columns: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fewer would pass over images unseen, more would be rows of nothing."""
+    content = with_rows(parquet_bytes(columns), 37, said)
+    with pytest.raises(SourceError, match=rf"says that it has {said} rows, and that its groups have 37"):
+        rows_of(tmp_path, content)
+
+
+def test_rows_that_a_reader_was_not_asked_for_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = containers.Container("x.parquet", "parquet", 1000, lambda offset, length: b"")
+    answers: Any = ({"values": [["a"], ["b"]]} for _ in range(10))
+    monkeypatch.setattr(container, "_ask", lambda request, rows: answers)
+    with pytest.raises(containers.ContainerError, match="it says that it has 3 rows, and has more"):
+        list(container.rows(["uri"], 3))
+    assert len(list(answers)) == 8
 
 
 @pytest.mark.parametrize(("column", "kind", "verb"), [("uri", pa.string(), "list"), ("bytes", pa.binary(), "hold")])
@@ -191,6 +240,29 @@ def test_long_texts_that_are_stored_once_stop_at_the_limit(tmp_path: Path, monke
     assert len(content) * containers.MAX_RATIO < 2**22
     with pytest.raises(SourceError, match=r"bytes hold more than 4,194,304 bytes of texts"):
         rows_of(tmp_path, content)
+
+
+def test_row_group_that_cannot_be_read_costs_itself_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are read one through the other: to try that for each could take all night."""
+    forks: list[Any] = []
+    fork = containers._zygote.fork
+    monkeypatch.setattr(containers._zygote, "fork", lambda *given: (forks.append(given), fork(*given))[1])
+    images = [picture_file(seed, width=16, height=16) for seed in range(60)]
+    content = parquet_bytes({"bytes": images}, row_group_size=20, compression="none", use_dictionary=False)
+    at = content.index(images[25][:60]) - 4  # the length of an image of the second group
+    rows = rows_of(tmp_path, content[:at] + b"\xff\xff\xff\x7f" + content[at + 4 :])
+    forks.clear()
+    found: list[bytes | None] = []
+    for row in rows:
+        try:
+            found.append(fetching.fetch(row, 10**6).data)
+        except FetchError as error:
+            assert "x.parquet is no whole Parquet file" in str(error)
+            found.append(None)
+    lost = [i for i, one in enumerate(found) if one is None]
+    assert lost == list(range(lost[0], 40)) and 20 <= lost[0] <= 25
+    assert [one for one in found if one] == [one for i, one in enumerate(images) if i not in lost]
+    assert len(forks) == 2  # the first one, and the one after the failure
 
 
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:

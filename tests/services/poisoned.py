@@ -1,6 +1,7 @@
 """A decoder that does what the bytes of an image tell it; it decodes all others as ever."""
 
 import ctypes
+import fcntl
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 from jobs import decoding, frames
 
 MARK = b"POISON "
+F_SETSIG = 10
 
 
 def preload() -> None:
@@ -80,6 +82,8 @@ def escape(argument: str) -> str:
         "run a program": lambda: subprocess.run(["/bin/true"], check=True),
         "fork": os.fork,
         "kill the parent": lambda: os.kill(parent, signal.SIGTERM),
+        "have the kernel signal the parent": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
+        "choose the signal of a pipe": lambda: fcntl.fcntl(0, F_SETSIG, signal.SIGKILL),
         "look at the parent": lambda: os.pidfd_open(parent),
         "raise its limits": raise_limits,
         "start a thread": start_a_thread,
