@@ -747,7 +747,9 @@ def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
         rows_of(tmp_path / "x.tar")
 
 
-@pytest.mark.parametrize("content", [b"", b"text" * 1000, tar_bytes({"a.jpg": b"x"}, mode="w:gz")])
+@pytest.mark.parametrize(
+    "content", [b"", b"text" * 1000, tar_bytes({"a.jpg": b"x"}, mode="w:gz")], ids=["empty", "text", "gz"]
+)
 def test_other_content_or_compressed_tar_is_refused(content: bytes, place: str) -> None:
     put(place, {"x.tar": content})
     with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
