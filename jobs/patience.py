@@ -17,13 +17,13 @@ from nsnet import errors
 from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageError, ImageTimeoutError
 from nsnet.preparation import Prepared
 
-FIRST_SECONDS: Final = 0.5
+FIRST_SECONDS: Final = 0.3
 """Of computing, for the first try of an image, before it is known what others take."""
-MIN_FIRST_SECONDS: Final = 0.3
+MIN_FIRST_SECONDS: Final = 0.1
 """And later at least so long,"""
-FIRST_FACTOR: Final = 20.0
-"""and so many times what the others take (the median)."""
-FIRST_SECONDS_PER_BYTE: Final = 0.5e-6
+FIRST_FACTOR: Final = 10.0
+"""and so many times what the others take (the median): 5 % of poison then cost half of what the others cost."""
+FIRST_SECONDS_PER_BYTE: Final = 0.2e-6
 """In both cases so many more for each byte of its file."""
 MIN_SEEN: Final = 32
 MAX_SEEN: Final = 512

@@ -9,9 +9,9 @@ from nsnet.errors import DecoderCrashError, ImageTimeoutError
 
 KINDS: Final = (DecoderCrashError.__name__, ImageTimeoutError.__name__)
 """Error classes of what is remembered."""
-SLOW_SHARE: Final = 0.5
+SLOW_SHARE: Final = 0.25
 """Second tries of slow images may take this share of the time that the others took."""
-SECONDS_PER_CPU: Final = 15.0
+SECONDS_PER_CPU: Final = 8.0
 """Or so many seconds for each CPU of the cluster, and one whole try at least."""
 MIN_LEASE_SECONDS: Final = 1.0
 """Less is not worth a try."""
