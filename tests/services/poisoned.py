@@ -81,7 +81,7 @@ def escape(argument: str) -> str:
         "ask by HTTP": lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5),
         "run a program": lambda: subprocess.run(["/bin/true"], check=True),
         "fork": os.fork,
-        "kill the parent": lambda: os.kill(parent, signal.SIGTERM),
+        "signal the parent": lambda: os.kill(parent, 0),
         "have the kernel signal the parent": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
         "choose the signal of a pipe": lambda: fcntl.fcntl(0, F_SETSIG, signal.SIGKILL),
         "look at the parent": lambda: os.pidfd_open(parent),
