@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LongTests(config))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-n 2 --dist loadgroup`: one process has all tests with Ray or S3, which are started once; the other the rest."""
     for item in items:
