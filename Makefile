@@ -6,13 +6,13 @@ OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
 
-.PHONY: setup demo test test-faults test-unit fuzz check format lock help
+.PHONY: setup demo test test-faults test-unit test-rest fuzz check format lock help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into $(VENV)"
 	@echo "make demo    draw pictures, train, score, evaluate into OUT=$(OUT)"
-	@echo "make test    all tests;  make test-unit: those without Ray, S3 and the real sizes"
+	@echo "make test    all tests, in two processes: test-unit, without Ray, S3 and the real sizes; test-rest, with them"
 	@echo "make test-faults   kill -9 of everything KILLS=$(KILLS) times, bad networks, poisoned pictures"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; a minute of them is in make test"
 	@echo "make check   ruff, mypy, import rules"
@@ -31,7 +31,7 @@ demo: setup
 
 test: setup
 	$(RUN) -m tests.swift
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(MAKE) --no-print-directory --jobs 2 test-unit test-rest
 
 # KILLS of drivers, actors, workers and nodes; `make test` kills two.
 test-faults: setup
@@ -40,6 +40,9 @@ test-faults: setup
 
 test-unit: setup
 	$(RUN) -m pytest -m "not cluster and not s3 and not real_sizes"
+
+test-rest: setup
+	$(RUN) -m pytest -m "cluster or s3 or real_sizes"
 
 # One case again: python -m tests.fuzz KIND:NUMBER
 fuzz: setup

@@ -39,14 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LongTests(config))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-n 2 --dist loadgroup`: one process has all tests with Ray or S3, which are started once; the other the rest."""
-    for item in items:
-        if any(item.get_closest_marker(name) for name in ("cluster", "s3")):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def s3_environment(s3_server: SwiftServer) -> Iterator[SwiftServer]:
     """The S3 server, named by the usual AWS variables for the whole process and its children."""
