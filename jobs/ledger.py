@@ -315,26 +315,29 @@ def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Co
     returns their URIs.
 
     They have names of ours, and none of the `published` records names them. Runs that are `unfinished` keep theirs
-    until their own end. Where no record names any file, the records may be lost, and all files stay. The caller must
+    until their own end. Files of runs before the oldest record stay, too: their records may be lost. The caller must
     hold the lock since before it read the records.
     """
+    published = list(published)
     named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
-    removed, kept = [], 0
+    oldest = min((record["run_id"] for record in published), default=None)
+    removed, older = [], 0
     for product in PRODUCTS:
 
         def keep(path: str, product: str = product) -> bool:
-            nonlocal kept
+            nonlocal older
             match = names.PUBLISHED.files.fullmatch(path)
             if match is None or match["run_id"] in unfinished or f"{product}/{path}" in named:
                 return True
-            kept += not named
-            return not named
+            is_older = oldest is None or match["run_id"] < oldest
+            older += is_older
+            return is_older
 
         removed += removal.remove(storage.join(out, product), names.PUBLISHED, keep).removed
-    if kept:
+    if older:
         say(
-            f"warning: {out} holds {kept:,} files of runs, but no record (runs/*.json) that names any: put the records "
-            "back, or remove the files if they are of no use"
+            f"warning: {out} holds {older:,} files of runs that are older than all records (runs/*.json): put their "
+            "records back, or remove the files if they are of no use"
         )
     return removed
 

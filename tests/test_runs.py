@@ -324,6 +324,8 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
     run = nights.killed(retry_failed=True)
     told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
+    selection = json.loads(json.dumps(to_dict(Selection(retry_failed=True))))
+    del selection["columns"]  # none are named, as in the settings of older runs
     assert (
         told
         == {
@@ -331,7 +333,7 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
             "settings": {
                 "source": nights.source,
                 "detector_id": "one",
-                "selection": json.loads(json.dumps(to_dict(Selection(retry_failed=True)))),
+                "selection": selection,
                 "limits": to_dict(DecodeLimits()),
                 "clip_weights": None,
                 "captioner": None,
@@ -503,8 +505,9 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
 
 
 def test_part_of_a_run_that_was_never_recorded_is_removed_for_every_product(nights: Nights) -> None:
+    nights.whole(limit=1)
     for product in ledger.PRODUCTS.values():
-        run = Run(out=nights.out, run_id="20260101T000000Z-ffffff", product=product)
+        run = Run(out=nights.out, run_id="20990101T000000Z-ffffff", product=product)
         put(run.final, {"part-00000-0a1b2c3d.parquet": b"x", "photo.jpg": b"x"})
     nights.whole()
     left = [path.name for path in Path(nights.out).rglob("*") if "ffffff" in str(path) and path.is_file()]
