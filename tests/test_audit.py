@@ -287,8 +287,8 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     ended, _, told = run_command("audit", source, "--out", out, "--max-left-out", allowed)
     assert ended == code
     assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
-    record = ledger.runs(out, ledger.FACTS)[-1]
-    assert (record["rows"], record["unread_count"]) == (0, 1) and f"{source}/cut.tar" in record["unread"][0]
+    (record,) = (found for found in ledger.runs(out, ledger.FACTS) if not found["rows"])  # both may be of one second
+    assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
     assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
     assert storage.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
 
