@@ -28,11 +28,12 @@ class LongTests:
     """Says at once which tests take long, so that the output of a suite that was stopped shows where its time went."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._terminal = config.pluginmanager.getplugin("terminalreporter")
+        self._plugins = config.pluginmanager
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.duration > LONG_SECONDS and self._terminal is not None:
-            self._terminal.write_line(f" {report.nodeid} ({report.when}): {report.duration:.0f} s")
+        terminal = self._plugins.getplugin("terminalreporter")  # which is registered after this
+        if report.duration > LONG_SECONDS and terminal is not None:
+            terminal.write_line(f" {report.nodeid} ({report.when}): {report.duration:.0f} s")
 
 
 def pytest_configure(config: pytest.Config) -> None:
