@@ -50,6 +50,13 @@ _zygote = Zygote(SERVICE)
 class ContainerError(SourceError):
     """A container that cannot be read, or not to its end."""
 
+    rows: range | None = None
+    """Rows of a Parquet file that this costs; None: it is not known which."""
+
+
+class ReaderEndedError(ContainerError):
+    """The child that reads it ended, or took too long, which may be the machine's fault."""
+
 
 class ContainerTooLargeError(ContainerError):
     """Reading it takes more memory than it may."""
@@ -244,9 +251,9 @@ class Container:
         try:
             return talk(self._child)
         except (EOFError, BrokenPipeError) as error:
-            raise self._error(f"its reader ended with {exit_reason(self.close())}") from error
+            raise ReaderEndedError(f"{self._name}: its reader ended with {exit_reason(self.close())}") from error
         except ChildTimeoutError as error:
-            raise self._error(f"reading it took longer than {error}") from error
+            raise ReaderEndedError(f"{self._name}: reading it took longer than {error}") from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._error(f"its reader's answer makes no sense ({type(error).__name__})") from error
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any, Final, TypeAlias
 
 from jobs import faults, storage
-from jobs.containers import Container, ContainerError, ContainerTooLargeError
+from jobs.containers import Container, ContainerError, ContainerTooLargeError, ReaderEndedError
 from jobs.storage import Fetched
 from jobs.tables import find_columns
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
@@ -44,20 +44,35 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
 
 def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
     """The image of a row of a Parquet file, and how often its store was asked again."""
+    known = next((error for (file, rows), error in _unreadable.items() if file == key and position in rows), None)
+    if known is not None:
+        raise _of_image(known)
     try:
-        for (file, rows), error in _unreadable.items():
-            if file == key and position in rows:
-                raise type(error)(str(error))
+        try:
+            return _try(key, position, most)
+        except ReaderEndedError:  # the machine may have ended it, or kept it waiting
+            return _try(key, position, most)
+    except SourceError as error:
+        if isinstance(error, ContainerError) and error.rows is not None:
+            _unreadable[key, error.rows] = error
+            while len(_unreadable) > MAX_UNREADABLE:
+                _unreadable.popitem(last=False)
+        raise _of_image(error) from error
+
+
+def _try(key: _Key, position: int, most: int) -> tuple[bytes, int]:
+    try:
         stored = _open(key)
         return stored.image(position, most), stored.retries()
-    except BaseException as error:  # the rest of an answer must not be taken for the next one
+    except BaseException:  # the rest of an answer must not be taken for the next one
         if key in _opened:
             _opened.pop(key).close()
-        if isinstance(error, ContainerTooLargeError):
-            raise ImageTooLargeError(str(error)) from error
-        if isinstance(error, SourceError):
-            raise FetchError(str(error)) from error
         raise
+
+
+def _of_image(error: SourceError) -> ImageTooLargeError | FetchError:
+    """The error of an image that a container's error costs."""
+    return (ImageTooLargeError if isinstance(error, ContainerTooLargeError) else FetchError)(str(error))
 
 
 def close() -> None:
@@ -72,7 +87,6 @@ class _Stored:
     """The images of one version of a Parquet file."""
 
     def __init__(self, uri: str, version: str, column: str | None) -> None:
-        self._key = uri, version, column
         self._uri, self._version = uri, version
         self._retries = 0
         entry = storage.describe(uri)
@@ -91,6 +105,8 @@ class _Stored:
         self._column = found
         self._kept: OrderedDict[int, bytes | None] = OrderedDict()
         self._most = self._next = 0
+        self._group = range(0)
+        """Rows of the row group that was read last."""
 
     def image(self, position: int, most: int) -> bytes:
         """The image of a row, at most so many bytes; nothing where the row is null."""
@@ -98,16 +114,16 @@ class _Stored:
             self._most = most
             self._kept.clear()
         if position not in self._kept:
-            group = self._container.group(position)
+            group = self._group
+            if position not in group:
+                group = self._group = self._container.group(position)
             first = position if position < self._next else max(self._next, position - WINDOW, group.start)
             try:
                 for content in self._container.images(self._column, first, position, most):
                     self._keep(first, content)
                     first += 1
-            except ContainerError as error:  # as for all rows behind it, which are read through this one
-                _unreadable[self._key, range(first, group.stop)] = error
-                while len(_unreadable) > MAX_UNREADABLE:
-                    _unreadable.popitem(last=False)
+            except ContainerError as error:
+                error.rows = range(first, group.stop)  # those behind it are read through this one
                 raise
             self._next = first
         return self._kept[position] or b""

@@ -21,6 +21,8 @@ HASH: Final = "content_hash"
 FACTS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
 """Columns of a manifest beside labels; the last two are of images that lie in a tar or in Parquet."""
 
+NUMBER: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8,}|[0-9]+")
+"""What differs between the names of containers of one data set: a UUID, a digest, a number."""
 SERIES: Final = "series"
 """Of a row whose label is a number without a name: the containers whose numbers mean the same."""
 
@@ -43,9 +45,9 @@ def row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **
 
 
 def series(container: str) -> str:
-    """What the containers that one data set was divided into have in common: the name without its numbers."""
+    """What the containers that one data set was divided into have in common: the name without numbers and digests."""
     folder, _, name = container.rpartition("/")
-    return f"{folder}/{re.sub('[0-9]+', '', name)}"
+    return f"{folder}/{NUMBER.sub('', name)}"
 
 
 def readable(name: str) -> str:

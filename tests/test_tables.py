@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,17 @@ def test_row_group_that_cannot_be_read_costs_itself_once(tmp_path: Path, monkeyp
     assert lost == list(range(lost[0], 40)) and 20 <= lost[0] <= 25
     assert [one for one in found if one] == [one for i, one in enumerate(images) if i not in lost]
     assert len(forks) == 2  # the first one, and the one after the failure
+
+
+def test_reader_that_the_machine_ends_costs_no_image(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, parquet_bytes({"bytes": IMAGES}, row_group_size=1))
+    found = []
+    for row in rows:
+        found.append(fetching.fetch(row, 10**6).data)
+        (stored,) = fetching._opened.values()
+        assert stored._container._child is not None
+        os.kill(stored._container._child.pid, signal.SIGKILL)
+    assert found == IMAGES and not fetching._unreadable
 
 
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
