@@ -89,7 +89,7 @@ def _problem(host: str, port: int) -> str | None:
     except socket.gaierror as error:
         return f"the name {host} is not known ({error.strerror})"
     except UnicodeError as error:  # a part of the name is empty or too long
-        return f"the name {host} cannot be one ({error})"
+        return f"{host} is no host name ({error})"
     except TimeoutError:
         return f"no answer from {host}:{port} within {PROBE_SECONDS:g} s"
     except OSError as error:

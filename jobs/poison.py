@@ -35,7 +35,7 @@ class Budget:
         self._least = max(max_seconds, SECONDS_PER_CPU * cpus)
         self._at_once = max(1.0, cpus)
         self._leased: list[tuple[float, float]] = []
-        """Seconds that are lent, and when the clock of this process says that they were lost with their borrower."""
+        """Seconds that are lent, and the time (monotonic) after which their worker is taken for dead."""
         self.good = self.slow = 0.0
 
     def lease(self, seconds: float) -> float | None:
