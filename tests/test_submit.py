@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,16 +25,26 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody holds, below those that the kernel gives to sockets without a port of their own.
+
+    Ray's daemons open many such sockets as they start. An agent that finds its port taken by one of them goes on
+    without a job server, and its cluster never takes a job.
+    """
+    free: list[int] = []
+    for port in random.SystemRandom().sample(range(21_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise RuntimeError(f"{count} free ports are needed, and {len(free)} of 100 are")
 
 
 @pytest.fixture
 def job_server(tmp_path: Path) -> Iterator[str]:
     """Address of the job server of a cluster of this machine, ended by its own process group."""
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = free_ports(3)
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     # Ray's sockets live below its temporary folder, whose path must be short
     folder = Path("/tmp") / f"nsnet-job-{os.getpid()}"
@@ -48,11 +59,13 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(120):
+        for _ in range(360):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
                 break
             assert head.poll() is None, (tmp_path / "head.log").read_text()
             time.sleep(0.5)
+        else:
+            pytest.fail(f"no answer from {address} in three minutes:\n{(tmp_path / 'head.log').read_text()}")
         yield address
     finally:
         with contextlib.suppress(ProcessLookupError):
