@@ -70,6 +70,12 @@ ADVICE: Final = {
 OUT_OF_MEMORY: Final = frozenset({"MemoryError", "ArrowMemoryError", "OutOfMemoryError", "OutOfMemoryException"})
 """Names of classes, of torch, Ray and DuckDB too, none of which may be imported for this."""
 OUT_OF_DISK: Final = frozenset({"OutOfDiskError"})
+RAY_ERRORS: Final = frozenset({"ray.exceptions", "ray.data.exceptions"})
+"""Modules whose errors are the cluster's, but for `CARRIERS`."""
+CARRIERS: Final = frozenset({"RayError", "RayTaskError", "UserCodeException", "UnserializableException"})
+"""Names of those that hold another error as a text: it may be a bug of this program."""
+RAY_DATA_MARK: Final = "SystemException"
+"""Cause that Ray Data gives to errors of tasks and of Ray; it says nothing."""
 
 
 class ChangedError(Exception):
@@ -158,7 +164,7 @@ def root_cause(error: BaseException) -> BaseException:
         inner = getattr(error, "cause", None)
         if not isinstance(inner, BaseException) and type(error).__module__.partition(".")[0] == "ray":
             inner = error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
+        if not isinstance(inner, BaseException) or inner is error or type(inner).__name__ == RAY_DATA_MARK:
             break
         error = inner
     return error
@@ -182,7 +188,7 @@ def explain(error: BaseException) -> str | None:
         return f"{_detail(error)}; {ADVICE[code]}"
     if "No usable temporary directory" in str(error):
         return f"{_detail(error)}; set TMPDIR to a folder that can be written"
-    if type(error).__module__ == "ray.exceptions" and name != "RayTaskError":  # that one carries a bug
+    if type(error).__module__ in RAY_ERRORS and name not in CARRIERS and not getattr(error, "actor_init_failed", False):
         return f"the cluster failed: {reason(error)}"
     if kind(error) in (Fault.TRANSIENT, Fault.DENIED, Fault.CREDENTIALS) or isinstance(error, ClientError):
         return f"the store failed: {reason(error)}"

@@ -83,8 +83,6 @@ def _of_stream(error: Exception, folder: str) -> Exception:
     if (line := faults.explain(cause)) is not None:
         named = not isinstance(cause, OSError) or faults.file_of(cause)
         return StorageError(line if named else f"writing below {folder}: {line}")
-    if isinstance(cause, RayError | ExecutionTimeoutError):
-        return StorageError(f"the cluster failed: {faults.reason(cause)}")
     return error
 
 

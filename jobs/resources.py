@@ -174,7 +174,7 @@ def _started() -> bool:
 
 
 def configure_data() -> None:
-    """Settings of Ray Data: no bars of its own beside ours, and its older Parquet reader.
+    """Settings of Ray Data: no bars of its own beside ours, errors as stages raise them, its older Parquet reader.
 
     The newer one starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
@@ -185,6 +185,7 @@ def configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
+    context.raise_original_map_exception = True  # or `UserCodeException` comes in its place, without a cause
     if hasattr(context, "use_datasource_v2"):
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s

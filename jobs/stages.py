@@ -43,7 +43,8 @@ from nsnet.preparation import PreparationConfig, Prepared
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers must not wait for
     from nsnet.captions import Captioner, CaptionerConfig
-    from nsnet.clip import ClipConfig
+    from nsnet.clip import Clip, ClipConfig
+    from nsnet.detector import Detector
 
 ROWS_PER_BLOCK: Final = 32
 """Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
@@ -421,12 +422,18 @@ class Embed:
     def __init__(
         self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: StageReport
     ) -> None:
+        self.models, self.config = models, config
+        self.schema, self.batch_size, self.report = schema, batch_size, report
+
+    @cached_property
+    def clip(self) -> "Clip":
+        """The model; not loaded in `__init__`, of whose errors Ray passes on the text alone."""
         from nsnet.clip import find_weights, load_clip
 
-        models.use_threads()
-        self.clip = load_clip(config, find_weights(config, models.clip_path()))
-        self.clip.model.to(models.device)
-        self.schema, self.batch_size, self.report = schema, batch_size, report
+        self.models.use_threads()
+        clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))
+        clip.model.to(self.models.device)
+        return clip
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, alive = _light_rows(table)
@@ -446,19 +453,25 @@ class Score:
     """
 
     def __init__(self, models: Models, batch_size: int, report: StageReport) -> None:
-        from nsnet.detector import Detector
-
-        models.use_threads()
-        self.detector = Detector.load(
-            models.bundle_folder(), device=models.device, clip_weights=models.clip_path(), captioner=False
-        )
-        if models.detector_id not in (None, self.detector.detector_id):
-            raise BundleError(
-                f"{models.detector} was replaced during the run: it holds {self.detector.detector_id}, not "
-                f"{models.detector_id}"
-            )
         self.models, self.batch_size, self.report = models, batch_size, report
         self.memory = Memory()
+
+    @cached_property
+    def detector(self) -> "Detector":
+        """The model; not loaded in `__init__`, as in `Embed`."""
+        from nsnet.detector import Detector
+
+        models = self.models
+        models.use_threads()
+        detector = Detector.load(
+            models.bundle_folder(), device=models.device, clip_weights=models.clip_path(), captioner=False
+        )
+        if models.detector_id not in (None, detector.detector_id):
+            raise BundleError(
+                f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "
+                f"{models.detector_id}"
+            )
+        return detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, alive = _light_rows(table)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import ray
-from ray.data.exceptions import ExecutionTimeoutError
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from jobs.pipeline import _of_stream
@@ -53,3 +53,9 @@ def test_cluster_that_fails_is_said(error: Exception) -> None:
 def test_bug_of_a_stage_stays_what_it_is() -> None:
     error = carried(KeyError("uri"))
     assert _of_stream(error, "/out") is error
+
+
+def test_mark_of_ray_data_is_no_cause() -> None:
+    error = WorkerCrashedError()
+    error.__cause__ = SystemException()
+    assert str(_of_stream(error, "/out")).startswith("the cluster failed: WorkerCrashedError: ")

@@ -876,9 +876,9 @@ def test_table_of_several_pieces_gives_the_same(captioner: Caption, prepared: pa
 
 
 def test_actor_whose_bundle_was_replaced_is_refused(models: Models, scorer: Score) -> None:
-    Score(replace(models, detector_id=scorer.detector.detector_id), 4, REPORT)
+    assert Score(replace(models, detector_id=scorer.detector.detector_id), 4, REPORT).detector
     with pytest.raises(BundleError, match="was replaced during the run"):
-        Score(replace(models, detector_id="another"), 4, REPORT)
+        Score(replace(models, detector_id="another"), 4, REPORT).detector  # noqa: B018
 
 
 def test_logit_that_is_no_number_fails_there(scorer: Score, captioned: pa.Table) -> None:
