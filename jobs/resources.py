@@ -1,5 +1,6 @@
 """The cluster that a command runs on, and the shares of it that its stages take."""
 
+import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -12,8 +13,6 @@ from jobs.redaction import guard_logs
 from nsnet.errors import StorageError
 
 if TYPE_CHECKING:
-    from logging import LogRecord
-
     from ray.data.checkpoint import CheckpointConfig
 
 BLOCK_BYTES: Final = 16 * 2**20
@@ -178,8 +177,6 @@ def configure_data() -> None:
 
     The newer one starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
-    import logging
-
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -190,13 +187,14 @@ def configure_data() -> None:
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data.exceptions").addFilter(_to_file_alone)
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).addFilter(_to_file_alone)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
 
 
-def _to_file_alone(record: "LogRecord") -> bool:
-    """Keep what Ray Data says of an error off the console, where ours is one line; its log file has it all."""
-    record.hide = True
+def _to_file_alone(record: logging.LogRecord) -> bool:
+    """Keep Ray Data's errors off the console, where `console.run` says them; its log file has them all."""
+    record.hide = record.levelno >= logging.ERROR
     return True
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
 
@@ -130,9 +131,10 @@ def test_cluster_that_starts_no_worker_is_given_up(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of settings of its own
-def test_error_of_ray_data_is_kept_off_the_console() -> None:
+@pytest.mark.parametrize("module", ["ray.data.exceptions", streaming_executor_state.__name__])
+def test_error_of_ray_data_is_kept_off_the_console(module: str) -> None:
     resources.configure_data()
     resources.configure_data()  # for each dataset's settings
     record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "Full stack trace:"})
-    assert logging.getLogger("ray.data.exceptions").filter(record)
+    assert logging.getLogger(module).filter(record)
     assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
