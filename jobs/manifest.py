@@ -10,7 +10,7 @@ from typing import Any, Final
 from jobs import storage
 from jobs.labels import is_missing, text
 from jobs.layouts import Labels
-from jobs.redaction import shown, without_secrets
+from jobs.redaction import REFUSED, holds_secrets, shown, without_secrets
 from jobs.schema import MANIFEST
 from nsnet.errors import UsageError
 
@@ -21,8 +21,13 @@ HASH: Final = "content_hash"
 FACTS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
 """Columns of a manifest beside labels; the last two are of images that lie in a tar or in Parquet."""
 
-NUMBER: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8,}|[0-9]+")
-"""What differs between the names of containers of one data set: a UUID, a digest, a number."""
+NUMBER: Final = re.compile(
+    r"(?<![^\W_])(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=[a-f]*[0-9])[0-9a-f]{8,})(?![^\W_])|[0-9]+",
+    re.IGNORECASE,
+)
+"""What differs between the names of containers of one data set: a UUID, a digest, a number. The first two stand alone:
+`a00000001` and `b00000001` are two series.
+"""
 SERIES: Final = "series"
 """Of a row whose label is a number without a name: the containers whose numbers mean the same."""
 
@@ -69,8 +74,9 @@ def from_values(values: Mapping[str, Any], manifest: str, number: int, **labels:
             uri = _place(values.get("uri"), manifest)
         return row(uri, etag, size, expected_hash=_hash(values.get(HASH)), **inside, **labels)
     except RowError as error:
-        name = values.get("uri")
-        place = f"{manifest}#{number}" if is_missing(name) else shown(readable(str(name)))
+        name = "" if is_missing(values.get("uri")) else readable(str(values["uri"]))
+        # two names that differ in their secrets alone are two rows
+        place = name if name and shown(name) == name else f"{manifest}#{number}"
         return row(place, etag, None, problem=f"row {number} of the manifest: {without_secrets(str(error))}", **labels)
 
 
@@ -79,6 +85,8 @@ def _place(name: Any, manifest: str) -> str:
     if is_missing(name):
         raise RowError("it has no uri")
     uri = readable(str(name))
+    if holds_secrets(uri):  # joined to a folder it would be a path
+        raise RowError(f"{shown(uri)} {REFUSED}")
     if "://" not in uri and not uri.startswith("/"):
         folder = manifest.rpartition("/")[0]
         scheme, separator, path = folder.partition("://")

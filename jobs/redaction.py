@@ -13,6 +13,8 @@ from typing import Final
 from urllib.parse import unquote
 
 HIDDEN: Final = "***"
+REFUSED: Final = "holds a user, a password or a signature, which no address may"
+"""What is wrong with an address that `holds_secrets`."""
 MIN_SECRET_LENGTH: Final = 8
 """Fewest letters of a secret variable's value: to hide every `test` or `token` would spoil messages."""
 
@@ -34,6 +36,9 @@ ENCODED_USER: Final = re.compile(r"(?<=%3A%2F%2F)[^\s/&'\"<>]{1,999}%40", re.IGN
 """`user:password@` of an address that is a parameter of another one."""
 BREAKS: Final = re.compile(r"""[\s'"<>]""")
 """Where an address ends that stands in a text."""
+SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://")
+USER: Final = re.compile(r"[^/]*:(?!\d{1,5}$)")
+"""How the part before the first `/` of an address begins that names a user, and not only host and port."""
 QUERY: Final = re.compile(r"""(https?://[^\s'"<>?]{0,999})\?[^\s'"<>]*""", re.IGNORECASE)
 PARAMETER: Final = re.compile(
     r"""(?:(?<![A-Za-z0-9/])|(?<=%3F)|(?<=%26))"""
@@ -69,17 +74,30 @@ def shown(address: str) -> str:
 
 
 def _whole(address: str) -> str:
-    return BREAKS.sub("_", unquote(address))
+    """An address as its password is meant. Only before its path is `%3A` the sign of one: paths may be names of pages,
+    such as `https%3A%2F%2Fexample.com%2Fa.jpg%3Fid%3D1`.
+    """
+    if "://" not in address:
+        decoded = unquote(address)
+        return BREAKS.sub("_", decoded if SCHEME.match(decoded) else address)
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    if USER.match(unquote(host)):
+        host, path = unquote(host), unquote(path)
+    return BREAKS.sub("_", f"{scheme}://{host}{slash}{path}")
 
 
 def holds_secrets(uri: str) -> bool:
     """Whether an address holds a user, a password or a signature. A path that begins with `/`, `.` or `~` does not."""
-    if "://" in unquote(uri):
-        uri = _whole(uri)
-    if "://" not in uri:
-        return not uri.startswith(("/", ".", "~")) and USER_OF_HOST.match(uri) is not None
-    return any(pattern.search(uri) for pattern in (USER_OF_URL, QUERY)) or (
-        "?" in uri and PARAMETER.search(uri.partition("?")[2]) is not None
+    if uri.startswith(("/", ".", "~")):
+        return False
+    whole = _whole(uri)
+    if "://" not in whole:
+        return USER_OF_HOST.match(uri) is not None
+    return (
+        USER_OF_URL.search(whole) is not None
+        or QUERY.match(uri) is not None
+        or ("?" in uri and PARAMETER.search(uri.partition("?")[2]) is not None)
     )
 
 

@@ -32,7 +32,7 @@ from botocore.exceptions import ClientError
 from jobs import faults
 from jobs.faults import Fault
 from jobs.left_out import LeftOut
-from jobs.redaction import holds_secrets, shown, without_secrets
+from jobs.redaction import REFUSED, holds_secrets, shown, without_secrets
 from nsnet import bundle
 from nsnet.errors import BundleError, FetchError, ImageError, StorageError, UsageError
 from nsnet.files import open_regular
@@ -90,7 +90,7 @@ def located(uri: str) -> str:
     """The same for what is only read here and recorded nowhere: a local file may have any name."""
     if holds_secrets(uri):
         raise UsageError(
-            f"{shown(uri)}: an address must hold no user, password or signature. Give keys in "
+            f"{shown(uri)} {REFUSED}. Give keys in "
             "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by a role"
         )
     scheme, separator, rest = uri.partition("://")

@@ -42,6 +42,9 @@ LEFT_ALONE = [
     "s3://bucket/photo@2x.jpg", "http://host:9000/a@b", "/data/2026-01-02T12:30:05/photo@2x.jpg", "me@example.org",
     "warning: x: y@z", "/data/token=abc/x.jpg", "AUROC=0.9, threshold=0.5", "s3://bucket/what?.jpg", "file:///data/a@b",
     "s3://bucket/it's 100%40.jpg", "s3://bucket/a%3Fb@2x.jpg",
+    # names of pages that were crawled
+    "s3://bucket/crawl/https%3A%2F%2Fcdn.example.com%2Fa.jpg%3Fw%3D640", "https%3A%2F%2Fcdn%2Fa.jpg%3Fid%3D1",
+    "/data/crawl/https%3A%2F%2Fcdn.example.com%2Fa.jpg%3Fid%3D1",
 ]  # fmt: skip
 
 

@@ -610,12 +610,19 @@ def test_bad_row_of_a_manifest_fails_alone(tmp_path: Path) -> None:
     found = problems(rows)
     assert [problem is None for problem in found] == [True, *[False] * 6]
     assert rows[1]["uri"] == f"{tmp_path}/m.parquet#1" and found[1] == "row 1 of the manifest: it has no uri"
-    assert "an address must hold no user, password or signature" in str(found[2])
+    assert "holds a user, a password or a signature, which no address may" in str(found[2])
     assert "only local paths and s3:// are supported, not gs://" in str(found[4])
     assert not any(secret in str(row) for row in rows for secret in ("user:pw", "token=abc"))
     identities(rows)
     assert [row["label"] for row in rows] == [1] * 7
     assert fetch(rows[0], LARGE) == b"x"
+
+
+def test_rows_that_differ_in_a_secret_alone_are_two_rows(tmp_path: Path) -> None:
+    uris = [f"https://store/a.jpg?sig={secret}" for secret in ("one", "two")]
+    put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": uris})})
+    rows = list(Source(str(tmp_path / "m.parquet")).rows())
+    assert len(identities(rows)) == 2 and all("a.jpg?***" in str(problem) for problem in problems(rows))
 
 
 def test_file_that_is_no_parquet_is_refused(place: str) -> None:
