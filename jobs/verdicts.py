@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,6 +23,8 @@ NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detect
 WANTED: Final = ("image_id", "threshold", "transform", "split")
 """Columns that verdicts may have besides."""
 TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT]}
+APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
+"""Columns whose values part the rows of a file: an image may be one of several generators' reals."""
 STATUSES: Final = ("scored", "failed")
 MAX_SHOWN: Final = 12
 """Names or values in a message."""
@@ -77,27 +80,31 @@ def _from_file(uri: str) -> pa.Table:
 
 
 def _once(table: pa.Table, uri: str) -> pa.Table:
-    """Each image once, as its last row has it, where a file names them; one that is labelled both ways has no label."""
+    """Each image once for each of `APART`, as its last row has it, where a file names images.
+
+    What any row of an image says counts as its label; one that is labelled both ways has none.
+    """
     if "image_id" not in table.column_names:
         return table
-    last: dict[tuple[Any, ...], int] = {}
-    said: dict[tuple[Any, ...], set[Any]] = {}
-    names = [name for name in ("image_id", "detector_id", "transform") if name in table.column_names]
-    keys = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    for row, (key, label) in enumerate(zip(keys, table.column("label").to_pylist(), strict=True)):
-        key = key if key[0] is not None else (row,)
-        last[key] = row
-        said.setdefault(key, set()).add(label)
-    if len(last) == table.num_rows:
-        return table
-    both = [{0, 1} <= labels for labels in said.values()]
-    say(
-        f"warning: {uri}: {table.num_rows - len(last):,} rows repeat an image: the last row of each counts"
-        + (f"; {sum(both):,} images are labelled both real and fake: they have no label" if any(both) else "")
-    )
-    table = table.take(list(last.values()))
-    label = pc.if_else(pa.array(both), pa.scalar(None, table.schema.field("label").type), table.column("label"))
-    return table.set_column(table.column_names.index("label"), "label", label)
+    table = table.append_column("row", pa.array(np.arange(table.num_rows)))
+    named = table.filter(pc.is_valid(table.column("image_id")))
+    apart = named.group_by([name for name in APART if name in table.column_names])
+    last = apart.aggregate([("row", "max")]).column("row_max")
+    said = named.group_by("image_id").aggregate([("label", "min"), ("label", "max")])
+    both = pc.fill_null(pc.not_equal(said.column("label_min"), said.column("label_max")), False)
+    repeats, strange = named.num_rows - len(last), pc.sum(both).as_py() or 0
+    if repeats:
+        say(f"warning: {uri}: {repeats:,} rows repeat an image: the last row of each counts")
+    if strange:
+        say(f"warning: {uri}: {strange:,} images are labelled both real and fake: they have no label")
+    if repeats or strange:
+        kept = pc.or_(pc.is_in(table.column("row"), last), pc.is_null(table.column("image_id")))
+        table = table.filter(kept)
+        label = pc.if_else(both, pa.scalar(None, TYPES["label"]), said.column("label_min"))
+        label = label.take(pc.index_in(table.column("image_id"), said.column("image_id")))
+        label = pc.if_else(pc.is_null(table.column("image_id")), table.column("label"), label)
+        table = table.set_column(table.column_names.index("label"), "label", label)
+    return table.drop_columns(["row"])
 
 
 @contextmanager

@@ -265,7 +265,21 @@ def test_image_that_a_join_repeats_counts_once_and_without_a_label_where_its_row
     result = compared(tmp_path, image_id=["a", "a", "b", None])
     assert (result["without_label"], result["all"]["real"], result["all"]["fake"]) == (1, 1, 1)
     assert "1 images are labelled both real and fake" in capsys.readouterr().err
-    assert compared(tmp_path, image_id=["a"] * 4, transform=["", "jpeg:90", "jpeg:80", "blur:1"])["rows"]["used"] == 4
+    capsys.readouterr()
+    result = compared(tmp_path, image_id=["a", "b", "b", "a"], transform=["", "", "jpeg:90", "jpeg:90"])
+    assert result["rows"]["used"] == 4 and "warning" not in capsys.readouterr().err
+
+
+def test_image_may_be_one_of_several_generators_and_its_label_stand_in_one_row(tmp_path: Path) -> None:
+    """A join that repeats the reals for each generator, or that lost a label."""
+    many = {"image_id": ["r", "f", "s", "r"], "generator": ["g", "g", "h", "h"]}
+    result = compared(tmp_path, **many)
+    assert {name: (found["real"], found["fake"]) for name, found in result["generators"].items()} == {
+        "g": (1, 1),
+        "h": (1, 1),
+    }
+    result = compared(tmp_path, image_id=["a", "b", "b", "a"], label=[0, 1, None, None])
+    assert (result["without_label"], result["all"]["real"], result["all"]["fake"]) == (0, 1, 1)
 
 
 def test_values_that_pandas_writes_for_nothing_are_nothing(tmp_path: Path) -> None:
