@@ -25,8 +25,8 @@ NUMBER: Final = re.compile(
     r"(?<![^\W_])(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=[a-f]*[0-9])[0-9a-f]{8,})(?![^\W_])|[0-9]+",
     re.IGNORECASE,
 )
-"""What differs between the names of containers of one data set: a UUID, a digest, a number. The first two stand alone:
-`a00000001` and `b00000001` are two series.
+"""What differs between the names of containers of one data set: a UUID, a digest, a number. The first two stand alone.
+`a0000001` counts as a digest: series that are taken for one may lose labels, one that is parted may get wrong ones.
 """
 SERIES: Final = "series"
 """Of a row whose label is a number without a name: the containers whose numbers mean the same."""

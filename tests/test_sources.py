@@ -16,7 +16,7 @@ import pytest
 
 from jobs import endings, faults, fetching, schema, storage
 from jobs.faults import Fault
-from jobs.manifest import image_id
+from jobs.manifest import image_id, series
 from jobs.sources import Source
 from nsnet.errors import (
     FetchError,
@@ -616,6 +616,21 @@ def test_bad_row_of_a_manifest_fails_alone(tmp_path: Path) -> None:
     identities(rows)
     assert [row["label"] for row in rows] == [1] * 7
     assert fetch(rows[0], LARGE) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ("train-00000-6347f3d7.tar train-00001-6347f3d8.tar train-00002-6347F3D9.tar", 1),
+        ("0b5c6a2e-1d3f-4a5b-8c7d-9e0f1a2b3c4d.tar 1B5C6A2E-1D3F-4A5B-8C7D-9E0F1A2B3C4D.tar", 1),
+        ("part_00000000.tar part_00000001.tar", 1),
+        ("a0000001.tar b0000001.tar", 1),
+        ("20230101fake.tar 20230101real.tar", 2),
+        ("decade.tar facade.tar", 2),
+    ],
+)
+def test_series_of_containers_are_parted_by_their_words(names: str, count: int) -> None:
+    assert len({series(f"s3://bucket/{name}") for name in names.split()}) == count
 
 
 def test_rows_that_differ_in_a_secret_alone_are_two_rows(tmp_path: Path) -> None:
