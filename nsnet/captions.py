@@ -132,8 +132,8 @@ class Captioner:
         positions = model.config.text_config.max_position_embeddings
         if config.max_new_tokens > positions:
             raise WeightsError(
-                f"the captioner in {folder} has positions for {positions} tokens: a caption of {config.max_new_tokens} "
-                "(max_new_tokens) needs another one"
+                f"the captioner in {folder} has positions for {positions} tokens, fewer than max_new_tokens, "
+                f"{config.max_new_tokens}: lower it, or take another captioner"
             )
         if report["missing_keys"]:
             raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")

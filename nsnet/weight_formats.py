@@ -13,7 +13,7 @@ TAIL_BYTES: Final = 2**20
 
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 TEXT: Final = frozenset(b"\t\n\r" + bytes(range(32, 127)))
-"""What no file of weights consists of: such a one has lengths of several bytes, or is binary pickle."""
+"""Bytes of texts: a file of weights holds others, in the lengths and numbers that it begins with."""
 DOWNLOAD: Final = "download the file itself"
 MAGIC: Final = (
     (b"version https://git-lfs", "a Git LFS pointer to weights", f"run `git lfs pull`, or {DOWNLOAD}"),
@@ -53,7 +53,8 @@ def _foreign(path: Path, head: bytes, tail: bytes) -> tuple[str, str] | None:
             return what, advice
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it"
-    if head.startswith(b"\x08") and head[2:3] == b"\x12":  # the version of its format, then the name of its producer
+    is_safe = head[8:9] == b"{"
+    if head[:1] == b"\x08" and head[2:3] == b"\x12" and not is_safe:  # version of the format, then name of the producer
         return "a model of ONNX", "take the weights of PyTorch, .safetensors or .bin"
     if all(byte in TEXT for byte in head):
         return f"a text that begins with {head[:60].decode('ascii')!r}", DOWNLOAD

@@ -438,3 +438,10 @@ def test_transformers_clip_is_named_as_such(suffix: str, tmp_path: Path) -> None
     with pytest.raises(WeightsError, match="transformers' format: give .* in open_clip's") as caught:
         clip.find_weights(SMALL, tmp_path)
     models.one_line(caught.value)
+
+
+def test_header_of_safetensors_may_have_any_length(tmp_path: Path) -> None:
+    """One of 0x120008 bytes begins as a model of ONNX does."""
+    header = b"{}".ljust(0x120008)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    weight_formats.check(tmp_path / "model.safetensors")
