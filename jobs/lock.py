@@ -132,7 +132,7 @@ class Lock:
             return False
         number = highest + 1
         if number > MAX_NUMBER:
-            raise StorageError(f"{self._uri(highest)} is the last number that a lock can have: remove this file")
+            raise StorageError(f"{self._uri(highest)} has the last number that a lock can have: remove this file")
         if not storage.create(self._uri(number), _encoded(self._holder)):
             return False
         if not storage.is_local(self.folder):
@@ -181,7 +181,10 @@ class Lock:
 
     def _is_lock(self, number: int) -> bool:
         """Whether a file says what a lock says."""
-        return not {"token", "released"}.isdisjoint(self._read(number))
+        try:
+            return not {"token", "released"}.isdisjoint(self._read(number))
+        except OSError:  # it may not be read
+            return False
 
     def _read(self, number: int) -> dict[str, Any]:
         """What a lock file says; nothing where it is damaged: then it holds until it expires."""
