@@ -4,8 +4,10 @@ The child asks for pieces of the file and answers with names and values; whateve
 pays nothing but these pieces.
 """
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -56,6 +58,9 @@ class ContainerError(SourceError):
 
 class ReaderEndedError(ContainerError):
     """The child that reads it ended, or took too long, which may be the machine's fault."""
+
+    by_machine = False
+    """It was killed (SIGKILL), as the machine does where memory is short."""
 
 
 class ContainerTooLargeError(ContainerError):
@@ -125,23 +130,28 @@ class Container:
         found: list[Member] = []
         names = behind = 0
         for answer in self._ask({"members": True}):
-            for name, offset, size, kind, label in self._checked(answer["members"], (str, int, int, str, str | None)):
+            with self._making_sense():
+                some = self._checked(answer["members"], (str, int, int, str, str | None))
+                behind = int(answer.get("behind", 0))
+            for name, offset, size, kind, label in some:
                 if kind == "file" and not 0 <= offset <= offset + size <= self._size_bytes:
-                    raise self._error("its reader's answer makes no sense")
+                    raise self._senseless()
                 found.append(Member(name=name, offset=offset, size_bytes=size, kind=kind, label=label))
                 names += len(name)
             if len(found) > MAX_MEMBERS or names > MAX_NAMES_BYTES:
                 raise self._error(f"it has more than {MAX_MEMBERS:,} members, or names of {MAX_NAMES_BYTES:,} bytes")
-            behind = answer.get("behind", 0)
-        return found, int(behind)
+        return found, behind
 
     def describe(self, repeated: Sequence[str] = ()) -> Described:
         """Columns and rows of a Parquet file; must be asked first. `repeated`: as `ParquetFile` takes it."""
         columns: list[list[Any]] = []
         for answer in self._ask({"describe": list(repeated)}):
-            columns += self._checked(answer["columns"], (str, str, list | None))
+            with self._making_sense():
+                columns += self._checked(answer["columns"], (str, str, list | None))
             if len(columns) > MAX_COLUMNS:
                 raise self._error(f"it has more than {MAX_COLUMNS:,} columns")
+        with self._making_sense():
+            rows, features = int(answer["rows"]), str(answer["features"]).encode()
         unique = {name for name, count in Counter(name for name, _, _ in columns).items() if count == 1}
         return Described(
             columns={name: kind for name, kind, _ in columns if name in unique},
@@ -149,15 +159,17 @@ class Container:
                 name: (name, *map(str, field)) for name, _, field in columns if name in unique and field is not None
             },
             doubled=sorted({name for name, _, _ in columns} - unique),
-            rows=int(answer["rows"]),
-            features=str(answer["features"]).encode(),
+            rows=rows,
+            features=features,
         )
 
     def distinct(self, column: str) -> list[Any] | None:
         """Distinct values of a column; None: more than `MAX_DISTINCT`."""
-        (answer,) = self._ask({"distinct": column, "most": MAX_DISTINCT})
-        values = answer["distinct"]
-        return None if values is None else [value for (value,) in self._checked([[one] for one in values], (Plain,))]
+        with self._making_sense():
+            (answer,) = self._ask({"distinct": column, "most": MAX_DISTINCT})
+            values = answer["distinct"]
+            rows = None if values is None else self._checked([[one] for one in values], (Plain,))
+        return None if rows is None else [value for (value,) in rows]
 
     def rows(self, columns: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
         """Rows of some columns of plain types, `count` of them, as the file says. Texts are bounded, one and all."""
@@ -167,7 +179,8 @@ class Container:
             if not columns:
                 yield from ({} for _ in range(count))
                 return
-            some = self._checked(answer["values"], (Plain,) * len(columns))
+            with self._making_sense():
+                some = self._checked(answer["values"], (Plain,) * len(columns))
             came += len(some)
             if came > count:
                 raise self._error(f"it says that it has {count:,} rows, and has more")
@@ -181,10 +194,11 @@ class Container:
 
     def group(self, row: int) -> range:
         """The rows of the row group that a row is in."""
-        (answer,) = self._ask({"group": row})
-        first, end = (int(number) for number in answer["group"])
+        with self._making_sense():
+            (answer,) = self._ask({"group": row})
+            first, end = (int(number) for number in answer["group"])
         if not first <= row < end:
-            raise self._error("its reader's answer makes no sense")
+            raise self._senseless()
         return range(first, end)
 
     def images(self, column: Sequence[str], first: int, last: int, most: int) -> Iterator[bytes | None]:
@@ -194,9 +208,11 @@ class Container:
         """
         request = {"images": list(column), "from": first, "to": last, "most": most}
         for position, answer in enumerate(self._ask(request), start=first):
-            size = answer["size_bytes"]
-            if answer["position"] != position or not (size is None or 0 <= size <= most):
-                raise self._error("its reader's answer makes no sense")
+            with self._making_sense():
+                size = None if answer["size_bytes"] is None else int(answer["size_bytes"])
+                is_next = answer["position"] == position
+            if not is_next or not (size is None or 0 <= size <= most):
+                raise self._senseless()
             yield None if size is None else self._payload(size)
 
     def _payload(self, size: int) -> bytes:
@@ -214,7 +230,8 @@ class Container:
             if whole.computed > seconds:
                 raise self._error(f"reading it took longer than {seconds:.0f} s of computing")
             if "read" in answer:
-                offset, length = (int(number) for number in answer["read"])
+                with self._making_sense():
+                    offset, length = (int(number) for number in answer["read"])
                 left -= max(0, length)
                 if offset < 0 or length <= 0 or left < 0:
                     raise self._error("it is read again and again")
@@ -222,11 +239,8 @@ class Container:
                 self._send({"size_bytes": len(data)}, data)
                 continue
             if "error" in answer:
-                raise self._error_of(_text(answer["class"]), _text(answer["error"]))
-            try:
-                yield answer
-            except (KeyError, TypeError, ValueError) as error:
-                raise self._error("its reader's answer makes no sense") from error
+                raise self._error_of(_text(answer.get("class")), _text(answer["error"]))
+            yield answer
             if answer.get("end"):
                 return
 
@@ -251,20 +265,37 @@ class Container:
         try:
             return talk(self._child)
         except (EOFError, BrokenPipeError) as error:
-            raise ReaderEndedError(f"{self._name}: its reader ended with {exit_reason(self.close())}") from error
+            code = self.close()
+            ended = ReaderEndedError(f"{self._name}: its reader ended with {exit_reason(code)}")
+            ended.by_machine = code == -signal.SIGKILL
+            raise ended from error
         except ChildTimeoutError as error:
             raise ReaderEndedError(f"{self._name}: reading it took longer than {error}") from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise self._error(f"its reader's answer makes no sense ({type(error).__name__})") from error
+            raise self._senseless() from error
+
+    @contextmanager
+    def _making_sense(self) -> Iterator[None]:
+        """Read an answer of the child, which may have been taken over: whatever it says costs this container alone."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise self._senseless() from error
 
     def _checked(self, rows: Any, kinds: tuple[Any, ...]) -> list[list[Any]]:
-        """Rows of values of these types."""
+        """Rows of values of these types. Texts may be names that are no UTF-8, as Python reads them from a disk."""
         if not isinstance(rows, list):
-            raise self._error("its reader's answer makes no sense")
+            raise self._senseless()
         for row in rows:
-            if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
-                raise self._error("its reader's answer makes no sense")
+            if not isinstance(row, list) or len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
+                raise self._senseless()
+            for value in row:
+                if isinstance(value, str) and not value.isascii():
+                    value.encode("utf-8", "surrogateescape")
         return rows
+
+    def _senseless(self) -> ContainerError:
+        return self._error("its reader's answer makes no sense")
 
     def _error(self, why: str) -> ContainerError:
         return ContainerError(f"{self._name}: {why}")

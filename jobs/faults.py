@@ -139,8 +139,10 @@ def own_words(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    text = without_secrets(" ".join(own_words(error).split()))
-    return f"{type(error).__name__}: {text[:300] or 'no answer in time'}"
+    text = without_secrets(" ".join(own_words(error).split()))[:300]
+    if not text and isinstance(error, TimeoutError):
+        text = "no answer in time"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def fetch_error(error: Exception, requests: int) -> FetchError:

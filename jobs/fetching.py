@@ -53,7 +53,8 @@ def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
         except ReaderEndedError:  # the machine may have ended it, or kept it waiting
             return _try(key, position, most)
     except SourceError as error:
-        if isinstance(error, ContainerError) and error.rows is not None:
+        by_machine = isinstance(error, ReaderEndedError) and error.by_machine
+        if isinstance(error, ContainerError) and error.rows is not None and not by_machine:
             _unreadable[key, error.rows] = error
             while len(_unreadable) > MAX_UNREADABLE:
                 _unreadable.popitem(last=False)

@@ -277,6 +277,23 @@ def test_reader_that_the_machine_ends_costs_no_image(tmp_path: Path) -> None:
     assert found == IMAGES and not fetching._unreadable
 
 
+def test_reader_that_the_machine_kills_twice_costs_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(tmp_path, parquet_bytes({"bytes": [picture_file(seed, width=16, height=16) for seed in range(20)]}))
+    ask, kills = containers.Container._ask, [1, 2]
+
+    def killing(self: containers.Container, request: dict[str, Any], rows: int = 0) -> Any:
+        if "images" in request and kills:
+            kills.pop()
+            assert self._child is not None
+            os.kill(self._child.pid, signal.SIGKILL)
+        return ask(self, request, rows)
+
+    monkeypatch.setattr(containers.Container, "_ask", killing)
+    with pytest.raises(FetchError, match="its reader ended with SIGKILL"):
+        fetching.fetch(rows[0], 10**6)
+    assert all(fetching.fetch(row, 10**6).data for row in rows)
+
+
 def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_path: Path) -> None:
     """20 KB of Parquet with one image of 600 MB, of zeros."""
     put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(600_000_000)]}, **PLAIN)})

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from jobs import containers
-from jobs.guard import Clock
 from jobs.sources import Source
 from nsnet.errors import SourceError
 from tests.tables import put, tar_bytes
@@ -189,14 +187,3 @@ def test_folders_of_a_tar_go_on_in_it(tmp_path: Path) -> None:
         "train/fake/00.tar#b.jpg": (0, "train"),
     }
     assert rows["train/fake/00.tar#sdxl/a.jpg"]["generator"] == "sdxl"
-
-
-def test_tar_is_read_for_a_time_that_its_size_justifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A header for all members that follow may cost seconds for each of them, and each answer comes in time."""
-
-    class Spent(Clock):
-        computed = property(lambda self: self.seconds + 1)
-
-    monkeypatch.setattr(containers, "Clock", Spent)
-    with pytest.raises(SourceError, match="x.tar: reading it took longer than 60 s of computing"):
-        listed(tmp_path, tar_bytes({"a.png": b"x"}))
