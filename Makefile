@@ -6,7 +6,7 @@ OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
 
-.PHONY: setup demo test test-faults test-unit test-rest fuzz check format lock help
+.PHONY: setup demo test test-faults test-unit test-rest fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test    all tests, in two processes: test-unit, without Ray, S3 and the real sizes; test-rest, with them"
 	@echo "make test-faults   kill -9 of everything KILLS=$(KILLS) times, bad networks, poisoned pictures"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; a minute of them is in make test"
+	@echo "make golden  compute tests/golden/*.json anew: losses and verdicts that only a change of the method may move"
 	@echo "make check   ruff, mypy, import rules"
 
 setup: $(STAMP)
@@ -47,6 +48,10 @@ test-rest: setup
 # One case again: python -m tests.fuzz KIND:NUMBER
 fuzz: setup
 	$(RUN) -m tests.fuzz
+
+# After a change that is meant to move the numbers; any other leaves these files as they are.
+golden: setup
+	$(RUN) -m tests.golden
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -23,6 +23,8 @@ from jobs.train import train
 from nsnet.captions import CaptionerConfig
 from nsnet.errors import SourceError, UsageError
 from nsnet.preparation import PreparationConfig
+from tests.events import events
+from tests.golden.compute import FOLDER, LOSSES, STEPS
 
 pytestmark = [
     pytest.mark.cluster,
@@ -79,7 +81,7 @@ def request(bucket: str, out: str, **values: Any) -> TrainRequest:
         out=out,
         workers=(2, 2),
         epochs=2,
-        batch_size=16,
+        batch_size=8,
         operating_point="fpr=10%",
         **values,
     )
@@ -114,6 +116,18 @@ def test_training_leaves_its_split_records_and_predictions(bucket: str, detector
     told = storage.read_json(f"{work}/result.json")
     assert len(told["history"]) == 2 and told["test"] is None
     assert all(0 < record["residual_energy"] <= 1 for record in told["history"])
+
+
+def test_training_takes_the_golden_steps(detector: str) -> None:
+    """Two workers, fed by Ray from a bucket, lose what one process does that calls the library."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for entry in storage.list_files(f"{detector}.training/tensorboard"):
+        for event in events(storage.read_bytes(entry.uri)):
+            for value in event.summary.value:
+                found[event.step][value.tag] = value.simple_value
+    golden = json.loads((FOLDER / "losses.json").read_text())
+    steps = [{name: found[step][name] for name in LOSSES} for step in range(1, STEPS + 1)]
+    assert steps == [pytest.approx(step, abs=1e-4) for step in golden]
 
 
 def test_predictions_of_a_training_are_what_scoring_gives(bucket: str, detector: str) -> None:
