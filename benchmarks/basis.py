@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import measure
-from jobs import schema
+from jobs.dataset import schema
 
 DIM, FILE_ROWS, TOPICS = 768, 8_000, 60
 RANKS = (1, 16, 64, 256, 512, 767)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import measure
-from jobs.decoding import GuardedDecoder
-from jobs.guard import ENVIRONMENT
+from jobs.isolation.guard import ENVIRONMENT
+from jobs.pipeline.decoding import GuardedDecoder
 from nsnet.preparation import PreparationConfig, prepare
 
 THUMBNAILS_PX: Final = {"tiny": 64, "BLIP": 384}

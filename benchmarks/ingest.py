@@ -18,11 +18,11 @@ import psutil
 import pyarrow as pa
 
 from benchmarks import measure
-from jobs import resources
-from jobs.examples import SPLIT, Examples
-from jobs.ingest import Ingest, Order, picture_seed
-from jobs.sources import Source
-from jobs.stages import transform_seed
+from jobs.cluster import resources
+from jobs.dataset.source import Source
+from jobs.pipeline.actors import transform_seed
+from jobs.training.examples import SPLIT, Examples
+from jobs.training.ingest import Ingest, Order, picture_seed
 from nsnet import recipes, transforms
 from nsnet.patches import assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare

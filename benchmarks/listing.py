@@ -17,8 +17,10 @@ from typing import Any, Final
 import pyarrow as pa
 
 from benchmarks import measure
-from jobs import ledger, parquet, schema, storage
-from jobs.plan import write_manifest
+from jobs.dataset import schema
+from jobs.dataset.plan import write_manifest
+from jobs.runs import publication
+from jobs.storage import parquet, storage
 
 PUBLISHED_FILE_ROWS: Final = 500_000
 
@@ -86,7 +88,7 @@ def on_s3(work: Path, objects: int) -> str:
 def against_history(work: Path, published: int) -> str:
     """A source of a tenth of what was published, of which all but a hundredth is known."""
     out = work / f"history-{published}"
-    if not ledger.runs(str(out)):
+    if not publication.runs(str(out)):
         _publish(out, published)
     count = published // 10
     source = work / f"source-{published}.parquet"
@@ -95,15 +97,15 @@ def against_history(work: Path, published: int) -> str:
     table = pa.table({"uri": uris, "etag": etags})
     parquet.write(table.to_batches(), table.schema, str(source))
     del table, uris, etags
-    done = ledger.published(str(out), schema.DONE, detector_id="d")
+    done = publication.published(str(out), schema.DONE, detector_id="d")
     return planned(f"{count:,} rows of a manifest against {published:,} published", str(source), str(work / "p"), done)
 
 
 def _publish(out: Path, rows: int) -> None:
     """A published run of so many rows, without their pictures."""
-    from jobs.manifest import image_id
+    from jobs.dataset.manifest import image_id
 
-    run = ledger.Run(out=str(out))
+    run = publication.Run(out=str(out))
     files: list[dict[str, Any]] = []
     for start in range(0, rows, PUBLISHED_FILE_ROWS):
         uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import console, parquet, results, storage
-from jobs.address import check_address
-from jobs.console import say
-from jobs.request import TrainRequest
+from jobs.cluster.address import check_address
+from jobs.console import main
+from jobs.console.main import say
+from jobs.experiments import predictions
+from jobs.experiments.request import TrainRequest
+from jobs.storage import parquet, storage
 from jobs.train import PREDICTIONS, RESULT, WorkersType, train
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError
@@ -41,17 +43,17 @@ BASELINE: Final = "advanced"
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made below OUT.")
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
-@console.max_left_out_option
-@console.column_option
-@console.weights_options
-@console.limit_options
-@console.address_option
+@main.max_left_out_option
+@main.column_option
+@main.weights_options
+@main.limit_options
+@main.address_option
 def command(source: str, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
     """Train variants of a recipe on SOURCE, test them on the same pictures, and print one table with intervals.
 
     What was finished is kept: the same command continues.
     """
-    limits = console.limits_from(options)
+    limits = main.limits_from(options)
     try:
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
@@ -73,7 +75,7 @@ def ablate(
     **training: Any,
 ) -> dict[str, Any]:
     """Train and test each variant with each seed; returns the table. What is wrong with a request is found first."""
-    from jobs.groundwork import share_split
+    from jobs.experiments.inputs import share_split
 
     out = storage.absolute(out)
     shared = TrainRequest(
@@ -107,7 +109,7 @@ def ablate(
     text = as_text(rows)
     storage.write_json(storage.join(out, "ablation.json"), result)
     storage.write_bytes(storage.join(out, "ablation.txt"), (text + "\n").encode())
-    console.show(text)
+    main.show(text)
     say(f"table: {storage.join(out, 'ablation.json')}")
     return result
 
@@ -165,7 +167,7 @@ def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None
 
 def _tested(uri: str) -> pa.Table:
     """Predictions on the test pictures, ordered by picture."""
-    table = pa.Table.from_batches(parquet.read(uri, results.PREDICTIONS), results.PREDICTIONS)
+    table = pa.Table.from_batches(parquet.read(uri, predictions.PREDICTIONS), predictions.PREDICTIONS)
     return table.filter(pc.equal(table.column("split"), "test")).sort_by("image_id")
 
 
@@ -218,4 +220,4 @@ def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet ablate")
+    main.run(command, "nsnet ablate")

@@ -11,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import biases, console, copies, inventory, ledger, parquet, storage
-from jobs.console import say
-from jobs.facts import FACTS_ID, examine
-from jobs.findings import as_text
-from jobs.plan import Selection, write_manifest
+from jobs.auditing import duplicates, inventory, metadata_bias
+from jobs.auditing.text import as_text
+from jobs.console import main
+from jobs.console.main import say
+from jobs.dataset.plan import Selection, write_manifest
+from jobs.runs import publication
+from jobs.storage import parquet, storage
+from jobs.workflows.examine import FACTS_ID, examine
 from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
@@ -30,24 +33,24 @@ COPIES: Final = "duplicates.parquet"
 @click.option("--out", default=None, help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.")
 @click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
-@console.selection_options
-@console.max_failed_option
-@console.max_left_out_option
-@console.limit_options
-@console.address_option
+@main.selection_options
+@main.max_failed_option
+@main.max_left_out_option
+@main.limit_options
+@main.address_option
 def command(source: str, **options: Any) -> int:
     """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
     pixel and JPEG quality alone tell real from fake.
 
     Pictures are looked at once: with --out, the next audit of the source looks at what is new or changed.
     """
-    limits = console.limits_from(options)
+    limits = main.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     result = audit(source, limits=limits, selection=selection, **options)
     failed = sum(error["pictures"] for error in result["failed"].values())
-    failed_code = console.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
-    return max(failed_code, console.left_out_code(result, left_out))
+    failed_code = main.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
+    return max(failed_code, main.left_out_code(result, left_out))
 
 
 def audit(
@@ -74,11 +77,11 @@ def audit(
         result = {"source": source, "not_examined": unknown, **left_out, **found}
         text = as_text(result)
         if out is not None:
-            parquet.write(twins.to_batches(), copies.COPIES, storage.join(place, COPIES))
+            parquet.write(twins.to_batches(), duplicates.COPIES, storage.join(place, COPIES))
             storage.write_bytes(storage.join(place, REPORT), (text + "\n").encode())
             storage.write_json(storage.join(place, RESULT), result)
             say(f"report: {storage.join(place, RESULT)}")
-    console.show(text)
+    main.show(text)
     return result
 
 
@@ -97,9 +100,9 @@ def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) 
 
     An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
     """
-    facts = ledger.published(place, inventory.KNOWN, ledger.FACTS, facts_id=FACTS_ID)
+    facts = publication.published(place, inventory.KNOWN, publication.FACTS, facts_id=FACTS_ID)
     if not listed_anew:
-        listing = ledger.published(place, inventory.LISTED, ledger.FACTS, facts_id=FACTS_ID)
+        listing = publication.published(place, inventory.LISTED, publication.FACTS, facts_id=FACTS_ID)
         return inventory.pictures(listing, facts)
     whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
@@ -112,8 +115,8 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
     """What rows of `inventory.PICTURES` show, JSON-ready, and the pictures that have a copy (`copies.COPIES`)."""
     seen = inventory.readable(table)
     say(f"comparing {seen.num_rows:,} pictures with each other")
-    contents, alike = copies.groups(seen, distance)
-    groups = np.full(table.num_rows, biases.UNREADABLE)
+    contents, alike = duplicates.groups(seen, distance)
+    groups = np.full(table.num_rows, metadata_bias.UNREADABLE)
     groups[pc.equal(table.column("status"), "scored").to_numpy()] = alike
     parts = dict(inventory.by_generator(table))
     lent = inventory.lent_reals(parts, inventory.class_numbers(table))
@@ -126,11 +129,11 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
             name: _described(table, rows, groups, seed, name, lent.get(name)) for name, rows in parts.items()
         },
         "duplicates": {
-            "distance": distance, "exact": copies.count(seen, contents), "alike": copies.count(seen, alike)
+            "distance": distance, "exact": duplicates.count(seen, contents), "alike": duplicates.count(seen, alike)
         },
         "seed": seed,
     }  # fmt: skip
-    return found, copies.copies(seen, contents, alike)
+    return found, duplicates.copies(seen, contents, alike)
 
 
 def _described(
@@ -143,9 +146,9 @@ def _described(
     return {
         "classes": inventory.describe(table.take(rows)),
         "reals_of": reals_of,
-        "metadata": biases.measure(biases.metadata(table.take(compared), groups[compared]), seed),
+        "metadata": metadata_bias.measure(metadata_bias.metadata(table.take(compared), groups[compared]), seed),
     }
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet audit")
+    main.run(command, "nsnet audit")

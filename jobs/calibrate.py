@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import console, parquet, storage
-from jobs.console import say
-from jobs.results import PREDICTIONS
+from jobs.console import main
+from jobs.console.main import say
+from jobs.experiments.predictions import PREDICTIONS
+from jobs.storage import parquet, storage
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import from_dict, to_dict
@@ -28,7 +29,7 @@ from nsnet.errors import BundleError, SourceError, UsageError
     "--operating-point", required=True, help="accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share)."
 )
 @click.option(
-    "--uncertain", type=console.ShareType(), default=None,
+    "--uncertain", type=main.ShareType(), default=None,
     help="Share of pictures nearest to the threshold that are called uncertain; default: what the point says, or none.",
 )  # fmt: skip
 @click.option("--out", required=True, help="Where the new bundle goes: a folder or s3:// URI.")
@@ -100,4 +101,4 @@ def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet calibrate")
+    main.run(command, "nsnet calibrate")

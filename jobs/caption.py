@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import console, failures, ledger, schema, storage
-from jobs.address import check_address
-from jobs.attempts import Attempt
-from jobs.ledger import Run
-from jobs.plan import Selection
-from jobs.runs import Request, Work, carry_out
-from jobs.sources import Source
+from jobs.cluster.address import check_address
+from jobs.console import main
+from jobs.dataset import schema
+from jobs.dataset.plan import Selection
+from jobs.dataset.source import Source
+from jobs.runs import failures, publication
+from jobs.runs.attempts import Attempt
+from jobs.runs.execution import Request, Work, carry_out
+from jobs.runs.publication import Run
+from jobs.storage import storage
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
 if TYPE_CHECKING:  # these import torch
-    from jobs.stages import Models
+    from jobs.pipeline.actors import Models
     from nsnet.detector import DetectorConfig
 
 
@@ -28,13 +31,13 @@ if TYPE_CHECKING:  # these import torch
 @click.option("--out", required=True, help="Where captions are published: a folder or s3:// URI.")
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@console.selection_options
+@main.selection_options
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
-@console.max_failed_option
-@console.max_left_out_option
-@console.weights_options
-@console.limit_options
-@console.address_option
+@main.max_failed_option
+@main.max_left_out_option
+@main.weights_options
+@main.limit_options
+@main.address_option
 def command(source: str, **options: Any) -> int:
     """Caption the pictures of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
     features by the frozen text tower, or the reason why there is none. The same command continues a run that was
@@ -42,12 +45,12 @@ def command(source: str, **options: Any) -> int:
 
     Training reads them (`nsnet train --captions OUT`), and loads neither captioner nor text tower.
     """
-    limits = console.limits_from(options)
+    limits = main.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = caption(source, limits=limits, selection=selection, **options)
-    failed_code = console.exit_code(record["counts"], record["rows"], allowed)
-    return max(failed_code, console.left_out_code(record, left_out))
+    failed_code = main.exit_code(record["counts"], record["rows"], allowed)
+    return max(failed_code, main.left_out_code(record, left_out))
 
 
 def caption(
@@ -64,7 +67,7 @@ def caption(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Caption a source and publish; returns the run's record, which has no rows where there was nothing to do."""
-    from jobs.stages import Models
+    from jobs.pipeline.actors import Models
     from nsnet import recipes
 
     if batch_size < 1:
@@ -77,13 +80,13 @@ def caption(
     models = Models(clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner))
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
-        source=source, out=out, product=ledger.CAPTIONS, maker=features_id(config, models),
+        source=source, out=out, product=publication.CAPTIONS, maker=features_id(config, models),
         selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
     )  # fmt: skip
 
     def work(run: Run) -> Work:
-        from jobs.pipeline import Stream, prepared
-        from jobs.stages import Embed
+        from jobs.pipeline.actors import Embed
+        from jobs.pipeline.stream import Stream, prepared
         from nsnet.captions import thumbnail_px
         from nsnet.preparation import PreparationConfig
 
@@ -105,7 +108,7 @@ def caption(
             title="caption",
             stages=("prepared", "captioned", "embedded"),
             stream=stream,
-            known=ledger.published(out, schema.CAPTIONED, ledger.CAPTIONS, captioner_id=models.captioner_id),
+            known=publication.published(out, schema.CAPTIONED, publication.CAPTIONS, captioner_id=models.captioner_id),
             captioner_id=models.captioner_id,
             details={
                 "captioner_id": models.captioner_id,
@@ -134,4 +137,4 @@ def _captioner_id(config: "DetectorConfig", models: "Models") -> str:
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet caption")
+    main.run(command, "nsnet caption")

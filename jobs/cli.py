@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from jobs import console
+from jobs.console.main import run
 
 COMMANDS: Final = {
     "audit": "Look for what would fool a detector in a labelled source.",
@@ -51,7 +51,7 @@ def group() -> None:
 
 def main() -> None:
     """Entry point."""
-    console.run(group, "nsnet")
+    run(group, "nsnet")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import click
 
-from jobs import console, storage
-from jobs.address import check_address
-from jobs.console import say
+from jobs.cluster.address import check_address
+from jobs.console import main
+from jobs.console.main import say
+from jobs.storage import storage
 from nsnet.errors import UsageError
 
 TRAINING_SCENES: Final = range(0, 300)
@@ -22,7 +23,7 @@ HELD_OUT_SCENES: Final = range(1000, 1150)
 @click.option("--out", required=True, help="Folder for pictures, detector, verdicts and table.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of pictures, weights and order.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Training processes.")
-@console.address_option
+@main.address_option
 def command(out: str, **options: Any) -> int:
     """Make a labelled bucket, train `tiny` on it, score pictures that it has not seen, and evaluate.
 
@@ -35,9 +36,9 @@ def command(out: str, **options: Any) -> int:
 
 def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
     """Run the demo; returns the evaluation."""
+    from jobs.dataset.synthetic import write_bucket
     from jobs.evaluate import evaluate
-    from jobs.pictures import write_bucket
-    from jobs.request import TrainRequest
+    from jobs.experiments.request import TrainRequest
     from jobs.score import score
     from jobs.train import train
 
@@ -70,8 +71,8 @@ def _progress(name: str, total: int) -> Any:
     """A line that is redrawn on a terminal, and silence in a log."""
     if not sys.stderr.isatty():
         return None
-    return lambda done: console.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
+    return lambda done: main.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet demo")
+    main.run(command, "nsnet demo")

@@ -11,13 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import console, labelled, parquet, schema, storage, verdicts
-from jobs.comparison import SAMPLES, compare, long_table
-from jobs.console import say
-from jobs.curves import curves
-from jobs.plan import Selection, write_manifest
-from jobs.table import as_text
-from jobs.verdicts import NoVerdictsError
+from jobs.console import main
+from jobs.console.main import say
+from jobs.console.tables import as_text
+from jobs.dataset import schema
+from jobs.dataset.plan import Selection, write_manifest
+from jobs.evaluation import groups, verdicts
+from jobs.evaluation.comparison import SAMPLES, compare, long_table
+from jobs.evaluation.curves import curves
+from jobs.evaluation.verdicts import NoVerdictsError
+from jobs.storage import parquet, storage
 from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
 
@@ -47,11 +50,11 @@ Pairs = Mapping[str, str] | Literal["auto"]
     help="Call fake from this probability on, as benchmarks do with 0.5, whatever the detector said.",
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
-@console.max_failed_option
-@console.column_option
-@console.max_left_out_option
-@console.weights_options
-@console.address_option
+@main.max_failed_option
+@main.column_option
+@main.max_left_out_option
+@main.weights_options
+@main.address_option
 def command(
     verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
 ) -> int:
@@ -65,8 +68,8 @@ def command(
     if result["source"] is None:  # whoever scored was told
         return 0
     failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
-    failed_code = console.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
-    return max(failed_code, console.left_out_code(result, max_left_out))
+    failed_code = main.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
+    return max(failed_code, main.left_out_code(result, max_left_out))
 
 
 def parse_pairs(texts: Sequence[str]) -> Pairs:
@@ -138,7 +141,7 @@ def evaluate(
         table = _of_chains(table, chains, uri)
     if threshold is not None:
         table = _decided(table, threshold)
-    found = labelled.find_pairs(table) if pairs == AUTO else dict(pairs or {})
+    found = groups.find_pairs(table) if pairs == AUTO else dict(pairs or {})
     names = pc.unique(table.column("detector_id")).to_pylist()
     result = {
         "verdicts": uri,
@@ -233,18 +236,18 @@ def _decided(table: pa.Table, threshold: float) -> pa.Table:
 
 def _of_chains(table: pa.Table, chains: Sequence[str], uri: str) -> pa.Table:
     """The rows of pictures as they are, and under these transforms, which must all be there."""
-    present = labelled.transforms_of(table)
+    present = groups.transforms_of(table)
     missing = [chain for chain in chains if chain not in set(pc.unique(present).to_pylist())]
     if missing:
         raise ConfigError(
             f"--robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the pictures, and "
             "--detector to score them"
         )
-    return table.filter(pc.is_in(present, pa.array([labelled.UNTRANSFORMED, *chains])))
+    return table.filter(pc.is_in(present, pa.array([groups.UNTRANSFORMED, *chains])))
 
 
 def _write(result: dict[str, Any], out: str) -> None:
-    from jobs.report import render  # matplotlib takes a second to import
+    from jobs.report.page import render  # matplotlib takes a second to import
 
     text, page = as_text(result), render(result)
     storage.write_json(storage.join(out, "evaluation.json"), result)
@@ -253,9 +256,9 @@ def _write(result: dict[str, Any], out: str) -> None:
     pq.write_table(long_table(result), rows)
     storage.write_bytes(storage.join(out, "evaluation.parquet"), rows.getvalue())
     storage.write_bytes(storage.join(out, "report.html"), page.encode())
-    console.show(text)
+    main.show(text)
     say(f"table: {storage.join(out, 'evaluation.json')}\nreport: {storage.join(out, 'report.html')}")
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet evaluate")
+    main.run(command, "nsnet evaluate")

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from jobs import console, storage
-from jobs.console import say
+from jobs.console import main
+from jobs.console.main import say
+from jobs.storage import storage
 from nsnet import weight_formats
 from nsnet.digest import file_digest
 from nsnet.errors import UsageError, WeightsError
@@ -83,4 +84,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet import-head")
+    main.run(command, "nsnet import-head")

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from jobs import console, faults, storage
+from jobs.console import main
+from jobs.storage import errors, storage
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.preparation import Prepared
 
@@ -16,8 +17,8 @@ from nsnet.preparation import Prepared
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
-@console.weights_options
-@console.limit_options
+@main.weights_options
+@main.limit_options
 def command(images: tuple[str, ...], **options: Any) -> int:
     """Judge one or more pictures (paths or s3:// URIs), each with its reasons.
 
@@ -25,11 +26,11 @@ def command(images: tuple[str, ...], **options: Any) -> int:
     """
     import torch
 
-    from jobs.decoding import GuardedDecoder
-    from jobs.stages import Models
+    from jobs.pipeline.actors import Models
+    from jobs.pipeline.decoding import GuardedDecoder
     from nsnet.detector import Detector
 
-    limits = console.limits_from(options)
+    limits = main.limits_from(options)
     gpu = torch.cuda.is_available()
     if options["device"] == "cuda" and not gpu:
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
@@ -48,7 +49,7 @@ def command(images: tuple[str, ...], **options: Any) -> int:
         captioner=Path(models.captioner) if models.captioner else None,
     )
     if detector.description and detector.description.note:
-        console.say(detector.description.note)
+        main.say(detector.description.note)
     decoder = GuardedDecoder(detector.preparation(limits))
     failures = 0
     try:
@@ -61,12 +62,12 @@ def command(images: tuple[str, ...], **options: Any) -> int:
             failures += verdict.status == "failed"
             values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
             if options["as_json"]:
-                console.show_json(values)
+                main.show_json(values)
             else:
-                console.show(_text(values))
+                main.show(_text(values))
     finally:
         decoder.close()
-    return console.EXIT_TOO_MANY_FAILED if failures else 0
+    return main.EXIT_TOO_MANY_FAILED if failures else 0
 
 
 def _read(image: str, max_bytes: int) -> bytes:
@@ -81,12 +82,12 @@ def _read(image: str, max_bytes: int) -> bytes:
     except ImageError:
         raise
     except Exception as error:  # the per-picture boundary: stores raise many kinds
-        raise FetchError(f"{image}: {faults.reason(error)}") from error
+        raise FetchError(f"{image}: {errors.reason(error)}") from error
 
 
 def _text(values: dict[str, Any]) -> str:
     """A verdict for people; what comes from the file is shown without control characters."""
-    values = {key: console.printable(value) if isinstance(value, str) else value for key, value in values.items()}
+    values = {key: main.printable(value) if isinstance(value, str) else value for key, value in values.items()}
     name = values["image"]
     if values["status"] == "failed":
         return f"{name}: not judged: {values['error_class']}: {values['error_message']}"
@@ -103,4 +104,4 @@ def _text(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet predict")
+    main.run(command, "nsnet predict")

@@ -6,14 +6,17 @@ from typing import Any
 
 import click
 
-from jobs import console, failures, ledger, schema, storage
-from jobs.address import check_address
-from jobs.attempts import Attempt
-from jobs.faults import OUTAGE_SECONDS
-from jobs.ledger import Run
-from jobs.plan import Selection
-from jobs.runs import Request, Work, carry_out
-from jobs.sources import Source
+from jobs.cluster.address import check_address
+from jobs.console import main
+from jobs.dataset import schema
+from jobs.dataset.plan import Selection
+from jobs.dataset.source import Source
+from jobs.runs import failures, publication
+from jobs.runs.attempts import Attempt
+from jobs.runs.execution import Request, Work, carry_out
+from jobs.runs.publication import Run
+from jobs.storage import storage
+from jobs.storage.errors import OUTAGE_SECONDS
 from nsnet import bundle
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
@@ -25,7 +28,7 @@ from nsnet.images import DecodeLimits
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@console.selection_options
+@main.selection_options
 @click.option(
     "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
 )
@@ -37,11 +40,11 @@ from nsnet.images import DecodeLimits
     show_default=True,
     help="Stop, to be continued, when the store of the pictures does not answer for so long.",
 )
-@console.max_failed_option
-@console.max_left_out_option
-@console.weights_options
-@console.limit_options
-@console.address_option
+@main.max_failed_option
+@main.max_left_out_option
+@main.weights_options
+@main.limit_options
+@main.address_option
 def command(source: str, **options: Any) -> int:
     """Score the pictures of SOURCE that this detector has not judged yet: one published row each, a verdict or the
     reason why there is none. The same command continues a run that was stopped.
@@ -49,12 +52,12 @@ def command(source: str, **options: Any) -> int:
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a
     WebDataset tar.
     """
-    limits = console.limits_from(options)
+    limits = main.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = score(source, limits=limits, selection=selection, **options)
-    failed_code = console.exit_code(record["counts"], record["rows"], allowed)
-    return max(failed_code, console.left_out_code(record, left_out))
+    failed_code = main.exit_code(record["counts"], record["rows"], allowed)
+    return max(failed_code, main.left_out_code(record, left_out))
 
 
 def score(
@@ -91,17 +94,22 @@ def score(
     check_address(address)
     description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
     if description.note:
-        console.say(description.note)
+        main.say(description.note)
     Source(source).check()
     request = Request(
-        source=source, out=out, product=ledger.VERDICTS, maker=description.detector_id, selection=selection,
+        source=source, out=out, product=publication.VERDICTS, maker=description.detector_id, selection=selection,
         transforms=("", *transforms) if transforms else (), wait=wait, address=address,
         settings={"limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner},
     )  # fmt: skip
 
     def work(run: Run) -> Work:
-        from jobs.pipeline import SCORING_COLUMNS, Stream, prepared, with_pixels  # Ray and torch take seconds to import
-        from jobs.stages import Models, Score
+        from jobs.pipeline.actors import Models, Score
+        from jobs.pipeline.stream import (  # Ray and torch take seconds to import
+            SCORING_COLUMNS,
+            Stream,
+            prepared,
+            with_pixels,
+        )
         from nsnet.captions import captioner_id, thumbnail_px
         from nsnet.clip import find_weights
         from nsnet.detector import config_of
@@ -139,7 +147,7 @@ def score(
             title="score",
             stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
             stream=stream,
-            known=ledger.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
+            known=publication.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
             captioner_id=models.captioner_id,
             details={
                 "captioner_id": models.captioner_id,
@@ -151,4 +159,4 @@ def score(
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet score")
+    main.run(command, "nsnet score")

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobs import console, lock, storage
-from jobs.address import check_address
-from jobs.console import say
-from jobs.request import TrainRequest
+from jobs.cluster.address import check_address
+from jobs.console import main
+from jobs.console.main import say
+from jobs.experiments.request import TrainRequest
+from jobs.runs import lock
+from jobs.storage import storage
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.errors import UsageError
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
-    from jobs.examples import Examples
-    from jobs.stages import Models
+    from jobs.pipeline.actors import Models
+    from jobs.training.examples import Examples
     from nsnet.recipes import Recipe
 
 PREDICTIONS: Final = "predictions.parquet"
@@ -58,13 +60,13 @@ class WorkersType(click.ParamType[tuple[int, int]]):
     help="What the threshold is for: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
 )
 @click.option(
-    "--max-failed", type=console.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
+    "--max-failed", type=main.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
 )
-@console.max_left_out_option
-@console.column_option
-@console.weights_options
-@console.limit_options
-@console.address_option
+@main.max_left_out_option
+@main.column_option
+@main.weights_options
+@main.limit_options
+@main.address_option
 def command(source: str, **options: Any) -> int:
     """Train a detector on the labelled pictures of SOURCE and write it as a bundle.
 
@@ -72,7 +74,7 @@ def command(source: str, **options: Any) -> int:
     folders, or a `split` column, are kept; a pool without them is split by content. The same command continues after a
     stop. Split, records and predictions lie in OUT.training.
     """
-    train(TrainRequest(source=source, limits=console.limits_from(options), **options))
+    train(TrainRequest(source=source, limits=main.limits_from(options), **options))
     return 0
 
 
@@ -85,14 +87,14 @@ def train(request: TrainRequest) -> dict[str, Any]:
     recipe, point = request.resolved(), OperatingPoint.parse(request.operating_point)
     storage.check_output(request.out)
     check_address(request.address)
-    from jobs.sources import Source
+    from jobs.dataset.source import Source
 
     Source(request.source).check()
     if storage.exists(storage.join(request.out, "detector.json")):
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
 
-    from jobs import groundwork
-    from jobs.stages import Models
+    from jobs.experiments import inputs
+    from jobs.pipeline.actors import Models
     from nsnet.clip import find_weights
 
     models = Models(clip_weights=request.clip_weights, captioner=request.captioner)
@@ -101,11 +103,11 @@ def train(request: TrainRequest) -> dict[str, Any]:
     with lock.hold(request.work):
         if request.belongs_to(settings):
             say("continuing an unfinished training")
-        facts = groundwork.where(request, recipe, models)
-        examples = groundwork.examples_of(request, recipe, facts, settings)
-        recipe = groundwork.fitted(request, recipe, facts, examples)
+        facts = inputs.where(request, recipe, models)
+        examples = inputs.examples_of(request, recipe, facts, settings)
+        recipe = inputs.fitted(request, recipe, facts, examples)
 
-        from jobs.fit import fit  # it imports Ray Train
+        from jobs.experiments.trainer import fit  # it imports Ray Train
 
         last = fit(request, recipe, facts, examples, settings)
         return _finish(request, recipe, models, examples, last, point, settings)
@@ -116,29 +118,30 @@ def _finish(
     settings: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The weights of the best epoch, calibrated on validation, as a bundle; predictions and numbers beside it."""
-    from jobs import checkpoints, results
-    from jobs.split import Split
+    from jobs.experiments import predictions
+    from jobs.experiments.split import Split
+    from jobs.training import checkpoints
 
     progress = checkpoints.read_progress(last, checkpoints.settings_digest(settings))
     checkpoints.remove(last)
-    judged = results.judge(examples, progress, point)
+    judged = predictions.judge(examples, progress, point)
     names = ("source", "recipe", "variant", "seed", "leave_out")
     told = {name: settings[name] for name in names} | {"workers": list(request.workers)}
     split = Split(table=examples.table)
     told |= {"training": settings["training"], "split": split.counts(), "leaking": split.leaking, "work": request.work}
-    result = results.describe(judged, progress, told)
+    result = predictions.describe(judged, progress, told)
     for_use = recipe.training.captions == "own"  # a control is for comparison alone
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
         detector_id = request.variant
         if for_use:
             detector_id = _bundle(request, recipe, models, progress.best, judged.calibration, result, folder)
-        results.write_predictions(judged, detector_id, storage.join(request.work, PREDICTIONS))
+        predictions.write_predictions(judged, detector_id, storage.join(request.work, PREDICTIONS))
         storage.write_json(storage.join(request.work, RESULT), result)
         if for_use:  # last: where a bundle is, the training is finished
             storage.upload_folder(folder, request.out, last="detector.json")
             say(f"detector {detector_id}: {request.out}")
-    say(results.summary(result))
+    say(predictions.summary(result))
     return result
 
 
@@ -147,8 +150,8 @@ def _bundle(
     result: dict[str, Any], folder: Path,
 ) -> str:  # fmt: skip
     """Write the bundle to a folder of this machine; returns the detector's id."""
-    from jobs import checkpoints, worker
-    from jobs.groundwork import FITTED
+    from jobs.experiments.inputs import FITTED
+    from jobs.training import checkpoints, worker
     from nsnet.detector import Detector
 
     detector = Detector.build(recipe.detector, models.clip_path(), seed=request.seed)
@@ -175,4 +178,4 @@ def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None
 
 
 if __name__ == "__main__":
-    console.run(command, "nsnet train")
+    main.run(command, "nsnet train")

@@ -6,7 +6,7 @@ Hostile input is expected. A file goes through three hands: an inspector of its 
 decoding may cost and refuses by name what is not known to decode right (`jpeg`, `png`, `tiff`, `rasters`); Pillow
 decodes; `pixels` converts what it gives. Formats that start other programs (EPS) or carry no signature (TGA) are not
 tried, and whatever a decoder raises becomes an `ImageError`. A decoder that hangs or crashes the process cannot be
-stopped from inside it; jobs therefore decode in a guarded child process (`jobs.guard`).
+stopped from inside it; jobs therefore decode in a guarded child process (`jobs.isolation.guard`).
 """
 
 import io

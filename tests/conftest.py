@@ -80,7 +80,7 @@ def cluster(s3_environment: SwiftServer) -> Iterator[None]:
     """An embedded Ray cluster whose workers know the S3 server."""
     import ray
 
-    from jobs import resources
+    from jobs.cluster import resources
 
     resources.connect("local")
     yield

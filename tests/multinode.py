@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import psutil
 
-from jobs.embedded import NODE_ENVIRONMENT
+from jobs.cluster.embedded import NODE_ENVIRONMENT
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20

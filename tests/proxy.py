@@ -23,7 +23,7 @@ import pytest
 import s3fs
 from botocore.retries.standard import ExponentialBackoff
 
-from jobs import faults
+from jobs.storage import errors
 from tests.swift import SwiftServer
 
 HOST: Final = "127.0.0.1"
@@ -361,7 +361,7 @@ def in_front_of(server: SwiftServer) -> Iterator[FaultyProxy]:
     ):
         for name, value in (server.environment() | proxy.environment()).items():
             patch.setenv(name, value)
-        patch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+        patch.setattr(errors, "FIRST_WAIT_SECONDS", 0.001)
         patch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: 0.001)
         # fsspec keeps its clients by their arguments; they hold the endpoint and the keys of their first moment
         s3fs.S3FileSystem.clear_instance_cache()

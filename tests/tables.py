@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import schema, storage
-from jobs.manifest import image_id
+from jobs.dataset import schema
+from jobs.dataset.manifest import image_id
+from jobs.storage import storage
 
 WRITE = "0350u5hCzAVh2Lq0Het1VW_76da3a83828345c7a7b1264e4caa1291"
 """Ray Data's ids of a dataset and of a write, which its file names begin with."""
@@ -160,7 +161,8 @@ def one_thread() -> Iterator[None]:
 
 def run_command(*arguments: str) -> tuple[int, str, str]:
     """`nsnet` with these arguments, in this process -> (exit code, stdout, stderr), which must be UTF-8."""
-    from jobs import cli, console
+    from jobs import cli
+    from jobs.console import main
 
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     loggers = [logging.getLogger(name) for name in (None, *logging.Logger.manager.loggerDict)]
@@ -174,7 +176,7 @@ def run_command(*arguments: str) -> tuple[int, str, str]:
         pytest.raises(SystemExit) as ended,
     ):
         patch.setattr(sys, "argv", ["nsnet", *arguments])
-        console.run(cli.group, "nsnet")
+        main.run(cli.group, "nsnet")
     signal.signal(signal.SIGTERM, terminated)
     for logger, level, filters in before:
         logger.setLevel(level)

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pytest
 
 from jobs import ablate as job
-from jobs import examples, parquet, results, storage
-from jobs.request import SETTINGS, TrainRequest
+from jobs.experiments import predictions
+from jobs.experiments.request import SETTINGS, TrainRequest
+from jobs.storage import parquet, storage
 from jobs.train import PREDICTIONS, RESULT
+from jobs.training import examples
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError, UsageError
 from tests.tables import picture_file, put
@@ -45,7 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
         return pa.Table.from_pylist([], schema=examples.SPLIT)
 
     monkeypatch.setattr(job, "train", train)
-    monkeypatch.setattr("jobs.groundwork._make_split", make_split)
+    monkeypatch.setattr("jobs.experiments.inputs._make_split", make_split)
     return asked
 
 
@@ -66,8 +68,8 @@ def write_predictions(work: str, separation: float, seed: int, splits: tuple[str
                 "split": split, "logit": logit, "prob_fake": p, "verdict": "fake" if p >= 0.5 else "real",
                 "threshold": 0.5, "status": "scored", "detector_id": "d",
             })  # fmt: skip
-    batch = pa.RecordBatch.from_pylist(rows[::-1], schema=results.PREDICTIONS)
-    parquet.write([batch], results.PREDICTIONS, storage.join(work, PREDICTIONS))
+    batch = pa.RecordBatch.from_pylist(rows[::-1], schema=predictions.PREDICTIONS)
+    parquet.write([batch], predictions.PREDICTIONS, storage.join(work, PREDICTIONS))
 
 
 def by_variant(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -92,7 +94,7 @@ def test_numbers_are_means_over_seeds_of_the_test_pictures(source: str, trained:
     for variant in VARIANTS:
         row, aps = rows[variant], []
         for seed in (0, 3):
-            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS}", results.PREDICTIONS))
+            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS}", predictions.PREDICTIONS))
             tested = [one for one in table.to_pylist() if one["split"] == "test"]
             aps.append(metrics.average_precision([r["label"] for r in tested], [r["prob_fake"] for r in tested]))
         assert row["test"]["ap"]["value"] == pytest.approx(np.mean(aps))

@@ -10,8 +10,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from jobs import address, lock, resources
-from jobs.address import check_address
+from jobs.cluster import address, resources
+from jobs.cluster.address import check_address
+from jobs.runs import lock
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.models import closed_address
 from tests.tables import picture_file, put, run_command, save_bundle

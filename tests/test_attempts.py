@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import attempts, names, parquet, removal, schema, stages, storage
-from jobs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
-from jobs.database import Database
-from jobs.manifest import image_id
+from jobs.dataset import schema
+from jobs.dataset.manifest import image_id
+from jobs.pipeline import actors
+from jobs.runs import attempts, names, removal
+from jobs.runs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
+from jobs.storage import parquet, storage
+from jobs.storage.database import Database
 from nsnet.errors import StorageError
 from tests.tables import WRITE, batches, manifest_row, put, read_rows, rows_file, verdict_row, verdict_table
 
@@ -437,7 +440,7 @@ def captioned(uri: str, etag: str = "1", size_bytes: int | None = 10, **values: 
     told = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}", "caption_run_id": "earlier"}
     row = {**told, **values}
     if row["caption"] is not None and row["content_hash"] is not None:  # else a row is published without one
-        row.setdefault("caption_id", stages.caption_id(CAPTIONER, row["content_hash"]))
+        row.setdefault("caption_id", actors.caption_id(CAPTIONER, row["content_hash"]))
     return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **row)
 
 
@@ -483,9 +486,9 @@ def test_caption_of_a_touched_file_is_known(on_disk: str) -> None:
         captioned("/a/cat.jpg", caption=None),
         captioned("/b/cat.jpg", caption=None),
         captioned("/a/cat.jpg", content_hash=None),
-        captioned("/a/cat.jpg", caption_id=stages.caption_id("git-base-44556677", "hash of cat")),
-        captioned("/a/cat.jpg", caption_id=stages.caption_id(f"{CAPTIONER}9", "hash of cat")),
-        captioned("/a/cat.jpg", caption_id=stages.caption_id(f"x{CAPTIONER}", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=actors.caption_id("git-base-44556677", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=actors.caption_id(f"{CAPTIONER}9", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=actors.caption_id(f"x{CAPTIONER}", "hash of cat")),
         captioned("/a/cat.jpg", caption_id=None),
     ],
     ids=[
@@ -525,7 +528,7 @@ def test_captions_are_of_nobody_where_no_captioner_is_named(on_disk: str) -> Non
 
 
 def test_caption_of_the_captioner_is_found_behind_one_of_another(on_disk: str) -> None:
-    other = stages.caption_id("git-base-44556677", "hash of cat")
+    other = actors.caption_id("git-base-44556677", "hash of cat")
     published = [captioned("/a/cat.jpg", caption="by another", caption_id=other), captioned("/b/cat.jpg")]
     assert known(on_disk, [SAME], published) == [of("/b/cat.jpg")]
 
@@ -539,7 +542,7 @@ def test_captions_that_fit_nothing_are_not_kept(on_disk: str, monkeypatch: pytes
             if table == "captions":
                 kept.append(self.number("select count(*) from captions"))
 
-    monkeypatch.setattr("jobs.database.Database", Watched)
+    monkeypatch.setattr("jobs.storage.database.Database", Watched)
     many = [captioned(f"/many/{i}.jpg") for i in range(5000)]
     done, planned = manifest_row("/done.jpg", size_bytes=10), [SAME, manifest_row("/b/dog.jpg", size_bytes=10)]
     plan(on_disk, done, *planned)
@@ -734,8 +737,8 @@ def test_rows_of_a_commit_are_bounded_and_so_is_the_number_of_commits(count: int
 def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -> None:
     import ray.data
 
-    from jobs import resources
-    from jobs.datasource import ParquetFiles
+    from jobs.cluster import resources
+    from jobs.pipeline.datasource import ParquetFiles
 
     planned = [manifest_row(f"/{i}.jpg", position=i) for i in range(400)]
     plan(staging, *planned)

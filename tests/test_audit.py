@@ -10,12 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import audit as module
-from jobs import biases, copies, inventory, ledger, parquet, resources, schema, storage
 from jobs.audit import audit, findings
-from jobs.facts import FACTS_ID
-from jobs.findings import as_text, conclusion
-from jobs.ledger import Run
-from jobs.plan import write_manifest
+from jobs.auditing import duplicates, inventory, metadata_bias
+from jobs.auditing.text import as_text, conclusion
+from jobs.cluster import resources
+from jobs.dataset import schema
+from jobs.dataset.plan import write_manifest
+from jobs.runs import publication
+from jobs.runs.publication import Run
+from jobs.storage import parquet, storage
+from jobs.workflows.examine import FACTS_ID
 from nsnet.errors import ConfigError, SourceError
 from tests.tables import batches, picture_file, put, read_rows, rows_file, run_command
 
@@ -27,8 +31,8 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07evil\n\r\x9b31m\u202e"
 @pytest.fixture(autouse=True)
 def small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they find is tested elsewhere."""
-    monkeypatch.setattr(biases, "TREES", 5)
-    monkeypatch.setattr(biases, "FOLDS", 3)
+    monkeypatch.setattr(metadata_bias, "TREES", 5)
+    monkeypatch.setattr(metadata_bias, "FOLDS", 3)
 
 
 def picture(number: int, label: int | None, generator: str | None, **values: Any) -> dict[str, Any]:
@@ -128,13 +132,13 @@ def test_copies_across_splits_and_labels_are_shown() -> None:
     rows[31] |= {"content_hash": "1"}  # both fake
     rows[2] |= {"perceptual_hash": rows[5]["perceptual_hash"]}  # real and fake, both training
     result, twins = found(rows)
-    duplicates = result["duplicates"]
-    assert (duplicates["exact"]["groups"], duplicates["alike"]["groups"]) == (1, 2)
-    assert duplicates["alike"]["across_splits"] == {
+    shown = result["duplicates"]
+    assert (shown["exact"]["groups"], shown["alike"]["groups"]) == (1, 2)
+    assert shown["alike"]["across_splits"] == {
         "groups": 1, "pictures": 2, "by_split": {"test": 1, "train": 1}, "examples": [["/g/0001.jpg", "/g/0031.jpg"]]
     }  # fmt: skip
-    assert duplicates["alike"]["across_labels"]["examples"] == [["/g/0002.jpg", "/g/0005.jpg"]]
-    assert duplicates["exact"]["across_labels"]["groups"] == 0
+    assert shown["alike"]["across_labels"]["examples"] == [["/g/0002.jpg", "/g/0005.jpg"]]
+    assert shown["exact"]["across_labels"]["groups"] == 0
     assert twins.column("kind").to_pylist() == ["exact", "exact", "near", "near"]
     lines = as_text(result).splitlines()
     assert "test: 1 pictures are alike to a picture of another split" in lines
@@ -210,7 +214,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def publish(source: str, out: str, failing: str = "") -> None:
     """Facts of all pictures of a source, as `examine` publishes them; pictures whose URI has this in it failed."""
-    run = Run(out=out, product=ledger.FACTS)
+    run = Run(out=out, product=publication.FACTS)
     manifest, staged = f"{run.staging}/manifest.parquet", rows_file(f"{run.staging}/attempt-00000001")
     write_manifest(source, manifest)
     rows = []
@@ -239,7 +243,7 @@ def test_result_is_printed_and_stored(no_cluster: None, source: str, tmp_path: P
     result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert as_text(result) + "\n" == printed
     assert (result["source"], result["pictures"], result["not_examined"]) == (source, 30, 0)
-    assert pq.read_table(tmp_path / "out" / module.COPIES) == copies.COPIES.empty_table()
+    assert pq.read_table(tmp_path / "out" / module.COPIES) == duplicates.COPIES.empty_table()
 
 
 def test_pictures_that_are_gone_or_new_are_in_no_number(no_cluster: None, source: str, tmp_path: Path) -> None:
@@ -287,7 +291,9 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     ended, _, told = run_command("audit", source, "--out", out, "--max-left-out", allowed)
     assert ended == code
     assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
-    (record,) = (found for found in ledger.runs(out, ledger.FACTS) if not found["rows"])  # both may be of one second
+    (record,) = (
+        found for found in publication.runs(out, publication.FACTS) if not found["rows"]
+    )  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
     assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
     assert storage.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
@@ -332,7 +338,7 @@ def test_pictures_are_examined_once_and_their_bias_is_found(cluster: None, tmp_p
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]
     assert set(result["generators"]["g"]["metadata"]["told_by"]) == {"format", "bytes per pixel"}
     assert {row["kind"] for row in read_rows(f"{out}/{module.COPIES}")} == {"exact"}
-    assert len(ledger.runs(out, ledger.FACTS)) == 1
+    assert len(publication.runs(out, publication.FACTS)) == 1
     again, reprinted, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert (again, reprinted) == (0, printed)
-    assert [record["rows"] for record in ledger.runs(out, ledger.FACTS)] == [27, 0]
+    assert [record["rows"] for record in publication.runs(out, publication.FACTS)] == [27, 0]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from jobs import basis, schema
+from jobs.dataset import schema
+from jobs.experiments import basis
 from nsnet.errors import SourceError
 
 pytestmark = pytest.mark.filterwarnings(  # Ray's own, also when its cluster ends after the last test

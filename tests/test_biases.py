@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from jobs import biases, inventory
-from jobs.biases import BOUND, CAUSES, SINGLE, clustered_auroc, measure, metadata
+from jobs.auditing import inventory, metadata_bias
+from jobs.auditing.metadata_bias import BOUND, CAUSES, SINGLE, clustered_auroc, measure, metadata
 
 Columns = dict[str, Any]
 
@@ -17,7 +17,7 @@ Columns = dict[str, Any]
 @pytest.fixture(autouse=True)
 def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules planted here are plain, and the tests many."""
-    monkeypatch.setattr(biases, "TREES", 10)
+    monkeypatch.setattr(metadata_bias, "TREES", 10)
 
 
 def drawn(n: int, seed: int = 0) -> Columns:
@@ -111,13 +111,13 @@ def test_folds_cut_no_group_and_have_both_classes(seed: int) -> None:
         groups = np.repeat(rng.permutation(n), rng.integers(1, most + 1, n))
         kinds = rng.choice([0.0, 0.5, 1.0], n)  # all real, mixed, all fake
         labels = (rng.random(len(groups)) < kinds[groups]).astype(np.int64)
-        fold = biases.folds(labels, groups, seed)
+        fold = metadata_bias.folds(labels, groups, seed)
         assert all(len(set(fold[groups == group])) == 1 for group in range(n))
         for label in (0, 1):
-            different = [len(set(groups[(fold == k) & (labels == label)])) for k in range(biases.FOLDS)]
-            assert min(different) >= len(set(groups[labels == label])) // biases.FOLDS
-    assert (biases.folds(labels, groups, seed) == fold).all()
-    assert (biases.folds(labels, groups, seed + 1) != fold).any()
+            different = [len(set(groups[(fold == k) & (labels == label)])) for k in range(metadata_bias.FOLDS)]
+            assert min(different) >= len(set(groups[labels == label])) // metadata_bias.FOLDS
+    assert (metadata_bias.folds(labels, groups, seed) == fold).all()
+    assert (metadata_bias.folds(labels, groups, seed + 1) != fold).any()
 
 
 # What is called a bias.
@@ -229,11 +229,11 @@ def test_near_duplicates_do_not_tell_of_each_other() -> None:
 def test_more_pictures_than_are_needed_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = drawn(1000)
     plant_quality(columns)
-    monkeypatch.setattr(biases, "MOST", 30)
+    monkeypatch.setattr(metadata_bias, "MOST", 30)
     asked: list[int] = []
-    separation = biases.separation
+    separation = metadata_bias.separation
     monkeypatch.setattr(
-        biases, "separation", lambda known, *rest: asked.append(len(known.labels)) or separation(known, *rest)
+        metadata_bias, "separation", lambda known, *rest: asked.append(len(known.labels)) or separation(known, *rest)
     )
     result = measured(columns)
     assert set(asked) == {60} and (result["real"], result["fake"]) == (500, 500)
@@ -292,7 +292,7 @@ def test_rows_without_label_and_rows_that_failed_are_in_no_number() -> None:
     plant_format(columns)
     labels = columns["label"].astype(float)
     groups = np.arange(40)
-    labels[:8], groups[8:12] = np.nan, biases.UNREADABLE
+    labels[:8], groups[8:12] = np.nan, metadata_bias.UNREADABLE
     result = measured({**columns, "label": labels}, groups)
     assert (result["real"], result["fake"]) == (14, 14) and result["biased"] is True
     nothing = measured({**columns, "label": np.full(40, np.nan)})
@@ -300,7 +300,7 @@ def test_rows_without_label_and_rows_that_failed_are_in_no_number() -> None:
     assert measure(metadata(table(drawn(4)).slice(0, 0), np.arange(0))) == nothing
 
 
-@pytest.mark.parametrize(("different", "known"), [(biases.LEAST - 1, False), (biases.LEAST, True)])
+@pytest.mark.parametrize(("different", "known"), [(metadata_bias.LEAST - 1, False), (metadata_bias.LEAST, True)])
 def test_near_duplicates_do_not_make_up_for_pictures_that_are_missing(different: int, known: bool) -> None:
     columns = drawn(100)
     groups = np.where(fakes(columns), 1000 + np.arange(100) // 2 % different, np.arange(100))

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import parquet
 from jobs.calibrate import calibrate
-from jobs.results import PREDICTIONS
+from jobs.experiments.predictions import PREDICTIONS
+from jobs.storage import parquet
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import from_dict

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs import checkpoints
-from jobs.checkpoints import CheckpointError, Progress
-from jobs.worker import quality
+from jobs.training import checkpoints
+from jobs.training.checkpoints import CheckpointError, Progress
+from jobs.training.worker import quality
 from nsnet.detector import Detector
 from nsnet.network import Network
 from nsnet.training import TrainingConfig, build_optimizer, training_step

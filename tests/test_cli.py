@@ -17,8 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from jobs import cli, console, resources, storage
-from jobs.left_out import LeftOut, first_named
+from jobs import cli
+from jobs.cluster import resources
+from jobs.console import main
+from jobs.storage import storage
+from jobs.storage.left_out import LeftOut, first_named
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.tables import picture_file, put, run_command, save_bundle
@@ -87,7 +90,7 @@ def test_share_that_is_none_is_refused(value: str) -> None:
     ("value", "share"), [("1%", 0.01), ("0.01", 0.01), (" 0% ", 0.0), ("100%", 1.0), ("2.5%", 0.025)]
 )
 def test_share_is_read_as_percent_or_fraction(value: str, share: float) -> None:
-    assert console.ShareType().convert(value, None, None) == pytest.approx(share)
+    assert main.ShareType().convert(value, None, None) == pytest.approx(share)
 
 
 LIMITS = [("--max-bytes", "0"), ("--max-pixels", "-1"), ("--max-seconds", "0"), ("--max-seconds", "nan")]
@@ -236,7 +239,7 @@ def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (1, 0), (2, 3)])
 def test_more_failures_than_allowed_are_exit_code_3(failed: int, code: int) -> None:
-    assert console.exit_code({"status": {"failed": failed, "scored": 100 - failed}}, 100, 0.01) == code
+    assert main.exit_code({"status": {"failed": failed, "scored": 100 - failed}}, 100, 0.01) == code
 
 
 @pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 3), ("2", 0)])
@@ -359,8 +362,8 @@ def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, pic
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def shows(*_: Any, **__: Any) -> None:
-        console.show("ü 图 \udcff")
-        console.say("ü 图 \udcff")
+        main.show("ü 图 \udcff")
+        main.say("ü 图 \udcff")
 
     monkeypatch.setattr(cli.group, "invoke", shows)
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
@@ -368,7 +371,7 @@ def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pyt
     monkeypatch.setattr(sys, "stderr", streams[1])
     monkeypatch.setattr(sys, "argv", ["nsnet", "score"])
     with pytest.raises(SystemExit) as ended:
-        console.run(cli.group, "nsnet")
+        main.run(cli.group, "nsnet")
     assert ended.value.code == 0
     for stream in streams:
         stream.flush()
@@ -377,7 +380,7 @@ def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pyt
 
 def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import os, sys, jobs.cli as cli, jobs.console as console\n"
+        "import os, sys, jobs.cli as cli, jobs.console.main as console\n"
         "cli.group.invoke = lambda *_: [console.show('x' * 100_000) for _ in range(100)]\n"
         "sys.argv = ['nsnet', 'score']\n"
         "console.run(cli.group, 'nsnet')"
@@ -401,11 +404,11 @@ class FullDisk(io.StringIO):
 
 def test_log_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", FullDisk())
-    console.say("a line")
-    console.redraw("a line")
+    main.say("a line")
+    main.redraw("a line")
     monkeypatch.setattr(sys, "stdout", FullDisk())
-    with pytest.raises(console._OutputError, match="standard output cannot be written: No space left on device"):
-        console.show("a result")
+    with pytest.raises(main._OutputError, match="standard output cannot be written: No space left on device"):
+        main.show("a result")
 
 
 def test_home_that_is_not_known_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,12 @@ import pytest
 import ray
 import yaml
 
-from jobs import cli, score, storage, train
-from jobs.embedded import NODE_ENVIRONMENT
-from jobs.ledger import Run
-from jobs.request import TrainRequest
-from jobs.resources import shares
+from jobs import cli, score, train
+from jobs.cluster.embedded import NODE_ENVIRONMENT
+from jobs.cluster.resources import shares
+from jobs.experiments.request import TrainRequest
+from jobs.runs.publication import Run
+from jobs.storage import storage
 from nsnet import recipes
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 

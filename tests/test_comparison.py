@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from jobs.comparison import ALL, LONG, MACRO_MEAN, METRICS, ROBUSTNESS_METRICS, compare, long_table, step
-from jobs.labelled import find_pairs
+from jobs.evaluation.comparison import ALL, LONG, MACRO_MEAN, METRICS, ROBUSTNESS_METRICS, compare, long_table, step
+from jobs.evaluation.groups import find_pairs
 from nsnet import metrics
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import ROBUSTNESS

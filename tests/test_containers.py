@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from jobs import containers
-from jobs.containers import Container, ContainerError
-from jobs.guard import Clock
+from jobs.dataset import containers
+from jobs.dataset.containers import Container, ContainerError
+from jobs.isolation.guard import Clock
 
 
 class Liar:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from jobs import copies, inventory
-from jobs.copies import COPIES, count, groups
+from jobs.auditing import duplicates, inventory
+from jobs.auditing.duplicates import COPIES, count, groups
 from nsnet.duplicates import DISTANCE
 
 Rows = list[dict[str, Any]]
@@ -66,7 +66,7 @@ def test_groups_are_counted_as_by_hand(seed: int) -> None:
     assert found == by_hand(rows, group)
     known = {row["uri"]: (row, number) for row, number in zip(rows, group.tolist(), strict=True)}
     for place, name in (("across_splits", "split"), ("across_labels", "label")):
-        assert len(examples[place]) == min(copies.EXAMPLES, found[place]["groups"])
+        assert len(examples[place]) == min(duplicates.EXAMPLES, found[place]["groups"])
         for one, other in examples[place]:
             assert known[one][1] == known[other][1]
             values = {known[one][0][name], known[other][0][name]}
@@ -80,7 +80,7 @@ def test_no_pictures_have_no_copies() -> None:
         "across_splits": {"groups": 0, "pictures": 0, "by_split": {}, "examples": []},
         "across_labels": {"groups": 0, "pictures": 0, "examples": []},
     }
-    assert copies.copies(nothing, contents, alike) == COPIES.empty_table()
+    assert duplicates.copies(nothing, contents, alike) == COPIES.empty_table()
 
 
 def test_equal_files_and_pictures_that_look_alike_are_told_apart() -> None:
@@ -92,7 +92,7 @@ def test_equal_files_and_pictures_that_look_alike_are_told_apart() -> None:
     ]  # fmt: skip
     seen = table(rows)
     contents, alike = groups(seen)
-    found = copies.copies(seen, contents, alike)
+    found = duplicates.copies(seen, contents, alike)
     assert found.schema == COPIES
     assert [(row["group"], row["kind"], row["uri"]) for row in found.to_pylist()] == [
         (0, "exact", "/0000.png"), (0, "exact", "/0002.png"), (0, "near", "/0003.png"),

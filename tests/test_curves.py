@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from jobs.curves import BASE_RATES, BINS, HISTOGRAM_BINS, Z, curves, wilson
+from jobs.evaluation.curves import BASE_RATES, BINS, HISTOGRAM_BINS, Z, curves, wilson
 from nsnet import metrics
 from nsnet.calibration import rate_upper
 from tests.tables import verdict_row, verdict_table

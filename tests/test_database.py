@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import parquet, storage
-from jobs.database import Database, database
+from jobs.storage import parquet, storage
+from jobs.storage.database import Database, database
 from tests.tables import batches
 
 NUMBERS = pa.schema([pa.field("n", pa.int64(), nullable=False), pa.field("name", pa.string())])

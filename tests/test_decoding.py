@@ -21,9 +21,10 @@ import numpy as np
 import psutil
 import pytest
 
-from jobs import decoding, frames, guard, sandbox, zygote
-from jobs.decoding import GuardedDecoder
-from jobs.guard import Zygote
+from jobs.isolation import frames, guard, sandbox, zygote
+from jobs.isolation.guard import Zygote
+from jobs.pipeline import decoding
+from jobs.pipeline.decoding import GuardedDecoder
 from nsnet.errors import (
     DecoderCrashError,
     FetchError,
@@ -278,7 +279,8 @@ def test_child_loads_no_torch(decoder: GuardedDecoder) -> None:
     mapped = Path(f"/proc/{pid_of(decoder)}/maps").read_text()
     assert "_imaging" in mapped  # it does decode there
     assert "torch" not in mapped
-    code = "import sys, jobs.decoding; print(sorted({'torch', 'ray', 'transformers', 'open_clip'} & {*sys.modules}))"
+    module = "jobs.pipeline.decoding"
+    code = f"import sys, jobs.pipeline.decoding\nprint(sorted({{'torch', 'ray', 'transformers', 'open_clip'}} & {{*sys.modules}}))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
@@ -312,7 +314,7 @@ def test_close_ends_the_child_and_may_be_repeated() -> None:
 def test_child_dies_with_a_killed_parent_even_while_it_hangs() -> None:
     program = f"""
 import os, signal, time
-from jobs.decoding import GuardedDecoder
+from jobs.pipeline.decoding import GuardedDecoder
 from nsnet.preparation import PreparationConfig
 decoder = GuardedDecoder(PreparationConfig(thumbnail_px=16))
 decoder.prepare({SMALL!r})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import embedded
+from jobs.cluster import embedded
 from nsnet.errors import StorageError
 
 

@@ -11,15 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import attempts, examples, ledger, parquet, pictures, pipeline, resources, results, schema, storage
 from jobs.caption import caption
+from jobs.cluster import resources
+from jobs.dataset import schema, synthetic
+from jobs.dataset.plan import Selection, write_manifest
+from jobs.dataset.source import Source
 from jobs.evaluate import evaluate
-from jobs.plan import Selection, write_manifest
-from jobs.request import TrainRequest
+from jobs.experiments import predictions
+from jobs.experiments.request import TrainRequest
+from jobs.pipeline import stream
+from jobs.pipeline.actors import Models, Score
+from jobs.runs import attempts, publication
 from jobs.score import score
-from jobs.sources import Source
-from jobs.stages import Models, Score
+from jobs.storage import parquet, storage
 from jobs.train import train
+from jobs.training import examples
 from nsnet.captions import CaptionerConfig
 from nsnet.errors import SourceError, UsageError
 from nsnet.preparation import PreparationConfig
@@ -43,9 +49,9 @@ DEV = Path(__file__).parents[2] / "shared/data/dev"
 def bucket(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A labelled bucket in S3: 40 scenes to train on, 8 for validation, 12 held out, and two other files."""
     folder = tmp_path_factory.mktemp("pictures")
-    pictures.write_bucket(folder / "training" / "train", range(40), seed=0, size_px=224, processes=1)
-    pictures.write_bucket(folder / "training" / "val", range(40, 48), seed=0, size_px=224, processes=1)
-    pictures.write_bucket(folder / "held out", range(100, 112), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "training" / "train", range(40), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "training" / "val", range(40, 48), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "held out", range(100, 112), seed=0, size_px=224, processes=1)
     (folder / "held out" / "readme.txt").write_text("no picture")
     (folder / "held out" / "upsampler" / "0_real" / "bröken #1.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     system, _ = storage.filesystem("s3://bucket")
@@ -69,7 +75,7 @@ def detector(bucket: str) -> str:
     with pytest.raises(UsageError, match="training with other settings .seed."):
         train(request(bucket, out, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.plan.write_manifest", stop)  # what was found out is not found out again
+        patch.setattr("jobs.dataset.plan.write_manifest", stop)  # what was found out is not found out again
         train(request(bucket, out))
     return out
 
@@ -92,7 +98,7 @@ def stop(*_: object, **__: object) -> None:
 
 
 def by_uri(out: str) -> dict[str, dict[str, object]]:
-    return {row["uri"]: row for row in ledger.verdicts(out).to_table().to_pylist()}
+    return {row["uri"]: row for row in publication.verdicts(out).to_table().to_pylist()}
 
 
 def test_training_writes_a_bundle_and_refuses_to_train_over_it(bucket: str, detector: str) -> None:
@@ -134,7 +140,7 @@ def test_predictions_of_a_training_are_what_scoring_gives(bucket: str, detector:
     """The weights, captions, features and mosaics of training's own validation are those of the published detector."""
     score(f"{bucket}/training/val", detector=detector, out=f"{bucket}/scored-val")
     scored = by_uri(f"{bucket}/scored-val")
-    batches = parquet.read(f"{detector}.training/predictions.parquet", results.PREDICTIONS)
+    batches = parquet.read(f"{detector}.training/predictions.parquet", predictions.PREDICTIONS)
     predicted = {row["uri"]: row for batch in batches for row in batch.to_pylist()}
     assert predicted.keys() == scored.keys() and len(predicted) == 16
     for uri, row in predicted.items():
@@ -167,7 +173,7 @@ def test_scoring_from_s3_to_s3_gives_one_row_per_picture_the_same_in_any_batch(
             assert abs(one_by_one[uri]["prob_fake"] - row["prob_fake"]) <= 1e-5  # type: ignore[operator]
             assert row["label"] == int("1_fake" in uri)
             assert row["generator"] == "upsampler"
-    table = ledger.verdicts(f"{bucket}/scored").to_table()
+    table = publication.verdicts(f"{bucket}/scored").to_table()
     assert table.schema.equals(schema.VERDICTS)
     assert not storage.exists(f"{bucket}/scored/staging")
 
@@ -189,14 +195,14 @@ def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Pa
     assert record["counts"]["status"] == {"failed": 1, "scored": 24}
     assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
     assert record["left_out"] == {".txt is no picture": 1}
-    assert ledger.runs(str(tmp_path), ledger.CAPTIONS) == [record] and ledger.runs(str(tmp_path)) == []
+    assert publication.runs(str(tmp_path), publication.CAPTIONS) == [record] and publication.runs(str(tmp_path)) == []
     assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
     assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
 
 
 def test_manifest_image_parquet_and_tar_score_like_the_folder(bucket: str, detector: str, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
-    pictures.write_bucket(folder / "files", range(200, 203), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "files", range(200, 203), seed=0, size_px=224, processes=1)
     files = sorted(path for path in folder.rglob("*.jpg"))
     labels = [int("1_fake" in path.as_posix()) for path in files]
     pq.write_table(pa.table({"uri": [str(path) for path in files], "label": labels}), tmp_path / "manifest.parquet")
@@ -245,23 +251,27 @@ def test_every_hostile_picture_gets_its_row(detector: str, tmp_path: Path) -> No
 
 def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # only built: there may be no GPU to run it on
-    pictures.write_bucket(tmp_path / "pictures", range(1), seed=0, size_px=64, processes=1)
+    synthetic.write_bucket(tmp_path / "pictures", range(1), seed=0, size_px=64, processes=1)
     plan = write_manifest(str(tmp_path / "pictures"), str(tmp_path / "manifest.parquet"))
     attempts.write_todo(plan.uri, str(tmp_path / "todo"))
-    monkeypatch.setattr(pipeline, "cluster_shares", lambda: resources.shares(cpus=16, gpus=2))
+    monkeypatch.setattr(stream, "cluster_shares", lambda: resources.shares(cpus=16, gpus=2))
     preparation = PreparationConfig(thumbnail_px=64)
-    stream = pipeline.prepared(
-        str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=pipeline.SCORING_COLUMNS,
+    pictures_stream = stream.prepared(
+        str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
         batch_size=256,
     )  # fmt: skip
-    stream = stream.captioned(CaptionerConfig(model=None), pipeline.with_pixels(pipeline.SCORING_COLUMNS, preparation))
-    stream = stream.through(Score, stream.shares.scorers, stream.models, 256, stream.report)
-    assert stream.models.device == "cuda"
-    assert stream.shares.scorers == 2
+    pictures_stream = pictures_stream.captioned(
+        CaptionerConfig(model=None), stream.with_pixels(stream.SCORING_COLUMNS, preparation)
+    )
+    pictures_stream = pictures_stream.through(
+        Score, pictures_stream.shares.scorers, pictures_stream.models, 256, pictures_stream.report
+    )
+    assert pictures_stream.models.device == "cuda"
+    assert pictures_stream.shares.scorers == 2
 
 
 def test_training_refuses_a_source_without_both_classes(bucket: str, tmp_path: Path) -> None:
-    pictures.write_bucket(tmp_path / "pictures", range(3), seed=0, size_px=64, processes=1)
+    synthetic.write_bucket(tmp_path / "pictures", range(3), seed=0, size_px=64, processes=1)
     for path in (tmp_path / "pictures").rglob("1_fake/*.jpg"):
         path.unlink()
     with pytest.raises(SourceError, match="both are needed"):

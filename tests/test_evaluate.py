@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import evaluate as module
-from jobs import ledger, storage
-from jobs.comparison import compare, long_table
+from jobs.console.tables import LONGEST_NAME, WIDEST, as_text
+from jobs.dataset.plan import write_manifest
 from jobs.evaluate import evaluate, parse_chains, parse_pairs
-from jobs.ledger import Run
-from jobs.plan import write_manifest
-from jobs.results import PREDICTIONS
-from jobs.table import LONGEST_NAME, WIDEST, as_text
-from jobs.verdicts import NEEDED
+from jobs.evaluation.comparison import compare, long_table
+from jobs.evaluation.verdicts import NEEDED
+from jobs.experiments.predictions import PREDICTIONS
+from jobs.runs import publication
+from jobs.runs.publication import Run
+from jobs.storage import storage
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import ROBUSTNESS
 from tests.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
@@ -181,7 +182,7 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     Path(unfinished.final).mkdir(parents=True)
     pq.write_table(verdict_table(verdict_row("/c", 0.9, label=0)), f"{unfinished.final}/part-00000-0a1b2c3d.parquet")
     assert evaluate(str(tmp_path / "scored"), out=str(tmp_path / "out"), samples=1)["all"]["real"] == 1
-    assert len(ledger.runs(str(tmp_path / "scored"))) == 1
+    assert len(publication.runs(str(tmp_path / "scored"))) == 1
 
 
 def test_file_that_lacks_a_column_is_told_which(tmp_path: Path) -> None:

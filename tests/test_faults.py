@@ -17,8 +17,8 @@ from botocore.exceptions import ClientError
 from ray.exceptions import ObjectLostError
 from s3fs.errors import translate_boto_error
 
-from jobs import faults, storage
-from jobs.faults import ATTEMPTS, Fault, fetch_error, kind, wait_seconds
+from jobs.storage import errors, storage
+from jobs.storage.errors import ATTEMPTS, Fault, fetch_error, kind, wait_seconds
 from nsnet.errors import FetchError, ObjectChangedError, ObjectDeniedError, ObjectMissingError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, Script
 from tests.swift import SwiftServer
@@ -84,11 +84,11 @@ OTHERS: list[tuple[Exception, Fault]] = [
     (OSError(errno.ESTALE, "x"), Fault.TRANSIENT),
     (OSError(errno.EBUSY, "x"), Fault.TRANSIENT),
     (OSError(errno.EHOSTUNREACH, "x"), Fault.TRANSIENT),
-    (faults.CutError("x"), Fault.TRANSIENT),
+    (errors.CutError("x"), Fault.TRANSIENT),
     (FileNotFoundError(errno.ENOENT, "x"), Fault.MISSING),
     (NotADirectoryError(errno.ENOTDIR, "x"), Fault.MISSING),
     (PermissionError(errno.EACCES, "x"), Fault.DENIED),
-    (faults.ChangedError("x"), Fault.CHANGED),
+    (errors.ChangedError("x"), Fault.CHANGED),
     (IsADirectoryError(errno.EISDIR, "x"), Fault.PERMANENT),
     (OSError(errno.ENAMETOOLONG, "x"), Fault.PERMANENT),
     (OSError("without a number"), Fault.PERMANENT),
@@ -110,7 +110,7 @@ def test_answer_that_s3fs_translated_means_the_same(status: int, code: str) -> N
 
 @pytest.mark.parametrize("attempt", range(1, 12))
 def test_wait_is_spread_below_a_bound_that_doubles(attempt: int) -> None:
-    bound = min(faults.LONGEST_WAIT_SECONDS, faults.FIRST_WAIT_SECONDS * 2**attempt)
+    bound = min(errors.LONGEST_WAIT_SECONDS, errors.FIRST_WAIT_SECONDS * 2**attempt)
     waits = [wait_seconds(attempt) for _ in range(2000)]
     assert 0.0 <= min(waits) < 0.05 * bound and 0.95 * bound < max(waits) <= bound
     assert abs(sum(waits) / len(waits) - bound / 2) < 0.05 * bound
@@ -118,13 +118,13 @@ def test_wait_is_spread_below_a_bound_that_doubles(attempt: int) -> None:
 
 
 def test_wait_of_many_attempts_is_bounded() -> None:
-    assert max(wait_seconds(attempt) for attempt in (50, 500, 1000)) <= faults.LONGEST_WAIT_SECONDS
+    assert max(wait_seconds(attempt) for attempt in (50, 500, 1000)) <= errors.LONGEST_WAIT_SECONDS
 
 
 FETCH_ERRORS: list[tuple[Exception, type[FetchError], bool]] = [
     (answer(404, "NoSuchKey"), ObjectMissingError, True),
     (FileNotFoundError(errno.ENOENT, "x"), ObjectMissingError, True),
-    (faults.ChangedError("x"), ObjectChangedError, False),
+    (errors.ChangedError("x"), ObjectChangedError, False),
     (answer(403, "AccessDenied"), ObjectDeniedError, False),
     (answer(503, "SlowDown"), FetchError, True),
     (boto.EndpointConnectionError(**URL), FetchError, True),
@@ -277,7 +277,7 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
 def test_error_is_told_without_the_password_of_an_address(password: str) -> None:
     error = OSError(f"no answer from http://me:{password}@store:8080/a and https://me:{password}@other, of s3://b/a@b")
     assert (
-        faults.reason(error) == "OSError: no answer from http://***@store:8080/a and https://***@other, of s3://b/a@b"
+        errors.reason(error) == "OSError: no answer from http://***@store:8080/a and https://***@other, of s3://b/a@b"
     )
 
 
@@ -349,7 +349,7 @@ def test_folder_in_the_place_of_a_file_is_not_asked_for_again(tmp_path: Path) ->
 
 def test_disk_that_stammers_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(b"content")
-    monkeypatch.setattr(faults, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(errors, "FIRST_WAIT_SECONDS", 0.001)
     left = [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "y")]
     read = storage._read
 
@@ -375,7 +375,7 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
         waits.append(attempt)
         return 0.0
 
-    monkeypatch.setattr(faults, "wait_seconds", wait)
+    monkeypatch.setattr(errors, "wait_seconds", wait)
     with pytest.raises(FetchError) as caught:
         storage.fetch(f"{tmp_path}/a.jpg")
     assert waits == list(range(1, ATTEMPTS)) and caught.value.requests == ATTEMPTS
@@ -548,9 +548,9 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
 )
 def test_what_a_machine_cannot_do_is_one_line_also_out_of_a_task(error: Exception, line: str) -> None:
     carried = _Carried(_Carried(error))
-    assert faults.root_cause(carried) is error and faults.root_cause(error) is error
-    line_said = faults.explain(carried)
-    assert line_said is not None and line_said == faults.explain(error)
+    assert errors.root_cause(carried) is error and errors.root_cause(error) is error
+    line_said = errors.explain(carried)
+    assert line_said is not None and line_said == errors.explain(error)
     assert line_said.startswith(line) and "\n" not in line_said and "ray::" not in line_said
 
 
@@ -560,18 +560,18 @@ def test_error_that_ray_data_has_annotated_is_told_in_its_own_words() -> None:
     )
     written = full()
     written.filename = f"\n{suffix}"  # what becomes of an argument that is appended, on its way between processes
-    assert faults.explain(written) == faults.explain(full())
-    assert faults.explain(UsageError(f"a bundle is damaged\n{suffix}")) == "a bundle is damaged"
+    assert errors.explain(written) == errors.explain(full())
+    assert errors.explain(UsageError(f"a bundle is damaged\n{suffix}")) == "a bundle is damaged"
 
 
 @pytest.mark.parametrize(
     "error", [KeyError("x"), TypeError("x"), ValueError("x"), AssertionError("x"), RuntimeError("x")]
 )
 def test_bug_is_not_explained_away(error: Exception) -> None:
-    assert faults.explain(error) is None and faults.explain(_Carried(error)) is None
+    assert errors.explain(error) is None and errors.explain(_Carried(error)) is None
 
 
 def test_circle_of_causes_ends() -> None:
     first, second = _Carried(KeyError()), _Carried(KeyError())
     first.cause, second.cause = second, first
-    assert faults.root_cause(first) in (first, second)
+    assert errors.root_cause(first) in (first, second)

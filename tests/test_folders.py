@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.folders import base, may_be_generator, partition
-from jobs.labels import paired_label
-from jobs.layouts import MAX_GENERATORS, labels_from_path, recognise
+from jobs.dataset.benchmarks import MAX_GENERATORS, labels_from_path, recognise
+from jobs.dataset.folders import base, may_be_generator, partition
+from jobs.dataset.labels import paired_label
 
 SOURCE = "/data/mine"
 Told = tuple[int | None, str | None, str | None]

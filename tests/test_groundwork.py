@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import groundwork, ledger
-from jobs.examples import SPLIT, Examples
-from jobs.groundwork import Facts
-from jobs.request import TrainRequest
-from jobs.stages import Models
+from jobs.experiments import inputs
+from jobs.experiments.inputs import Facts
+from jobs.experiments.request import TrainRequest
+from jobs.pipeline.actors import Models
+from jobs.runs import publication
+from jobs.training.examples import SPLIT, Examples
 from nsnet.errors import ConfigError, NullSpaceError, SourceError
 from tests.models import one_line
 from tests.tables import picture_file, put
@@ -28,15 +29,15 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainRequest:
     def look(*_: object) -> None:
         raise LookedAt
 
-    monkeypatch.setattr(groundwork, "find_out", look)
+    monkeypatch.setattr(inputs, "find_out", look)
     files = {f"{g}/{name}/{i}.png": picture_file(i) for g in "ab" for name in ("0_real", "1_fake") for i in range(3)}
     return TrainRequest(source=put(str(tmp_path / "pictures"), files), out=str(tmp_path / "out")).absolute()
 
 
 def prepare(request: TrainRequest) -> Any:
     recipe, models = request.resolved(), Models()
-    facts = groundwork.where(request, recipe, models)
-    return groundwork.examples_of(request, recipe, facts, request.identity(recipe))
+    facts = inputs.where(request, recipe, models)
+    return inputs.examples_of(request, recipe, facts, request.identity(recipe))
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,9 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     request = replace(request_, variant="rank-k:8")
     table = SPLIT.empty_table()
     found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
-    facts = Facts(place="/captions", product=ledger.CAPTIONS, maker="m")
+    facts = Facts(place="/captions", product=publication.CAPTIONS, maker="m")
     with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
-        groundwork.fitted(request, request.resolved(), facts, found)
+        inputs.fitted(request, request.resolved(), facts, found)
 
 
 def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from jobs import guard
-from jobs.guard import Child, ChildTimeoutError, Clock, Zygote
+from jobs.isolation import guard
+from jobs.isolation.guard import Child, ChildTimeoutError, Clock, Zygote
 from tests.services.poisoned import MARK
 
 MEMORY = 2**30
@@ -196,7 +196,7 @@ def test_children_of_many_threads_do_not_mix(zygote: Zygote) -> None:
 def test_everything_ends_with_a_killed_parent() -> None:
     code = (
         "import os, time\n"
-        "from jobs.guard import Zygote\n"
+        "from jobs.isolation.guard import Zygote\n"
         "zygote = Zygote('tests.services.poisoned')\n"
         "child = zygote.fork({}, 2**30)\n"
         "print(zygote._process.pid, child.pid, flush=True)\n"
@@ -215,7 +215,7 @@ def test_everything_ends_with_a_killed_parent() -> None:
 
 def test_zygote_has_one_thread(zygote: Zygote) -> None:
     """A fork copies no other: what one of them held would be held for ever."""
-    with closing(Zygote("jobs.decoding")) as decoders:
+    with closing(Zygote("jobs.pipeline.decoding")) as decoders:
         for one in (zygote, decoders):
             one._running()
             assert one._process is not None

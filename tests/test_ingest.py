@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import examples, schema
-from jobs.examples import SPLIT, Examples
-from jobs.ingest import FETCHED, Arrival, Ingest, Order, picture_seed
-from jobs.stages import transform_seed
+from jobs.dataset import schema
+from jobs.pipeline.actors import transform_seed
+from jobs.training import examples
+from jobs.training.examples import SPLIT, Examples
+from jobs.training.ingest import FETCHED, Arrival, Ingest, Order, picture_seed
 from nsnet import transforms
 from nsnet.errors import SourceError
 from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import inventory
-from jobs.inventory import CLASSES, KNOWN, LISTED, PICTURES, describe, pictures
-from jobs.labelled import NO_GENERATOR
-from jobs.manifest import image_id
+from jobs.auditing import inventory
+from jobs.auditing.inventory import CLASSES, KNOWN, LISTED, PICTURES, describe, pictures
+from jobs.dataset.manifest import image_id
+from jobs.evaluation.groups import NO_GENERATOR
 from tests.tables import batches
 
 Rows = list[dict[str, Any]]

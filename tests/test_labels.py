@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.labels import class_names, meanings, text, without_label
+from jobs.dataset.labels import class_names, meanings, text, without_label
 
 
 @pytest.mark.parametrize(

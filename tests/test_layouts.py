@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.layouts import (
+from jobs.dataset.benchmarks import (
     AIGIBENCH,
     DALLE,
     FORENSYNTHS,

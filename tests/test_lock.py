@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from jobs import lock, storage
-from jobs.lock import EXPIRY_SECONDS, Lock, hold
+from jobs.runs import lock
+from jobs.runs.lock import EXPIRY_SECONDS, Lock, hold
+from jobs.storage import storage
 from nsnet.errors import LockedError, StorageError
 from tests.swift import SwiftServer
 from tests.tables import new_bucket

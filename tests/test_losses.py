@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.distributed import DistributedGather
+from jobs.training.collectives import DistributedGather
 from nsnet.errors import ConfigError
 from nsnet.head import HeadConfig, ProjectionHead
 from nsnet.losses import LossConfig, Losses, alignment, binary_cross_entropy, objective, supervised_contrastive

@@ -13,12 +13,16 @@ import pytest
 import ray.data  # noqa: F401 - registers the extension type that unpickles
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-from jobs import examples, fetching, ledger, parquet, schema, sources, storage, verdicts
 from jobs.calibrate import _validation
-from jobs.datasource import ParquetFiles
-from jobs.parquet_file import ColumnTypeError, ParquetFile
-from jobs.plan import write_manifest
-from jobs.results import PREDICTIONS
+from jobs.dataset import fetching, schema, source
+from jobs.dataset.plan import write_manifest
+from jobs.evaluation import verdicts
+from jobs.experiments.predictions import PREDICTIONS
+from jobs.pipeline.datasource import ParquetFiles
+from jobs.runs import publication
+from jobs.storage import parquet, storage
+from jobs.storage.parquet_file import ColumnTypeError, ParquetFile
+from jobs.training import examples
 from nsnet import bundle
 from nsnet.errors import NsnetError, SourceError
 from tests.fuzz.driver import status
@@ -97,10 +101,10 @@ def test_no_column_beside_stored_images_is_unpickled(column: str, mark: Path, tm
     content = pa.array([b"x" * 100])
     uri = file_of(tmp_path, **({"bytes": content} | {column: pickled(mark)}))
     with pytest.raises(NsnetError, match=EXTENSION):
-        for row in sources.Source(uri).rows():
+        for row in source.Source(uri).rows():
             fetching.fetch(row, 10**6)
     (tmp_path / "data" / "y.png").write_bytes(picture_file())
-    beside = sources.Source(str(tmp_path / "data"))
+    beside = source.Source(str(tmp_path / "data"))
     for row in beside.rows():
         if row["container"]:  # listed before its bytes are looked at
             with pytest.raises(NsnetError, match=EXTENSION):
@@ -108,12 +112,12 @@ def test_no_column_beside_stored_images_is_unpickled(column: str, mark: Path, tm
     assert not mark.exists()
 
 
-def outputs(column: str, mark: Path, tmp_path: Path, product: ledger.Product) -> str:
+def outputs(column: str, mark: Path, tmp_path: Path, product: publication.Product) -> str:
     """A published run, one of whose files holds a payload."""
     row = dict.fromkeys(product.columns.names) | verdict_row("a", 0.5)
     table = pa.Table.from_pylist([row], schema=product.columns)
     table = table.set_column(table.schema.get_field_index(column), column, pickled(mark))
-    run = ledger.Run(out=str(tmp_path / "out"), product=product, run_id="20260101T000000Z-000000")
+    run = publication.Run(out=str(tmp_path / "out"), product=product, run_id="20260101T000000Z-000000")
     path = Path(run.final) / "part-00000-00000000.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(table, path)
@@ -124,21 +128,21 @@ def outputs(column: str, mark: Path, tmp_path: Path, product: ledger.Product) ->
 
 @pytest.mark.parametrize("column", ["uri", "label", "caption", "verdict", "image_id"])
 def test_no_column_of_published_rows_is_unpickled(column: str, mark: Path, tmp_path: Path) -> None:
-    out = outputs(column, mark, tmp_path, ledger.VERDICTS)
+    out = outputs(column, mark, tmp_path, publication.VERDICTS)
     columns = pa.schema([schema.VERDICTS.field(column)])
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        list(ledger.published(out, columns))
+        list(publication.published(out, columns))
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        ledger.verdicts(out)
+        publication.verdicts(out)
     with pytest.raises(ColumnTypeError, match=EXTENSION):
         verdicts.read(out)
     assert not mark.exists()
 
 
 def test_no_column_of_captions_is_unpickled(mark: Path, tmp_path: Path) -> None:
-    out = outputs("text_features", mark, tmp_path, ledger.CAPTIONS)
+    out = outputs("text_features", mark, tmp_path, publication.CAPTIONS)
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        list(ledger.published(out, pa.schema([schema.TEXT_FEATURES]), ledger.CAPTIONS))
+        list(publication.published(out, pa.schema([schema.TEXT_FEATURES]), publication.CAPTIONS))
     assert not mark.exists()
 
 
@@ -218,7 +222,7 @@ def test_missing_column_is_an_error_unless_it_is_optional(tmp_path: Path) -> Non
 def test_only_plain_types_are_read_from_a_source(kind: pa.DataType, tmp_path: Path) -> None:
     uri = file_of(tmp_path, uri=["a"], label=pa.nulls(1, kind))
     with pytest.raises(SourceError, match="column `label` is of type"):
-        list(sources.Source(uri).rows())
+        list(source.Source(uri).rows())
 
 
 def test_writers_schema_is_not_believed(tmp_path: Path) -> None:
@@ -241,15 +245,15 @@ def test_footer_is_no_longer_than_its_file(length: int, tmp_path: Path) -> None:
     uri = file_of(tmp_path, n=[1])
     content = Path(uri).read_bytes()
     Path(uri).write_bytes(content[:200] + struct.pack("<I", length) + b"PAR1")
-    with storage.open_file(uri) as source, pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
-        ParquetFile(source, uri)
+    with storage.open_file(uri) as file, pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
+        ParquetFile(file, uri)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" * 3, b"x" * 100])
 def test_what_is_no_parquet_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(content)
-    with storage.open_file(str(tmp_path / "x.parquet")) as source, pytest.raises((pa.ArrowException, OSError)):
-        ParquetFile(source, "x.parquet")
+    with storage.open_file(str(tmp_path / "x.parquet")) as file, pytest.raises((pa.ArrowException, OSError)):
+        ParquetFile(file, "x.parquet")
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

@@ -11,14 +11,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import failures, ledger, parquet, patience, schema, storage
-from jobs.decoding import GuardedDecoder
-from jobs.failures import remembered
-from jobs.guard import WALL_FACTOR, Zygote
-from jobs.patience import Patience
-from jobs.plan import Selection
-from jobs.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
-from jobs.runs import Request
+from jobs.dataset import schema
+from jobs.dataset.plan import Selection
+from jobs.isolation.guard import WALL_FACTOR, Zygote
+from jobs.pipeline import patience
+from jobs.pipeline.decoding import GuardedDecoder
+from jobs.pipeline.patience import Patience
+from jobs.pipeline.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
+from jobs.runs import failures, publication
+from jobs.runs.execution import Request
+from jobs.runs.failures import remembered
+from jobs.storage import parquet, storage
 from nsnet.config import to_dict
 from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError, ImageTimeoutError, StorageError
 from nsnet.images import DecodeLimits
@@ -233,7 +236,7 @@ def run_of(number: int) -> str:
 
 
 def publish(out: str, number: int, rows: list[dict[str, Any]], **record: Any) -> None:
-    run = ledger.Run(out=out, run_id=run_of(number))
+    run = publication.Run(out=out, run_id=run_of(number))
     path = f"{run.final}/part-00000-00000000.parquet".removeprefix(f"{out}/")
     table = pa.Table.from_pylist(rows, schema=schema.VERDICTS)
     parquet.write(table.to_batches(), schema.VERDICTS, storage.join(out, path))
@@ -249,7 +252,7 @@ def publish(out: str, number: int, rows: list[dict[str, Any]], **record: Any) ->
 
 def asked(out: str, **selection: Any) -> Request:
     return Request(
-        source="s", out=out, product=ledger.VERDICTS, maker="d", settings={"limits": LIMITS},
+        source="s", out=out, product=publication.VERDICTS, maker="d", settings={"limits": LIMITS},
         selection=Selection(**selection),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs import pictures
+from jobs.dataset import synthetic
 
 SCENES = range(60)
 SEED = 5
@@ -34,7 +34,7 @@ def auroc(real: NDArray[np.float64], fake: NDArray[np.float64]) -> float:
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[bytes, bytes]]:
-    return [pictures.make_pair(scene, seed=SEED, size_px=128) for scene in SCENES]
+    return [synthetic.make_pair(scene, seed=SEED, size_px=128) for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,23 @@ def pixels(pairs: list[tuple[bytes, bytes]]) -> list[tuple[NDArray[np.uint8], ND
 @pytest.mark.parametrize("size_px", [32, 97, 128])
 def test_scene_and_photograph_have_stated_shape_dtype_and_range(size_px: int) -> None:
     rng = np.random.default_rng(1)
-    scene = pictures.draw_scene(rng, size_px)
+    scene = synthetic.draw_scene(rng, size_px)
     assert scene.shape == (size_px, size_px, 3) and scene.dtype == np.float32
     assert scene.min() >= 0 and scene.max() <= 1 and scene.std() > 0.02
-    photo = pictures.camera(scene, rng)
+    photo = synthetic.camera(scene, rng)
     assert photo.shape == scene.shape and photo.dtype == np.uint8
     assert photo.max() - photo.min() > 50
 
 
 def test_scene_below_one_patch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 32 px.* got 31"):
-        pictures.draw_scene(np.random.default_rng(0), 31)
+        synthetic.draw_scene(np.random.default_rng(0), 31)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 66), (67, 96), (4, 5)])
 def test_decoder_keeps_size_whatever_the_remainder(shape: tuple[int, int]) -> None:
     photo = np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    fake = pictures.upsampling_decoder(photo, np.random.default_rng(3))
+    fake = synthetic.upsampling_decoder(photo, np.random.default_rng(3))
     assert fake.shape == photo.shape and fake.dtype == np.uint8
 
 
@@ -73,12 +73,12 @@ def test_transposed_convolution_equals_zero_insertion_and_sum() -> None:
     expected = np.zeros((2 * 7 + 2, 2 * 8 + 2, 3))
     for row, column in np.ndindex(7, 8):
         expected[2 * row : 2 * row + 4, 2 * column : 2 * column + 4] += padded[row, column] * scaled
-    np.testing.assert_allclose(pictures._transposed(low, kernel), expected[3:13, 3:15], rtol=1e-5)
+    np.testing.assert_allclose(synthetic._transposed(low, kernel), expected[3:13, 3:15], rtol=1e-5)
 
 
 def test_pair_is_a_pure_function_of_seed_and_scene(pairs: list[tuple[bytes, bytes]]) -> None:
-    assert pictures.make_pair(7, seed=SEED, size_px=128) == pairs[7]
-    assert pictures.make_pair(7, seed=SEED + 1, size_px=128) != pairs[7]
+    assert synthetic.make_pair(7, seed=SEED, size_px=128) == pairs[7]
+    assert synthetic.make_pair(7, seed=SEED + 1, size_px=128) != pairs[7]
     assert len({picture for pair in pairs for picture in pair}) == 2 * len(pairs)
 
 
@@ -139,8 +139,8 @@ def test_spectrum_of_fakes_peaks_at_nyquist(pixels: list[tuple[NDArray[np.uint8]
 
 def test_bucket_is_the_same_from_one_process_or_two(tmp_path: Path) -> None:
     done: list[int] = []
-    assert pictures.write_bucket(tmp_path / "a", range(3, 6), seed=SEED, size_px=64, progress=done.append) == 6
-    assert pictures.write_bucket(tmp_path / "b", range(3, 6), seed=SEED, size_px=64, processes=1) == 6
+    assert synthetic.write_bucket(tmp_path / "a", range(3, 6), seed=SEED, size_px=64, progress=done.append) == 6
+    assert synthetic.write_bucket(tmp_path / "b", range(3, 6), seed=SEED, size_px=64, processes=1) == 6
     assert done == [1, 2, 3]
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert [str(name) for name in names] == [
@@ -152,5 +152,5 @@ def test_bucket_is_the_same_from_one_process_or_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("scenes", "seed"), [([1, 1], 0), ([-1], 0), ([1], -1)])
 def test_bucket_refuses_repeated_or_negative_ids(tmp_path: Path, scenes: list[int], seed: int) -> None:
     with pytest.raises(ValueError, match="distinct and >= 0"):
-        pictures.write_bucket(tmp_path, scenes, seed=seed)
+        synthetic.write_bucket(tmp_path, scenes, seed=seed)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from jobs.pipeline import _of_stream
+from jobs.pipeline.stream import _of_stream
 from nsnet.errors import OutageError, StorageError
 
 

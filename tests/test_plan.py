@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import parquet, plan, schema, storage
-from jobs.manifest import image_id
-from jobs.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
-from jobs.sources import Source
+from jobs.dataset import plan, schema
+from jobs.dataset.manifest import image_id
+from jobs.dataset.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
+from jobs.dataset.source import Source
+from jobs.storage import parquet, storage
 from nsnet.errors import ConfigError, SourceError, UsageError
 from tests.swift import SwiftServer
 from tests.tables import batches, new_bucket, parquet_bytes, put, tar_bytes

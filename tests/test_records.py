@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import SessionLog
 
-from jobs import records, storage
-from jobs.records import Records
+from jobs.storage import storage
+from jobs.training import tracking
+from jobs.training.tracking import Records
 from tests.events import events
 
 SETTINGS = {"seed": 0, "source": "/pictures"}
@@ -92,11 +93,11 @@ def test_training_goes_on_where_records_cannot_be_stored(tmp_path: Path, caplog:
 
 
 def test_mlflow_is_told_where_it_is_and_has_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not records._mlflow_wanted()
+    assert not tracking._mlflow_wanted()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path))
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: name)
-    assert records._mlflow_wanted()
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name)
+    assert tracking._mlflow_wanted()
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     told = begin(str(tmp_path))
     assert told.mlflow_run is None
     told.close()
@@ -120,7 +121,7 @@ class Server:
 
 def test_server_that_goes_away_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     server = Server()
-    mlflow = records._Mlflow(server, "run")
+    mlflow = tracking._Mlflow(server, "run")
     mlflow.log({"val_ap": 0.5}, 10)
     assert server.calls == [("log_metric", "run", "val_ap", 0.5, 10)]
     server.fails = True

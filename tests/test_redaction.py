@@ -13,9 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from jobs import cli, lock, resources, stages, storage
-from jobs.manifest import from_values
-from jobs.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
+from jobs import cli
+from jobs.cluster import resources
+from jobs.dataset.manifest import from_values
+from jobs.pipeline import actors
+from jobs.runs import lock
+from jobs.storage import storage
+from jobs.storage.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
 from nsnet.errors import FetchError, UsageError
 from tests.models import closed_address
 from tests.tables import picture_file, put, run_command, save_bundle
@@ -123,7 +127,7 @@ def test_logs_hold_no_secret_in_message_arguments_and_traceback() -> None:
 
 
 def test_row_of_a_failed_picture_holds_no_secret() -> None:
-    row = stages.failed({"uri": "x"}, FetchError("no answer from https://me:s3cret@store/x?sig=s3cret"))
+    row = actors.failed({"uri": "x"}, FetchError("no answer from https://me:s3cret@store/x?sig=s3cret"))
     assert row["error_message"] == "no answer from https://***@store/x?***"
 
 
@@ -188,7 +192,7 @@ def test_command_shows_and_writes_no_secret(
         dead = closed_address().removeprefix("http://")
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example:9000")
         monkeypatch.setenv("HTTP_PROXY", f"http://somebody:{SECRET}@{dead}")
-        monkeypatch.setattr("jobs.storage.REACH_SECONDS", 0.5)
+        monkeypatch.setattr("jobs.storage.storage.REACH_SECONDS", 0.5)
     elif place == "address":
         options = ["--address", f"ray://somebody:{SECRET}@head:10001"]
     else:

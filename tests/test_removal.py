@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import names, removal, storage
+from jobs.runs import names, removal
+from jobs.storage import storage
 from nsnet.errors import StorageError
 from tests.tables import WRITE, put, rows_file
 

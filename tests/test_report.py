@@ -14,11 +14,11 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jobs.charts import COLOURS, MOST_ROWS, shown
-from jobs.comparison import METRICS, compare
-from jobs.curves import curves
-from jobs.explanations import alarms, per_cent
-from jobs.report import COLUMNS, MORE_COLUMNS, render
+from jobs.evaluation.comparison import METRICS, compare
+from jobs.evaluation.curves import curves
+from jobs.report.page import COLUMNS, MORE_COLUMNS, render
+from jobs.report.plots import COLOURS, MOST_ROWS, shown
+from jobs.report.wording import alarms, per_cent
 from tests.tables import verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]

@@ -8,8 +8,8 @@ from typing import Any
 import click
 import pytest
 
-from jobs import storage
-from jobs.request import SETTINGS, TrainRequest
+from jobs.experiments.request import SETTINGS, TrainRequest
+from jobs.storage import storage
 from jobs.train import WorkersType
 from nsnet import recipes
 from nsnet.errors import ConfigError, StorageError, UsageError

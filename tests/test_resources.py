@@ -12,8 +12,9 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
 
-from jobs import console, resources
-from jobs.resources import shares
+from jobs.cluster import resources
+from jobs.cluster.resources import shares
+from jobs.console import main
 from nsnet.errors import StorageError
 
 CPUS = [0.5, 1, 1.5, 2, 2.5, 3, *range(4, 33), 47.5, 48, 63, 64, 96, 128]
@@ -70,8 +71,8 @@ def test_cluster_without_cpus_is_refused(gpus: float) -> None:
 def test_wait_is_said_with_the_load_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "WAITING_SECONDS", 0.01)
-    with console.waiting("a cluster"):
+    monkeypatch.setattr(main, "WAITING_SECONDS", 0.01)
+    with main.waiting("a cluster"):
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2

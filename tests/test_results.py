@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import examples, parquet, results
-from jobs.checkpoints import Progress
-from jobs.comparison import compare
-from jobs.examples import Examples
+from jobs.evaluation.comparison import compare
+from jobs.experiments import predictions
+from jobs.storage import parquet
+from jobs.training import examples
+from jobs.training.checkpoints import Progress
+from jobs.training.examples import Examples
 from nsnet import calibration
 from nsnet.calibration import OperatingPoint
 from tests.tables import manifest_row
@@ -58,18 +60,18 @@ def found() -> Examples:
 
 
 def test_calibration_is_that_of_validation_whatever_the_test_says(found: Examples) -> None:
-    judged = results.judge(found, progress(found), POINT)
+    judged = predictions.judge(found, progress(found), POINT)
     known = progress(found).validation
     rows = known["rows"].numpy()
     assert judged.calibration == calibration.fit(found.labels[rows], known["logits"].numpy(), POINT)
-    moved = results.judge(found, progress(found, test_shift=5.0), POINT)
+    moved = predictions.judge(found, progress(found, test_shift=5.0), POINT)
     assert moved.calibration == judged.calibration
     assert moved.of("val").equals(judged.of("val")) and not moved.of("test").equals(judged.of("test"))
 
 
 def test_prediction_carries_its_own_pictures_identity_and_verdict(found: Examples) -> None:
     state = progress(found)
-    judged = results.judge(found, state, POINT)
+    judged = predictions.judge(found, state, POINT)
     by_id = {row["image_id"]: row for row in found.table.to_pylist()}
     logits = {
         found.image_ids[row]: logit
@@ -91,40 +93,40 @@ def test_prediction_carries_its_own_pictures_identity_and_verdict(found: Example
 
 
 def test_training_pictures_are_never_judged(found: Examples) -> None:
-    assert set(results.judge(found, progress(found), POINT).table.column("split").to_pylist()) == {"val", "test"}
+    assert set(predictions.judge(found, progress(found), POINT).table.column("split").to_pylist()) == {"val", "test"}
 
 
 def test_record_has_the_numbers_of_both_parts_and_the_best_epoch(found: Examples) -> None:
     state = progress(found)
-    judged = results.judge(found, state, POINT)
-    result = results.describe(judged, state, {"seed": 3})
+    judged = predictions.judge(found, state, POINT)
+    result = predictions.describe(judged, state, {"seed": 3})
     assert result["seed"] == 3 and result["best_epoch"]["epoch"] == 2 and len(result["history"]) == 3
     assert result["validation"] == compare(judged.of("val")) and result["test"] == compare(judged.of("test"))
     assert result["validation"] != result["test"]
     assert json.loads(json.dumps(result)) == result
     assert result["calibration"]["point"]["fpr"] == 0.1
-    text = results.summary(result)
+    text = predictions.summary(result)
     assert text.startswith("epoch 2 of 3: validation AP 0.9000, residual energy 0.50") and "ADM" in text
 
 
 def test_without_test_pictures_the_record_says_so(found: Examples) -> None:
     state = progress(found, test=False)
-    result = results.describe(results.judge(found, state, POINT), state, {})
-    assert result["test"] is None and "test" not in results.summary(result)
+    result = predictions.describe(predictions.judge(found, state, POINT), state, {})
+    assert result["test"] is None and "test" not in predictions.summary(result)
 
 
 def test_undefined_ap_is_said(found: Examples) -> None:
     state = progress(found)
     state.history[1]["val_ap"] = None
-    result = results.describe(results.judge(found, state, POINT), state, {})
-    assert "validation AP undefined" in results.summary(result)
+    result = predictions.describe(predictions.judge(found, state, POINT), state, {})
+    assert "validation AP undefined" in predictions.summary(result)
 
 
 def test_predictions_are_stored_under_their_detector(found: Examples, place: str) -> None:
-    judged = results.judge(found, progress(found), POINT)
+    judged = predictions.judge(found, progress(found), POINT)
     uri = f"{place}/predictions.parquet"
-    results.write_predictions(judged, "d" * 16, uri)
-    stored = pa.Table.from_batches(parquet.read(uri, results.PREDICTIONS), results.PREDICTIONS)
+    predictions.write_predictions(judged, "d" * 16, uri)
+    stored = pa.Table.from_batches(parquet.read(uri, predictions.PREDICTIONS), predictions.PREDICTIONS)
     assert set(stored.column("detector_id").to_pylist()) == {"d" * 16}
 
     def without_id(table: pa.Table) -> list[dict[str, Any]]:

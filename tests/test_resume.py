@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import pictures
-from jobs.fit import TrainingFailedError
-from jobs.request import TrainRequest
+from jobs.dataset import synthetic
+from jobs.experiments.request import TrainRequest
+from jobs.experiments.trainer import TrainingFailedError
 from jobs.train import train
 from nsnet import bundle
 from tests.events import events
@@ -41,8 +41,8 @@ WEIGHTS = (bundle.NETWORK, f"{bundle.CLIP}/open_clip_model.safetensors")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume") / "pictures"
-    pictures.write_bucket(folder / "train", range(SCENES), seed=0, size_px=224, processes=1)
-    pictures.write_bucket(folder / "val", range(SCENES, SCENES + 4), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "train", range(SCENES), seed=0, size_px=224, processes=1)
+    synthetic.write_bucket(folder / "val", range(SCENES, SCENES + 4), seed=0, size_px=224, processes=1)
     return folder
 
 

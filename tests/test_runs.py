@@ -13,10 +13,13 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 
-from jobs import attempts, ledger, lock, parquet, resources, runs, schema, storage
-from jobs.ledger import Run
-from jobs.plan import Plan, Selection, write_manifest
-from jobs.runs import Request, Work
+from jobs.cluster import resources
+from jobs.dataset import schema
+from jobs.dataset.plan import Plan, Selection, write_manifest
+from jobs.runs import attempts, execution, lock, publication
+from jobs.runs.execution import Request, Work
+from jobs.runs.publication import Run
+from jobs.storage import parquet, storage
 from nsnet.config import to_dict
 from nsnet.errors import LockedError, StorageError
 from nsnet.images import DecodeLimits
@@ -70,7 +73,7 @@ class Nights:
         return Request(
             source=settings.pop("source", self.source),
             out=self.out,
-            product=ledger.VERDICTS,
+            product=publication.VERDICTS,
             maker=settings.pop("detector_id", "one"),
             settings=settings,
             selection=Selection(**selection),
@@ -79,13 +82,13 @@ class Nights:
     def killed(self, changes: dict[str, Any] | None = None, **selection: Any) -> Run:
         """A night that is killed once it was planned."""
         with pytest.raises(Killed) as caught:
-            runs.carry_out(self.request(changes, **selection), killed_at_work)
+            execution.carry_out(self.request(changes, **selection), killed_at_work)
         run: Run = caught.value.args[0]
         return run
 
     def whole(self, changes: dict[str, Any] | None = None, **selection: Any) -> dict[str, Any] | None:
         """A night that publishes -> its record; None: it found nothing to do."""
-        record = runs.carry_out(self.request(changes, **selection), work_of)
+        record = execution.carry_out(self.request(changes, **selection), work_of)
         return record if record["files"] else None
 
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
@@ -100,7 +103,7 @@ class Nights:
 
     def published(self) -> Counter[str]:
         """How often each picture of the source was published, by its name."""
-        uris = ledger.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
+        uris = publication.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
         return Counter(uri.removeprefix(f"{self.source}/") for uri in uris)
 
 
@@ -109,7 +112,7 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
     monkeypatch.setattr(resources, "connect", lambda address: None)
     numbers = count()
     monkeypatch.setattr(
-        ledger, "new_run_id", lambda: f"20260102T{next(numbers):06d}Z-000000"
+        publication, "new_run_id", lambda: f"20260102T{next(numbers):06d}Z-000000"
     )  # in order within a second
     return Nights(str(tmp_path))
 
@@ -118,7 +121,7 @@ def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines for the person who runs the command."""
     lines: list[str] = []
-    monkeypatch.setattr(runs, "say", lines.append)
+    monkeypatch.setattr(execution, "say", lines.append)
     return lines
 
 
@@ -176,7 +179,7 @@ def test_runs_that_were_published_before_change_nothing(nights: Nights) -> None:
 
 def test_of_two_unfinished_runs_the_newer_is_continued_and_the_other_given_up(nights: Nights, said: list[str]) -> None:
     with lock.hold(nights.out) as held:  # as of two processes of which one lost the lock too late
-        first, second = (runs._plan(nights.request(), held)[0] for _ in range(2))
+        first, second = (execution._plan(nights.request(), held)[0] for _ in range(2))
     record = nights.whole()
     assert record is not None and record["run_id"] == second.run_id
     assert nights.staged() == [first.run_id]
@@ -270,7 +273,7 @@ def test_run_with_other_settings_is_left_alone_and_they_are_named(
     run = nights.killed(limit=3)
     before = [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)]
     said.clear()
-    assert runs._unfinished(nights.request(changes, **selection)) is None
+    assert execution._unfinished(nights.request(changes, **selection)) is None
     assert said == [f"left alone: the unfinished run {run.run_id} has other settings ({named}): {run.staging}"]
     assert [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)] == before
 
@@ -305,10 +308,10 @@ def test_remains_of_a_run_that_was_published_are_removed(
     record = killed_after_its_record(nights, monkeypatch)
     run = Run(out=nights.out, run_id=record["run_id"])
     said.clear()
-    assert runs._unfinished(nights.request(**selection)) is None
+    assert execution._unfinished(nights.request(**selection)) is None
     assert nights.staged() == [] and said == []
     assert [entry.uri for entry in storage.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
-    assert ledger.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
+    assert publication.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
 
 
 def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,10 +355,10 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
 
 def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
     nights.whole()
-    record = runs.carry_out(nights.request(), lambda run: pytest.fail("there was nothing to work on"))
+    record = execution.carry_out(nights.request(), lambda run: pytest.fail("there was nothing to work on"))
     assert (record["rows"], record["files"], record["listing"]) == (0, [], {"scored before": 5})
     assert record["counts"] == {"status": {}, "verdict": {}, "error_class": {}}
-    assert nights.staged() == [] and ledger.runs(nights.out)[1:] == [record]
+    assert nights.staged() == [] and publication.runs(nights.out)[1:] == [record]
     assert nights.published() == Counter(NAMES)
 
 
@@ -367,11 +370,11 @@ def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
         return write_manifest(*arguments, **more)
 
     with monkeypatch.context() as patch, lock.hold(nights.out) as held:
-        patch.setattr(runs, "write_manifest", write_slowly)
+        patch.setattr(execution, "write_manifest", write_slowly)
         with pytest.raises(LockedError, match="was lost"):
-            runs._plan(nights.request(), held)
+            execution._plan(nights.request(), held)
     assert [storage.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
-    assert runs._unfinished(nights.request()) is None  # and what it left goes
+    assert execution._unfinished(nights.request()) is None  # and what it left goes
     assert nights.staged() == []
 
 
@@ -393,14 +396,14 @@ def cut_tar(source: str, name: str = "cut.tar") -> str:
 def test_record_names_what_could_not_be_read_also_where_there_is_nothing_to_do(nights: Nights) -> None:
     uri = cut_tar(nights.source)
     for rows in (5, 0):
-        record = runs.carry_out(nights.request(), work_of)
+        record = execution.carry_out(nights.request(), work_of)
         assert (record["rows"], record["unread_count"], record["left_out"]) == (
             rows,
             1,
             {".tar that cannot be read": 1},
         )
         (named,) = record["unread"]
-        assert named.startswith(f"{uri} ") and record in ledger.runs(nights.out)
+        assert named.startswith(f"{uri} ") and record in publication.runs(nights.out)
 
 
 def test_run_that_is_continued_names_what_its_plan_could_not_read(nights: Nights) -> None:
@@ -424,7 +427,7 @@ def test_run_that_an_older_version_planned_is_continued(nights: Nights) -> None:
 def test_run_that_found_nothing_to_do_overtakes_nobody(nights: Nights) -> None:
     nights.whole()
     run = nights.killed(rescore=True)
-    assert nights.whole() is None and len(ledger.runs(nights.out)) == 2
+    assert nights.whole() is None and len(publication.runs(nights.out)) == 2
     assert nights.killed(rescore=True) == run
 
 
@@ -475,7 +478,7 @@ def test_run_that_was_overtaken_at_its_work_ends_as_locked_however_it_fails(
         return Work(title="score", stages=(), stream=lambda attempt: cast(Any, Overtaken(attempt, run.run_id)))
 
     with pytest.raises(LockedError, match=r"locks/00000001\.json was lost: .*; nothing was published") as caught:
-        runs.carry_out(nights.request(), work)
+        execution.carry_out(nights.request(), work)
     assert caught.value.exit_code == 4
     assert nights.published() == Counter(NAMES)
 
@@ -494,7 +497,7 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
 
     monkeypatch.setattr(storage, "upload_file", stop)
     with pytest.raises((Killed, LockedError)):
-        runs.carry_out(nights.request(), work_of)
+        execution.carry_out(nights.request(), work_of)
     rows = [row for path in Path(nights.out, "verdicts").rglob("*.parquet") for row in read_rows(str(path))]
     assert len(rows) == 2 * len(NAMES)
     said.clear()
@@ -506,7 +509,7 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
 
 def test_part_of_a_run_that_was_never_recorded_is_removed_for_every_product(nights: Nights) -> None:
     nights.whole(limit=1)
-    for product in ledger.PRODUCTS.values():
+    for product in publication.PRODUCTS.values():
         run = Run(out=nights.out, run_id="20990101T000000Z-ffffff", product=product)
         put(run.final, {"part-00000-0a1b2c3d.parquet": b"x", "photo.jpg": b"x"})
     nights.whole()

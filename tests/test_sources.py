@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import endings, faults, fetching, schema, storage
-from jobs.faults import Fault
-from jobs.manifest import image_id, series
-from jobs.sources import Source
+from jobs.dataset import endings, fetching, schema
+from jobs.dataset.manifest import image_id, series
+from jobs.dataset.source import Source
+from jobs.storage import errors, storage
+from jobs.storage.errors import Fault
 from nsnet.errors import (
     FetchError,
     ImageTooLargeError,
@@ -495,7 +496,7 @@ def test_store_that_fails_is_not_taken_for_a_damaged_container(s3_environment: S
             proxy.policy = Always(Action("slow_down"), wanted=f"/{name}")
             with pytest.raises(Exception, match="SlowDown|Service Unavailable|So the proxy says") as caught:
                 list(Source(bucket).rows())
-            assert faults.kind(caught.value) is Fault.TRANSIENT
+            assert errors.kind(caught.value) is Fault.TRANSIENT
             proxy.policy = Always(PASS)
 
 

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from jobs import examples, parquet, schema, split
-from jobs.ledger import CAPTIONS, FACTS, Product, Run
-from jobs.split import LISTED, Split, SplitConfig, describe, make, reuse
+from jobs.dataset import schema
+from jobs.experiments import split
+from jobs.experiments.split import LISTED, Split, SplitConfig, describe, make, reuse
+from jobs.runs.publication import CAPTIONS, FACTS, Product, Run
+from jobs.storage import parquet
+from jobs.training import examples
 from nsnet.errors import ConfigError, SourceError
 from tests.tables import batches, manifest_row
 
@@ -245,7 +248,7 @@ def test_split_is_stored_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.parquet.pq.ParquetWriter.write_table", die)
+    monkeypatch.setattr("jobs.storage.parquet.pq.ParquetWriter.write_table", die)
     with pytest.raises(KeyboardInterrupt):
         stored(tmp_path, listed(60))
     assert not (tmp_path / "split.parquet").exists()

@@ -10,8 +10,8 @@ import pytest
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from jobs import resources
-from jobs.pipeline import _of_stream
+from jobs.cluster import resources
+from jobs.pipeline.stream import _of_stream
 from nsnet.errors import BundleError, StorageError
 
 pytestmark = [

@@ -17,11 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from jobs import faults, fetching, schema, stages, storage
-from jobs.decoding import GuardedDecoder
-from jobs.patience import Patience
-from jobs.sources import Source
-from jobs.stages import (
+from jobs.dataset import fetching, schema
+from jobs.dataset.source import Source
+from jobs.pipeline import actors
+from jobs.pipeline.actors import (
     ROWS_PER_BLOCK,
     Caption,
     Embed,
@@ -33,6 +32,9 @@ from jobs.stages import (
     caption_id,
     transform_seed,
 )
+from jobs.pipeline.decoding import GuardedDecoder
+from jobs.pipeline.patience import Patience
+from jobs.storage import errors, storage
 from nsnet.captions import Captioner
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, OutageError
@@ -86,7 +88,7 @@ def decoders() -> Iterator[None]:
         return Patience(made[-1], StageReport(board_name=board_name))
 
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_patience", patience)
+        patch.setattr(actors, "_patience", patience)
         yield
     for one in made:
         one.close()
@@ -321,7 +323,7 @@ def test_long_table_leaves_in_blocks_as_they_are_done(tmp_path: Path) -> None:
 
 
 def test_block_ends_where_its_files_would_take_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "BYTES_PER_BLOCK", 100)
+    monkeypatch.setattr(actors, "BYTES_PER_BLOCK", 100)
     limit = CONFIG.limits.max_bytes
     sizes = [50, 50, 1, 99, 101, None, limit + 1, 100, limit, limit, 3]
     table = todo_table(*(todo_row(f"{tmp_path}/{i}.png", size_bytes=size) for i, size in enumerate(sizes)))
@@ -386,7 +388,7 @@ class Store:
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(stages, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
     pictures = {name: FILES[name] for name in GOOD}
     if request.param == "disk":
         source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
@@ -446,7 +448,7 @@ def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monke
         fetched[row["uri"]] += 1
         return fetch(row, max_bytes)
 
-    monkeypatch.setattr(stages, "FETCH_THREADS", 1)
+    monkeypatch.setattr(actors, "FETCH_THREADS", 1)
     monkeypatch.setattr(fetching, "fetch", leave_then_fetch)
     on_question(monkeypatch, 2, store.come_back)
     rows = store.prepare(3600.0, pa.concat_tables([store.table, todo_table(todo_row(missing))]))
@@ -531,7 +533,7 @@ def test_all_requests_for_a_picture_are_counted_also_those_before_an_outage(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
-    monkeypatch.setattr(faults, "ATTEMPTS", 2)
+    monkeypatch.setattr(errors, "ATTEMPTS", 2)
     refuse = Action("refuse", status=500, code="InternalError")
     # more than a fetch asks for, fewer than two
     proxy.policy = Script(*[refuse] * 8, wanted="GET " + place.removeprefix("s3:/") + "/b")
@@ -546,10 +548,10 @@ def test_all_requests_for_a_picture_are_counted_also_those_before_an_outage(
 def test_store_that_fails_for_many_and_gives_none_is_away_whatever_else_it_answers(
     ordinary: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"{i}.png" for i in range(stages.MANY)]
+    names = [f"{i}.png" for i in range(actors.MANY)]
     place = put(new_bucket(), dict.fromkeys([*names, "denied.png"], FILES["a.png"]))
-    monkeypatch.setattr(stages, "OUTAGE_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(faults, "ATTEMPTS", 1)
+    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(errors, "ATTEMPTS", 1)
     actions = dict.fromkeys(names, Action("refuse", status=500, code="InternalError")) | {
         "denied.png": Action("refuse")
     }
@@ -573,7 +575,7 @@ def test_one_picture_that_the_store_cannot_give_fails_and_the_others_do_not(prox
 @pytest.mark.s3
 def test_keys_that_expire_for_good_are_an_outage(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
-    monkeypatch.setattr(stages, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
     proxy.policy = Always(Action("refuse", status=400, code="ExpiredToken"))
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
     with pytest.raises(OutageError):
@@ -918,6 +920,6 @@ def test_stages_without_a_living_row_still_give_their_tables(
 
 def test_message_of_any_length_fits(manifest: pa.Table) -> None:
     row = manifest.to_pylist()[0]
-    long = stages.failed(row, stages.FetchError("x" * 5000))
+    long = actors.failed(row, actors.FetchError("x" * 5000))
     assert (long["status"], long["error_stage"], len(long["error_message"])) == ("failed", "fetch", 1000)
     assert row.get("status") is None  # the given row is left as it is

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import s3fs
 
-from jobs import storage
-from jobs.left_out import LeftOut
-from jobs.storage import Entry
+from jobs.storage import storage
+from jobs.storage.left_out import LeftOut
+from jobs.storage.storage import Entry
 from nsnet.errors import BundleError, StorageError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, Kind, Script, in_front_of
 from tests.swift import SwiftServer

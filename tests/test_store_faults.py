@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs import ledger, storage
+from jobs.runs import publication
+from jobs.storage import storage
 from tests.multinode import running
 from tests.proxy import FaultyProxy, RandomPolicy
 from tests.swift import SwiftServer
@@ -38,7 +39,7 @@ def proxy(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
 
 
 def verdicts(out: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = ledger.verdicts(out).to_table().to_pylist()
+    rows: list[dict[str, Any]] = publication.verdicts(out).to_table().to_pylist()
     assert len({row["uri"] for row in rows}) == len(rows)
     return rows
 
@@ -51,7 +52,7 @@ def test_no_picture_is_lost_or_failed_by_a_bad_network(source: str, detector: Pa
     rows = verdicts(out)
     assert len(rows) == PICTURES and {row["status"] for row in rows} == {"scored"}
     assert all(proxy.counts[kind] for kind in ("slow_down", "reset", "cut", "stall")), proxy.counts
-    (record,) = ledger.runs(out)
+    (record,) = publication.runs(out)
     assert record["store"]["asked_again"] == sum(row["requests"] > 1 for row in rows) > 0
     print(f"proxy: {dict(proxy.counts)}; {record['store']}; {record['seconds']} s")
 
@@ -68,7 +69,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
         source.rename(elsewhere)
         assert score.end(RUN_SECONDS) == 1, score.text()
     assert "error: the store of the pictures has not answered for 5 s" in score.text()
-    assert ledger.runs(str(tmp_path / "out")) == []
+    assert publication.runs(str(tmp_path / "out")) == []
     elsewhere.rename(source)
     with running(*arguments) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
@@ -81,7 +82,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
     assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
-    assert ledger.runs(str(tmp_path / "out"))[0]["attempts"] == 3
+    assert publication.runs(str(tmp_path / "out"))[0]["attempts"] == 3
 
 
 def test_images_that_take_too_long_fail_alone_and_are_not_tried_on_the_next_night(

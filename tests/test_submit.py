@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import ledger, pictures
+from jobs.dataset import synthetic
+from jobs.runs import publication
 from nsnet import recipes
 from nsnet.captions import save_tiny_captioner
 from nsnet.detector import Detector
@@ -88,7 +89,7 @@ def submit(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
     source, bundle, out = tmp_path / "pictures", tmp_path / "detector", tmp_path / "scored"
-    pictures.write_bucket(source, range(4), seed=0, size_px=128, processes=1)
+    synthetic.write_bucket(source, range(4), seed=0, size_px=128, processes=1)
     (tmp_path / "captioner").mkdir()
     save_tiny_captioner(tmp_path / "captioner", seed=0)
     Detector.build(recipes.TINY.detector).save(bundle, captioner=tmp_path / "captioner")
@@ -98,6 +99,6 @@ def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = submit(command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = ledger.verdicts(str(out)).to_table().to_pylist()
+    rows = publication.verdicts(str(out)).to_table().to_pylist()
     assert len(rows) == 8
     assert {row["status"] for row in rows} == {"scored"}

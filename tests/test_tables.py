@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import containers, fetching
-from jobs.sources import Source
+from jobs.dataset import containers, fetching
+from jobs.dataset.source import Source
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 from tests.fuzz.thrift import varint, varints
 from tests.tables import parquet_bytes, picture_file, put

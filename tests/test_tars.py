@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.sources import Source
+from jobs.dataset.source import Source
 from nsnet.errors import SourceError
 from tests.tables import put, tar_bytes
 

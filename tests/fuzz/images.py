@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageCms
 
-from jobs.decoding import GuardedDecoder
+from jobs.pipeline.decoding import GuardedDecoder
 from nsnet.errors import DecoderCrashError, ImageError
 from nsnet.limits import DecodeLimits
 from nsnet.patches import PatchConfig

@@ -8,7 +8,8 @@ from typing import Final
 
 import pyarrow as pa
 
-from jobs import parquet, schema
+from jobs.dataset import schema
+from jobs.storage import parquet
 from nsnet.errors import NsnetError
 from tests.fuzz.tables import damaged, pickled
 from tests.tables import manifest_row, manifest_table, parquet_bytes, verdict_row

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import ray.data  # noqa: F401 - registers the extension type that unpickles
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-from jobs import containers, fetching
-from jobs.sources import Source
+from jobs.dataset import containers, fetching
+from jobs.dataset.source import Source
 from nsnet.errors import ImageError, NsnetError
 from tests.fuzz import Payload
 from tests.fuzz.mutations import EXTREMES, extreme_integer, flip_bits, mutated, run_of_one_byte

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from jobs import containers, fetching
-from jobs.sources import Source
+from jobs.dataset import containers, fetching
+from jobs.dataset.source import Source
 from nsnet.errors import ImageError
 from tests.fuzz.mutations import EXTREMES, checked, mutated, pieces, repair
 from tests.tables import picture_file, tar_bytes

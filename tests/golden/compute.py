@@ -64,9 +64,9 @@ def losses() -> list[dict[str, float]]:
     import numpy as np
     import torch
 
-    from jobs import pictures
-    from jobs.ingest import Order, picture_seed
-    from jobs.manifest import image_id
+    from jobs.dataset import synthetic
+    from jobs.dataset.manifest import image_id
+    from jobs.training.ingest import Order, picture_seed
     from nsnet import transforms
     from nsnet.captions import Captioner
     from nsnet.detector import Detector
@@ -77,7 +77,7 @@ def losses() -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        pictures.write_bucket(root / "train", TRAINING_SCENES, seed=0, size_px=SCENE_PX, processes=1)
+        synthetic.write_bucket(root / "train", TRAINING_SCENES, seed=0, size_px=SCENE_PX, processes=1)
         drawn = {f"{TRAINING}/{path.relative_to(root)}": path.read_bytes() for path in root.rglob("*.jpg")}
     ids = {image_id(uri, hashlib.md5(content).hexdigest()): uri for uri, content in drawn.items()}
     names = sorted(ids)

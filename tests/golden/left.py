@@ -27,10 +27,10 @@ COMMITTED: Final = re.compile(r"/checkpoint/[^.]*\.parquet$")
 
 
 def make_images_and_bundle() -> None:
-    from jobs import pictures
+    from jobs.dataset import synthetic
     from tests.models import FROZEN, as_if_trained
 
-    pictures.write_bucket(LEFT / "images", SCENES, seed=0, size_px=64, processes=1)
+    synthetic.write_bucket(LEFT / "images", SCENES, seed=0, size_px=64, processes=1)
     with tempfile.TemporaryDirectory() as scratch:
         write_exact_clip(Path(scratch) / "clip")
         as_if_trained(FROZEN, seed=2, clip_weights=Path(scratch) / "clip").save(Path(scratch) / "bundle")
@@ -40,7 +40,7 @@ def make_images_and_bundle() -> None:
 
 def put_images() -> None:
     """The twelve images, and the many of the unfinished run, on the S3 server of the environment."""
-    from jobs import storage
+    from jobs.storage import storage
 
     for path in sorted((LEFT / "images").rglob("*.jpg")):
         name, content = path.relative_to(LEFT / "images").as_posix(), path.read_bytes()
@@ -50,7 +50,7 @@ def put_images() -> None:
 
 
 def download(place: str) -> None:
-    from jobs import storage
+    from jobs.storage import storage
 
     for entry in storage.list_files(f"s3://{BUCKET}/{place}"):
         path = LEFT / place / entry.uri.removeprefix(f"s3://{BUCKET}/{place}/")
@@ -66,7 +66,7 @@ def main() -> None:
     if LEFT.exists():
         raise SystemExit(f"{LEFT} exists: name another folder")
     make_images_and_bundle()
-    from jobs import storage
+    from jobs.storage import storage
     from tests.golden.compute import fixed_bundle
 
     with tempfile.TemporaryDirectory() as scratch, SwiftServer(Path(scratch) / "swift") as server:

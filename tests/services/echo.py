@@ -2,7 +2,7 @@
 
 from typing import Any, BinaryIO
 
-from jobs import frames
+from jobs.isolation import frames
 
 
 def preload() -> None:

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs import decoding, frames
+from jobs.isolation import frames
+from jobs.pipeline import decoding
 
 MARK = b"POISON "
 F_SETSIG = 10

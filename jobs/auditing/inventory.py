@@ -1,0 +1,150 @@
+"""What a source holds: its pictures with their published facts, counted and described by generator and class.
+
+Dimensions: n pictures.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.dataset import benchmarks, schema
+from jobs.evaluation.groups import NO_GENERATOR
+from jobs.storage.database import database
+
+Rows = npt.NDArray[np.int64]
+
+LISTED: Final = pa.schema([schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")])
+"""What is asked of a listing."""
+KNOWN: Final = pa.schema(
+    [
+        schema.FACTS.field(name)
+        for name in (
+            "image_id", "size_bytes", "width", "height", "format", "jpeg_quality", "content_hash", "perceptual_hash",
+            "status", "error_class",
+        )
+    ]
+)  # fmt: skip
+"""What is asked of published facts."""
+PICTURES: Final = pa.schema([*list(LISTED)[1:], *list(KNOWN)[1:]])
+"""A picture of the listing with what is known of it."""
+
+CLASSES: Final = ("real", "fake", "unlabelled")
+"""Names of label 0, label 1 and no label."""
+NO_SPLIT: Final = "(none)"
+
+
+def pictures(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -> tuple[pa.Table, int]:
+    """(rows of `PICTURES` in the order of their URIs, pictures of the listing that nothing is known of).
+
+    `listing`: rows of `LISTED`. `facts`: rows of `KNOWN`, oldest run first: of several the newest counts, and those of
+    pictures that are not listed do not.
+    """
+    with database() as rows:
+        rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED)
+        rows.insert("listed", listing)
+        rows.create("known", "* replace (image_id::uuid as image_id)", KNOWN)
+        rows.insert("known", facts)
+        rows.execute("create table newest as select max(rowid) as number from known group by image_id")
+        found = rows.select(
+            f"select {', '.join(PICTURES.names)} from listed join "
+            "(select * from known semi join newest on known.rowid = newest.number) using (image_id) "
+            "order by uri, image_id"
+        )
+        table = pa.Table.from_batches((batch.cast(PICTURES) for batch in found), PICTURES)
+        unknown = rows.number("select count(*) from listed") - table.num_rows
+    return table.combine_chunks(), unknown
+
+
+def readable(table: pa.Table) -> pa.Table:
+    """The pictures that did not fail."""
+    return table.filter(pc.equal(table.column("status"), "scored")).combine_chunks()
+
+
+def by_generator(table: pa.Table) -> Iterator[tuple[str, Rows]]:
+    """Each generator with the numbers of its rows, in the order of the names."""
+    names = table.column("generator").combine_chunks().fill_null(NO_GENERATOR).dictionary_encode()
+    codes = names.indices.to_numpy(zero_copy_only=False)
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(codes) else []
+    present = {names.dictionary[int(codes[part[0]])].as_py(): part for part in parts}
+    yield from sorted(present.items())
+
+
+def lent_reals(parts: Mapping[str, Rows], numbers: Rows) -> dict[str, tuple[str, Rows]]:
+    """Generator with fakes only -> the one whose reals its benchmark compares it with, and the rows of these.
+
+    `parts`: rows of each generator; `numbers`: `class_numbers` of all rows.
+    """
+    reals = {name: rows[numbers[rows] == 0] for name, rows in parts.items()}
+    pairs = benchmarks.paired_reals(list(parts))
+    return {fake: (real, reals[real]) for fake, real in pairs.items() if not len(reals[fake]) and len(reals[real])}
+
+
+def class_numbers(table: pa.Table) -> Rows:
+    """(n,) place of each picture's class in `CLASSES`."""
+    return np.asarray(table.column("label").fill_null(2).to_numpy(), dtype=np.int64)
+
+
+def failures(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Error class -> number of pictures, and the URI of one of them; the most frequent first."""
+    failed = table.filter(pc.not_equal(table.column("status"), "scored"))
+    found = failed.group_by("error_class").aggregate([("uri", "count"), ("uri", "min")]).to_pylist()
+    found.sort(key=lambda row: (-row["uri_count"], str(row["error_class"])))
+    return {str(row["error_class"]): {"pictures": row["uri_count"], "example": row["uri_min"]} for row in found}
+
+
+def splits(table: pa.Table) -> dict[str, dict[str, dict[str, int]]]:
+    """Split -> generator -> class -> number of pictures; empty where no picture has a split."""
+    if table.column("split").null_count == table.num_rows:
+        return {}
+    keys = ["split", "generator", "label"]
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for row in (
+        table.group_by(keys).aggregate([("uri", "count")]).sort_by([(key, "ascending") for key in keys]).to_pylist()
+    ):
+        by_name = found.setdefault(row["split"] or NO_SPLIT, {})
+        counts = by_name.setdefault(row["generator"] or NO_GENERATOR, dict.fromkeys(CLASSES, 0))
+        counts[CLASSES[2 if row["label"] is None else row["label"]]] += row["uri_count"]
+    return found
+
+
+def describe(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Class -> what its pictures are like; classes without a picture are left out."""
+    numbers = class_numbers(table)
+    rows = ((name, np.flatnonzero(numbers == i)) for i, name in enumerate(CLASSES))
+    return {name: _describe(table.take(some)) for name, some in rows if len(some)}
+
+
+def _describe(table: pa.Table) -> dict[str, Any]:
+    """Counts are of all pictures, the rest of those that could be read: None where there is none."""
+    seen = readable(table)
+    width, height = (seen.column(name).to_numpy().astype(np.int64) for name in ("width", "height"))
+    area = np.maximum(width * height, 1)
+    formats = seen.column("format").value_counts().to_pylist()
+    quality = seen.column("jpeg_quality").drop_null().to_numpy()
+    return {
+        "pictures": table.num_rows,
+        "failed": table.num_rows - seen.num_rows,
+        "formats": {str(item["values"]): item["counts"] for item in sorted(formats, key=lambda item: -item["counts"])},
+        "width": _quantiles(width, (0.0, 0.5, 1.0)),
+        "height": _quantiles(height, (0.0, 0.5, 1.0)),
+        "most_common_size": _most_common(width, height),
+        "bytes_per_pixel": _quantiles(seen.column("size_bytes").to_numpy() / area, (0.25, 0.5, 0.75)),
+        "jpeg_quality": _quantiles(quality, (0.25, 0.5, 0.75)),
+    }
+
+
+def _quantiles(values: npt.NDArray[Any], at: tuple[float, ...]) -> list[float] | None:
+    return [float(value) for value in np.quantile(values, at)] if len(values) else None
+
+
+def _most_common(width: Rows, height: Rows) -> dict[str, Any] | None:
+    if not len(width):
+        return None
+    sizes, counts = np.unique(np.stack([width, height]), axis=1, return_counts=True)
+    most = int(np.argmax(counts))
+    return {"width": int(sizes[0, most]), "height": int(sizes[1, most]), "share": float(counts[most] / len(width))}

@@ -1,0 +1,175 @@
+"""What an audit found, as tables and sentences for a terminal; names from a source are made harmless."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from jobs.auditing import inventory, metadata_bias
+from jobs.console.main import printable
+from jobs.console.tables import LONGEST_NAME, UNDEFINED
+
+Row = list[str]
+
+FORMATS: Final = 3
+"""Formats of a class that are shown."""
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The report; its last line says what metadata tell."""
+    parts = [_head(result), _contents(result), _splits(result), _copies(result["duplicates"]), _metadata(result)]
+    shown = [lines for part in parts if (lines := list(part))]
+    return "\n\n".join("\n".join(lines) for lines in [*shown, [conclusion(result)]])
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """One sentence: which generators' pictures can be told without looking at them, and by what."""
+    measured = {name: group["metadata"] for name, group in result["generators"].items()}
+    judged = {name: told for name, told in measured.items() if told["biased"] is not None}
+    biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
+    words = f"{len(biased)} of {len(judged)} generators can be told from metadata alone"
+    if biased:
+        words += ": " + ", ".join(f"{_name(name)} ({_causes(judged[name])})" for name in biased)
+    if len(judged) < len(measured):
+        words += f"; {len(measured) - len(judged)} cannot be judged"
+    together = result["everything"]["metadata"]
+    if together["biased"] and not biased:
+        words += f"; all together, real and fake can be told from metadata alone ({_causes(together)})"
+    return words
+
+
+def _causes(told: dict[str, Any]) -> str:
+    return ", ".join(told["told_by"]) or "several together"
+
+
+def _head(result: dict[str, Any]) -> Iterator[str]:
+    counts = [f"{seen['pictures']:,} {name}" for name, seen in result["everything"]["classes"].items()]
+    failed = sum(error["pictures"] for error in result["failed"].values())
+    told = ", ".join([*counts, f"{failed:,} failed"])
+    yield f"{result['pictures']:,} pictures of {printable(result['source'])}: {told}"
+    for name, error in result["failed"].items():
+        yield f"  failed with {printable(name)}: {error['pictures']:,}, such as {printable(error['example'])}"
+    if result["not_examined"]:
+        yield f"  {result['not_examined']:,} more were not looked at, and are in no number below"
+
+
+def _contents(result: dict[str, Any]) -> Iterator[str]:
+    names = ("generator", "class", "pictures", "failed", "format", "width", "height", "most common size", "bytes/px")
+    yield from _table(
+        [*names, "JPEG quality"],
+        [
+            [_name(generator), kind, *_content(seen)]
+            for generator, group in result["generators"].items()
+            for kind, seen in group["classes"].items()
+        ],
+        left=2,
+    )
+    yield "width and height: least/median/most; bytes per pixel, JPEG quality: quartiles; one number: all are equal"
+
+
+def _content(seen: dict[str, Any]) -> Row:
+    formats, common = seen["formats"], seen["most_common_size"]
+    total = sum(formats.values())
+    shares = [f"{printable(name)} {count / total:.0%}" for name, count in list(formats.items())[:FORMATS]]
+    shares += ["…"] if len(formats) > FORMATS else []
+    return [
+        f"{seen['pictures']:,}",
+        f"{seen['failed']:,}",
+        " ".join(shares) or UNDEFINED,
+        _span(seen["width"], 0),
+        _span(seen["height"], 0),
+        f"{common['width']}×{common['height']} {common['share']:.0%}" if common else UNDEFINED,
+        _span(seen["bytes_per_pixel"], 2),
+        _span(seen["jpeg_quality"], 0),
+    ]
+
+
+def _span(values: Sequence[float] | None, decimals: int) -> str:
+    shown = [f"{value:.{decimals}f}" for value in values or ()]
+    return "/".join(shown[:1] if len(set(shown)) == 1 else shown) or UNDEFINED
+
+
+def _splits(result: dict[str, Any]) -> Iterator[str]:
+    if result["splits"]:
+        rows = [
+            [_name(split), _name(generator), *(f"{count:,}" for count in counts.values())]
+            for split, generators in result["splits"].items()
+            for generator, counts in generators.items()
+        ]
+        yield from _table(["split", "generator", *inventory.CLASSES], rows, left=2)
+
+
+def _copies(found: dict[str, Any]) -> Iterator[str]:
+    kinds = {"equal files": found["exact"], f"alike (≤ {found['distance']} bits)": found["alike"]}
+    rows = [
+        [words, *(f"{number:,}" for number in (seen["groups"], seen["pictures"]))]
+        + [f"{seen[place]['groups']:,}" for place in ("within_a_split", "across_splits", "across_labels")]
+        for words, seen in kinds.items()
+    ]
+    yield from _table(["copies", "groups", "pictures", "within a split", "across splits", "real and fake"], rows)
+    yield "alike: equal files, too; the last three columns count groups"
+    across = found["alike"]["across_splits"]
+    for split, count in across["by_split"].items():
+        yield f"{_name(split)}: {count:,} pictures are alike to a picture of another split"
+    for words, seen in (("in two splits", across), ("real and fake", found["alike"]["across_labels"])):
+        for one, other in seen["examples"]:
+            yield f"  {words}: {printable(one)} and {printable(other)}"
+
+
+def _metadata(result: dict[str, Any]) -> Iterator[str]:
+    groups = {name: group["metadata"] for name, group in result["generators"].items()}
+    lenders = {name: group["reals_of"] for name, group in result["generators"].items() if group["reals_of"]}
+    rows = [[_name(name), *_measured(told)] for name, told in groups.items()]
+    rows.append(["all generators", *_measured(result["everything"]["metadata"])])
+    yield "how well metadata alone tell real from fake, on pictures that the rule was not made from, and single values:"
+    yield from _table(
+        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "told by"], rows
+    )
+    yield f"told by: what suffices alone, where the interval lies above {metadata_bias.BOUND}"
+    for lender in sorted(set(lenders.values())):
+        borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
+        yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
+    reasons = {name: told["undefined"] for name, told in groups.items() if told["undefined"]}
+    for reason in sorted(set(reasons.values())):
+        yield f"{UNDEFINED}: {reason}: {', '.join(_name(name) for name in reasons if reasons[name] == reason)}"
+    if matched := [_name(name) for name, told in groups.items() if told["interval"] and told["interval"][1] < 0.5]:
+        yield (
+            "below 0.5: a rule learnt from some pictures is wrong of the others, as where each has its counterpart of "
+            f"the other class, and tells nothing: {', '.join(matched)}"
+        )
+
+
+def _measured(told: dict[str, Any]) -> Row:
+    interval = told["interval"]
+    return [
+        f"{told['real']:,}",
+        f"{told['fake']:,}",
+        _number(told["auroc"]),
+        f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else UNDEFINED,
+        *(_number(told["single"][name]) for name in metadata_bias.SINGLE),
+        _causes(told) if told["biased"] else "",
+    ]
+
+
+def _heading(name: str) -> str:
+    return {"bytes per pixel": "bytes/px", "JPEG quality": "quality"}.get(name, name)
+
+
+def _number(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.2f}"
+
+
+def _name(name: str) -> str:
+    shown = printable(name)
+    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + "…"
+
+
+def _table(heading: Row, rows: list[Row], left: int = 1) -> Iterator[str]:
+    """Lines of a table, the first columns of words on the left."""
+    widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
+    for number, row in enumerate([heading, *rows]):
+        cells = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+        if number == 0:
+            yield "-" * (sum(widths) + 2 * len(widths) - 2)

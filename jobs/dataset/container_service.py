@@ -1,0 +1,376 @@
+"""The guarded child that reads a tar or Parquet file, which it gets from its parent in pieces.
+
+    settings  {"kind": "tar" or "parquet", "size_bytes"}
+    request   {"members"} | {"describe"} | {"distinct", "most"} | {"rows"} | {"group"}
+              | {"images", "from", "to", "most"}
+    answers   any number, the last one with "end" or "error"; in between {"read": [offset, bytes]}, which the parent
+              answers with {"size_bytes"} and these bytes
+
+It is the only code that parses what strangers put into containers: it cannot open files, and its memory is bounded.
+"""
+
+import bisect
+import io
+import itertools
+import tarfile
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import Any, BinaryIO, Final
+
+from jobs.dataset.labels import HUGGINGFACE
+from jobs.isolation import frames
+
+MIN_READ_BYTES: Final = 64 * 2**10
+MAX_READ_BYTES: Final = 4 * 2**20
+"""Least and most that is asked of the parent at a time: more while reading goes on in one direction."""
+MAX_TAR_HEADER_BYTES: Final = 2**20
+"""Most that one header of a tar may hold, such as a long name or PAX records."""
+MAX_NAME_BYTES: Final = 1024
+"""Longest name of a tar's member, S3's limit for keys: one header may name all members that follow."""
+MAX_CLS_BYTES: Final = 64
+"""Largest `.cls` member that is read as a label."""
+MAX_TEXT_BYTES: Final = 8192
+"""Longest text in a table: a small file may hold a long one a million times."""
+ANSWER_BYTES: Final = 2**15
+"""About how many letters are answered at a time; as JSON a letter may take six."""
+MAX_FEATURES_BYTES: Final = 2**16
+"""Longest metadata of `datasets` that are passed on."""
+BATCH_ROWS: Final = 8192
+MAX_RATIO: Final = 256
+"""Images of a row group may be so many times as large as their file: what repeats is stored once."""
+MIN_IMAGES_BYTES: Final = 2**28
+"""Images of a row group that are read whatever the size of their file."""
+
+
+class TooLargeError(Exception):
+    """A container holds more than its size can justify."""
+
+
+class ContainerFile(io.RawIOBase):
+    """The container as a file of this process; its bytes come from the parent."""
+
+    def __init__(self, requests: BinaryIO, answers: BinaryIO, size_bytes: int) -> None:
+        super().__init__()
+        self._requests, self._answers, self.size_bytes = requests, answers, size_bytes
+        self.max_read_bytes = size_bytes
+        """A single read of more is refused."""
+        self._at = self._start = 0
+        self._block = b""
+        self._read_bytes = MIN_READ_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size_bytes}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most the bytes that there are, whatever a header says. Raises `ValueError` over `max_read_bytes`."""
+        left = max(0, self.size_bytes - self._at)
+        wanted = left if size is None or size < 0 else size
+        if wanted > self.max_read_bytes and wanted > MIN_READ_BYTES:
+            raise ValueError(f"it has a header of {wanted:,} bytes; the limit is {self.max_read_bytes:,}")
+        wanted, parts = min(wanted, left), []
+        while wanted:
+            part = self._available(wanted)
+            parts.append(part)
+            self._at += len(part)
+            wanted -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _available(self, wanted: int) -> bytes:
+        """Some bytes from the present position on, at least one."""
+        inside = self._at - self._start
+        if not 0 <= inside < len(self._block):
+            goes_on = 0 <= inside <= 2 * len(self._block)
+            self._read_bytes = min(MAX_READ_BYTES, 2 * self._read_bytes) if goes_on else MIN_READ_BYTES
+            self._start, inside = self._at, 0
+            self._block = self._fetch(min(max(self._read_bytes, wanted), MAX_READ_BYTES, self.size_bytes - self._at))
+        return self._block[inside : inside + wanted]
+
+    def _fetch(self, length: int) -> bytes:
+        frames.send(self._answers, {"read": [self._at, length]})
+        header = frames.receive(self._requests)
+        assert header is not None
+        block = self._requests.read(header["size_bytes"])
+        if not block:
+            raise EOFError(f"its {self.size_bytes:,} bytes end at byte {self._at:,}")
+        return block
+
+
+def preload() -> None:
+    """Import what is needed later, when no file can be opened any more."""
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.parquet as pq
+
+    from jobs.storage.parquet_file import ParquetFile
+
+    pa.set_memory_pool(pa.system_memory_pool())  # others reserve more address space than a child may have
+    buffer = io.BytesIO()
+    table = pa.table({"text": ["a"], "number": [1], "bytes": [b"a"], "struct": [{"bytes": b"a"}]})
+    pq.write_table(table, buffer)
+    with pa.BufferReader(buffer.getvalue()) as source:  # whatever is loaded at first use
+        list(ParquetFile(source, "").batches(table.column_names, batch_rows=1))
+    assert pyarrow.compute is not None
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:
+    """The child's loop: until the end of the input."""
+    file = ContainerFile(requests, answers, settings["size_bytes"])
+    container = Tar(file) if settings["kind"] == "tar" else Table(file)
+    while (request := frames.receive(requests)) is not None:
+        try:
+            for header, payload in container.answer(request):
+                frames.send(answers, header, payload)
+        except MemoryError:
+            frames.send(answers, {"error": "", "class": "MemoryError"})
+        except Exception as error:  # a damaged container makes tarfile and pyarrow raise almost anything
+            frames.send(answers, {"error": " ".join(str(error).split())[:300], "class": type(error).__name__})
+
+
+Answers = Iterator[tuple[dict[str, Any], bytes]]
+
+
+class Tar:
+    """An uncompressed tar, or several one after the other."""
+
+    def __init__(self, file: ContainerFile) -> None:
+        self._file = file
+        file.max_read_bytes = MAX_TAR_HEADER_BYTES
+
+    def answer(self, request: dict[str, Any]) -> Answers:
+        """The members as [name, offset of the data, bytes, kind, label or null]; at the end bytes that are no tar."""
+        some: list[list[Any]] = []
+        size = 0
+        behind = 0
+        for found in self._members():
+            if isinstance(found, int):
+                behind = found
+                continue
+            some.append(found)
+            size += len(found[0]) + 64
+            if size > ANSWER_BYTES:
+                yield {"members": some}, b""
+                some, size = [], 0
+        yield {"members": some, "behind": behind, "end": True}, b""
+
+    def _members(self) -> Iterator[list[Any] | int]:
+        """Members of the tars; last, where there is something else, how many bytes behind them are no tar."""
+        start: int | None = 0
+        while start is not None:
+            self._file.seek(start)
+            try:
+                tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - its file goes on to be read
+            except (tarfile.TarError, ValueError):
+                if start == 0:
+                    raise
+                yield self._file.size_bytes - start
+                return
+            count = 0
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                count += 1
+                yield self._described(tar, member)
+            if start > 0 and count == 0:  # what stands behind an end may be anything
+                yield self._file.size_bytes - start
+                return
+            end = tar.offset
+            self._file.seek(end)
+            # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros
+            if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it is damaged or cut off at byte {end:,}")
+            start = self._next_block()
+
+    def _described(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> list[Any]:
+        if member.size < 0 or len(member.name) > MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a member has {member.size:,} bytes and a name of {len(member.name):,}")
+        kind = "other"
+        if member.isdir():
+            kind = "folder"
+        elif member.issparse():
+            kind = "sparse"
+        elif member.isfile():
+            kind = "file"
+        label = None
+        if kind == "file" and member.name.lower().endswith(".cls") and member.size <= MAX_CLS_BYTES:
+            content = tar.extractfile(member)
+            label = content.read().decode("utf-8", "replace").strip() if content else None
+        return [member.name, member.offset_data, member.size, kind, label]
+
+    def _next_block(self) -> int | None:
+        """Where the next block that is not of zeros begins, None: nowhere."""
+        while block := self._file.read(MIN_READ_BYTES):
+            stripped = len(block) - len(block.lstrip(b"\0"))
+            if stripped < len(block):
+                at = self._file.tell() - len(block) + stripped
+                return at - at % tarfile.BLOCKSIZE
+        return None
+
+
+class Table:
+    """A Parquet file."""
+
+    def __init__(self, file: ContainerFile) -> None:
+        self._file = file
+        self._opened: Any = None
+        self._starts: list[int] = []
+        """First row of each row group, and the number of all rows."""
+        self._images: Iterator[tuple[int, bytes | None]] | None = None
+        self._next = 0
+        """Row that the stream of images comes to next."""
+
+    def answer(self, request: dict[str, Any]) -> Answers:
+        """As the module says."""
+        if "describe" in request:
+            yield from self._describe(request["describe"])
+        elif "distinct" in request:
+            yield from self._distinct(request["distinct"], request["most"])
+        elif "rows" in request:
+            yield from self._rows(request["rows"])
+        elif "group" in request:
+            group = self._group(request["group"])
+            yield {"group": self._starts[group : group + 2], "end": True}, b""
+        else:
+            yield from self._stored(request["images"], request["from"], request["to"], request["most"])
+
+    def _describe(self, repeated: Sequence[str]) -> Answers:
+        """Names and types of columns, the number of rows, and what `datasets` says of them."""
+        import pyarrow as pa
+
+        from jobs.storage.parquet_file import ParquetFile
+
+        self._opened = ParquetFile(pa.PythonFile(self._file, mode="r"), "", repeated)
+        self._starts = [0, *itertools.accumulate(self._opened.group_rows())]
+        features = self._opened.key_value.get(HUGGINGFACE, b"").decode("utf-8", "replace")
+        some: list[list[Any]] = []
+        size = 0
+        for field in self._opened.schema:
+            kind = _value_type(field.type)
+            some.append([field.name, str(kind)[:200], _images_in(kind)])
+            size += len(field.name) + 64
+            if size > ANSWER_BYTES:
+                yield {"columns": some}, b""
+                some, size = [], 0
+        said = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
+        yield {"columns": some, **said, "end": True}, b""
+
+    def _distinct(self, column: str, most: int) -> Answers:
+        """Distinct values of a column, or null where there are more than so many."""
+        found: set[Any] = set()
+        for batch in self._batches([column]):
+            found.update(_plain(value) for value in batch.column(0).unique().to_pylist())
+            if len(found) > most:
+                yield {"distinct": None, "end": True}, b""
+                return
+        yield {"distinct": list(found), "end": True}, b""
+
+    def _rows(self, columns: Sequence[str]) -> Answers:
+        """Some columns as lists of values, row by row."""
+        if not columns:
+            yield {"values": [], "count": self._opened.rows, "end": True}, b""
+            return
+        for batch in self._batches(columns):
+            lists = [[_plain(value) for value in column.to_pylist()] for column in batch.columns]
+            some: list[list[Any]] = []
+            size = 0
+            for values in zip(*lists, strict=True):
+                some.append(list(values))
+                size += 16 + sum(len(value) if isinstance(value, str) else 16 for value in values)
+                if size > ANSWER_BYTES:
+                    yield {"values": some}, b""
+                    some, size = [], 0
+            yield {"values": some}, b""
+        yield {"values": [], "end": True}, b""
+
+    def _batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """Batches of plain types, without a text that is too long."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._opened.check_plain(columns)
+        for batch in self._opened.batches(columns, batch_rows=BATCH_ROWS):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+                if _is_text(texts.type):
+                    longest = pc.max(pc.binary_length(texts)).as_py() or 0
+                    if longest > MAX_TEXT_BYTES:
+                        raise ValueError(
+                            f"a text of column `{name}` has {longest:,} bytes, the limit is {MAX_TEXT_BYTES:,}"
+                        )
+            yield batch
+
+    def _stored(self, column: Sequence[str], first: int, last: int, most: int) -> Answers:
+        """The images of some rows, each at most so many bytes; they are read as a stream within a row group."""
+        group = self._group(first)
+        if self._images is None or not self._starts[group] <= self._next <= first:
+            self._images = self._stream(column, group)
+        for position, content in self._images:
+            self._next = position + 1
+            if position < first:
+                continue
+            content = None if content is None else content[:most]
+            header = {"position": position, "size_bytes": None if content is None else len(content)}
+            yield header | ({"end": True} if position == last else {}), content or b""
+            if position == last:
+                return
+        raise EOFError(f"it has no row {last:,}")
+
+    def _group(self, row: int) -> int:
+        """Number of the row group that a row is in."""
+        group = bisect.bisect_right(self._starts, row) - 1
+        if not 0 <= group < len(self._starts) - 1:
+            raise EOFError(f"it has no row {row:,}")
+        return group
+
+    def _stream(self, column: Sequence[str], group: int) -> Iterator[tuple[int, bytes | None]]:
+        """Rows from the beginning of a row group."""
+        name, *inner = column
+        position = self._starts[group]
+        limit = max(MIN_IMAGES_BYTES, MAX_RATIO * self._file.size_bytes)
+        for number in range(group, len(self._starts) - 1):
+            came = 0
+            for batch in self._opened.batches([name], batch_rows=1, groups=[number]):
+                values = batch.column(0)
+                (content,) = (values.field(inner[0]) if inner else values).to_pylist()
+                came += len(content or b"")
+                if came > limit:
+                    raise TooLargeError(f"its {self._file.size_bytes:,} bytes hold images of more than {limit:,} bytes")
+                yield position, content
+                position += 1
+
+
+def _value_type(kind: Any) -> Any:
+    return getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+
+
+def _images_in(kind: Any) -> list[str] | None:
+    """Where a column of this type holds bytes: in itself ([]), in a field of a struct, or nowhere (None)."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        here = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
+        return ["bytes"] if here else None
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return [] if any(is_such(kind) for is_such in binary) else None
+
+
+def _is_text(kind: Any) -> bool:
+    return any(word in str(kind) for word in ("string", "binary"))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: bytes as the text that they are mostly, decimals as numbers."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value

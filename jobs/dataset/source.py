@@ -1,0 +1,146 @@
+"""A source to manifest rows: a folder or `s3://` prefix, a Parquet manifest, image Parquet, WebDataset tars.
+
+What a listing leaves out is counted by reason, never silent. `tars`, `tables` and `manifest` say what becomes of
+containers, `layouts` and `labels` where labels come from.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from jobs.console.main import say
+from jobs.dataset import tars
+from jobs.dataset.benchmarks import Labels, labels_from_path
+from jobs.dataset.endings import SIDECARS, is_hidden, what_it_is
+from jobs.dataset.manifest import CONTAINERS, readable, row
+from jobs.dataset.tables import NoImagesError, Table
+from jobs.storage import storage
+from jobs.storage.left_out import LeftOut
+from nsnet.errors import SourceError
+
+NO_LABELS = Labels(None, None, None, None)
+
+
+class Source:
+    """A stream of manifest rows, and what was left out of it.
+
+    `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
+    matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
+    pictures by its ending (`endings.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
+    what the columns of Parquet files are called that are not called as usual.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.uri = storage.absolute(uri)
+        self._columns = columns or {}
+        self._include, self._exclude = _globs(include), _globs(exclude)
+        self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
+        self.classes: set[str] = set()
+        """Series of containers (`manifest.series`) whose numbers are classes, and no labels."""
+        self.left_out = LeftOut()
+        """Reason -> number of objects that are no pictures, and what could not be read."""
+
+    def check(self) -> None:
+        """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
+        storage.reachable(self.uri)
+        if self._is_file():
+            if not storage.exists(self.uri):
+                raise SourceError(f"there is no source {self.uri}")
+        elif not storage.is_folder(self.uri):
+            if not storage.exists(self.uri):
+                raise SourceError(f"there is no folder or prefix {self.uri}")
+            kind = what_it_is(self.uri)
+            hint = f"it is {kind}" if kind else "a source is a folder; for a single image see nsnet predict"
+            raise SourceError(f"{self.uri} is a file that is no source: {hint}")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Manifest rows (`schema.MANIFEST`) with the `folder` that their labels come from (`layouts.Labels`), if any.
+
+        Raises what `check` raises.
+        """
+        self.check()
+        if not self._is_file():
+            rows = self._folder(self.uri)
+        elif self.uri.lower().endswith(".tar"):
+            rows = tars.rows(storage.describe(self.uri), self._sidecars, self.left_out, self.classes)
+        else:
+            rows = Table(storage.describe(self.uri), self._columns, NO_LABELS, self.classes).rows(strict=True)
+        return filter(self._wanted, rows) if self._include or self._exclude else rows
+
+    def _wanted(self, row: dict[str, Any]) -> bool:
+        path = row["uri"]
+        if path.startswith((f"{self.uri}/", f"{self.uri}#")):
+            path = path[len(self.uri) + 1 :]
+        if self._exclude and self._exclude.fullmatch(path):
+            self.left_out["excluded"] += 1
+            return False
+        if self._include and not self._include.fullmatch(path):
+            self.left_out["not included"] += 1
+            return False
+        return True
+
+    def _is_file(self) -> bool:
+        # Spark's and Ray's `x.parquet` is a folder
+        return self.uri.lower().endswith((".parquet", ".tar")) and not storage.is_folder(self.uri)
+
+    def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
+        prefix = uri.rstrip("/") + "/"
+        for entry in storage.list_files(uri, self.left_out):
+            relative = entry.uri.removeprefix(prefix)
+            name = PurePosixPath(relative).name
+            ending = PurePosixPath(name).suffix.lower()
+            if is_hidden(relative):
+                self.left_out["hidden file"] += 1
+            elif entry.uri.endswith("/") or (entry.size_bytes == 0 and not ending):
+                self.left_out["empty marker object"] += 1
+            elif readable(entry.uri) != entry.uri:
+                self.left_out["name that is no UTF-8"] += 1
+            elif ending in CONTAINERS:
+                if self._exclude and self._exclude.fullmatch(relative):
+                    self.left_out["excluded"] += 1
+                else:
+                    yield from self._inside(entry, relative)
+            elif ending in self._sidecars:
+                self.left_out[f"{ending} is no picture"] += 1
+            else:
+                yield row(
+                    entry.uri, entry.etag, entry.size_bytes, listed=True, modified_at=entry.modified_at,
+                    **labels_from_path(relative, uri)._asdict(),
+                )  # fmt: skip
+
+    def _inside(self, entry: storage.Entry, relative: str) -> Iterator[dict[str, Any]]:
+        """Images of a container that lies among others: one that cannot be read must not stop the rest.
+
+        In a folder that is named like a container, as Spark and Ray write them, each part must be one.
+        """
+        strict = self.uri.lower().endswith(CONTAINERS)
+        ending = PurePosixPath(relative).suffix.lower()
+        try:
+            if ending == ".tar":
+                folder = relative.rpartition("/")[0]
+                yield from tars.rows(entry, self._sidecars, self.left_out, self.classes, folder)
+            else:
+                yield from Table(entry, self._columns, labels_from_path(relative, self.uri), self.classes).rows(strict)
+        except NoImagesError as error:
+            if strict:
+                raise
+            self.left_out[f"{ending} without pictures"] += 1
+            say(f"left out: {error}")
+        except SourceError as error:
+            if strict:
+                raise
+            self.left_out.add_unread(f"{ending} that cannot be read", str(error))
+            say(f"warning: left out: {error}")
+
+
+def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """One expression for paths that match any of the patterns."""
+    return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)) if patterns else None

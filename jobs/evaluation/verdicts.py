@@ -1,0 +1,209 @@
+"""Verdicts from storage: of a published output, or of a Parquet file that anybody wrote.
+
+Such files come from joins in pandas and from spreadsheets. Whatever the type of a column, its values are taken where
+their meaning is clear; labels mean what they mean in a source (`labels.meanings`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.console.main import say
+from jobs.dataset import labels, schema
+from jobs.evaluation.groups import SAID
+from jobs.runs import publication
+from jobs.storage import parquet, storage
+from jobs.storage.parquet_file import ParquetFile
+from nsnet.errors import SourceError
+
+NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
+WANTED: Final = ("image_id", "threshold", "transform", "split")
+"""Columns that verdicts may have besides."""
+TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT]}
+APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
+"""Columns whose values part the rows of a file: an image may be one of several generators' reals."""
+STATUSES: Final = ("scored", "failed")
+MAX_SHOWN: Final = 12
+"""Names or values in a message."""
+
+Converter = Callable[[Any], Any]
+
+
+class NoVerdictsError(SourceError):
+    """What lies there are no verdicts; it may be a source of images."""
+
+
+def read(uri: str) -> pa.Table:
+    """Verdict rows of a published output or a Parquet file: `NEEDED`, and of `WANTED` what there is.
+
+    An image that several runs have judged counts once, as the newest run has it. Raises `NoVerdictsError` where
+    there are none, `SourceError` for a damaged file, and for values that are no verdicts or no labels.
+    """
+    if not storage.is_folder(uri):
+        if not storage.exists(uri):
+            raise SourceError(f"there is no {uri}")
+        if not uri.lower().endswith(".parquet"):
+            raise NoVerdictsError(f"{uri} holds no published verdicts: it is no folder and no .parquet file")
+        return _from_file(uri)
+    if not any(record["files"] for record in publication.runs(uri)):
+        prefix = uri.rstrip("/") + "/"
+        names = [entry.uri.removeprefix(prefix) for entry in islice(storage.list_files(uri), 3)]
+        found = f"there are files such as {', '.join(sorted(names))}" if names else "it holds no file"
+        raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {found}")
+    columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
+    table = publication.verdicts(uri).to_table(columns=columns)
+    images = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
+    newest = {image: row for row, image in enumerate(images)}  # the oldest run comes first
+    return table.take(list(newest.values()))
+
+
+# A file that anybody wrote.
+
+
+def _from_file(uri: str) -> pa.Table:
+    with _reading(uri), parquet.opened(uri) as file:
+        columns = {name: _column(file, name) for name in (*NEEDED, *WANTED)}
+        if missing := [f"`{name}`" for name in NEEDED if columns[name] is None]:
+            raise NoVerdictsError(
+                f"{uri} holds no {' and no '.join(missing)} column; it has {_shown(file.schema.names)}"
+            )
+        present = {name: column for name, column in columns.items() if column is not None}
+        file.check_plain([*present.values()])
+        stored = pa.schema([file.schema.field(column) for column in present.values()])
+        batches = (batch.select(stored.names) for batch in file.batches(stored.names, batch_rows=parquet.BATCH_ROWS))
+        table = pa.Table.from_batches(batches, stored)
+        converted = {name: _convert(file, name, column, table.column(column)) for name, column in present.items()}
+    return _once(pa.table(converted), uri)
+
+
+def _once(table: pa.Table, uri: str) -> pa.Table:
+    """Each image once for each of `APART`, as its last row has it, where a file names images.
+
+    What any row of an image says counts as its label; one that is labelled both ways has none.
+    """
+    if "image_id" not in table.column_names:
+        return table
+    table = table.append_column("row", pa.array(np.arange(table.num_rows)))
+    named = table.filter(pc.is_valid(table.column("image_id")))
+    apart = named.group_by([name for name in APART if name in table.column_names])
+    last = apart.aggregate([("row", "max")]).column("row_max")
+    said = named.group_by("image_id").aggregate([("label", "min"), ("label", "max")])
+    both = pc.fill_null(pc.not_equal(said.column("label_min"), said.column("label_max")), False)
+    repeats, strange = named.num_rows - len(last), pc.sum(both).as_py() or 0
+    if repeats:
+        say(f"warning: {uri}: {repeats:,} rows repeat an image: the last row of each counts")
+    if strange:
+        say(f"warning: {uri}: {strange:,} images are labelled both real and fake: they have no label")
+    if repeats or strange:
+        kept = pc.or_(pc.is_in(table.column("row"), last), pc.is_null(table.column("image_id")))
+        table = table.filter(kept)
+        label = pc.if_else(both, pa.scalar(None, TYPES["label"]), said.column("label_min"))
+        label = label.take(pc.index_in(table.column("image_id"), said.column("image_id")))
+        label = pc.if_else(pc.is_null(table.column("image_id")), table.column("label"), label)
+        table = table.set_column(table.column_names.index("label"), "label", label)
+    return table.drop_columns(["row"])
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SourceError(f"{uri} is no Parquet file: {error}") from error
+
+
+def _column(file: ParquetFile, name: str) -> str | None:
+    """What a file calls a column: the name itself, or the only one that differs from it by case alone."""
+    names: list[str] = file.schema.names
+    found = [other for other in names if other == name] or [other for other in names if other.lower() == name]
+    if len(found) > 1:
+        raise SourceError(f"{file.name} has {len(found)} columns that may be `{name}`: {_shown(found)}; keep one")
+    return found[0] if found else None
+
+
+def _convert(file: ParquetFile, name: str, called: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of any plain type as verdicts have it; `called`: its name in the file."""
+    convert: Converter = labels.text
+    if pa.types.is_floating(TYPES[name]):
+        convert = _number(file, name)
+    elif name == "status":
+        convert = _status(file)
+    elif name in ("label", "verdict"):
+        names = labels.class_names(file.key_value, called)
+        values = {_plain(value) for chunk in column.chunks for value in pc.unique(chunk).to_pylist()}
+        values = {value for value in values if not labels.is_missing(value)}
+        convert = _label(file, values, names) if name == "label" else _verdict(values, names)
+    return _mapped(column, convert, TYPES[name])
+
+
+def _mapped(column: pa.ChunkedArray, convert: Converter, kind: pa.DataType) -> pa.ChunkedArray:
+    """Each distinct value converted once; what stands for none is null."""
+
+    def one(chunk: pa.Array) -> pa.Array:
+        encoded = chunk.dictionary_encode()
+        plain = [_plain(value) for value in encoded.dictionary.to_pylist()]
+        values = [None if labels.is_missing(value) else convert(value) for value in plain]
+        return pa.array(values, kind).take(encoded.indices)
+
+    return pa.chunked_array([one(chunk) for chunk in column.chunks], kind)
+
+
+def _plain(value: Any) -> Any:
+    """Bytes as text: not all writers say that their texts are texts."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
+def _label(file: ParquetFile, values: set[Any], names: Sequence[str] | None) -> Converter:
+    found = labels.meanings(values, names)
+    if not found and values:
+        called = f", which the file calls {_shown(names)}" if names is not None else ""
+        raise SourceError(
+            f"{file.name}: the values of `label` are {_shown(sorted(values, key=str))}{called}: none means real (0) or "
+            "fake (1), so that there is nothing to compare verdicts with"
+        )
+    return (found or {}).get
+
+
+def _verdict(values: set[Any], names: Sequence[str] | None) -> Converter:
+    """`SAID` in any case, and whatever means a label; another text stays what it is."""
+    others = {value for value in values if str(value).strip().lower() not in SAID}
+    meant = dict(labels.meanings(others, names) or {})
+    for value in others - meant.keys():  # a verdict is about nothing else
+        if (label := labels.paired_label(str(value)[: labels.MAX_WORD])) is not None:
+            meant[value] = label
+
+    def convert(value: Any) -> str:
+        text = str(value).strip().lower()
+        return text if text in SAID or value not in meant else ("real", "fake")[meant[value]]
+
+    return convert
+
+
+def _status(file: ParquetFile) -> Converter:
+    def convert(value: Any) -> str:
+        text = str(value).strip().lower()
+        if text not in STATUSES:
+            raise SourceError(f"{file.name}: the status {str(value)[:40]!r} is neither scored nor failed")
+        return text
+
+    return convert
+
+
+def _number(file: ParquetFile, name: str) -> Converter:
+    def convert(value: Any) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            raise SourceError(f"{file.name}: {name} {str(value)[:40]!r} is no number") from None
+
+    return convert
+
+
+def _shown(values: Sequence[Any]) -> str:
+    more = [f"and {len(values) - MAX_SHOWN:,} more"] if len(values) > MAX_SHOWN else []
+    return ", ".join([*(str(value)[:40] for value in values[:MAX_SHOWN]), *more])

@@ -1,0 +1,114 @@
+"""What is computed from all captions of a training at once, by Ray, as a stream: semantic basis, bank of captions.
+
+Dimensions: n captions, D embedding, R rank, N captions of a bank.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+import torch
+from ray.data import TaskPoolStrategy
+
+from jobs.dataset import schema
+from jobs.pipeline.datasource import ParquetFiles
+from jobs.runs import publication
+from jobs.storage import storage
+from nsnet.errors import SourceError
+from nsnet.nullspace import SemanticSpectrum, StreamingSVD
+
+TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle", pa.binary())])
+
+
+def caption_files(captions: str, features_id: str) -> list[str]:
+    """Files of published captions and features of one maker."""
+    records = publication.runs(captions, publication.CAPTIONS)
+    return [
+        storage.join(captions, file["path"])
+        for record in records
+        if record.get("features_id") == features_id
+        for file in record["files"]
+    ]
+
+
+def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSpectrum:
+    """Singular values and directions of the caption features in some Parquet files.
+
+    `ids`: the pictures whose captions count. Each task reduces what it reads to one triangle of D × D, the driver
+    merges them as they come, in the order of the files: memory does not depend on the number of captions.
+    """
+    if not files:
+        raise SourceError("there are no published captions to compute a semantic basis from")
+    wanted = [ray.put(ids.sort())]
+    total: StreamingSVD | None = None
+    for count, triangle in _triangles(files, wanted, task_cpus):
+        part = StreamingSVD.from_triangle(triangle, count)
+        total = part if total is None else total.merge(part)
+    if total is None:
+        raise SourceError("none of the training pictures has a caption: there is no semantic basis")
+    return total.spectrum()
+
+
+def _triangles(
+    files: list[str], wanted: list[Any], task_cpus: float
+) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
+    columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
+    dataset = ray.data.read_datasource(ParquetFiles(files, columns), num_cpus=task_cpus, override_num_blocks=len(files))
+
+    def reduce(table: pa.Table) -> pa.Table:
+        return _reduced(table, ray.get(wanted[0]))
+
+    triangles = dataset.map_batches(
+        reduce, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, compute=TaskPoolStrategy(),
+        num_cpus=task_cpus,
+    )  # fmt: skip
+    triangles.context.execution_options.preserve_order = True
+    for batch in triangles.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in pa.table(batch).to_pylist():
+            count, data = row["count"], row["triangle"]
+            if count:
+                dim = int.from_bytes(data[:8], "little")
+                yield count, torch.from_numpy(np.frombuffer(data[8:], dtype=np.float64).reshape(-1, dim).copy())
+
+
+def _reduced(table: pa.Table, wanted: pa.Array) -> pa.Table:
+    """The triangle of a block's features, as one row."""
+    column = schema.TEXT_FEATURES.name
+    at = pc.index_in(table.column("image_id"), value_set=wanted)
+    chosen = table.filter(pc.and_(pc.is_valid(at), pc.is_valid(table.column(column))))
+    if chosen.num_rows == 0:
+        return pa.table({"count": [0], "triangle": [b""]}, schema=TRIANGLE)
+    features = _matrix(chosen.column(column))
+    svd = StreamingSVD(features.shape[1]).update(torch.from_numpy(features))
+    data = features.shape[1].to_bytes(8, "little") + svd.triangle.numpy().tobytes()
+    return pa.table({"count": [len(features)], "triangle": [data]}, schema=TRIANGLE)
+
+
+def _matrix(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """A column of lists of equal length as a matrix."""
+    flat = column.combine_chunks().flatten().to_numpy()
+    return np.asarray(flat, dtype=np.float32).reshape(len(column), -1).copy()
+
+
+def bank(
+    image_ids: Iterable[str], text_features: npt.NDArray[np.float32], *, size: int, seed: int
+) -> npt.NDArray[np.float32]:
+    """A sample of distinct captions' features, (≤ size, D): a pure function of the set of pictures and the seed."""
+    keyed = sorted(range(len(text_features)), key=_key(list(image_ids), seed).__getitem__)
+    chosen: dict[bytes, int] = {}
+    for row in keyed:
+        if len(chosen) == size:
+            break
+        if np.isfinite(text_features[row]).all():
+            chosen.setdefault(text_features[row].tobytes(), row)
+    return text_features[list(chosen.values())]
+
+
+def _key(image_ids: list[str], seed: int) -> list[bytes]:
+    return [hashlib.sha256(f"{seed}/{image_id}".encode()).digest() for image_id in image_ids]

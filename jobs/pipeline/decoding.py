@@ -1,0 +1,144 @@
+"""Decoding in a guarded child: an image that crashes, hangs or floods its decoder costs itself and nothing else.
+
+request   {"size_bytes", "transform", "seed"}, the image's bytes
+answer    what is known of the image, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); or an error, alone
+"""
+
+import re
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from jobs.isolation import frames
+from jobs.isolation.guard import Child, ChildTimeoutError, Clock, Zygote, exit_reason
+from nsnet import errors, preparation
+from nsnet.config import from_dict, to_dict
+from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
+from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
+
+FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
+"""What an answer's header says of an image."""
+MAX_REMARK: Final = 200
+SERVICE: Final = "jobs.pipeline.decoding"
+
+_zygote = Zygote(SERVICE)
+
+
+class GuardedDecoder:
+    """Prepares images in one guarded child, which is started on first use and again after a crash or a timeout."""
+
+    def __init__(self, config: PreparationConfig, zygote: Zygote = _zygote) -> None:
+        self.config = config
+        self._zygote = zygote
+        self._shapes = shapes(config)
+        self._child: Child | None = None
+        self.computed = 0.0
+        """Seconds that the last image was computed on."""
+
+    def prepare(self, image: bytes, transform: str = "", seed: int = 0, max_seconds: float | None = None) -> Prepared:
+        """Like `preparation.prepare`; also raises `ImageTimeoutError` and `DecoderCrashError`.
+
+        `max_seconds`: of computing, in place of the configured limit.
+        """
+        self.computed = 0.0
+        if not image or len(image) > self.config.limits.max_bytes:
+            return prepare(image, self.config)  # raises, at no cost
+        child = self._running()
+        clock = Clock(child.pid, self.config.limits.max_seconds if max_seconds is None else max_seconds)
+        try:
+            child.send(clock, {"size_bytes": len(image), "transform": transform, "seed": seed}, image)
+            return self._answer(child, clock)
+        except ImageError:  # a whole answer
+            raise
+        except (EOFError, BrokenPipeError) as error:
+            raise DecoderCrashError(f"the decoder ended with {exit_reason(self._end())} on this image") from error
+        except ChildTimeoutError as error:
+            self._end()
+            raise ImageTimeoutError(f"decoding took longer than {error} (--max-seconds)") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            self._end()
+            raise DecoderCrashError(f"the decoder's answer makes no sense ({type(error).__name__})") from error
+        except BaseException:  # the rest of this answer must not be taken for the next one
+            self._end()
+            raise
+        finally:
+            self.computed = clock.computed
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._end()
+
+    def _answer(self, child: Child, clock: Clock) -> Prepared:
+        header = child.receive(clock)
+        if "error_class" in header:
+            kind = getattr(errors, str(header["error_class"]), ImageCorruptError)
+            known = isinstance(kind, type) and issubclass(kind, ImageError)
+            raise (kind if known else ImageCorruptError)(_text(header["error_message"]))
+        patches, thumbnail = (
+            np.frombuffer(child.read(int(np.prod(shape)), clock), dtype=np.uint8).reshape(shape)
+            for shape in self._shapes
+        )
+        return Prepared(
+            patches=patches,
+            thumbnail=thumbnail,
+            width=_count(header["width"]),
+            height=_count(header["height"]),
+            format=_text(header["format"]),
+            frames=_count(header["frames"]),
+            quality=None if header["quality"] is None else _count(header["quality"]),
+            perceptual_hash=_hash(header["perceptual_hash"]),
+            remark=None if header["remark"] is None else _text(header["remark"])[:MAX_REMARK],
+        )
+
+    def _running(self) -> Child:
+        if self._child is not None and not self._child.is_quiet():
+            self._end()
+        if self._child is None:
+            self._child = self._zygote.fork(to_dict(self.config), self.config.limits.max_memory_bytes)
+        return self._child
+
+    def _end(self) -> int:
+        assert self._child is not None
+        child, self._child = self._child, None
+        return child.end()
+
+
+def _text(value: Any) -> str:
+    """What the child says, without lone surrogates, which no table can hold."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _count(value: Any) -> int:
+    number = int(value)
+    if not 0 < number < 2**31:
+        raise ValueError(f"{number} is no number of pixels or frames")
+    return number
+
+
+def _hash(value: Any) -> str | None:
+    if value is not None and not re.fullmatch("[0-9a-f]{16}", str(value)):
+        raise ValueError("no perceptual hash")
+    return value if value is None else str(value)
+
+
+# The child's side.
+
+
+def preload() -> None:
+    """Load what decoding needs later, when no file can be opened any more."""
+    preparation.preload(PreparationConfig(thumbnail_px=16, fingerprint=True))
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:
+    """The child's loop: until the end of the input."""
+    config = from_dict(PreparationConfig, settings)
+    while (request := frames.receive(requests)) is not None:
+        image = requests.read(request["size_bytes"])
+        try:
+            done = prepare(image, config, request["transform"], request["seed"])
+        except ImageError as error:
+            frames.send(answers, {"error_class": type(error).__name__, "error_message": str(error)})
+            continue
+        header = {name: getattr(done, name) for name in FACTS}
+        frames.send(answers, header, done.patches.data, done.thumbnail.data)

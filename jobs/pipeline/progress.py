@@ -1,0 +1,110 @@
+"""Progress of a pipeline: stages count into a board, the driver prints one line."""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, cast
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.console.main import redraw, say
+from jobs.pipeline.poison import Budget
+
+REFRESH_SECONDS: Final = 1.0
+LINE_SECONDS: Final = 5.0
+"""Between lines where the output is a file and a line cannot be redrawn."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Board:
+    """Counts per stage. It only informs: after a lost node a retried block counts twice here, never in the results."""
+
+    def __init__(self, cpus: float = 1.0, max_seconds: float = 0.0) -> None:
+        """`cpus`, `max_seconds`: of the cluster, and for one image: what the run's `Budget` begins with."""
+        self.counts: Counter[str] = Counter()
+        self.lines: list[str] = []
+        self._budget = Budget(cpus, max_seconds)
+
+    def add(self, counts: dict[str, int]) -> None:
+        """Add to the counts."""
+        self.counts.update(counts)
+
+    def lease(self, seconds: float) -> float | None:
+        """As `Budget.lease`."""
+        return self._budget.lease(seconds)
+
+    def settle(self, leased: float, good: float, slow: float) -> None:
+        """As `Budget.settle`."""
+        self._budget.settle(leased, good, slow)
+
+    def tell(self, line: str) -> None:
+        """A line for the console."""
+        self.lines.append(line)
+
+    def snapshot(self) -> tuple[dict[str, int], list[str]]:
+        """Counts so far, and the lines since the last call."""
+        lines, self.lines = self.lines, []
+        return dict(self.counts), lines
+
+
+def start_board(name: str, *budget: float) -> Any:
+    """A board that workers find by its name; it lives as long as its handle is held. `budget`: as `Board` takes it.
+
+    On the driver's own node, where there is room: others may go in the middle of a run, and its counts with them.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return cast(Any, Board).options(name=name, scheduling_strategy=here).remote(*budget)
+
+
+@contextmanager
+def watch(board: Any, title: str, total: int, stages: Sequence[str]) -> Iterator[None]:
+    """Print the board's counts while the body runs: the last stage as share of the total, the others behind it."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_print_loop, args=(board, title, total, stages, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop: threading.Event) -> None:
+    terminal = sys.stderr.isatty()
+    started = time.monotonic()
+    next_line = started + LINE_SECONDS
+    while True:
+        ended = stop.wait(REFRESH_SECONDS)
+        try:
+            counts, lines = ray.get(board.snapshot.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            if ended:
+                return
+            continue
+        if terminal and lines:
+            redraw("")
+        for line in lines:
+            say(line)
+        now = time.monotonic()
+        if total and (terminal or ended or now >= next_line):
+            next_line = now + LINE_SECONDS
+            text = _line(title, counts, total, stages, now - started)
+            if terminal:
+                redraw(text, last=ended)
+            else:
+                say(text)
+        if ended:
+            return
+
+
+def _line(title: str, counts: dict[str, int], total: int, stages: Sequence[str], seconds: float) -> str:
+    done = min(total, counts.get(stages[-1], 0))
+    parts = [f"{stage} {min(total, counts.get(stage, 0))}" for stage in stages[:-1]]
+    parts.append(f"failed {counts.get('failed', 0)}")
+    return (
+        f"{title}: {stages[-1]} {done}/{total} ({done / total:.0%}), {', '.join(parts)}, {done / seconds:.1f} images/s"
+    )

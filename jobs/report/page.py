@@ -1,0 +1,272 @@
+"""An evaluation as a page: one HTML file with everything in it, for a browser, a phone and a printer.
+
+It asks nothing of the network and runs no script: its own policy forbids both. Whatever comes from data, such as the
+names of generators, is cut to one short line (`charts.shown`) and escaped.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+
+from jobs.console.tables import worst_first
+from jobs.report import figures
+from jobs.report.plots import NAME_WIDTH, Number, shown
+from jobs.report.wording import alarms, explanations, per_cent
+
+TEMPLATE: Final = "page.html.jinja"
+LONGEST: Final = 60
+"""Columns of a name in the page."""
+LONGEST_SOURCE: Final = 200
+
+TILES: Final = {
+    "ap": "Average precision", "acc": "Accuracy at its threshold", "auroc": "AUROC",
+    "tpr_at_fpr_1": "Fakes found at 1 % false alarms", "precision_at_1": "Right alarms at 1 % fakes",
+}  # fmt: skip
+COLUMNS: Final = {
+    "acc": "Accuracy", "real_acc": "Reals right", "fake_acc": "Fakes right", "ap": "AP", "auroc": "AUROC",
+    "tpr_at_fpr_1": "TPR at 1 % FPR", "precision_at_1": "Precision at 1 % fakes",
+}  # fmt: skip
+MORE_COLUMNS: Final = {
+    "tpr_at_fpr_01": "TPR at 0.1 % FPR", "precision_at_10": "Precision at 10 % fakes",
+    "precision_at_01": "Precision at 0.1 % fakes", "ece": "ECE",
+}  # fmt: skip
+ROBUSTNESS_COLUMNS: Final = {"acc": "Accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
+BARS: Final = ("acc", "ap")
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The page of a result of `evaluate.evaluate` (evaluation.json), as text; the same result gives the same page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("jobs").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    groups = worst_first(result["generators"])
+    return template.render(
+        detector=shown(result["detector_id"] or "unknown", LONGEST),
+        facts=_facts(result),
+        summary=_summary(result),
+        tiles=[_tile(label, result["macro_mean"][metric]) for metric, label in TILES.items()],
+        says=_says(result, groups),
+        notes=_notes(result, groups),
+        generator_charts=figures.of_generators(result),
+        generator_tables=_generator_tables(result, groups),
+        curve_charts=figures.of_all(result),
+        robustness=_robustness(result) if result["robustness"] else None,
+        explanations=explanations(result),
+        footer=_footer(result),
+    )
+
+
+# Text.
+
+
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    counts, rows = result["all"], result["rows"]
+    facts = [
+        ("Data", shown(result["verdicts"], LONGEST_SOURCE)),
+        ("Date", str(result["evaluated_at"])[:16].replace("T", " ") + " UTC"),
+        ("Pictures", f"{counts['real']:,} real, {counts['fake']:,} fake"),
+        ("Generators", f"{len(result['generators']):,}"),
+    ]
+    if rows["split"] is not None:
+        facts.append(("Split", f"{shown(rows['split'], LONGEST)}; {rows['left_out']:,} rows of others are left out"))
+    if (threshold := result["curves"]["threshold"]) is not None:
+        facts.append(("Threshold", f"fake from a probability of {threshold:.3g}"))
+    return facts
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    number = len(result["generators"])
+    means = "The mean over all generators, each counted once" if number > 1 else "There is one generator"
+    return f"{means}. Below each number stands its 95 % interval, for other pictures of the same kinds."
+
+
+def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
+    """What matters most, in sentences."""
+    lines = []
+    ranked = [(name, numbers["acc"]) for name, numbers in groups if numbers["real"] and numbers["fake"]]
+    if len(ranked) > 1:
+        (worst, low), (best, high) = ranked[0], ranked[-1]
+        lines.append(
+            f"Worst generator: {_quoted(worst)}, with an accuracy of {_spelled(low)}. Best: {_quoted(best)}, with "
+            f"{_spelled(high)}."
+        )
+    if sentence := alarms(result):
+        lines.append(sentence)
+    drops = [
+        (part["macro_mean"]["ap"]["value"], chain)
+        for chain, part in result["robustness"].items()
+        if part["macro_mean"]["ap"]["value"] is not None
+    ]
+    if drops and result["macro_mean"]["ap"]["value"] is not None:
+        value, chain = min(drops)
+        before = per_cent(result["macro_mean"]["ap"]["value"])
+        lines.append(f"It suffers most from {_quoted(chain)}: AP goes from {before} % to {per_cent(value)} %.")
+    return lines
+
+
+def _quoted(name: str) -> str:
+    """A name within a sentence, whose order of letters is its own."""
+    return f"\N{FIRST STRONG ISOLATE}{shown(name, LONGEST)}\N{POP DIRECTIONAL ISOLATE}"
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(map(_quoted, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _spelled(number: Number) -> str:
+    interval = _interval(number)
+    return figures.told(number) + (f" ({interval})" if interval else "")
+
+
+def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
+    """What the numbers do not show."""
+    counts, notes = result["all"], []
+    if seen := result["rows"]["seen"]:
+        notes.append(
+            f"Pictures of the split {' and '.join(seen)} are among these: they were used in training, or to choose the "
+            "threshold, and the numbers flatter."
+        )
+    if result["failed"]:
+        notes.append(f"{result['failed']:,} labelled pictures failed and are in no number.")
+    if result["without_label"]:
+        notes.append(f"{result['without_label']:,} pictures have no label and are in no number.")
+    if counts["uncertain"]:
+        notes.append(
+            f"{counts['uncertain']:,} verdicts are uncertain. Accuracies count them as not right; without them the "
+            f"mean accuracy is {_spelled(result['macro_mean']['acc_decided'])}."
+        )
+    one_class = [name for name, numbers in groups if not numbers["real"] or not numbers["fake"]]
+    if one_class:
+        notes.append(
+            f"One class only, so that most numbers are undefined and their means leave them out: {_listed(one_class)}. "
+            "A generator with fakes only can be compared with the reals of another (--pair)."
+        )
+    few = [name for name, numbers in groups if 0 < numbers["real"] < 100 or 0 < numbers["fake"] < 100]
+    if few:
+        notes.append(f"Fewer than 100 reals or fakes, too few to measure a rate of 1 %: {_listed(few)}.")
+    if result["threshold"] is not None:
+        notes.append(
+            f"Verdicts are those of a threshold of {result['threshold']:g}, which was asked for, not of the detector's "
+            "own."
+        )
+    return notes
+
+
+def _footer(result: Mapping[str, Any]) -> str:
+    told = result["bootstrap"]
+    return (
+        f"Intervals: {told['samples']:,} bootstrap samples, seed {told['seed']}, "
+        f"{100 * told['confidence']:.0f} % percentiles. "
+        "The same numbers are in evaluation.json, and as rows in evaluation.parquet."
+    )
+
+
+# Numbers.
+
+
+def _interval(number: Number) -> str | None:
+    if number["low"] is None:
+        return None
+    return f"{per_cent(number['low'])} to {per_cent(number['high'])}"
+
+
+def _share(value: float) -> float:
+    """Per cent for a style, in [0, 100]."""
+    return round(100 * min(1.0, max(0.0, value)), 2)
+
+
+def _tile(label: str, number: Number) -> dict[str, Any]:
+    if number["value"] is None:
+        return {"label": label, "value": None}
+    low, high = number["low"], number["high"]
+    return {
+        "label": label,
+        "value": per_cent(number["value"]),
+        "interval": _interval(number),
+        "share": _share(number["value"]),
+        "range": None if low is None else (_share(low), round(_share(high) - _share(low), 2)),
+    }
+
+
+def _cells(numbers: Mapping[str, Number], metrics: Mapping[str, str]) -> list[dict[str, Any]]:
+    cells = []
+    for metric in metrics:
+        value = numbers[metric]["value"]
+        cells.append(
+            {
+                "value": None if value is None else per_cent(value),
+                "interval": _interval(numbers[metric]),
+                "share": None if value is None else _share(value),
+                "bar": metric in BARS,
+            }
+        )
+    return cells
+
+
+def _counts(numbers: Mapping[str, Any]) -> list[str]:
+    return [f"{numbers[name]:,}" for name in ("real", "fake", "uncertain", "failed")]
+
+
+def _generator_tables(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """All metrics of all generators, in two tables: what is read first, with the counts, and the rest."""
+    told = "worst accuracy first: per cent, with 95 % intervals"
+    return [
+        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {told}, and counts of pictures."),
+        _generator_table(
+            result,
+            groups,
+            MORE_COLUMNS,
+            "more-numbers",
+            f"Where false alarms are rarer still, and calibration; {told}.",
+        ),
+    ]
+
+
+def _generator_table(
+    result: Mapping[str, Any], groups: Sequence[tuple[str, Any]], columns: Mapping[str, str], name: str, caption: str
+) -> dict[str, Any]:
+    with_counts = columns is COLUMNS
+    totals = {"Mean over generators": result["macro_mean"], "All pictures": result["all"]}
+    return {
+        "id": name,
+        "caption": caption,
+        "headings": [*columns.values(), *(("Real", "Fake", "Uncertain", "Failed") if with_counts else ())],
+        "rows": [
+            {
+                "name": shown(name, LONGEST),
+                "pair": shown(result["pairs"][name], LONGEST) if name in result["pairs"] else None,
+                "numbers": _cells(numbers, columns),
+                "counts": _counts(numbers) if with_counts else [],
+            }
+            for name, numbers in groups
+        ],
+        "totals": [
+            {
+                "name": name,
+                "numbers": _cells(numbers, columns),
+                "counts": (_counts(numbers) if numbers is result["all"] else [""] * 4) if with_counts else [],
+            }
+            for name, numbers in totals.items()
+        ],
+    }
+
+
+def _robustness(result: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {"none": result, **result["robustness"]}
+    return {
+        "charts": figures.of_robustness(result),
+        "headings": [*ROBUSTNESS_COLUMNS.values(), "Failed", "Lowest AP"],
+        "rows": [_robustness_row(chain, part) for chain, part in parts.items()],
+    }
+
+
+def _robustness_row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    found = [(numbers["ap"]["value"], generator) for generator, numbers in part["generators"].items()]
+    worst = min([item for item in found if item[0] is not None], default=None)
+    return {
+        "name": shown(name, LONGEST),
+        "numbers": _cells(part["macro_mean"], ROBUSTNESS_COLUMNS),
+        "failed": f"{part['failed']:,}",
+        "worst": None if worst is None else (per_cent(worst[0]), shown(worst[1], NAME_WIDTH)),
+    }

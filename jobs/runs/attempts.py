@@ -1,0 +1,283 @@
+"""How a run survives: each start of the command is an attempt, which does what the attempts before it left.
+
+<out>/staging/<run_id>/manifest.parquet          what was planned
+                       run.json                  settings of the run; without it planning was not finished
+                       attempt-<n>/              n: the lock's number, so that no two processes share one
+                           accepted.json         files with finished rows of earlier attempts, frozen
+                           todo/                 the rest of the manifest, with captions that are known
+                           rows/                 verdict rows, as Ray Data writes them
+                           checkpoint/           Ray Data's job checkpoint: a file of rows counts once it is there
+
+Ray Data's checkpoint is used for its two-phase commit: a file of rows exists for us once the checkpoint file of its
+write task has its final name. Each attempt has a checkpoint of its own, so tasks of a driver that died, which may live
+on for a while, commit where nobody looks any more; and Ray's filter, which holds all finished ids in each of its
+actors, never starts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import pyarrow as pa
+
+from jobs.console.main import say
+from jobs.dataset import schema
+from jobs.dataset.schema import IDS
+from jobs.runs import names, removal
+from jobs.storage import errors, parquet, storage
+from jobs.storage.database import database
+from jobs.storage.errors import Fault
+from nsnet.errors import StorageError
+
+MANIFEST: Final = "manifest.parquet"
+SETTINGS: Final = "run.json"
+FROZEN: Final = "accepted.json"
+ID: Final = "image_id"
+LEAST_COMMIT_ROWS: Final = 64
+MOST_COMMIT_ROWS: Final = 8192
+COMMITS: Final = 1024
+"""About how many files of rows a run should write at most."""
+LEAST_TASK_ROWS: Final = 128
+"""A task costs some 25 ms by itself, as much as four pictures."""
+MOST_TASK_ROWS: Final = 1024
+TASKS: Final = 2048
+"""About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
+done again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run."""
+
+    folder: str
+    number: int
+    """1, 2, … among the attempts of the run."""
+    accepted: list[str]
+    """Files with finished rows of earlier attempts."""
+    count: int = 0
+    """Pictures that are left for this attempt."""
+
+    @property
+    def todo(self) -> str:
+        """Folder of what is left (`schema.TODO`), a file per task."""
+        return storage.join(self.folder, "todo")
+
+    @property
+    def rows(self) -> str:
+        """Folder of the rows that this attempt writes."""
+        return storage.join(self.folder, "rows")
+
+    @property
+    def checkpoint(self) -> str:
+        """Folder of Ray Data's job checkpoint."""
+        return storage.join(self.folder, "checkpoint")
+
+    def committed(self) -> list[str]:
+        """Files that this attempt finished, sorted."""
+        checkpoints, files = (storage.names_below(folder).files for folder in (self.checkpoint, self.rows))
+        tasks = {match["task"] for name in checkpoints if (match := names.COMMITTED.fullmatch(name))}
+        whole = [name for name in files if (match := names.ROWS.fullmatch(name)) and match["task"] in tasks]
+        return [storage.join(self.rows, name) for name in whole]
+
+    def files(self) -> list[str]:
+        """All files with finished rows, of this attempt and those before it."""
+        return self.accepted + self.committed()
+
+
+def unfinished(out: str) -> dict[str, dict[str, Any]]:
+    """Run id -> `run.json` of the runs that were planned and not published; those whose planning was cut are removed.
+
+    What no run made is left and named. The caller must hold the lock.
+    """
+    staging = storage.join(out, "staging")
+    below = storage.names_below(staging)
+    found, foreign = {}, [storage.join(staging, name) for name in below.files + below.others]
+    for name in below.folders:
+        folder = storage.join(staging, name)
+        if not names.is_run_id(name):
+            foreign.append(f"{folder}/")
+            continue
+        try:
+            found[name] = planned(folder)
+        except FileNotFoundError:
+            # nothing but names of ours says that it is ours: beside anything else they prove nothing
+            others = removal.remove(folder, names.STAGED, dry=True).foreign
+            foreign += others or removal.remove(folder, names.STAGED).foreign
+    if foreign:
+        say(removal.left_alone(foreign))
+    return found
+
+
+def planned(staging: str) -> dict[str, Any]:
+    """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
+    uri, remedy = storage.join(staging, SETTINGS), _plan_anew(staging)
+    values: dict[str, Any] = storage.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
+    plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions do not say what was not read
+    for name, kind in {"count": int, "left_out": dict, "states": dict, "unread": list, "unread_count": int}.items():
+        if type(plan.get(name)) is not kind:
+            raise storage.damaged(uri, f"the {name} of its plan is no {kind.__name__}", remedy)
+    if not all(type(line) is str for line in plan["unread"]):
+        raise storage.damaged(uri, "the unread of its plan is no list of texts", remedy)
+    if not all(names.is_run_id(run_id) for run_id in values["published"]):
+        raise storage.damaged(uri, "what was published before is no list of runs", remedy)
+    return {**values, "plan": plan}
+
+
+def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Some columns of a run's manifest. Raises `StorageError` where it is gone or damaged."""
+    remedy = _plan_anew(manifest.rpartition("/")[0])
+    try:
+        yield from parquet.read(manifest, columns)
+    except FileNotFoundError as error:
+        raise StorageError(f"{manifest} is gone: {remedy}") from error
+    except (OSError, KeyError, pa.ArrowException) as error:
+        if _may_pass(error):
+            raise
+        raise storage.damaged(manifest, errors.reason(error), remedy) from error
+
+
+def _plan_anew(staging: str) -> str:
+    return f"restore it, or remove {staging} while no run writes here, and its pictures are planned anew"
+
+
+def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
+    """Begin the next attempt: freeze what earlier ones finished, write what is left. The caller must hold the lock.
+
+    `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
+    """
+    attempts = [name for name in storage.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
+    earlier = [name for name in attempts if int(name.removeprefix("attempt-")) <= lock_number]
+    own = f"attempt-{lock_number:08d}"
+    if own in earlier:  # numbers of locks only grow, unless somebody removed them
+        raise StorageError(
+            f"{storage.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
+            f"{staging} while no run writes here, and its pictures are planned anew"
+        )
+    accepted: list[str] = []
+    for number, name in reversed(list(enumerate(earlier, start=1))):
+        try:
+            frozen = _frozen(staging, name)
+        except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
+            continue
+        folder = storage.join(staging, name)
+        accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
+        break
+    attempt = Attempt(folder=storage.join(staging, own), number=len(earlier) + 1, accepted=accepted)
+    count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
+    frozen = [name.removeprefix(f"{staging}/") for name in accepted]
+    storage.write_json(storage.join(attempt.folder, FROZEN), frozen)
+    return replace(attempt, count=count)
+
+
+def _frozen(staging: str, attempt: str) -> list[str]:
+    """Files with finished rows that an attempt took over, none outside its run whoever may write there."""
+    uri, remedy = storage.join(staging, attempt, FROZEN), _plan_anew(staging)
+    files = storage.read_json(uri, remedy=remedy)
+    if type(files) is not list:
+        raise storage.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
+    for file in files:
+        if type(file) is not str or not names.ACCEPTED.fullmatch(file):
+            raise storage.damaged(uri, f"{str(file)[:80]!r} is no file of rows of this run", remedy)
+    return [storage.join(staging, file) for file in files]
+
+
+def commit_rows(count: int) -> int:
+    """Rows that are committed at a time: what a crash costs at most, per writing task."""
+    return min(MOST_COMMIT_ROWS, max(LEAST_COMMIT_ROWS, count // COMMITS))
+
+
+def write_todo(
+    manifest: str,
+    folder: str,
+    accepted: Sequence[str] = (),
+    known: Iterable[pa.RecordBatch] = (),
+    captioner_id: str = "",
+) -> int:
+    """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
+
+    A known caption is taken over from the same version of the picture, else from one of the same file name and size:
+    a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched. What was seen
+    under a transform is another picture.
+    """
+    name = "hash(regexp_extract(uri, '[^/]*$'))"
+    with database() as rows:
+        rows.execute("create sequence numbers")
+        identified = f"{ID}::uuid as {ID}"
+        rows.create(
+            "manifest", f"nextval('numbers') as n, {name} as name, * replace ({ID}::uuid as {ID})", schema.MANIFEST
+        )
+        rows.insert("manifest", planned_rows(manifest, schema.MANIFEST))
+        rows.create("done", identified, IDS)
+        rows.insert("done", parquet.read_small(accepted, IDS))
+        rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
+        # only what may be of use is kept: there may be many more captions than pictures to do
+        rows.create(
+            "captions",
+            f"nextval('numbers') as c, {identified}, {name} as name, size_bytes, caption as known_caption, "
+            "content_hash as known_hash, caption_run_id as known_run_id, transform is null as plain",
+            schema.CAPTIONED,
+            where=f"starts_with(caption_id, '{captioner_id}-') and ({ID}::uuid in (select {ID} from left_over) "
+            f"or ({name}, size_bytes) in (select (name, size_bytes) from left_over))",
+        )
+        rows.insert("captions", known)
+        # of several the first: numbers are small where captions would not fit into memory
+        for table, key, which in (("same", ID, "true"), ("alike", "name, size_bytes", "plain")):
+            rows.execute(
+                f"create table {table} as select {key}, min(c) as c from captions where {which} group by {key}"
+            )
+        batches = rows.select(
+            f"select l.* replace (replace(l.{ID}::varchar, '-', '') as {ID}), known_caption, known_hash, known_run_id "
+            f"from left_over l left join same on l.{ID} = same.{ID} "
+            "left join alike on l.name = alike.name and l.size_bytes = alike.size_bytes and l.transform is null "
+            "left join captions k on k.c = coalesce(same.c, alike.c) order by n"
+        )
+        task_rows = max(LEAST_TASK_ROWS, min(MOST_TASK_ROWS, rows.number("select count(*) from left_over") // TASKS))
+        return parquet.write_many(batches, schema.TODO, folder, task_rows)
+
+
+def _usable(staging: str, uris: list[str]) -> list[str]:
+    """The files that can be read, and whose pictures were planned and are in no file before them: a retried task may
+    have been killed while it wrote its file again, or have cut its rows into other files than the first time.
+    """
+    numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
+    with database() as rows:
+        rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
+        rows.insert("manifest", planned_rows(storage.join(staging, MANIFEST), IDS))
+        rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
+        damaged = set()
+        for n, ids in enumerate(_ids(uris)):
+            if ids is None:
+                damaged.add(n)
+            else:
+                rows.insert("found", ids.add_column(0, numbered.field("n"), pa.array([n] * len(ids))).to_batches())
+        repeated = rows.execute(
+            f"select n from (select n, row_number() over (partition by {ID} order by n) as k from found) where k > 1 "
+            f"union select n from found anti join manifest using ({ID})"
+        )
+    useless = damaged | {n for (n,) in repeated}
+    for n in sorted(useless):
+        why = "is damaged" if n in damaged else "holds rows that another file holds, or that were not planned"
+        say(f"warning: {uris[n]} {why}, its rows are made again")
+    return [uri for n, uri in enumerate(uris) if n not in useless]
+
+
+def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
+    """Ids in each of many files, in their order; None for one that cannot be read."""
+
+    def read(uri: str) -> pa.Table | None:
+        try:
+            return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
+        except (OSError, pa.ArrowInvalid) as error:
+            if _may_pass(error):
+                raise
+            return None
+
+    with ThreadPoolExecutor(parquet.READERS) as pool:
+        for start in range(0, len(uris), parquet.READERS):  # no further ahead than this: memory is bounded
+            yield from pool.map(read, uris[start : start + parquet.READERS])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is the store's, and says nothing of the file."""
+    return errors.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED)

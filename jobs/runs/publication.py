@@ -1,0 +1,411 @@
+"""Runs on storage: staged, verified, published. A run exists for readers once its record `<out>/runs/<id>.json` does.
+
+<out>/locks/                      who writes here now (`jobs.runs.lock`)
+<out>/staging/<run_id>/           manifest and unverified rows (`jobs.runs.attempts`), removed after publishing
+<out>/verdicts/run_date=…/run_id=…/part-*.parquet    or captions/…, facts/…: what the product's name is
+<out>/runs/<run_id>.json          the commit record, written last
+"""
+
+import itertools
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.console.main import say
+from jobs.dataset import schema
+from jobs.dataset.schema import IDS
+from jobs.runs import names, removal
+from jobs.runs.attempts import planned_rows
+from jobs.storage import errors, parquet, storage
+from jobs.storage.database import database
+from nsnet.digest import file_digest
+from nsnet.errors import LockedError, NsnetError, SourceError, StorageError
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+
+COUNTED: Final = ("status", "verdict", "error_class")
+"""Columns whose values a record counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Rows of one kind, which runs publish."""
+
+    name: str
+    """Folder below an output."""
+    columns: pa.Schema
+    maker: str
+    """Key of a record that says who made its rows: what one maker has done is not done again."""
+    rows_per_file: int
+    """About 100 MB: what query engines like to read."""
+
+
+VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)
+CAPTIONS: Final = Product(name="captions", columns=schema.CAPTIONS, maker="features_id", rows_per_file=40_000)
+FACTS: Final = Product(name="facts", columns=schema.FACTS, maker="facts_id", rows_per_file=500_000)
+PRODUCTS: Final = {product.name: product for product in (VERDICTS, CAPTIONS, FACTS)}
+
+
+class VerificationError(NsnetError):
+    """Staged rows are not what was planned; nothing was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run into an output."""
+
+    out: str
+    product: Product = VERDICTS
+    run_id: str = field(default_factory=lambda: new_run_id())
+
+    @property
+    def staging(self) -> str:
+        """Folder of what is not yet published."""
+        return storage.join(self.out, "staging", self.run_id)
+
+    @property
+    def final(self) -> str:
+        """Folder of the published files."""
+        return storage.join(self.out, _final(self.product.name, self.run_id))
+
+    @property
+    def record(self) -> str:
+        """The commit record."""
+        return storage.join(self.out, "runs", f"{self.run_id}.json")
+
+    def publish(
+        self,
+        manifest: str,
+        staged: Sequence[str],
+        details: dict[str, Any],
+        check: Callable[[], None] = lambda: None,
+        planned_after: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        """Verify staged files of rows against the manifest, write the final files, then the record; returns it.
+
+        Raises `VerificationError` when rows are missing, surplus or doubled, when the run was published already, or
+        when another run of the same maker was that is not among those it was `planned_after`; then nothing is. `check`
+        raises `LockedError` when this process may no longer write here.
+
+        A process that is cut off in the middle of this, and wakes up when another has published, does no harm: files
+        have names of their own, the record is created only where there is none, and only who created it tidies up. One
+        that was cut off before its record takes it back when it finds that the lock is lost, or the record of a later
+        run. So a file that no record names is of nobody once another process holds the lock.
+        """
+        verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
+        check()
+        counts = Counts()
+        rows = counts.watch(parquet.read_small(staged, self.product.columns, optional=["remark"]))
+        files: list[dict[str, Any]] = []
+        try:
+            for file in _write_parts(rows, self.product, self.final):
+                files.append({**file, "path": file["path"].removeprefix(self.out + "/")})
+            record = self._describe(counts, files, details)
+            check()
+            self._commit(record, check, planned_after)
+        except (VerificationError, LockedError):
+            for file in files:
+                storage.remove_file(storage.join(self.out, file["path"]))
+            raise
+        try:
+            self.tidy(record)
+        except Exception as error:  # botocore, aiohttp and OS errors share no base
+            say(f"warning: {self.staging} was not removed, the next run tries again ({errors.reason(error)})")
+        return record
+
+    def _describe(self, counts: "Counts", files: list[dict[str, Any]], details: dict[str, Any]) -> dict[str, Any]:
+        """The record of these files."""
+        return {
+            "run_id": self.run_id,
+            "product": self.product.name,
+            "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows": counts.rows,
+            "counts": counts.by_column(),
+            "store": counts.store(),
+            "captions": counts.captions(self.run_id),
+            "files": files,
+            **details,
+        }
+
+    def _commit(self, record: dict[str, Any], check: Callable[[], None], planned_after: Collection[str] | None) -> None:
+        """Create the record; raises `VerificationError` if this is not the process, or not the time, to do so, and what
+        `check` raises.
+        """
+
+        def refuse_if_overtaken() -> None:
+            if planned_after is not None:
+                others = run_ids(self.out, self.product, record[self.product.maker])
+                others -= {*planned_after, self.run_id}
+                if others:
+                    raise VerificationError(
+                        f"run {self.run_id} is not published, since {', '.join(sorted(others))} was published after it "
+                        "was planned: run the same command again"
+                    )
+
+        refuse_if_overtaken()
+        encoded = storage.encode_json(record)
+        # read back, since not every store makes conditional puts atomic
+        if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
+            raise VerificationError(f"run {self.run_id} was published already, by another process")
+        try:
+            check()
+            refuse_if_overtaken()
+        except (VerificationError, LockedError):
+            storage.remove_file(self.record)
+            raise
+
+    def tidy(self, record: dict[str, Any]) -> None:
+        """Remove what a published run no longer needs: its staging, and final files of publications that were cut."""
+        named = {file["path"].rpartition("/")[2] for file in record["files"]}
+        self._clean(lambda name: name in named)
+
+    def abandon(self) -> None:
+        """Remove all of a run that was not published: its staging, and final files of publications that were cut."""
+        self._clean(lambda name: False)
+
+    def _clean(self, keep: Callable[[str], bool]) -> None:
+        foreign = removal.remove(self.final, names.PARTS, keep).foreign
+        foreign += removal.remove(self.staging, names.STAGED).foreign
+        if foreign:
+            say(removal.left_alone(foreign))
+
+
+class Counts:
+    """What a record says of the rows that go by."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._values: Counter[tuple[str, str]] = Counter()
+        self._requests = self._asked_again = 0
+        self._captioned_by: Counter[str] = Counter()
+
+    def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Count batches on their way."""
+        for batch in batches:
+            self.rows += batch.num_rows
+            for name in [name for name in COUNTED if name in batch.schema.names]:
+                self._values.update({(name, value): n for value, n in _value_counts(batch.column(name))})
+            if "caption_run_id" in batch.schema.names:
+                self._captioned_by.update(dict(_value_counts(batch.column("caption_run_id"))))
+            self._requests += pc.sum(batch.column("requests")).as_py() or 0
+            self._asked_again += pc.sum(pc.greater(batch.column("requests"), 1)).as_py() or 0
+            yield batch
+
+    def by_column(self) -> dict[str, dict[str, int]]:
+        """Column -> value -> rows, for the columns of `COUNTED`."""
+        return {
+            name: {value: n for (column, value), n in sorted(self._values.items()) if column == name}
+            for name in COUNTED
+        }
+
+    def store(self) -> dict[str, int]:
+        """Requests for pictures that the store was sent, and pictures for which it was asked more than once."""
+        return {"requests": self._requests, "asked_again": self._asked_again}
+
+    def captions(self, run_id: str) -> dict[str, int]:
+        """Rows with a caption that this run made, and with one of an earlier run."""
+        made = self._captioned_by[run_id]
+        return {"made": made, "reused": self._captioned_by.total() - made}
+
+
+def _value_counts(column: pa.Array) -> list[tuple[str, int]]:
+    return [(value["values"], value["counts"]) for value in pc.value_counts(column.drop_null()).to_pylist()]
+
+
+def _final(product: str, run_id: str) -> str:
+    """Folder of a run's published files, as the path below its output."""
+    date = datetime.strptime(run_id[:8], "%Y%m%d").date()
+    return f"{product}/run_date={date.isoformat()}/run_id={run_id}"
+
+
+def new_run_id() -> str:
+    """A run's name: UTC time and six random hexadecimal digits; sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]) -> None:
+    """Raise `VerificationError` unless both hold the same ids, each once. Works on disk, for any number of ids."""
+    with database() as rows:
+        for table, batches in (("planned", planned), ("came", came)):
+            rows.create(table, "image_id::uuid as image_id", IDS)
+            rows.insert(table, batches)
+        number = rows.number("select count(*) from came")
+        doubled = number - rows.number("select count(distinct image_id) from came")
+        missing = rows.number("select count(*) from planned anti join came using (image_id)")
+        surplus = rows.number("select count(*) from came anti join planned using (image_id)")
+        total = rows.number("select count(*) from planned")
+    if doubled or missing or surplus:
+        raise VerificationError(
+            f"{total} pictures were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
+            "doubled; nothing was published, run the same command again"
+        )
+
+
+def summary(record: dict[str, Any]) -> str:
+    """What came out, in a few lines."""
+    counts = record["counts"]
+    parts = [f"{number} {verdict}" for verdict, number in counts["verdict"].items()]
+    parts.append(f"{counts['status'].get('failed', 0)} failed")
+    lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
+    lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
+    if asked_again := record["store"]["asked_again"]:
+        lines.append(f"  the store had to be asked again for {asked_again} pictures")
+    if reused := record.get("captions", {}).get("reused"):
+        lines.append(f"  captions of earlier runs: {reused}")
+    lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
+    return "\n".join(lines)
+
+
+def records(out: str) -> list[dict[str, Any]]:
+    """Records of all published runs below an output, whatever they publish, oldest first."""
+    folder = storage.join(storage.absolute(out), "runs")
+    below = storage.names_below(folder)
+    found = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # a link is read, too
+    with ThreadPoolExecutor(parquet.READERS) as pool:
+        return list(pool.map(_record, [storage.join(folder, name) for name in sorted(found)]))
+
+
+def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
+    """Records of all published runs of a product below an output, oldest first; one that did nothing has no files."""
+    return [record for record in records(out) if record.get("product", VERDICTS.name) == product.name]
+
+
+def run_ids(out: str, product: Product, maker: str) -> set[str]:
+    """Ids of the runs of one maker, such as a detector, that published any rows."""
+    return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker and record["files"]}
+
+
+def _record(uri: str) -> dict[str, Any]:
+    """A record. A bucket that others may write must not make it name files of other places."""
+    remedy = "restore it from a copy; without it, remove its files as well, and their pictures are judged anew"
+    record: dict[str, Any] = storage.read_json(uri, {"run_id": str, "files": list}, remedy)
+    run_id, product = record["run_id"], record.get("product", VERDICTS.name)
+    if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
+        raise storage.damaged(uri, f"it is of the run {run_id!r}", remedy)
+    if type(product) is not str:
+        raise storage.damaged(uri, f"its product is {product!r}", remedy)
+    if product in PRODUCTS:  # else it is of another version, and no reader here asks for it
+        for name in ("counts", "settings", "versions"):
+            if type(record.get(name, {})) is not dict:
+                raise storage.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
+        folder = f"{_final(product, run_id)}/"
+        for file in record["files"]:
+            if type(file) is not dict:
+                raise storage.damaged(uri, f"one of its files is {file!r}", remedy)
+            path = file.get("path")
+            if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
+                raise storage.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
+    return record
+
+
+def _is_name(text: str) -> bool:
+    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+
+
+def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
+    """Remove files of publications that were cut or overtaken, which readers by pattern would take for published ones;
+    returns their URIs.
+
+    They have names of ours, and none of the `published` records names them. Runs that are `unfinished` keep theirs
+    until their own end. Files of runs before the oldest record stay, too: their records may be lost. The caller must
+    hold the lock since before it read the records.
+    """
+    published = list(published)
+    named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
+    oldest = min((record["run_id"] for record in published), default=None)
+    removed, older = [], 0
+    for product in PRODUCTS:
+
+        def keep(path: str, product: str = product) -> bool:
+            nonlocal older
+            match = names.PUBLISHED.files.fullmatch(path)
+            if match is None or match["run_id"] in unfinished or f"{product}/{path}" in named:
+                return True
+            is_older = oldest is None or match["run_id"] < oldest
+            older += is_older
+            return is_older
+
+        removed += removal.remove(storage.join(out, product), names.PUBLISHED, keep).removed
+    if older:
+        say(
+            f"warning: {out} holds {older:,} files of runs that are older than all records (runs/*.json): put their "
+            "records back, or remove the files if they are of no use"
+        )
+    return removed
+
+
+def verdicts(out: str) -> "Dataset":
+    """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there are none.
+
+    A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
+    """
+    out = storage.absolute(out)
+    paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
+    if not paths:
+        raise SourceError(f"{out} holds no published verdicts")
+    return parquet.dataset(paths, schema.VERDICTS)
+
+
+def published(
+    out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of the published runs of a product, oldest first, as a stream.
+
+    `whose`: what their records must say, such as a `detector_id`; None: anything.
+    """
+    for record in runs(out, product):
+        if any(wanted not in (None, record.get(key)) for key, wanted in whose.items()):
+            continue
+        yield from rows_of(out, record, columns)
+
+
+def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Some columns of one published run, null where a file lacks them. Raises `StorageError` for a file that is gone or
+    damaged.
+    """
+    for file in record["files"]:
+        uri = storage.join(storage.absolute(out), file["path"])
+        try:
+            yield from parquet.read(uri, columns, optional=columns.names)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
+            ) from error
+        except pa.ArrowInvalid as error:
+            raise storage.damaged(
+                uri,
+                errors.reason(error),
+                "restore it from a copy; without it, remove its record "
+                f"runs/{record['run_id']}.json as well, and its pictures are done anew",
+            ) from error
+
+
+def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
+    """Write `part-*.parquet`, each first to a local file; yields path, rows, size and SHA-256 of each."""
+    token = secrets.token_hex(4)
+    for number in itertools.count():
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "part.parquet"
+            rows = parquet.write(_first(batches, product.rows_per_file), schema.stored(product.columns), str(path))
+            if rows == 0:
+                return
+            uri = storage.join(folder, f"part-{number:05d}-{token}.parquet")
+            storage.upload_file(path, uri)
+            yield {"path": uri, "rows": rows, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _first(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Batches of at least so many rows together, or all that are left."""
+    while rows > 0 and (batch := next(batches, None)) is not None:
+        rows -= batch.num_rows
+        yield batch

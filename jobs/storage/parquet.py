@@ -1,0 +1,135 @@
+"""Parquet on storage, read and written as a stream of batches."""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from jobs.storage import storage
+from jobs.storage.parquet_file import BUFFER_BYTES, ParquetFile
+
+BATCH_ROWS: Final = 8192
+GROUP_ROWS: Final = 65_536
+"""Rows of a row group."""
+MAX_WHOLE_BYTES: Final = 2**26
+"""Files up to this size are read without a buffer, for which pyarrow takes what the header of a page claims: 2 GB."""
+READERS: Final = 8
+"""Files that are read at a time."""
+WRITERS: Final = 8
+"""Files that are written at a time."""
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[ParquetFile]:
+    """A file on storage. Raises what the store raises, and a `pa.ArrowException` where it is damaged."""
+    try:
+        with storage.open_file(uri) as source:
+            yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the store's: a missing file, no permission
+        raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's own, for a damaged page, names no file
+
+
+def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, as batches of exactly this schema; `optional` ones are null where it lacks them.
+
+    Raises `KeyError` for a missing column, `ColumnTypeError` for an extension type.
+    """
+    with opened(uri) as file:
+        present = [name for name in columns.names if name in file.schema.names]
+        if missing := sorted({*columns.names} - {*present, *optional}):
+            raise KeyError(f"{uri} has no column {', '.join(missing)}")
+        for batch in file.batches(present, batch_rows=BATCH_ROWS):
+            arrays = [
+                batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
+                for field in columns
+            ]
+            whole = pa.RecordBatch.from_arrays(arrays, schema=columns)
+            whole.validate(full=True)  # texts are UTF-8, among others
+            yield whole
+
+
+def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
+    """Files as an Arrow dataset of this schema, for readers outside; a column that a file lacks is null.
+
+    Raises `ColumnTypeError` for an extension type in one of these columns.
+    """
+
+    def check(uri: str) -> None:
+        with opened(uri) as file:
+            file.check(columns.names)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(check, uris))
+    system, _ = storage.arrow_filesystem(uris[0])
+    return pads.dataset([storage.arrow_path(uri) for uri in uris], schema=columns, filesystem=system, format="parquet")
+
+
+def read_small(uris: Sequence[str], columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
+    """As `read`, of many small files, several at a time, in their order."""
+
+    def whole(uri: str) -> list[pa.RecordBatch]:
+        return list(read(uri, columns, optional=optional))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(uris), READERS):  # no further ahead than this: memory is bounded
+            for batches in pool.map(whole, uris[start : start + READERS]):
+                yield from batches
+
+
+def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int:
+    """Write a file of these rows; returns their number."""
+    if storage.is_local(uri):
+        storage.make_folder(uri.rpartition("/")[0])
+    system, path = storage.arrow_filesystem(uri)
+    count = 0
+    with storage.naming(uri), pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
+        for table in _groups(batches, schema):
+            writer.write_table(table)
+            count += table.num_rows
+    return count
+
+
+def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> int:
+    """Write small files of so many rows each, several at a time; returns the number of rows in all."""
+    count = files = 0
+    with ThreadPoolExecutor(WRITERS) as pool:
+        pending: deque[Future[int]] = deque()
+        for part in _portions(batches, rows):
+            pending.append(pool.submit(write, [part], schema, storage.join(folder, f"part-{files:06d}.parquet")))
+            files += 1
+            if len(pending) > 2 * WRITERS:
+                count += pending.popleft().result()
+        count += sum(written.result() for written in pending)
+    return count
+
+
+def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows as batches of exactly so many, the last one aside."""
+    rest: pa.Table | None = None
+    for batch in batches:
+        table = pa.Table.from_batches([batch])
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while rest.num_rows >= rows:
+            yield from rest.slice(0, rows).combine_chunks().to_batches()
+            rest = rest.slice(rows)
+    if rest is not None and rest.num_rows:
+        yield from rest.combine_chunks().to_batches()
+
+
+def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Row groups: small batches put together."""
+    group: list[pa.RecordBatch] = []
+    for batch in batches:
+        group.append(batch.select(schema.names).cast(schema))
+        if sum(one.num_rows for one in group) >= GROUP_ROWS:
+            yield pa.Table.from_batches(group)
+            group = []
+    if group:
+        yield pa.Table.from_batches(group)

@@ -1,0 +1,213 @@
+"""Training pictures streamed from their bucket by Ray Data: fetched, decoded, augmented, cut to mosaics, in order.
+
+Dimensions: n examples, G images of a step over all processes, B of this one, M mosaic side.
+
+Each training process runs a Ray Data pipeline of its own over just its part of each step, because what it is given
+must be a function of (seed, epoch, step) alone: Ray's `streaming_split` hands blocks to whoever asks first, and with
+`equal=True` drops the rows that do not divide. The order is checked on arrival.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ExecutionResources, TaskPoolStrategy
+
+from jobs.dataset import schema
+from jobs.pipeline.actors import Prepare, StageReport
+from jobs.training.examples import Examples
+from nsnet import transforms
+from nsnet.patches import SCORING_SEED
+from nsnet.preparation import PreparationConfig
+from nsnet.transforms import AugmentationConfig
+
+PICTURES_PER_TASK: Final = 64
+"""A task costs some 25 ms by itself, as much as four pictures."""
+STEPS_AHEAD: Final = 4
+"""Batches that are fetched from the object store before they are asked for."""
+
+ROW: Final = pa.field("row", pa.int64())
+ARRIVED: Final = pa.schema([ROW, schema.VERDICTS.field("image_id"), *schema.OUTCOME])
+FETCHED: Final = (
+    "image_id", "uri", "etag", "size_bytes", "container", "position", "column", "listed", "expected_hash"
+)  # fmt: skip
+"""Columns of a split that a picture is fetched by."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which rows each process is given in each step: a pure function of its fields."""
+
+    rows: Rows
+    """Numbers of the examples that are gone through."""
+    batch_size: int
+    """G."""
+    seed: int
+    rank: int
+    world_size: int
+    shuffled: bool = True
+    """In an order of its own in every epoch; else in the order of `rows`, once."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Every row is used once in an epoch; its last step may be smaller."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both counted from 0."""
+        return step // self.steps_per_epoch
+
+    def whole(self, step: int) -> Rows:
+        """Rows (≤ G,) of a step over all processes; they do not depend on the number of processes."""
+        rows = self.rows
+        if self.shuffled:
+            rows = rows[_permutation(len(rows), self.seed, self.epoch(step))]
+        start = step % self.steps_per_epoch * self.batch_size
+        return rows[start : start + self.batch_size]
+
+    def part(self, step: int) -> tuple[Rows, npt.NDArray[np.bool_]]:
+        """This process's equal part of a step, (B,), padded with the first row, and which rows are no padding."""
+        whole = self.whole(step)
+        size = -(-len(whole) // self.world_size)
+        part = whole[self.rank * size : (self.rank + 1) * size]
+        padding = np.repeat(whole[:1], size - len(part))
+        return np.concatenate([part, padding]), np.arange(size) < len(part)
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Rows:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """One step's pictures of this process."""
+
+    rows: Rows
+    """(B,)."""
+    valid: npt.NDArray[np.bool_]
+    """(B,) False: padding, or a picture that failed."""
+    mosaics: npt.NDArray[np.uint8]
+    """(B, M, M, 3) uint8."""
+    failed: list[dict[str, Any]]
+    """Pictures that could not be had, with `image_id` and `error_*`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingest:
+    """Streams of prepared pictures for one training process."""
+
+    examples: Examples
+    preparation: PreparationConfig
+    source: str
+    """URI of the source."""
+    seed: int
+    augmentation: AugmentationConfig
+    task_cpus: float
+    """CPUs of a decoding task."""
+    cpus: float
+    """CPUs of the cluster that this process's decoding may use."""
+    memory_bytes: int
+    """Of the object store, likewise."""
+
+    def stream(self, order: Order, first: int, last: int) -> Iterator[Arrival]:
+        """The steps from `first` to before `last`; shuffled orders are augmented, others are prepared as for scoring.
+
+        Raises `RuntimeError` if anything else arrives than what was asked for.
+        """
+        places = ray.put(self.examples.table.select(FETCHED))
+        prepare = Prepare(
+            config=self.preparation,
+            schema=pa.schema([*ARRIVED, pa.field("mosaic", pa.binary())]),
+            report=StageReport(),
+            source=self.source,
+        )
+        task = _Task(
+            places=[places], order=order, prepare=prepare,
+            augmentation=self.augmentation if order.shuffled else AugmentationConfig(),
+        )  # fmt: skip
+        share = -(-order.batch_size // order.world_size)
+        chunk = max(1, PICTURES_PER_TASK // share)
+        starts = [pa.table({"first": [s], "last": [min(s + chunk, last)]}) for s in range(first, last, chunk)]
+        if not starts:
+            return
+        dataset = ray.data.from_arrow(starts).map_batches(
+            task.run, batch_format="pyarrow", batch_size=None, compute=TaskPoolStrategy(), num_cpus=self.task_cpus
+        )  # fmt: skip
+        options = dataset.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = ExecutionResources(cpu=self.cpus, object_store_memory=self.memory_bytes)
+        dataset.context.execution_no_progress_timeout_s = -1  # validation, or a slow device, may hold it up
+        side = self._side()
+        arrived = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=STEPS_AHEAD))
+        rest: pa.Table | None = None
+        for step in range(first, last):
+            rows, valid = order.part(step)
+            while rest is None or rest.num_rows < len(rows):
+                more = next(arrived, None)
+                if more is None:
+                    raise RuntimeError(f"the stream of pictures ended before step {step + 1}")
+                rest = more if rest is None else pa.concat_tables([rest, more])
+            table, rest = rest.slice(0, len(rows)), rest.slice(len(rows))
+            if table.column("row").to_pylist() != rows.tolist():
+                raise RuntimeError(f"step {step + 1} was sent other pictures than its own")
+            yield _arrival(table, rows, valid, side)
+
+    def _side(self) -> int:
+        assert self.preparation.patches is not None
+        return self.preparation.patches.mosaic_px
+
+
+def _arrival(table: pa.Table, rows: Rows, valid: npt.NDArray[np.bool_], side: int) -> Arrival:
+    column = table.column("mosaic")
+    mosaics = np.stack([np.frombuffer(value.as_buffer(), np.uint8).reshape(side, side, 3) for value in column])
+    outcome = table.drop_columns(["mosaic", "row"]).to_pylist()
+    failed = [row for row, counts in zip(outcome, valid, strict=True) if counts and row["status"] == "failed"]
+    good = np.array([row["status"] != "failed" for row in outcome])
+    return Arrival(rows=rows, valid=valid & good, mosaics=mosaics, failed=failed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What a decoding task does: some steps' pictures of one process."""
+
+    places: list[Any]
+    """Reference to the table that pictures are fetched by; in a list, so that Ray does not resolve it."""
+    order: Order
+    prepare: Prepare
+    augmentation: AugmentationConfig
+
+    def run(self, steps: pa.Table) -> Iterator[pa.Table]:
+        """Each step's rows, in order."""
+        places: pa.Table = ray.get(self.places[0])
+        for first, last in zip(steps["first"].to_pylist(), steps["last"].to_pylist(), strict=True):
+            for step in range(first, last):
+                rows, _ = self.order.part(step)
+                wanted = places.take(rows).append_column("row", pa.array(rows))
+                yield self._with_pixels(wanted, self.order.epoch(step))
+
+    def _with_pixels(self, wanted: pa.Table, epoch: int) -> pa.Table:
+        ids = wanted.column("image_id").to_pylist()
+        seeds = [SCORING_SEED] * len(ids)
+        chains: list[str | None] = [None] * len(ids)
+        if self.order.shuffled:
+            seeds = [picture_seed(self.order.seed, epoch, image_id) for image_id in ids]
+            chains = [transforms.to_text(transforms.draw(self.augmentation, seed)) for seed in seeds]
+        wanted = wanted.append_column("transform", pa.array(chains, pa.string()))
+        wanted = wanted.append_column("slot_seed", pa.array(seeds, pa.int64()))
+        return pa.concat_tables(self.prepare.in_blocks(wanted))
+
+
+def picture_seed(seed: int, epoch: int, image_id: str) -> int:
+    """Seed of a picture's slots and augmentation in an epoch, 63 bits."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
