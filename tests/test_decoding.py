@@ -279,8 +279,8 @@ def test_child_loads_no_torch(decoder: GuardedDecoder) -> None:
     mapped = Path(f"/proc/{pid_of(decoder)}/maps").read_text()
     assert "_imaging" in mapped  # it does decode there
     assert "torch" not in mapped
-    module = "jobs.pipeline.decoding"
-    code = f"import sys, jobs.pipeline.decoding\nprint(sorted({{'torch', 'ray', 'transformers', 'open_clip'}} & {{*sys.modules}}))"
+    heavy = "{'torch', 'ray', 'transformers', 'open_clip'}"
+    code = f"import sys, jobs.pipeline.decoding\nprint(sorted({heavy} & {{*sys.modules}}))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
