@@ -20,7 +20,7 @@ from benchmarks import measure
 from jobs.dataset import schema
 from jobs.dataset.plan import write_manifest
 from jobs.runs import publication
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, uris, writing
 
 PUBLISHED_FILE_ROWS: Final = 500_000
 
@@ -49,7 +49,7 @@ def planned(name: str, source: str, place: str, published: Iterable[pa.RecordBat
     """Plan a source; returns a line of the table."""
     with measure.PeakMemory() as memory:
         started = time.monotonic()
-        plan = write_manifest(source, storage.join(place, "manifest.parquet"), published=published)
+        plan = write_manifest(source, uris.join(place, "manifest.parquet"), published=published)
         seconds = time.monotonic() - started
     listed = sum(plan.states.values())
     return f"| {name}: {plan.describe()} | {seconds:.1f} | {listed / seconds:,.0f} | {memory.text} |"
@@ -79,7 +79,7 @@ def on_s3(work: Path, objects: int) -> str:
         bucket = new_bucket()
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(
-                lambda i: storage.write_bytes(f"{bucket}/pictures/{i // 1000:04d}/{i}.jpg", b"x"), range(objects)
+                lambda i: writing.write_bytes(f"{bucket}/pictures/{i // 1000:04d}/{i}.jpg", b"x"), range(objects)
             ):
                 pass
         return planned(f"{objects:,} objects on S3", f"{bucket}/pictures", str(work / "s3"))
@@ -92,11 +92,11 @@ def against_history(work: Path, published: int) -> str:
         _publish(out, published)
     count = published // 10
     source = work / f"source-{published}.parquet"
-    uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(count)]
+    names = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(count)]
     etags = ["e" if i % 100 else "new" for i in range(count)]
-    table = pa.table({"uri": uris, "etag": etags})
+    table = pa.table({"uri": names, "etag": etags})
     parquet.write(table.to_batches(), table.schema, str(source))
-    del table, uris, etags
+    del table, names, etags
     done = publication.published(str(out), schema.DONE, detector_id="d")
     return planned(f"{count:,} rows of a manifest against {published:,} published", str(source), str(work / "p"), done)
 
@@ -108,15 +108,15 @@ def _publish(out: Path, rows: int) -> None:
     run = publication.Run(out=str(out))
     files: list[dict[str, Any]] = []
     for start in range(0, rows, PUBLISHED_FILE_ROWS):
-        uris = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]
+        names = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]
         values: dict[str, Any] = {
-            "image_id": [image_id(uri, "e") for uri in uris], "uri": uris, "status": ["scored"] * len(uris),
+            "image_id": [image_id(uri, "e") for uri in names], "uri": names, "status": ["scored"] * len(names),
         }  # fmt: skip
         table = pa.table(values, schema=schema.DONE)
-        uri = storage.join(run.final, f"part-{len(files):05d}.parquet")
+        uri = uris.join(run.final, f"part-{len(files):05d}.parquet")
         parquet.write(table.to_batches(), schema.DONE, uri)
-        files.append({"path": uri.removeprefix(f"{out}/"), "rows": len(uris)})
-    storage.write_json(run.record, {"run_id": run.run_id, "detector_id": "d", "files": files, "id": uuid.uuid4().hex})
+        files.append({"path": uri.removeprefix(f"{out}/"), "rows": len(names)})
+    writing.write_json(run.record, {"run_id": run.run_id, "detector_id": "d", "files": files, "id": uuid.uuid4().hex})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jobs.console import main
 from jobs.console.main import say
 from jobs.experiments import predictions
 from jobs.experiments.request import TrainRequest
-from jobs.storage import parquet, storage
+from jobs.storage import listing, parquet, reading, uris, writing
 from jobs.train import PREDICTIONS, RESULT, WorkersType, train
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError
@@ -77,14 +77,14 @@ def ablate(
     """Train and test each variant with each seed; returns the table. What is wrong with a request is found first."""
     from jobs.experiments.inputs import share_split
 
-    out = storage.absolute(out)
+    out = uris.absolute(out)
     shared = TrainRequest(
-        source=source, out=storage.join(out, "shared"), captions=captions or storage.join(out, "captions"),
+        source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),
         caption_missing=captions is None, seed=split_seed, leave_out=leave_out, limits=limits or DecodeLimits(),
         **training,
     ).absolute()  # fmt: skip
     requests = [
-        replace(shared, out=storage.join(out, _name(variant, seed)), variant=variant, seed=seed, leave_out=None)
+        replace(shared, out=uris.join(out, _name(variant, seed)), variant=variant, seed=seed, leave_out=None)
         for variant in variants
         for seed in seeds
     ]
@@ -107,17 +107,17 @@ def ablate(
     _add_tests(rows, requests)
     result = {"source": shared.source, "recipe": shared.recipe, "seeds": list(seeds), "split": split, "variants": rows}
     text = as_text(rows)
-    storage.write_json(storage.join(out, "ablation.json"), result)
-    storage.write_bytes(storage.join(out, "ablation.txt"), (text + "\n").encode())
+    writing.write_json(uris.join(out, "ablation.json"), result)
+    writing.write_bytes(uris.join(out, "ablation.txt"), (text + "\n").encode())
     main.show(text)
-    say(f"table: {storage.join(out, 'ablation.json')}")
+    say(f"table: {uris.join(out, 'ablation.json')}")
     return result
 
 
 def _is_finished(request: TrainRequest) -> bool:
     """A control has no bundle, which is the last that a training writes."""
     control = request.resolved().training.captions != "own"
-    return storage.exists(storage.join(request.work, RESULT) if control else storage.join(request.out, "detector.json"))
+    return listing.exists(uris.join(request.work, RESULT) if control else uris.join(request.out, "detector.json"))
 
 
 def _name(variant: str, seed: int) -> str:
@@ -128,7 +128,7 @@ def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> 
     """What is known of a variant: the mean over its seeds."""
     if variant in failed:
         return {"variant": variant, "error": failed[variant]}
-    results_of = [storage.read_json(storage.join(request.work, RESULT), {"best_epoch": dict}) for request in requests]
+    results_of = [reading.read_json(uris.join(request.work, RESULT), {"best_epoch": dict}) for request in requests]
     told = [result["best_epoch"] for result in results_of]
     return {
         "variant": variant,
@@ -146,9 +146,7 @@ def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None
     """
     alive = {row["variant"]: row for row in rows if "error" not in row}
     tables = {
-        variant: [
-            _tested(storage.join(request.work, PREDICTIONS)) for request in requests if request.variant == variant
-        ]
+        variant: [_tested(uris.join(request.work, PREDICTIONS)) for request in requests if request.variant == variant]
         for variant in alive
     }
     every = [set(table.column("image_id").to_pylist()) for some in tables.values() for table in some]

@@ -17,7 +17,7 @@ from jobs.console import main
 from jobs.console.main import say
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import publication
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, uris, writing
 from jobs.workflows.examine import FACTS_ID, examine
 from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
@@ -68,7 +68,7 @@ def audit(
         raise ConfigError(
             f"--distance must be 0 to {BITS - 1} bits and --seed 0 to {2**32 - 1}, got {distance} and {seed}"
         )
-    source, selection = storage.absolute(source), selection or Selection()
+    source, selection = uris.absolute(source), selection or Selection()
     with _place(out) as place:
         record = examine(source, out=place, selection=selection, limits=limits, address=address)
         table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
@@ -77,10 +77,10 @@ def audit(
         result = {"source": source, "not_examined": unknown, **left_out, **found}
         text = as_text(result)
         if out is not None:
-            parquet.write(twins.to_batches(), duplicates.COPIES, storage.join(place, COPIES))
-            storage.write_bytes(storage.join(place, REPORT), (text + "\n").encode())
-            storage.write_json(storage.join(place, RESULT), result)
-            say(f"report: {storage.join(place, RESULT)}")
+            parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES))
+            writing.write_bytes(uris.join(place, REPORT), (text + "\n").encode())
+            writing.write_json(uris.join(place, RESULT), result)
+            say(f"report: {uris.join(place, RESULT)}")
     main.show(text)
     return result
 
@@ -89,10 +89,10 @@ def audit(
 def _place(out: str | None) -> Iterator[str]:
     """Where facts are published: the output, or a folder that is removed afterwards."""
     if out is not None:
-        yield storage.absolute(out)
+        yield uris.absolute(out)
         return
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        yield storage.absolute(folder)
+        yield uris.absolute(folder)
 
 
 def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
@@ -106,7 +106,7 @@ def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) 
         return inventory.pictures(listing, facts)
     whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        manifest = storage.join(storage.absolute(folder), "manifest.parquet")
+        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
         write_manifest(source, manifest, whole)
         return inventory.pictures(parquet.read(manifest, inventory.LISTED), facts)
 

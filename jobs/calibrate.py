@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from jobs.console import main
 from jobs.console.main import say
 from jobs.experiments.predictions import PREDICTIONS
-from jobs.storage import parquet, storage
+from jobs.storage import bundles, listing, parquet, probes, uris, writing
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import from_dict, to_dict
@@ -48,12 +48,12 @@ def calibrate(
     """Write the bundle; returns its description."""
     point = OperatingPoint.parse(operating_point)
     point = point if uncertain is None else replace(point, uncertain_share=uncertain)
-    detector, predictions, out = (storage.absolute(uri) for uri in (detector, predictions, out))
-    storage.reachable(detector)
-    storage.check_output(out)
-    if storage.exists(storage.join(out, bundle.DESCRIPTION)):
+    detector, predictions, out = (uris.absolute(uri) for uri in (detector, predictions, out))
+    probes.reachable(detector)
+    probes.check_output(out)
+    if listing.exists(uris.join(out, bundle.DESCRIPTION)):
         raise UsageError(f"{out} already holds a detector; choose another --out")
-    folder = storage.fetch_bundle(detector, bundle.DESCRIPTION)
+    folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
     before = bundle.read(folder)
     if before.note:
         say(before.note)
@@ -73,7 +73,7 @@ def calibrate(
         )  # fmt: skip
         if after.files != before.files:
             raise BundleError(f"the bundle {folder} was changed while it was read; try again")
-        storage.upload_folder(copy, out, last=bundle.DESCRIPTION)
+        writing.upload_folder(copy, out, last=bundle.DESCRIPTION)
     say(f"detector {after.detector_id}: threshold {fitted.threshold:.4g} for {point}, version {fitted.version}: {out}")
     return after
 

@@ -16,7 +16,7 @@ from jobs.runs import failures, publication
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import storage
+from jobs.storage import probes, uris
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
@@ -72,12 +72,12 @@ def caption(
 
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
-    source, out, limits = storage.absolute(source), storage.absolute(out), limits or DecodeLimits()
-    storage.check_output(out)
+    source, out, limits = uris.absolute(source), uris.absolute(out), limits or DecodeLimits()
+    probes.check_output(out)
     check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(clip_weights=storage.model_path(clip_weights), captioner=storage.model_path(captioner))
+    models = Models(clip_weights=uris.model_path(clip_weights), captioner=uris.model_path(captioner))
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
         source=source, out=out, product=publication.CAPTIONS, maker=features_id(config, models),

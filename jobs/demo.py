@@ -10,7 +10,7 @@ import click
 from jobs.cluster.address import check_address
 from jobs.console import main
 from jobs.console.main import say
-from jobs.storage import storage
+from jobs.storage import uris
 from nsnet.errors import UsageError
 
 TRAINING_SCENES: Final = range(0, 300)
@@ -30,7 +30,7 @@ def command(out: str, **options: Any) -> int:
     The fakes are drawn scenes passed through a small up-sampling decoder: they show that the whole way works, and say
     nothing about pictures from today's generators.
     """
-    demo(Path(storage.absolute(out)), **options)
+    demo(Path(uris.absolute(out)), **options)
     return 0
 
 

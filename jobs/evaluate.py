@@ -20,7 +20,7 @@ from jobs.evaluation import groups, verdicts
 from jobs.evaluation.comparison import SAMPLES, compare, long_table
 from jobs.evaluation.curves import curves
 from jobs.evaluation.verdicts import NoVerdictsError
-from jobs.storage import parquet, storage
+from jobs.storage import bundles, parquet, probes, uris, writing
 from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
 
@@ -116,9 +116,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
     chains = parse_chains(robustness) if robustness is not None else ()
-    uri, out = storage.absolute(verdicts_or_source), storage.absolute(out)
-    storage.reachable(uri)
-    storage.check_output(out)
+    uri, out = uris.absolute(verdicts_or_source), uris.absolute(out)
+    probes.reachable(uri)
+    probes.check_output(out)
     if detector is not None:
         own = _id_of(detector)
         if detector_id not in (None, own):
@@ -134,7 +134,7 @@ def evaluate(
         settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
         selection = Selection(columns=columns)
         source = uri
-        table, unread = _score(uri, detector, storage.join(out, "scored"), chains, selection, settings)
+        table, unread = _score(uri, detector, uris.join(out, "scored"), chains, selection, settings)
     table = _of_detector(table, detector_id, uri)
     table, rows = _of_split(table, split, uri)
     if chains:
@@ -161,7 +161,7 @@ def evaluate(
 def _id_of(detector: str) -> str:
     from nsnet import bundle
 
-    folder = storage.fetch_bundle(storage.absolute(detector), bundle.DESCRIPTION)
+    folder = bundles.fetch_bundle(uris.absolute(detector), bundle.DESCRIPTION)
     return bundle.read(folder).detector_id
 
 
@@ -180,7 +180,7 @@ def _as_listed(table: pa.Table, source: str, chains: Sequence[str], selection: S
     """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
     with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
-        manifest = storage.join(storage.absolute(folder), "manifest.parquet")
+        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
         write_manifest(source, manifest, selection, transforms=("", *chains))
         listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
     kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
@@ -250,14 +250,14 @@ def _write(result: dict[str, Any], out: str) -> None:
     from jobs.report.page import render  # matplotlib takes a second to import
 
     text, page = as_text(result), render(result)
-    storage.write_json(storage.join(out, "evaluation.json"), result)
-    storage.write_bytes(storage.join(out, "evaluation.txt"), (text + "\n").encode())
+    writing.write_json(uris.join(out, "evaluation.json"), result)
+    writing.write_bytes(uris.join(out, "evaluation.txt"), (text + "\n").encode())
     rows = io.BytesIO()
     pq.write_table(long_table(result), rows)
-    storage.write_bytes(storage.join(out, "evaluation.parquet"), rows.getvalue())
-    storage.write_bytes(storage.join(out, "report.html"), page.encode())
+    writing.write_bytes(uris.join(out, "evaluation.parquet"), rows.getvalue())
+    writing.write_bytes(uris.join(out, "report.html"), page.encode())
     main.show(text)
-    say(f"table: {storage.join(out, 'evaluation.json')}\nreport: {storage.join(out, 'report.html')}")
+    say(f"table: {uris.join(out, 'evaluation.json')}\nreport: {uris.join(out, 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import click
 
 from jobs.console import main
 from jobs.console.main import say
-from jobs.storage import storage
+from jobs.storage import listing, probes, uris, writing
 from nsnet import weight_formats
 from nsnet.digest import file_digest
 from nsnet.errors import UsageError, WeightsError
@@ -35,14 +35,14 @@ def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: 
     from nsnet import recipes
     from nsnet.detector import Detector
 
-    out = storage.absolute(out)
-    storage.check_output(out)
-    if storage.exists(storage.join(out, "detector.json")):
+    out = uris.absolute(out)
+    probes.check_output(out)
+    if listing.exists(uris.join(out, "detector.json")):
         raise UsageError(f"{out} already holds a detector; choose another --out")
-    path = Path(storage.model_path(head) or "")
+    path = Path(uris.model_path(head) or "")
     tensors = _read(path)
     config = recipes.variant(recipes.get(recipe), "linear").detector
-    weights = storage.model_path(clip_weights)
+    weights = uris.model_path(clip_weights)
     detector = Detector.build(config, Path(weights) if weights else None)
     expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -52,7 +52,7 @@ def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: 
     origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
     with tempfile.TemporaryDirectory() as scratch:
         described = detector.save(Path(scratch) / "bundle", training=origin)
-        storage.upload_folder(Path(scratch) / "bundle", out, last="detector.json")
+        writing.upload_folder(Path(scratch) / "bundle", out, last="detector.json")
     say(f"detector {described.detector_id}: {out}")
     return described.detector_id
 

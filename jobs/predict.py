@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from jobs.console import main
-from jobs.storage import errors, storage
+from jobs.storage import errors, listing, probes, reading, uris
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.preparation import Prepared
 
@@ -34,12 +34,12 @@ def command(images: tuple[str, ...], **options: Any) -> int:
     gpu = torch.cuda.is_available()
     if options["device"] == "cuda" and not gpu:
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
-    uri = storage.absolute(options["detector"])
-    storage.reachable(uri)
+    uri = uris.absolute(options["detector"])
+    probes.reachable(uri)
     models = Models(
         detector=uri,
-        clip_weights=storage.model_path(options["clip_weights"]),
-        captioner=storage.model_path(options["captioner"]),
+        clip_weights=uris.model_path(options["clip_weights"]),
+        captioner=uris.model_path(options["captioner"]),
         device=options["device"] or ("cuda" if gpu else "cpu"),
     )
     detector = Detector.load(
@@ -71,12 +71,12 @@ def command(images: tuple[str, ...], **options: Any) -> int:
 
 
 def _read(image: str, max_bytes: int) -> bytes:
-    uri = storage.located(image)
+    uri = uris.located(image)
     try:
-        size = storage.describe(uri).size_bytes
+        size = listing.describe(uri).size_bytes
         if size > max_bytes:
             raise ImageTooLargeError(f"{size:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
-        return storage.read_bytes(uri)
+        return reading.read_bytes(uri)
     except FileNotFoundError as error:
         raise FetchError(f"there is no file {image}") from error
     except ImageError:

@@ -15,7 +15,7 @@ from jobs.runs import failures, publication
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import storage
+from jobs.storage import bundles, probes, uris
 from jobs.storage.errors import OUTAGE_SECONDS
 from nsnet import bundle
 from nsnet.config import to_dict
@@ -87,12 +87,12 @@ def score(
             f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
         )
     selection, limits = selection or Selection(), limits or DecodeLimits()
-    source, detector, out = storage.absolute(source), storage.absolute(detector), storage.absolute(out)
-    clip_weights, captioner = storage.model_path(clip_weights), storage.model_path(captioner)
-    storage.reachable(detector)
-    storage.check_output(out)
+    source, detector, out = uris.absolute(source), uris.absolute(detector), uris.absolute(out)
+    clip_weights, captioner = uris.model_path(clip_weights), uris.model_path(captioner)
+    probes.reachable(detector)
+    probes.check_output(out)
     check_address(address)
-    description = bundle.read(storage.fetch_bundle(detector, bundle.DESCRIPTION))
+    description = bundle.read(bundles.fetch_bundle(detector, bundle.DESCRIPTION))
     if description.note:
         main.say(description.note)
     Source(source).check()

@@ -11,7 +11,7 @@ from jobs.console import main
 from jobs.console.main import say
 from jobs.experiments.request import TrainRequest
 from jobs.runs import lock
-from jobs.storage import storage
+from jobs.storage import listing, probes, uris, writing
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.errors import UsageError
 
@@ -85,12 +85,12 @@ def train(request: TrainRequest) -> dict[str, Any]:
     """
     request = request.absolute()
     recipe, point = request.resolved(), OperatingPoint.parse(request.operating_point)
-    storage.check_output(request.out)
+    probes.check_output(request.out)
     check_address(request.address)
     from jobs.dataset.source import Source
 
     Source(request.source).check()
-    if storage.exists(storage.join(request.out, "detector.json")):
+    if listing.exists(uris.join(request.out, "detector.json")):
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
 
     from jobs.experiments import inputs
@@ -136,10 +136,10 @@ def _finish(
         detector_id = request.variant
         if for_use:
             detector_id = _bundle(request, recipe, models, progress.best, judged.calibration, result, folder)
-        predictions.write_predictions(judged, detector_id, storage.join(request.work, PREDICTIONS))
-        storage.write_json(storage.join(request.work, RESULT), result)
+        predictions.write_predictions(judged, detector_id, uris.join(request.work, PREDICTIONS))
+        writing.write_json(uris.join(request.work, RESULT), result)
         if for_use:  # last: where a bundle is, the training is finished
-            storage.upload_folder(folder, request.out, last="detector.json")
+            writing.upload_folder(folder, request.out, last="detector.json")
             say(f"detector {detector_id}: {request.out}")
     say(predictions.summary(result))
     return result
@@ -156,7 +156,7 @@ def _bundle(
 
     detector = Detector.build(recipe.detector, models.clip_path(), seed=request.seed)
     if recipe.detector.projection.kind in ("global", "rank_k"):
-        worker.load_fitted(detector.network, storage.join(request.work, FITTED))
+        worker.load_fitted(detector.network, uris.join(request.work, FITTED))
     checkpoints.load_weights(detector.network, best)
     detector.with_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:

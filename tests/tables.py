@@ -23,7 +23,7 @@ from PIL import Image
 
 from jobs.dataset import schema
 from jobs.dataset.manifest import image_id
-from jobs.storage import storage
+from jobs.storage import filesystems, uris, writing
 
 WRITE = "0350u5hCzAVh2Lq0Het1VW_76da3a83828345c7a7b1264e4caa1291"
 """Ray Data's ids of a dataset and of a write, which its file names begin with."""
@@ -53,7 +53,7 @@ def big_picture_file(side_px: int = 8000) -> bytes:
 def new_bucket() -> str:
     """The URI of a new, empty bucket on the S3 server of the environment."""
     name = f"bucket-{uuid.uuid4().hex}"
-    system, _ = storage.filesystem(f"s3://{name}")
+    system, _ = filesystems.filesystem(f"s3://{name}")
     with suppress(FileExistsError):  # the name is ours alone: an answer was lost, and the client asked again
         system.mkdir(name)
     return f"s3://{name}"
@@ -62,7 +62,7 @@ def new_bucket() -> str:
 def put(place: str, files: Mapping[str, bytes]) -> str:
     """Write files below a folder or bucket; returns the place."""
     for name, content in files.items():
-        storage.write_bytes(storage.join(place, name), content)
+        writing.write_bytes(uris.join(place, name), content)
     return place
 
 
@@ -115,7 +115,7 @@ def batches(rows: Iterable[Mapping[str, Any]], columns: pa.Schema, size: int = 1
 
 def read_rows(uri: str) -> list[dict[str, Any]]:
     """All rows of a Parquet file, on a disk or in a bucket."""
-    system, path = storage.arrow_filesystem(uri)
+    system, path = filesystems.arrow_filesystem(uri)
     with pq.ParquetFile(path, filesystem=system) as file:  # a folder `run_id=...` above it is no column
         rows: list[dict[str, Any]] = file.read().to_pylist()
     return rows

@@ -10,7 +10,7 @@ import pytest
 from jobs import ablate as job
 from jobs.experiments import predictions
 from jobs.experiments.request import SETTINGS, TrainRequest
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, uris, writing
 from jobs.train import PREDICTIONS, RESULT
 from jobs.training import examples
 from nsnet import metrics
@@ -36,11 +36,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
         asked.append(request)
         if request.variant.startswith("original:tau"):
             raise NullSpaceError("ranks 1 to 7 are possible")
-        storage.write_json(storage.join(request.work, SETTINGS), request.identity(request.resolved()))
+        writing.write_json(uris.join(request.work, SETTINGS), request.identity(request.resolved()))
         best = {"epoch": 2, "residual_energy": 0.5 + 0.1 * request.seed, "val_ap": 0.75}
-        storage.write_json(storage.join(request.work, RESULT), {"best_epoch": best})
+        writing.write_json(uris.join(request.work, RESULT), {"best_epoch": best})
         if request.resolved().training.captions == "own":
-            storage.write_json(storage.join(request.out, "detector.json"), {})
+            writing.write_json(uris.join(request.out, "detector.json"), {})
         write_predictions(request.work, skill(request.variant), request.seed)
 
     def make_split(request: TrainRequest, *_: Any) -> pa.Table:
@@ -69,7 +69,7 @@ def write_predictions(work: str, separation: float, seed: int, splits: tuple[str
                 "threshold": 0.5, "status": "scored", "detector_id": "d",
             })  # fmt: skip
     batch = pa.RecordBatch.from_pylist(rows[::-1], schema=predictions.PREDICTIONS)
-    parquet.write([batch], predictions.PREDICTIONS, storage.join(work, PREDICTIONS))
+    parquet.write([batch], predictions.PREDICTIONS, uris.join(work, PREDICTIONS))
 
 
 def by_variant(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

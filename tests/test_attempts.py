@@ -18,7 +18,7 @@ from jobs.dataset.manifest import image_id
 from jobs.pipeline import actors
 from jobs.runs import attempts, names, removal
 from jobs.runs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
-from jobs.storage import parquet, storage
+from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.storage.database import Database
 from nsnet.errors import StorageError
 from tests.tables import WRITE, batches, manifest_row, put, read_rows, rows_file, verdict_row, verdict_table
@@ -45,7 +45,7 @@ def plan(staging: str, *rows: dict[str, Any]) -> None:
 
 def begin_next(staging: str, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
     """The attempt of the next holder of the lock. Its number leaves a gap: other runs held the lock in between."""
-    highest = max((int(name.removeprefix("attempt-")) for name in storage.subfolders(staging)), default=5)
+    highest = max((int(name.removeprefix("attempt-")) for name in listing.subfolders(staging)), default=5)
     return begin(staging, highest + 2, known, captioner_id)
 
 
@@ -59,7 +59,7 @@ def write_rows(attempt: Attempt, task: int, uris: list[str], write: str = WRITE)
 
 def checkpoint(attempt: Attempt, task: int, ending: str = "", write: str = WRITE) -> None:
     """The checkpoint of a write task; `ending`: `.pending`, until its rows are written."""
-    storage.write_bytes(f"{attempt.checkpoint}/{write}_{task:06d}{ending}.parquet", b"ids")
+    writing.write_bytes(f"{attempt.checkpoint}/{write}_{task:06d}{ending}.parquet", b"ids")
 
 
 def commit(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> str:
@@ -71,7 +71,7 @@ def commit(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> 
 
 def todo_files(attempt: Attempt) -> list[str]:
     """The files of what an attempt has to do, in their order."""
-    names = storage.list_files(attempt.todo) if storage.exists(attempt.todo) else ()
+    names = listing.list_files(attempt.todo) if listing.exists(attempt.todo) else ()
     return sorted(entry.uri for entry in names)
 
 
@@ -178,8 +178,8 @@ def test_damaged_file_is_said_and_its_rows_are_made_again(
     plan(staging)
     first = begin_next(staging)
     whole, damaged = commit(first, 0, URIS[:3]), commit(first, 1, URIS[3:6])
-    content = storage.read_bytes(damaged)
-    storage.write_bytes(damaged, content[: int(kept * len(content)) if kept == 0.5 else int(kept)])
+    content = reading.read_bytes(damaged)
+    writing.write_bytes(damaged, content[: int(kept * len(content)) if kept == 0.5 else int(kept)])
     second = begin_next(staging)
     assert second.accepted == [whole] and left_for(second) == URIS[3:]
     assert f"warning: {damaged} is damaged, its rows are made again" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_frozen_file_that_is_damaged_afterwards_is_made_again(staging: str, caps
     whole, damaged = commit(first, 0, URIS[:3]), commit(first, 1, URIS[3:6])
     second = begin_next(staging)
     assert second.accepted == [whole, damaged]
-    storage.write_bytes(damaged, storage.read_bytes(damaged)[:-1])
+    writing.write_bytes(damaged, reading.read_bytes(damaged)[:-1])
     made = commit(second, 0, URIS[6:8])
     third = begin_next(staging)
     assert third.accepted == [whole, made] and left_for(third) == URIS[3:6] + URIS[8:]
@@ -259,7 +259,7 @@ def test_frozen_file_that_is_gone_is_made_again(staging: str, capsys: pytest.Cap
     plan(staging)
     gone = commit(begin_next(staging), 0, URIS[:3])
     assert begin_next(staging).accepted == [gone]
-    storage.remove_file(gone)
+    writing.remove_file(gone)
     third = begin_next(staging)
     assert third.accepted == [] and left_for(third) == URIS
     assert f"warning: {gone} is damaged" in capsys.readouterr().err
@@ -268,12 +268,12 @@ def test_frozen_file_that_is_gone_is_made_again(staging: str, capsys: pytest.Cap
 def test_file_that_was_made_again_stays_made_again(on_disk: str) -> None:
     plan(on_disk)
     damaged = commit(begin_next(on_disk), 0, URIS[:3])
-    content = storage.read_bytes(damaged)
+    content = reading.read_bytes(damaged)
     begin_next(on_disk)
-    storage.write_bytes(damaged, content[:-1])
+    writing.write_bytes(damaged, content[:-1])
     third = begin_next(on_disk)
     commit(third, 0, URIS[:3])
-    storage.write_bytes(damaged, content)  # the file is whole again, but its rows have other rows in their place
+    writing.write_bytes(damaged, content)  # the file is whole again, but its rows have other rows in their place
     fourth = begin_next(on_disk)
     assert Counter(finished(fourth)) == Counter(URIS[:3]) and left_for(fourth) == URIS[3:]
 
@@ -353,9 +353,9 @@ def test_newer_holder_does_not_take_over_what_an_older_one_commits_later(staging
 def test_older_holder_that_wakes_up_leaves_the_newer_one_alone(staging: str) -> None:
     plan(staging)
     newer = begin(staging, 9)
-    before = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.list_files(newer.folder)}
+    before = {entry.uri: reading.read_bytes(entry.uri) for entry in listing.list_files(newer.folder)}
     commit(begin(staging, 8), 0, URIS[:3])
-    assert {entry.uri: storage.read_bytes(entry.uri) for entry in storage.list_files(newer.folder)} == before
+    assert {entry.uri: reading.read_bytes(entry.uri) for entry in listing.list_files(newer.folder)} == before
 
 
 # Who wakes up late, and who was cut.
@@ -394,11 +394,11 @@ def test_attempt_that_was_cut_before_it_froze_its_files_is_ignored(
     first = begin_next(staging)
     commit(first, 0, URIS[:3])
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_json", lambda uri, value: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writing, "write_json", lambda uri, value: (_ for _ in ()).throw(KeyboardInterrupt))
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 begin_next(staging)
-    assert storage.subfolders(staging) == ["attempt-00000007", "attempt-00000009", "attempt-00000011"]
+    assert listing.subfolders(staging) == ["attempt-00000007", "attempt-00000009", "attempt-00000011"]
     commit(replace(first, folder=f"{staging}/attempt-00000011"), 0, URIS[5:7])  # nothing can have written there for us
     fourth = begin_next(staging)
     assert fourth.number == 4
@@ -408,13 +408,13 @@ def test_attempt_that_was_cut_before_it_froze_its_files_is_ignored(
 def test_attempt_begins_only_once_its_rest_is_written(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(on_disk)
     written = []
-    real = storage.write_json
+    real = writing.write_json
 
     def write_json(uri: str, value: Any) -> None:
         written.append((Path(uri).name, sorted(path.name for path in Path(uri).parent.iterdir())))
         real(uri, value)
 
-    monkeypatch.setattr(storage, "write_json", write_json)
+    monkeypatch.setattr(writing, "write_json", write_json)
     begin_next(on_disk)
     assert written == [("accepted.json", ["todo"])]
 
@@ -593,14 +593,14 @@ def test_unfinished_runs_are_those_that_were_planned(place: str, capsys: pytest.
     assert unfinished(place) == {}
     first, second, cut = IDS_OF_RUNS[:3]
     for run_id in (first, second):
-        storage.write_json(f"{place}/staging/{run_id}/run.json", run_json())
+        writing.write_json(f"{place}/staging/{run_id}/run.json", run_json())
         put(f"{place}/staging/{run_id}", {"attempt-00000007/rows/x": b""})
     put(f"{place}/staging/{cut}", {"manifest.parquet": b"m", "run.json.partial-0a1b2c3d": b"{"})
     put(place, {f"runs/{cut}.json": b"{}", f"verdicts/run_id={cut}/part.parquet": b""})
     assert unfinished(place) == {first: run_json(), second: run_json()}
-    assert storage.subfolders(f"{place}/staging") == [first, second]
-    assert storage.exists(f"{place}/staging/{first}/attempt-00000007/rows/x")
-    assert storage.exists(f"{place}/runs/{cut}.json") and storage.exists(f"{place}/verdicts/run_id={cut}/part.parquet")
+    assert listing.subfolders(f"{place}/staging") == [first, second]
+    assert listing.exists(f"{place}/staging/{first}/attempt-00000007/rows/x")
+    assert listing.exists(f"{place}/runs/{cut}.json") and listing.exists(f"{place}/verdicts/run_id={cut}/part.parquet")
     assert capsys.readouterr().err == ""
 
 
@@ -619,7 +619,7 @@ def test_folders_of_others_stay_and_are_named_in_one_line(place: str, capsys: py
         assert unfinished(place) == {}
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"left alone, {NOT_OURS}: ") and line.endswith(" and 2 more")
-    assert {entry.uri.removeprefix(f"{place}/staging/") for entry in storage.list_files(f"{place}/staging")} == {*files}
+    assert {entry.uri.removeprefix(f"{place}/staging/") for entry in listing.list_files(f"{place}/staging")} == {*files}
 
 
 def test_link_that_is_named_like_a_run_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -664,7 +664,7 @@ def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, rea
     message = str(caught.value)
     assert message.startswith(f"{folder}/run.json is damaged (") and reason in message and "\n" not in message
     assert message.endswith(f"remove {folder} while no run writes here, and its pictures are planned anew")
-    assert storage.exists(f"{folder}/manifest.parquet")
+    assert listing.exists(f"{folder}/manifest.parquet")
 
 
 @pytest.mark.parametrize(
@@ -692,7 +692,7 @@ def test_damaged_list_of_finished_files_is_named_and_nothing_is_planned_without_
     message = str(caught.value)
     assert message.startswith(f"{first.folder}/accepted.json is damaged (") and reason in message
     assert f"remove {on_disk} while no run writes here" in message and "\n" not in message
-    assert storage.subfolders(on_disk) == [Path(first.folder).name]
+    assert listing.subfolders(on_disk) == [Path(first.folder).name]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "no Parquet", "other columns"])
@@ -752,10 +752,10 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
                 raise ValueError("poison")
             return table
 
-        files = sorted(entry.uri for entry in storage.list_files(attempt.todo))
+        files = sorted(entry.uri for entry in listing.list_files(attempt.todo))
         rows = ray.data.read_datasource(ParquetFiles(files, schema.TODO), override_num_blocks=len(files))
         rows.context.checkpoint_config = resources.job_checkpoint(attempt.checkpoint)
-        system, path = storage.arrow_filesystem(attempt.rows)
+        system, path = filesystems.arrow_filesystem(attempt.rows)
         rows.map_batches(check, batch_format="pyarrow", batch_size=20).write_parquet(
             path, filesystem=system, min_rows_per_file=40
         )

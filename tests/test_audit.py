@@ -18,7 +18,7 @@ from jobs.dataset import schema
 from jobs.dataset.plan import write_manifest
 from jobs.runs import publication
 from jobs.runs.publication import Run
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, reading, writing
 from jobs.workflows.examine import FACTS_ID
 from nsnet.errors import ConfigError, SourceError
 from tests.tables import batches, picture_file, put, read_rows, rows_file, run_command
@@ -249,7 +249,7 @@ def test_result_is_printed_and_stored(no_cluster: None, source: str, tmp_path: P
 def test_pictures_that_are_gone_or_new_are_in_no_number(no_cluster: None, source: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     publish(source, out)
-    storage.remove_file(f"{source}/g/1_fake/0001.jpg")
+    writing.remove_file(f"{source}/g/1_fake/0001.jpg")
     assert audit(source, out=out)["generators"]["g"]["metadata"]["fake"] == 14
     # what an earlier run left out is new to this one, unless it is not asked for
     put(source, {"h/1_fake/9999.jpg": b"new"})
@@ -296,7 +296,7 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     )  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
     assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
-    assert storage.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
+    assert reading.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 64}, {"distance": -1}, {"seed": -1}, {"seed": 2**32}])
@@ -333,7 +333,7 @@ def test_pictures_are_examined_once_and_their_bias_is_found(cluster: None, tmp_p
     assert code == 0
     assert printed.splitlines()[0] == f"27 pictures of {source}: 14 real, 13 fake, 1 failed"
     assert printed.splitlines()[-1].startswith("1 of 1 generators can be told from metadata alone: g (")
-    result = storage.read_json(f"{out}/{module.RESULT}")
+    result = reading.read_json(f"{out}/{module.RESULT}")
     assert result["duplicates"]["exact"]["across_labels"]["groups"] == 1
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]
     assert set(result["generators"]["g"]["metadata"]["told_by"]) == {"format", "bytes per pixel"}

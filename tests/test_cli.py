@@ -20,7 +20,7 @@ import s3fs
 from jobs import cli
 from jobs.cluster import resources
 from jobs.console import main
-from jobs.storage import storage
+from jobs.storage import probes, writing
 from jobs.storage.left_out import LeftOut, first_named
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
@@ -156,7 +156,7 @@ def test_store_that_cannot_be_reached_is_one_line_and_an_exit_code_of_its_own(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-s3cret")
-    monkeypatch.setattr(storage, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 0.5)
     given = {"score": ["--detector", bundle], "predict": ["--detector", "s3://bucket/detector"]}.get(command, [])
     given += ["--out", str(tmp_path / "out")] if command != "predict" else []
     message = complaint(command, "s3://bucket/x", *given, code=1)
@@ -265,7 +265,7 @@ def test_names_that_are_no_utf8_can_be_recorded() -> None:
     left_out = LeftOut()
     left_out.add_unread("folder that cannot be read", "/\udcff: Permission denied")
     assert left_out.named == ["/\\xff: Permission denied"]
-    storage.encode_json(left_out.named)
+    writing.encode_json(left_out.named)
 
 
 def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:
@@ -385,9 +385,9 @@ def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
         "sys.argv = ['nsnet', 'score']\n"
         "console.run(cli.group, 'nsnet')"
     )
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "wb") as gone:
+    output, pipe = os.pipe()
+    os.close(output)
+    with os.fdopen(pipe, "wb") as gone:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=gone, stderr=subprocess.PIPE, timeout=60
         )

@@ -27,7 +27,7 @@ from jobs.cluster.embedded import NODE_ENVIRONMENT
 from jobs.cluster.resources import shares
 from jobs.experiments.request import TrainRequest
 from jobs.runs.publication import Run
-from jobs.storage import storage
+from jobs.storage import writing
 from nsnet import recipes
 from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
@@ -558,7 +558,7 @@ def test_queries_of_the_guide_run_on_published_verdicts(tmp_path: Path) -> None:
     publish(out, "20260103T000000Z-cccccc", "NEW", [verdict_row(uri, 0.9) for uri in uris[:3]])
     publish(out, "20260103T000001Z-eeeeee", "NEW", [], unread=["/cut.tar ends too early"])  # nothing was to be done
     cut = publish(out, "20260104T000000Z-dddddd", "NEW", [verdict_row(uri, 0.1) for uri in uris])
-    storage.remove_file(cut.record)
+    writing.remove_file(cut.record)
     sql = "\n".join(blocks("sql")).replace("s3://example-verdicts/incoming", out)
     statements = [statement for statement in sql.split(";") if statement.strip()]
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as database:
@@ -577,7 +577,7 @@ def test_query_of_the_readme_gives_the_newest_verdicts_of_published_runs(tmp_pat
     publish(out, "20260102T000000Z-bbbbbb", "A", [verdict_row("/1.jpg", 0.9)])
     publish(out, "20260102T000001Z-eeeeee", "A", [])  # nothing was to be done
     cut = publish(out, "20260103T000000Z-cccccc", "A", [verdict_row("/0.jpg", 0.9)])
-    storage.remove_file(cut.record)
+    writing.remove_file(cut.record)
     (sql,) = blocks("sql", REPO_ROOT / "README.md")
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as database:
         setting, query, _ = sql.replace("'verdicts/", f"'{out}/").split(";")

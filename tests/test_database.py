@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.storage import parquet, storage
+from jobs.storage import filesystems, listing, parquet
 from jobs.storage.database import Database, database
 from tests.tables import batches
 
@@ -131,7 +131,7 @@ def test_file_round_trips(place: str) -> None:
 def test_file_without_rows_has_its_columns(place: str) -> None:
     assert parquet.write([], NUMBERS, f"{place}/numbers.parquet") == 0
     assert list(parquet.read(f"{place}/numbers.parquet", NUMBERS)) == []
-    system, path = storage.arrow_filesystem(f"{place}/numbers.parquet")
+    system, path = filesystems.arrow_filesystem(f"{place}/numbers.parquet")
     assert pq.read_schema(path, filesystem=system).equals(NUMBERS)
 
 
@@ -191,7 +191,7 @@ def test_rows_are_spread_over_files_of_one_size(count: int, rows: int, sizes: li
     assert parquet.write_many(stream, NUMBERS, f"{place}/many", rows) == count
     uris = [f"{place}/many/part-{i:06d}.parquet" for i in range(len(sizes))]
     if sizes:
-        assert sorted(entry.uri for entry in storage.list_files(f"{place}/many")) == uris
+        assert sorted(entry.uri for entry in listing.list_files(f"{place}/many")) == uris
     found = [[row for batch in parquet.read(uri, NUMBERS) for row in batch.to_pylist()] for uri in uris]
     assert [len(part) for part in found] == sizes
     assert [row for part in found for row in part] == numbered(count)

@@ -23,7 +23,7 @@ from jobs.pipeline import stream
 from jobs.pipeline.actors import Models, Score
 from jobs.runs import attempts, publication
 from jobs.score import score
-from jobs.storage import parquet, storage
+from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.train import train
 from jobs.training import examples
 from nsnet.captions import CaptionerConfig
@@ -54,9 +54,9 @@ def bucket(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     synthetic.write_bucket(folder / "held out", range(100, 112), seed=0, size_px=224, processes=1)
     (folder / "held out" / "readme.txt").write_text("no picture")
     (folder / "held out" / "upsampler" / "0_real" / "bröken #1.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
-    system, _ = storage.filesystem("s3://bucket")
+    system, _ = filesystems.filesystem("s3://bucket")
     system.mkdir("end-to-end")
-    storage.upload_folder(folder, "s3://end-to-end", last="")
+    writing.upload_folder(folder, "s3://end-to-end", last="")
     return "s3://end-to-end"
 
 
@@ -102,12 +102,12 @@ def by_uri(out: str) -> dict[str, dict[str, object]]:
 
 
 def test_training_writes_a_bundle_and_refuses_to_train_over_it(bucket: str, detector: str) -> None:
-    described = storage.read_json(f"{detector}/detector.json")
+    described = reading.read_json(f"{detector}/detector.json")
     assert described["training"]["split"] == {
         "train": {"upsampler": [40, 40]}, "val": {"upsampler": [8, 8]}
     }  # fmt: skip
     assert described["calibration"]["fitted_on"] == 16 and described["calibration"]["point"]["rule"] == "fpr"
-    card = storage.read_bytes(f"{detector}/MODEL_CARD.md").decode()
+    card = reading.read_bytes(f"{detector}/MODEL_CARD.md").decode()
     assert "| upsampler | 8 | 8 |" in card and "at most 10.000% of real pictures called fake" in card
     with pytest.raises(UsageError, match="already holds a trained detector"):
         train(request(bucket, detector))
@@ -118,8 +118,8 @@ def test_training_leaves_its_split_records_and_predictions(bucket: str, detector
     split = examples.read_split(f"{work}/split.parquet")
     assert Counter(split["split"].to_pylist()) == {"train": 80, "val": 16}
     assert Counter(row["split"] for row in Source(f"{work}/split.parquet").rows()) == {"train": 80, "val": 16}
-    assert [entry.uri for entry in storage.list_files(f"{work}/tensorboard")]
-    told = storage.read_json(f"{work}/result.json")
+    assert [entry.uri for entry in listing.list_files(f"{work}/tensorboard")]
+    told = reading.read_json(f"{work}/result.json")
     assert len(told["history"]) == 2 and told["test"] is None
     assert all(0 < record["residual_energy"] <= 1 for record in told["history"])
 
@@ -127,8 +127,8 @@ def test_training_leaves_its_split_records_and_predictions(bucket: str, detector
 def test_training_takes_the_golden_steps(detector: str) -> None:
     """Two workers, fed by Ray from a bucket, lose what one process does that calls the library."""
     found: dict[int, dict[str, float]] = defaultdict(dict)
-    for entry in storage.list_files(f"{detector}.training/tensorboard"):
-        for event in events(storage.read_bytes(entry.uri)):
+    for entry in listing.list_files(f"{detector}.training/tensorboard"):
+        for event in events(reading.read_bytes(entry.uri)):
             for value in event.summary.value:
                 found[event.step][value.tag] = value.simple_value
     golden = json.loads((FOLDER / "losses.json").read_text())
@@ -175,7 +175,7 @@ def test_scoring_from_s3_to_s3_gives_one_row_per_picture_the_same_in_any_batch(
             assert row["generator"] == "upsampler"
     table = publication.verdicts(f"{bucket}/scored").to_table()
     assert table.schema.equals(schema.VERDICTS)
-    assert not storage.exists(f"{bucket}/scored/staging")
+    assert not listing.exists(f"{bucket}/scored/staging")
 
 
 def test_evaluation_of_published_verdicts_is_written(bucket: str, scored: dict[str, Any], tmp_path: Path) -> None:

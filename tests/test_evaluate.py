@@ -22,7 +22,7 @@ from jobs.evaluation.verdicts import NEEDED
 from jobs.experiments.predictions import PREDICTIONS
 from jobs.runs import publication
 from jobs.runs.publication import Run
-from jobs.storage import storage
+from jobs.storage import writing
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import ROBUSTNESS
 from tests.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
@@ -199,7 +199,7 @@ def test_missing_or_other_files_are_said(tmp_path: Path) -> None:
     for name in ("absent", "absent.parquet"):
         with pytest.raises(SourceError, match=f"there is no .*{name}"):
             evaluate(str(tmp_path / name), out=str(tmp_path / "out"))
-    storage.write_bytes(str(tmp_path / "text.parquet"), b"text")
+    writing.write_bytes(str(tmp_path / "text.parquet"), b"text")
     with pytest.raises(SourceError, match="is no Parquet file"):
         evaluate(str(tmp_path / "text.parquet"), out=str(tmp_path / "out"))
     with pytest.raises(SourceError, match=r"holds no published verdicts .* files such as text\.parquet; to score"):

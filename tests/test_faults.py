@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from ray.exceptions import ObjectLostError
 from s3fs.errors import translate_boto_error
 
-from jobs.storage import errors, storage
+from jobs.storage import errors, filesystems, listing, probes, reading, uris, writing
 from jobs.storage.errors import ATTEMPTS, Fault, fetch_error, kind, wait_seconds
 from nsnet.errors import FetchError, ObjectChangedError, ObjectDeniedError, ObjectMissingError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, RandomPolicy, Script
@@ -154,10 +154,10 @@ def test_message_is_one_short_line() -> None:
 
 @pytest.mark.s3
 def test_fetch_without_a_fault_takes_one_request(proxy: FaultyProxy, picture: str) -> None:
-    etag = storage.describe(picture).etag
+    etag = listing.describe(picture).etag
     for start, length in ((0, None), (0, len(CONTENT) + 1), (100, 50)):
         before = proxy.requests("GET ")
-        fetched = storage.fetch(picture, start, length, etag)
+        fetched = reading.fetch(picture, start, length, etag)
         assert fetched.data == CONTENT[start:][:length] and fetched.requests == 1
         assert proxy.requests("GET ") - before == 1
 
@@ -180,7 +180,7 @@ UNSEEN = ("reset", "lost answer", "cut in the head")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_costs_another_request(fault: str, length: int | None, proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Script(FAULTS[fault], wanted="GET ")
-    fetched = storage.fetch(picture, 0, length)
+    fetched = reading.fetch(picture, 0, length)
     assert fetched.data == CONTENT and proxy.requests("GET ") == 2
     # aiohttp asks again by itself, and tells nobody, where a connection that it had kept breaks before the answer
     assert fetched.requests == 2 or (fault in UNSEEN and fetched.requests == 1)
@@ -189,22 +189,22 @@ def test_one_fault_costs_another_request(fault: str, length: int | None, proxy: 
 @pytest.mark.s3
 def test_part_of_an_object_survives_a_cut(proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Script(Action("cut", 10), Action("cut", 0.9), wanted="GET ")
-    assert storage.fetch(picture, 1000, 500).data == CONTENT[1000:1500]
+    assert reading.fetch(picture, 1000, 500).data == CONTENT[1000:1500]
     assert proxy.counts["cut"] == 2
 
 
 @pytest.mark.s3
 def test_requests_of_several_faults_are_counted(proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Script(SLOW_DOWN, SLOW_DOWN, Action("cut", 0.5), SLOW_DOWN, wanted="GET ")
-    fetched = storage.fetch(picture)
+    fetched = reading.fetch(picture)
     assert fetched.data == CONTENT and proxy.requests("GET ") == 5 and fetched.requests > 1
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec makes a client of its own for these settings."""
-    monkeypatch.setattr(storage, "READ_SECONDS", 1)
-    monkeypatch.setattr(storage, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(filesystems, "READ_SECONDS", 1)
+    monkeypatch.setattr(filesystems, "CONNECT_SECONDS", 1)
 
 
 @pytest.mark.s3
@@ -213,24 +213,24 @@ def test_store_that_stalls_for_too_long_is_asked_again(
     at: float | None, impatient: None, proxy: FaultyProxy, picture: str
 ) -> None:
     proxy.policy = Script(Action("stall", at, 600.0), wanted="GET ")
-    assert storage.fetch(picture).data == CONTENT
+    assert reading.fetch(picture).data == CONTENT
     assert proxy.requests("GET ") == 2
 
 
 @pytest.mark.s3
 def test_stall_shorter_than_the_time_limit_is_waited_for(proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Script(Action("stall", 0.5, 0.5), wanted="GET ")
-    assert storage.fetch(picture).requests == proxy.requests("GET ") == 1
+    assert reading.fetch(picture).requests == proxy.requests("GET ") == 1
 
 
 @pytest.mark.s3
 def test_body_that_only_trickles_is_asked_for_again(
     proxy: FaultyProxy, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "READ_SECONDS", 2)
-    monkeypatch.setattr(storage, "SLOWEST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr(filesystems, "READ_SECONDS", 2)
+    monkeypatch.setattr(reading, "SLOWEST_BYTES_PER_SECOND", 10**9)
     proxy.policy = Script(Action("trickle", seconds=20.0), wanted="GET ")  # a piece a second, none too late
-    assert storage.fetch(picture, 0, len(CONTENT)).data == CONTENT
+    assert reading.fetch(picture, 0, len(CONTENT)).data == CONTENT
     assert proxy.requests("GET ") == 2
 
 
@@ -239,7 +239,7 @@ def test_body_that_only_trickles_is_asked_for_again(
 def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Always(fault, wanted="GET ")
     with pytest.raises(FetchError) as caught:
-        storage.fetch(picture)
+        reading.fetch(picture)
     assert type(caught.value) is FetchError and caught.value.may_be_outage
     # botocore makes at most four of each, and aiohttp some of each of those
     assert ATTEMPTS <= caught.value.requests <= proxy.requests("GET ") <= 12 * ATTEMPTS
@@ -249,16 +249,16 @@ def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, pict
 @pytest.mark.s3
 def test_store_that_is_away_is_a_possible_outage(proxy: FaultyProxy, picture: str) -> None:
     with proxy.away(), pytest.raises(FetchError) as caught:
-        storage.fetch(picture)
+        reading.fetch(picture)
     assert type(caught.value) is FetchError and caught.value.may_be_outage
-    assert storage.fetch(picture).data == CONTENT
+    assert reading.fetch(picture).data == CONTENT
 
 
 @pytest.mark.s3
 def test_denied_object_is_not_asked_for_again(proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Always(Action("refuse", status=403, code="AccessDenied"), wanted="GET ")
     with pytest.raises(ObjectDeniedError) as caught:
-        storage.fetch(picture)
+        reading.fetch(picture)
     assert caught.value.requests == proxy.requests("GET ") == 1 and not caught.value.may_be_outage
 
 
@@ -268,7 +268,7 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
     bucket = put(new_bucket(), contents)
     proxy.policy = RandomPolicy(rate=0.4, seed=3, stall_seconds=0.05)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda name: storage.fetch(f"{bucket}/{name}", 0, 10**6).data, contents))
+        found = list(pool.map(lambda name: reading.fetch(f"{bucket}/{name}", 0, 10**6).data, contents))
     assert found == list(contents.values())
     assert sum(proxy.counts[name] for name in ("slow_down", "reset", "cut", "stall")) >= 4
 
@@ -287,18 +287,18 @@ def test_error_is_told_without_the_password_of_an_address(password: str) -> None
 def test_object_that_is_gone_is_missing(place: str) -> None:
     put(place, {"b.jpg": b"x"})
     with pytest.raises(ObjectMissingError) as caught:
-        storage.fetch(f"{place}/a.jpg", 0, 100, "an-etag")
+        reading.fetch(f"{place}/a.jpg", 0, 100, "an-etag")
     assert caught.value.may_be_outage
     # a busy store may have answered 503 before; that S3 is asked once for what is gone, the proxy sees in the next test
-    assert caught.value.requests == 1 or not storage.is_local(place)
+    assert caught.value.requests == 1 or not uris.is_local(place)
 
 
 @pytest.mark.s3
 def test_deleted_object_is_asked_for_once(proxy: FaultyProxy, picture: str) -> None:
-    entry = storage.describe(picture)
-    storage.remove_file(picture)
+    entry = listing.describe(picture)
+    writing.remove_file(picture)
     with pytest.raises(ObjectMissingError):
-        storage.fetch(picture, 0, 100, entry.etag)
+        reading.fetch(picture, 0, 100, entry.etag)
     assert proxy.requests("GET ") == 1
 
 
@@ -306,18 +306,18 @@ def test_deleted_object_is_asked_for_once(proxy: FaultyProxy, picture: str) -> N
 @pytest.mark.parametrize(("start", "length"), [(0, None), (0, 1000), (5, 3)])
 def test_object_that_was_replaced_has_changed(content: bytes, start: int, length: int | None, place: str) -> None:
     put(place, {"a.jpg": b"its content"})
-    etag = storage.describe(f"{place}/a.jpg").etag
-    assert storage.fetch(f"{place}/a.jpg", start, length, etag).data == b"its content"[start:][:length]
+    etag = listing.describe(f"{place}/a.jpg").etag
+    assert reading.fetch(f"{place}/a.jpg", start, length, etag).data == b"its content"[start:][:length]
     put(place, {"a.jpg": content})
     with pytest.raises(ObjectChangedError) as caught:
-        storage.fetch(f"{place}/a.jpg", start, length, etag)
+        reading.fetch(f"{place}/a.jpg", start, length, etag)
     assert caught.value.requests == 1 and not caught.value.may_be_outage
-    assert storage.fetch(f"{place}/a.jpg", start, length).data == content[start:][: 1000 if length is None else length]
+    assert reading.fetch(f"{place}/a.jpg", start, length).data == content[start:][: 1000 if length is None else length]
 
 
 @pytest.mark.s3
 def test_object_that_is_replaced_between_two_attempts_has_changed(proxy: FaultyProxy, picture: str) -> None:
-    etag = storage.describe(picture).etag
+    etag = listing.describe(picture).etag
     replaced = threading.Event()
 
     def replace(request: Any) -> Action:
@@ -329,7 +329,7 @@ def test_object_that_is_replaced_between_two_attempts_has_changed(proxy: FaultyP
 
     proxy.policy = replace
     with pytest.raises(ObjectChangedError):
-        storage.fetch(picture, 0, None, etag)
+        reading.fetch(picture, 0, None, etag)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -337,13 +337,13 @@ def test_file_without_permission_is_denied(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "a.jpg").chmod(0)
     with pytest.raises(ObjectDeniedError) as caught:
-        storage.fetch(f"{tmp_path}/a.jpg")
+        reading.fetch(f"{tmp_path}/a.jpg")
     assert caught.value.requests == 1 and not caught.value.may_be_outage
 
 
 def test_folder_in_the_place_of_a_file_is_not_asked_for_again(tmp_path: Path) -> None:
     with pytest.raises(FetchError) as caught:
-        storage.fetch(str(tmp_path))
+        reading.fetch(str(tmp_path))
     assert caught.value.requests == 1 and not caught.value.may_be_outage
 
 
@@ -351,15 +351,15 @@ def test_disk_that_stammers_is_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.jpg").write_bytes(b"content")
     monkeypatch.setattr(errors, "FIRST_WAIT_SECONDS", 0.001)
     left = [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "y")]
-    read = storage._read
+    read = reading._read
 
     def stammer(*arguments: Any) -> Any:
         if left:
             raise left.pop()
         return read(*arguments)
 
-    monkeypatch.setattr(storage, "_read", stammer)
-    fetched = storage.fetch(f"{tmp_path}/a.jpg")
+    monkeypatch.setattr(reading, "_read", stammer)
+    fetched = reading.fetch(f"{tmp_path}/a.jpg")
     assert (fetched.data, fetched.requests) == (b"content", 3)
 
 
@@ -369,7 +369,7 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
     def fail(*_: Any) -> Any:
         raise OSError(errno.EIO, "x")
 
-    monkeypatch.setattr(storage, "_read", fail)
+    monkeypatch.setattr(reading, "_read", fail)
 
     def wait(attempt: int) -> float:
         waits.append(attempt)
@@ -377,7 +377,7 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(errors, "wait_seconds", wait)
     with pytest.raises(FetchError) as caught:
-        storage.fetch(f"{tmp_path}/a.jpg")
+        reading.fetch(f"{tmp_path}/a.jpg")
     assert waits == list(range(1, ATTEMPTS)) and caught.value.requests == ATTEMPTS
 
 
@@ -387,19 +387,19 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
 @pytest.fixture
 def wrong_keys(picture: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The object, and a client whose keys are no longer right."""
-    monkeypatch.setattr(storage, "_refreshed_at", float("-inf"))
+    monkeypatch.setattr(filesystems, "_refreshed_at", float("-inf"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(PermissionError):
-            storage.describe(picture)
+            listing.describe(picture)
     yield picture
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.s3
 def test_new_keys_are_found_where_the_old_ones_came_from(wrong_keys: str) -> None:
-    fetched = storage.fetch(wrong_keys)
+    fetched = reading.fetch(wrong_keys)
     assert fetched.data == CONTENT and fetched.requests == 2
 
 
@@ -413,7 +413,7 @@ def test_new_keys_are_found_once_for_many_readers(wrong_keys: str, monkeypatch: 
 
     monkeypatch.setattr(s3fs.S3FileSystem, "connect", look)
     with ThreadPoolExecutor(8) as pool:
-        assert {fetched.data for fetched in pool.map(storage.fetch, [wrong_keys] * 24)} == {CONTENT}
+        assert {fetched.data for fetched in pool.map(reading.fetch, [wrong_keys] * 24)} == {CONTENT}
     assert looks == [True]
 
 
@@ -424,7 +424,7 @@ def test_keys_that_stay_wrong_are_a_possible_outage(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
     before = proxy.requests("GET ")
     with pytest.raises(FetchError, match="SignatureDoesNotMatch") as caught:
-        storage.fetch(wrong_keys)
+        reading.fetch(wrong_keys)
     assert type(caught.value) is FetchError and caught.value.may_be_outage
     assert caught.value.requests == proxy.requests("GET ") - before == ATTEMPTS
 
@@ -434,33 +434,33 @@ def test_keys_that_stay_wrong_are_a_possible_outage(
 
 def test_store_answers_although_the_object_is_gone(place: str) -> None:
     put(place, {"b.jpg": b"x"})
-    assert storage.answers(f"{place}/a.jpg", place) and storage.answers(f"{place}/b.jpg", place)
+    assert probes.store_is_up(f"{place}/a.jpg", place) and probes.store_is_up(f"{place}/b.jpg", place)
 
 
 @pytest.mark.s3
 def test_bucket_that_is_gone_is_away_only_where_it_is_the_source(place: str, s3_environment: SwiftServer) -> None:
     gone = f"{new_bucket()}-gone"
-    assert not storage.answers(f"{gone}/a.jpg", f"{gone}/pictures")
-    assert storage.answers(f"{gone}/a.jpg", f"{new_bucket()}/manifest.parquet")
-    assert storage.answers(f"{gone}/a.jpg", "/disk/manifest.parquet")
+    assert not probes.store_is_up(f"{gone}/a.jpg", f"{gone}/pictures")
+    assert probes.store_is_up(f"{gone}/a.jpg", f"{new_bucket()}/manifest.parquet")
+    assert probes.store_is_up(f"{gone}/a.jpg", "/disk/manifest.parquet")
 
 
 def test_disk_whose_source_is_gone_or_empty_does_not_answer(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    assert not storage.answers(f"{source}/a.jpg", str(source))
+    assert not probes.store_is_up(f"{source}/a.jpg", str(source))
     source.mkdir()  # the folder on which a disk was mounted
-    assert not storage.answers(f"{source}/a.jpg", str(source))
+    assert not probes.store_is_up(f"{source}/a.jpg", str(source))
     (source / "b.jpg").write_bytes(b"x")
-    assert storage.answers(f"{source}/a.jpg", str(source))
+    assert probes.store_is_up(f"{source}/a.jpg", str(source))
 
 
 def test_disk_answers_for_a_manifest_as_long_as_that_is_there(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.parquet"
-    assert not storage.answers(f"{tmp_path}/a.jpg", str(manifest))
+    assert not probes.store_is_up(f"{tmp_path}/a.jpg", str(manifest))
     manifest.write_bytes(b"x")
-    assert storage.answers(f"{tmp_path}/a.jpg", str(manifest))
-    assert storage.answers(f"{tmp_path}/a.jpg", "s3://bucket/manifest.parquet")
-    assert storage.answers(f"{tmp_path}/a.jpg", None)
+    assert probes.store_is_up(f"{tmp_path}/a.jpg", str(manifest))
+    assert probes.store_is_up(f"{tmp_path}/a.jpg", "s3://bucket/manifest.parquet")
+    assert probes.store_is_up(f"{tmp_path}/a.jpg", None)
 
 
 @pytest.mark.s3
@@ -468,35 +468,35 @@ def test_store_that_is_away_or_breaks_every_answer_does_not_answer(
     proxy: FaultyProxy, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = picture.removesuffix("/a.jpg")
-    assert storage.answers(picture, source)
+    assert probes.store_is_up(picture, source)
     with proxy.away():
-        assert not storage.answers(picture, source)
+        assert not probes.store_is_up(picture, source)
     for fault in (SLOW_DOWN, RESET, Action("cut", 0.5), Action("refuse", status=500, code="InternalError")):
         proxy.policy = Always(fault)
-        assert not storage.answers(picture, source), fault
-    monkeypatch.setattr(storage, "REACH_SECONDS", 0.5)
+        assert not probes.store_is_up(picture, source), fault
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 0.5)
     proxy.policy = Always(Action("stall", None, 600.0))
     started = time.monotonic()
-    assert not storage.answers(picture, source)
+    assert not probes.store_is_up(picture, source)
     assert time.monotonic() - started < 20
 
 
 @pytest.mark.s3
 def test_store_that_denies_answers(proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Always(Action("refuse", status=403, code="AccessDenied"))
-    assert storage.answers(picture, None)
+    assert probes.store_is_up(picture, None)
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
 def test_store_that_no_longer_takes_the_keys_does_not_answer(code: str, proxy: FaultyProxy, picture: str) -> None:
     proxy.policy = Always(Action("refuse", status=400 if code == "ExpiredToken" else 403, code=code))
-    assert not storage.answers(picture, None)
+    assert not probes.store_is_up(picture, None)
 
 
 @pytest.mark.s3
 def test_bucket_that_is_gone_does_not_answer(proxy: FaultyProxy, picture: str) -> None:
-    assert not storage.answers("s3://there-is-no-such-bucket/a.jpg", None)
+    assert not probes.store_is_up("s3://there-is-no-such-bucket/a.jpg", None)
 
 
 # What a command's last line says of this machine.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from jobs.runs import publication
-from jobs.storage import storage
+from jobs.storage import listing
 from tests.multinode import ROLES, Nodes, running
 from tests.swift import SwiftServer
 from tests.tables import new_bucket, picture_file, put, save_bundle
@@ -112,7 +112,7 @@ def test_killed_run_ends_as_if_nothing_had_happened(
     assert rows_of(out) == baseline.rows
     (record,) = publication.runs(out)
     assert record["attempts"] == (2 if role == "driver" else 1)
-    assert storage.subfolders(f"{out}/staging") == []
+    assert listing.subfolders(f"{out}/staging") == []
     print(f"kill {kill}: {role}, after {seconds:.1f} s; captions {record['captions']}")
 
 

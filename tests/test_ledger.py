@@ -23,7 +23,7 @@ import pytest
 from jobs.dataset import schema
 from jobs.runs import publication, removal
 from jobs.runs.publication import Run, VerificationError
-from jobs.storage import parquet, storage
+from jobs.storage import filesystems, listing, parquet, reading, uris, writing
 from nsnet.errors import LockedError, SourceError, StorageError
 from tests.tables import manifest_row, manifest_table, put, rows_file, verdict_row, verdict_table
 
@@ -42,9 +42,9 @@ def run(tmp_path: Path) -> Run:
 
 
 def write(uri: str, table: pa.Table, **options: Any) -> None:
-    system, path = storage.arrow_filesystem(uri)
-    if storage.is_local(uri):
-        storage.make_folder(str(Path(path).parent))
+    system, path = filesystems.arrow_filesystem(uri)
+    if uris.is_local(uri):
+        filesystems.make_folder(str(Path(path).parent))
     pq.write_table(table, path, filesystem=system, **options)
 
 
@@ -64,19 +64,19 @@ def publish(out: str, run_id: str, rows: list[dict[str, Any]], **details: Any) -
     return run.publish(*stage(run, rows, planned=[row["uri"] for row in rows]), {**DETAILS, **details})
 
 
-def rows_for(uris: list[str], failed: int = 0) -> list[dict[str, Any]]:
-    return [verdict_row(uri, None if i < failed else i / len(uris)) for i, uri in enumerate(uris)]
+def rows_for(some: list[str], failed: int = 0) -> list[dict[str, Any]]:
+    return [verdict_row(uri, None if i < failed else i / len(some)) for i, uri in enumerate(some)]
 
 
 def files_below(place: str) -> list[str]:
-    if not storage.exists(place):  # S3 has no empty folders
+    if not listing.exists(place):  # S3 has no empty folders
         return []
-    return sorted(entry.uri.removeprefix(place + "/") for entry in storage.list_files(place))
+    return sorted(entry.uri.removeprefix(place + "/") for entry in listing.list_files(place))
 
 
 def contents(place: str) -> dict[str, bytes]:
     """The content of every file below a place."""
-    return {name: storage.read_bytes(f"{place}/{name}") for name in files_below(place)}
+    return {name: reading.read_bytes(f"{place}/{name}") for name in files_below(place)}
 
 
 def part_names(record: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
     manifest, staged = stage(run, rows_for(URIS[:4], failed=2), rows_for(URIS[4:]))
     record = run.publish(manifest, staged, {"seconds": 1.5, "source": "s"})
     assert files_below(out) == ["runs/20260102T030405Z-abcdef.json", record["files"][0]["path"]]  # staging is gone
-    assert storage.read_json(run.record) == record
+    assert reading.read_json(run.record) == record
     assert record["run_id"] == run.run_id and (record["seconds"], record["source"]) == (1.5, "s")
     assert record["rows"] == 10
     assert record["counts"] == {
@@ -100,7 +100,7 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
         "error_class": {"ImageCorruptError": 2},
     }  # fmt: skip
     (file,) = record["files"]
-    content = storage.read_bytes(f"{out}/{file['path']}")
+    content = reading.read_bytes(f"{out}/{file['path']}")
     folder = "verdicts/run_date=2026-01-02/run_id=20260102T030405Z-abcdef"
     assert re.fullmatch(rf"{folder}/part-00000-[0-9a-f]{{8}}\.parquet", file["path"])
     assert (file["rows"], file["size_bytes"]) == (10, len(content))
@@ -142,8 +142,8 @@ def of_duckdb(table: str) -> list[dict[str, Any]]:
 def test_readers_by_pattern_find_each_row_with_its_run(reader: str, tmp_path: Path) -> None:
     """The folder and the file both say which run it is; for pandas they must say so in the same type."""
     out = str(tmp_path)
-    for run_id, uris in ((ONE, URIS[:4]), (TWO, URIS[4:])):
-        publish(out, run_id, rows_for(uris))
+    for run_id, some in ((ONE, URIS[:4]), (TWO, URIS[4:])):
+        publish(out, run_id, rows_for(some))
     found = {row["uri"]: row["run_id"] for row in READERS[reader](f"{out}/verdicts")}
     assert found == dict.fromkeys(URIS[:4], ONE) | dict.fromkeys(URIS[4:], TWO)
 
@@ -226,7 +226,7 @@ def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str],
     with pytest.raises(VerificationError, match=f"^{message}; nothing was published"):
         run.publish(manifest, files, {})
     assert files_below(out) == before
-    assert not storage.exists(f"{out}/verdicts") and not storage.exists(f"{out}/runs")
+    assert not listing.exists(f"{out}/verdicts") and not listing.exists(f"{out}/runs")
     assert publication.runs(out) == []
 
 
@@ -297,10 +297,10 @@ def cut(run: Run, manifest: str, staged: list[str], after: int) -> list[str]:
         if len(uploaded) == after:
             raise OSError("the network is gone")
         uploaded.append(uri)
-        storage.write_bytes(uri, path.read_bytes())
+        writing.write_bytes(uri, path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "upload_file", upload)
+        patch.setattr(writing, "upload_file", upload)
         with pytest.raises(OSError, match="the network is gone"):
             in_small_files(run).publish(manifest, staged, {})
     return [uri.rpartition("/")[2] for uri in uploaded]
@@ -328,7 +328,7 @@ def test_nothing_is_removed_before_the_record(out: str, monkeypatch: pytest.Monk
         raise OSError("the network is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "create", create)
+        patch.setattr(writing, "create", create)
         with pytest.raises(OSError, match="the network is gone"):
             run.publish(*staged, {})
     assert left < set(files_below(run.final)) and contents(run.staging) == before
@@ -401,13 +401,13 @@ def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
 
     def create(uri: str, data: bytes) -> bool:
         """Both are told that they succeeded; the other one's record is the one that stays."""
-        storage.write_json(uri, {"run_id": run.run_id, "files": []})
+        writing.write_json(uri, {"run_id": run.run_id, "files": []})
         return True
 
-    monkeypatch.setattr(storage, "create", create)
+    monkeypatch.setattr(writing, "create", create)
     with pytest.raises(VerificationError, match="was published already, by another process"):
         run.publish(*staged, {})
-    assert list(storage.list_files(f"{out}/verdicts")) == []
+    assert list(listing.list_files(f"{out}/verdicts")) == []
 
 
 @pytest.mark.parametrize("moment", ["before the record", "with the record"])
@@ -417,10 +417,10 @@ def test_run_that_a_later_plan_overtakes_takes_itself_back(
     """A process that slept after its last look at the lock: meanwhile its pictures were planned anew and published."""
     run, earlier = Run(out=out), publish(out, "20260101T000000Z-aaaaaa", rows_for(URIS[:1]))
     publish(out, "20260103T000000Z-dddddd", rows_for(URIS[:1]), detector_id="another")
-    staged, create = stage(run, rows_for(URIS)), storage.create
+    staged, create = stage(run, rows_for(URIS)), writing.create
 
     def overtake() -> None:
-        monkeypatch.setattr(storage, "create", create)
+        monkeypatch.setattr(writing, "create", create)
         publish(out, "20260102T000000Z-bbbbbb", rows_for(URIS))
 
     def create_late(uri: str, data: bytes) -> bool:
@@ -429,15 +429,15 @@ def test_run_that_a_later_plan_overtakes_takes_itself_back(
 
     if moment == "before the record":
         overtake()
-        monkeypatch.setattr(storage, "create", None)  # no reader may see the record, not for a moment
+        monkeypatch.setattr(writing, "create", None)  # no reader may see the record, not for a moment
     else:
-        monkeypatch.setattr(storage, "create", create_late)
+        monkeypatch.setattr(writing, "create", create_late)
     before = {record["run_id"] for record in publication.runs(out)} | {"20260102T000000Z-bbbbbb"}
     with pytest.raises(VerificationError, match="since 20260102T000000Z-bbbbbb was published after it was planned"):
         run.publish(*staged, DETAILS, planned_after=[earlier["run_id"]])
     assert {record["run_id"] for record in publication.runs(out)} == before
-    assert list(storage.list_files(run.final)) == []  # and what is staged stays
-    assert all(storage.exists(uri) for uri in (staged[0], *staged[1]))
+    assert list(listing.list_files(run.final)) == []  # and what is staged stays
+    assert all(listing.exists(uri) for uri in (staged[0], *staged[1]))
 
 
 def test_run_whose_staging_cannot_be_removed_is_published(
@@ -468,7 +468,7 @@ def test_run_whose_staging_cannot_be_removed_is_published(
 def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
     publish(out, "20260101T000000Z-aaaaaa", rows_for(URIS))
     uri = f"{out}/runs/20260102T000000Z-bbbbbb.json"
-    storage.write_bytes(uri, content.encode("utf-8", "surrogateescape"))
+    writing.write_bytes(uri, content.encode("utf-8", "surrogateescape"))
     with pytest.raises(StorageError, match=f"{re.escape(uri)} .*{reason}"):
         publication.runs(out)
 
@@ -517,7 +517,7 @@ def test_other_files_beside_the_records_are_none(out: str) -> None:
 
 
 def test_record_of_a_product_of_another_version_is_left_to_its_readers(out: str) -> None:
-    storage.write_json(f"{out}/runs/{TWO}.json", {"run_id": TWO, "product": "spectra", "files": ["anything"]})
+    writing.write_json(f"{out}/runs/{TWO}.json", {"run_id": TWO, "product": "spectra", "files": ["anything"]})
     record = publish(out, ONE, rows_for(URIS))
     assert publication.runs(out) == [record] and publication.remove_orphans(out, publication.records(out), ()) == []
 
@@ -547,7 +547,7 @@ PART = "part-00000-0a1b2c3d.parquet"
 def orphan(out: str, product: str, run_id: str, name: str = PART) -> str:
     """A file of a publication that was cut; its URI."""
     uri = f"{Run(out=out, run_id=run_id, product=publication.PRODUCTS[product]).final}/{name}"
-    storage.write_bytes(uri, b"of a publication that was cut")
+    writing.write_bytes(uri, b"of a publication that was cut")
     return uri
 
 
@@ -567,7 +567,7 @@ def test_orphans_of_every_product_are_removed(product: str, out: str) -> None:
 
 def test_files_stay_whose_records_are_lost(out: str, capsys: pytest.CaptureFixture[str]) -> None:
     count = len(publish(out, ONE, rows_for(URIS))["files"])
-    storage.remove_file(f"{out}/runs/{ONE}.json")
+    writing.remove_file(f"{out}/runs/{ONE}.json")
     for _ in range(2):
         before = contents(out)
         assert publication.remove_orphans(out, publication.records(out), ()) == [] and contents(out) == before
@@ -610,13 +610,13 @@ def test_files_of_others_stay_beside_a_run_that_is_published_or_given_up(
         orphan(out, "verdicts", run.run_id)
         theirs = {f"{run.final}/photo.jpg": b"x", f"{run.staging}/photo.jpg": b"y"}
         for uri, content in theirs.items():
-            storage.write_bytes(uri, content)
+            writing.write_bytes(uri, content)
         if run.run_id == ONE:
             run.publish(*staged, {})
         else:
             run.abandon()
-        assert {uri: storage.read_bytes(uri) for uri in theirs} == theirs
-        left = [entry.uri for folder in (run.final, run.staging) for entry in storage.list_files(folder)]
+        assert {uri: reading.read_bytes(uri) for uri in theirs} == theirs
+        left = [entry.uri for folder in (run.final, run.staging) for entry in listing.list_files(folder)]
         assert len(left) == 2 + (run.run_id == ONE)
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"left alone, since no run of this program made it: {', '.join(sorted(theirs))}"
@@ -651,8 +651,8 @@ def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
     assert publication.runs(out) == []
     with pytest.raises(SourceError, match="holds no published verdicts"):
         publication.verdicts(out)
-    for run_id, uris in (("20260103T000000Z-000000", URIS[5:]), ("20260102T000000Z-ffffff", URIS[:5])):
-        publish(out, run_id, rows_for(uris))
+    for run_id, some in (("20260103T000000Z-000000", URIS[5:]), ("20260102T000000Z-ffffff", URIS[:5])):
+        publish(out, run_id, rows_for(some))
     unfinished = Run(out=out, run_id="20260104T000000Z-000000")
     stage(unfinished, rows_for(["/not yet"]), planned=["/not yet"])
     write(f"{unfinished.final}/part-00000-0a1b2c3d.parquet", verdict_table(verdict_row("/not yet", 0.1)))
@@ -681,7 +681,7 @@ def test_publishing_removes_the_staging_of_its_run_only(out: str) -> None:
     staged = stage(run, rows_for(URIS))
     before = contents(other.staging)
     run.publish(*staged, {})
-    assert storage.subfolders(f"{out}/staging") == [other.run_id] and contents(other.staging) == before
+    assert listing.subfolders(f"{out}/staging") == [other.run_id] and contents(other.staging) == before
 
 
 def test_files_of_other_runs_stay(out: str) -> None:
@@ -758,7 +758,7 @@ def test_output_without_runs_has_nothing_published(out: str) -> None:
 def test_published_file_that_is_gone_is_named(out: str) -> None:
     publish(out, "20260102T000000Z-000000", rows_for(["/a"]))
     record = publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
-    storage.remove_file(f"{out}/{record['files'][0]['path']}")
+    writing.remove_file(f"{out}/{record['files'][0]['path']}")
     stream = publication.published(out, schema.DONE)
     assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
     with pytest.raises(StorageError) as caught:
@@ -772,7 +772,7 @@ def test_files_older_than_a_column_give_nulls(out: str) -> None:
     old = verdict_table(verdict_row("/old", 0.2, caption="a cat", caption_run_id="r", requests=1))
     write(f"{run.final}/part-00000-0a1b2c3d.parquet", old.drop_columns(["caption_run_id", "caption_id", "requests"]))
     files = [{"path": f"{run.final.removeprefix(out + '/')}/part-00000-0a1b2c3d.parquet", "rows": 1}]
-    storage.write_json(run.record, {"run_id": run.run_id, "files": files, **DETAILS})
+    writing.write_json(run.record, {"run_id": run.run_id, "files": files, **DETAILS})
     publish(out, "20260103T000000Z-000000", [verdict_row("/new", 0.2, caption="a dog", caption_run_id="s", requests=2)])
     rows = asked(out, schema.CAPTIONED, captioner_id=DETAILS["captioner_id"])
     assert [(row["caption"], row["caption_run_id"]) for row in rows] == [("a cat", None), ("a dog", "s")]

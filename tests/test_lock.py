@@ -18,7 +18,7 @@ import pytest
 
 from jobs.runs import lock
 from jobs.runs.lock import EXPIRY_SECONDS, Lock, hold
-from jobs.storage import storage
+from jobs.storage import listing, reading, writing
 from nsnet.errors import LockedError, StorageError
 from tests.swift import SwiftServer
 from tests.tables import new_bucket
@@ -56,17 +56,17 @@ def on_disk(tmp_path: Path) -> str:
 
 def numbers(out: str) -> list[str]:
     """Names of the lock files."""
-    return sorted(entry.uri.rpartition("/")[2] for entry in storage.list_files(f"{out}/locks"))
+    return sorted(entry.uri.rpartition("/")[2] for entry in listing.list_files(f"{out}/locks"))
 
 
 def content(out: str, number: int) -> Any:
-    return json.loads(storage.read_bytes(f"{out}/locks/{number:08d}.json"))
+    return json.loads(reading.read_bytes(f"{out}/locks/{number:08d}.json"))
 
 
 def leave(out: str, holder: dict[str, Any] | bytes, number: int = 1) -> None:
     """A lock that somebody left."""
     data = holder if isinstance(holder, bytes) else json.dumps(holder).encode()
-    storage.write_bytes(f"{out}/locks/{number:08d}.json", data)
+    writing.write_bytes(f"{out}/locks/{number:08d}.json", data)
 
 
 def age(out: str, number: int = 1, seconds: float = EXPIRY_SECONDS + 5) -> None:
@@ -169,7 +169,7 @@ def test_lock_leaves_nothing_but_its_file(on_disk: str) -> None:
 def test_other_files_beside_the_locks_are_no_locks(out: str) -> None:
     others = ("00000009.json.partial-1", "x00000009.json", "99.json", "00000009.jsonl", ".00000009.json", "note")
     for name in (*others, "old/00000009.json"):
-        storage.write_bytes(f"{out}/locks/{name}", json.dumps(OTHER_MACHINE).encode())
+        writing.write_bytes(f"{out}/locks/{name}", json.dumps(OTHER_MACHINE).encode())
     assert_free(out)
     assert_free(out)
     assert numbers(out) == sorted(["00000002.json", *(name.rpartition("/")[2] for name in (*others, "00000009.json"))])
@@ -371,7 +371,7 @@ def test_heartbeat_keeps_a_lock_that_looked_old(on_disk: str, monkeypatch: pytes
         before = content(on_disk, 1)
         for _ in range(3):
             age(on_disk)
-            until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+            until(lambda: writing.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
         assert content(on_disk, 1) == before
         assert_held(on_disk)
         held.check()
@@ -384,8 +384,8 @@ def test_heartbeat_writes_the_lock_of_a_bucket_again(
     out = new_bucket()
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
     with hold(out) as held:
-        first = storage.describe(f"{out}/locks/00000001.json").modified_at
-        until(lambda: storage.describe(f"{out}/locks/00000001.json").modified_at > first, "a heartbeat")
+        first = listing.describe(f"{out}/locks/00000001.json").modified_at
+        until(lambda: listing.describe(f"{out}/locks/00000001.json").modified_at > first, "a heartbeat")
         held.check()
 
 
@@ -399,10 +399,10 @@ def test_heartbeat_outlives_an_outage_of_the_store(on_disk: str, monkeypatch: py
 
     with hold(on_disk) as held:
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "write_bytes", away)
+            patch.setattr(writing, "write_bytes", away)
             assert failed.wait(PATIENCE_SECONDS)
         age(on_disk)
-        until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+        until(lambda: writing.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
         held.check()
 
 
@@ -435,7 +435,7 @@ def test_loss_that_the_heartbeat_noticed_is_final(on_disk: str, monkeypatch: pyt
         assert thread is not None
         thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive() and interrupted.is_set()
-        storage.remove_file(f"{on_disk}/locks/00000002.json")  # whatever the other one did meanwhile
+        writing.remove_file(f"{on_disk}/locks/00000002.json")  # whatever the other one did meanwhile
         with pytest.raises(LockedError, match="was lost"):
             slow.check()
 
@@ -550,7 +550,7 @@ def test_failure_stays_what_it_is_where_the_store_does_not_tell_of_the_lock(
         raise OSError("the store is away")
 
     with pytest.raises(ValueError, match="rows"), hold(on_disk):
-        monkeypatch.setattr(storage, "names_below", away)
+        monkeypatch.setattr(listing, "names_below", away)
         raise ValueError("rows")
 
 
@@ -572,7 +572,7 @@ def test_holder_that_keeps_its_lock_is_not_interrupted(on_disk: str, monkeypatch
     with hold(on_disk) as held:
         held.interrupt = interrupted.set
         age(on_disk)
-        until(lambda: storage.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
+        until(lambda: writing.age_seconds(f"{on_disk}/locks/00000001.json") < EXPIRY_SECONDS, "a heartbeat")
     assert not interrupted.is_set()
 
 
@@ -591,7 +591,7 @@ def test_lock_that_cannot_be_released_expires_and_the_result_counts(
         raise OSError("the store is away")
 
     with hold(on_disk):
-        monkeypatch.setattr(storage, "write_bytes", away)
+        monkeypatch.setattr(writing, "write_bytes", away)
     assert (
         "warning: the lock was not released and expires in 120 s (OSError: the store is away)"
         in capsys.readouterr().err
@@ -602,16 +602,16 @@ def test_slow_competitor_that_creates_a_number_of_the_past_has_not_won(
     on_disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave(on_disk, {"released": True})
-    slow, create = Lock(on_disk), storage.create
+    slow, create = Lock(on_disk), writing.create
 
     def create_late(uri: str, data: bytes) -> bool:
-        monkeypatch.setattr(storage, "create", create)
+        monkeypatch.setattr(writing, "create", create)
         assert_free(on_disk)  # others take number 2 and 3 and remove what is older
         fast.acquire()
         return create(uri, data)
 
     fast = Lock(on_disk)
-    monkeypatch.setattr(storage, "create", create_late)
+    monkeypatch.setattr(writing, "create", create_late)
     with pytest.raises(LockedError):
         slow.acquire()
     fast.check()
@@ -623,14 +623,14 @@ def test_conditional_put_that_let_two_through_has_one_winner(
     s3_environment: SwiftServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = new_bucket()
-    create = storage.create
+    create = writing.create
 
     def create_and_lose(uri: str, data: bytes) -> bool:
         assert create(uri, data)
         leave(out, OTHER_MACHINE)  # the other one's put came through as well, and last
         return True
 
-    monkeypatch.setattr(storage, "create", create_and_lose)
+    monkeypatch.setattr(writing, "create", create_and_lose)
     with pytest.raises(LockedError, match=r"\(process 4711 on elsewhere\)"):
         Lock(out).acquire()
     assert content(out, 1) == OTHER_MACHINE

@@ -9,7 +9,7 @@ from jobs.dataset import schema
 from jobs.dataset.plan import Selection
 from jobs.runs import publication
 from jobs.score import score
-from jobs.storage import storage
+from jobs.storage import listing
 from nsnet.detector import Detector
 from tests.tables import new_bucket, picture_file, put, save_bundle
 
@@ -53,7 +53,7 @@ def test_each_night_scores_what_is_new_or_changed(detector: Path) -> None:
     assert second["rows"] == 0
     assert time.monotonic() - started < NIGHT_2_SECONDS
     assert [record["rows"] for record in publication.runs(out)] == [PICTURES, 0]
-    assert storage.subfolders(f"{out}/staging") == []
+    assert listing.subfolders(f"{out}/staging") == []
 
     put(source, {f"new {i}.jpg": picture_file(1000 + i, "JPEG", 100, 80) for i in range(6)})
     put(source, {f"{i}.jpg": picture_file(2000 + i, "JPEG", 100, 80) for i in range(2)})

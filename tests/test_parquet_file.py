@@ -20,7 +20,7 @@ from jobs.evaluation import verdicts
 from jobs.experiments.predictions import PREDICTIONS
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import publication
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, reading, writing
 from jobs.storage.parquet_file import ColumnTypeError, ParquetFile
 from jobs.training import examples
 from nsnet import bundle
@@ -122,7 +122,7 @@ def outputs(column: str, mark: Path, tmp_path: Path, product: publication.Produc
     path.parent.mkdir(parents=True)
     pq.write_table(table, path)
     files = [{"path": path.relative_to(run.out).as_posix()}]
-    storage.write_json(run.record, {"run_id": run.run_id, "product": product.name, "detector_id": "d", "files": files})
+    writing.write_json(run.record, {"run_id": run.run_id, "product": product.name, "detector_id": "d", "files": files})
     return run.out
 
 
@@ -245,14 +245,14 @@ def test_footer_is_no_longer_than_its_file(length: int, tmp_path: Path) -> None:
     uri = file_of(tmp_path, n=[1])
     content = Path(uri).read_bytes()
     Path(uri).write_bytes(content[:200] + struct.pack("<I", length) + b"PAR1")
-    with storage.open_file(uri) as file, pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
+    with reading.open_file(uri) as file, pytest.raises(pa.ArrowInvalid, match="metadata are said to have"):
         ParquetFile(file, uri)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" * 3, b"x" * 100])
 def test_what_is_no_parquet_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(content)
-    with storage.open_file(str(tmp_path / "x.parquet")) as file, pytest.raises((pa.ArrowException, OSError)):
+    with reading.open_file(str(tmp_path / "x.parquet")) as file, pytest.raises((pa.ArrowException, OSError)):
         ParquetFile(file, "x.parquet")
 
 

@@ -21,7 +21,7 @@ from jobs.pipeline.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
 from jobs.runs import failures, publication
 from jobs.runs.execution import Request
 from jobs.runs.failures import remembered
-from jobs.storage import parquet, storage
+from jobs.storage import parquet, uris, writing
 from nsnet.config import to_dict
 from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError, ImageTimeoutError, StorageError
 from nsnet.images import DecodeLimits
@@ -239,9 +239,9 @@ def publish(out: str, number: int, rows: list[dict[str, Any]], **record: Any) ->
     run = publication.Run(out=out, run_id=run_of(number))
     path = f"{run.final}/part-00000-00000000.parquet".removeprefix(f"{out}/")
     table = pa.Table.from_pylist(rows, schema=schema.VERDICTS)
-    parquet.write(table.to_batches(), schema.VERDICTS, storage.join(out, path))
+    parquet.write(table.to_batches(), schema.VERDICTS, uris.join(out, path))
     counts = {"error_class": {row["error_class"]: 1 for row in rows if row["error_class"]}}
-    storage.write_json(
+    writing.write_json(
         run.record,
         {
             "run_id": run.run_id, "product": "verdicts", "files": [{"path": path}], "counts": counts,

@@ -16,7 +16,7 @@ from jobs.dataset import plan, schema
 from jobs.dataset.manifest import image_id
 from jobs.dataset.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
 from jobs.dataset.source import Source
-from jobs.storage import parquet, storage
+from jobs.storage import filesystems, parquet
 from nsnet.errors import ConfigError, SourceError, UsageError
 from tests.swift import SwiftServer
 from tests.tables import batches, new_bucket, parquet_bytes, put, tar_bytes
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 
 def manifest_of(uri: str) -> Rows:
-    system, path = storage.arrow_filesystem(uri)
+    system, path = filesystems.arrow_filesystem(uri)
     table = pq.read_table(path, filesystem=system)
     assert table.schema.equals(schema.MANIFEST)
     return table.to_pylist()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import SessionLog
 
-from jobs.storage import storage
+from jobs.storage import filesystems
 from jobs.training import tracking
 from jobs.training.tracking import Records
 from tests.events import events
@@ -29,7 +29,7 @@ def begin(place: str, first_step: int = 0, mlflow_run: str | None = None) -> Rec
 def files(place: str) -> list[bytes]:
     """Contents of the event files, oldest first by the step that their names begin with."""
     uri = f"{place}/tensorboard"
-    system, path = storage.filesystem(uri)
+    system, path = filesystems.filesystem(uri)
     return [system.cat_file(found) for found in sorted(system.ls(path, detail=False), key=lambda name: name[-8:])]
 
 

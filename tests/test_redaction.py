@@ -18,7 +18,7 @@ from jobs.cluster import resources
 from jobs.dataset.manifest import from_values
 from jobs.pipeline import actors
 from jobs.runs import lock
-from jobs.storage import storage
+from jobs.storage import uris
 from jobs.storage.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
 from nsnet.errors import FetchError, UsageError
 from tests.models import closed_address
@@ -70,7 +70,7 @@ def test_address_alone_hides_a_password_of_any_letters(address: str, letter: str
     text = address.format(letter)
     assert holds_secrets(text) and "cret" not in shown(text)
     with pytest.raises(UsageError) as caught:
-        storage.located(text)
+        uris.located(text)
     assert "cret" not in str(caught.value)
     place = from_values({"uri": text}, "s3://bucket/m.parquet", 0)
     assert "cret" not in f"{place['uri']} {place['problem']}"
@@ -192,7 +192,7 @@ def test_command_shows_and_writes_no_secret(
         dead = closed_address().removeprefix("http://")
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example:9000")
         monkeypatch.setenv("HTTP_PROXY", f"http://somebody:{SECRET}@{dead}")
-        monkeypatch.setattr("jobs.storage.storage.REACH_SECONDS", 0.5)
+        monkeypatch.setattr("jobs.storage.probes.PROBE_TIMEOUT_SECONDS", 0.5)
     elif place == "address":
         options = ["--address", f"ray://somebody:{SECRET}@head:10001"]
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.runs import names, removal
-from jobs.storage import storage
+from jobs.storage import listing, uris
 from nsnet.errors import StorageError
 from tests.tables import WRITE, put, rows_file
 
@@ -46,9 +46,9 @@ FOREIGN = {
 
 
 def paths(place: str) -> list[str]:
-    if storage.is_local(place) and not os.path.exists(place):
+    if uris.is_local(place) and not os.path.exists(place):
         return []
-    return sorted(entry.uri.removeprefix(f"{place}/") for entry in storage.list_files(place))
+    return sorted(entry.uri.removeprefix(f"{place}/") for entry in listing.list_files(place))
 
 
 def test_all_that_a_run_stages_goes_and_its_folder_with_it(place: str) -> None:
@@ -56,10 +56,10 @@ def test_all_that_a_run_stages_goes_and_its_folder_with_it(place: str) -> None:
     put(f"{place}-beside", {"manifest.parquet": b"x"})
     removed = removal.remove(place, names.STAGED)
     assert sorted(removed.removed) == sorted(f"{place}/{name}" for name in STAGED) and removed.foreign == []
-    assert paths(place) == [] and not storage.is_folder(place)
+    assert paths(place) == [] and not listing.is_folder(place)
     assert paths(f"{place}-beside") == ["manifest.parquet"]
     assert removal.remove(place, names.STAGED) == removal.remove(place, names.STAGED)  # gone is gone
-    assert storage.names_below(place).folders == []
+    assert listing.names_below(place).folders == []
 
 
 def test_what_others_put_beside_it_stays_and_is_named(place: str) -> None:

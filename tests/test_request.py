@@ -9,7 +9,7 @@ import click
 import pytest
 
 from jobs.experiments.request import SETTINGS, TrainRequest
-from jobs.storage import storage
+from jobs.storage import uris, writing
 from jobs.train import WorkersType
 from nsnet import recipes
 from nsnet.errors import ConfigError, StorageError, UsageError
@@ -117,7 +117,7 @@ def test_place_belongs_to_the_training_with_its_settings(name: str, tmp_path: Pa
     request = replace(REQUEST, out=str(tmp_path / "out"), variant="original:rank=4" if name == "basis" else "advanced")
     settings = identity(request)
     assert not request.belongs_to(settings)
-    storage.write_json(storage.join(request.work, SETTINGS), settings)
+    writing.write_json(uris.join(request.work, SETTINGS), settings)
     assert request.belongs_to(settings)
     other = replace(request, **CHANGES[name])
     with pytest.raises(UsageError, match=rf"other settings \(.*\b{name}\b.*\)") as caught:

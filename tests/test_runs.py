@@ -19,7 +19,7 @@ from jobs.dataset.plan import Plan, Selection, write_manifest
 from jobs.runs import attempts, execution, lock, publication
 from jobs.runs.execution import Request, Work
 from jobs.runs.publication import Run
-from jobs.storage import parquet, storage
+from jobs.storage import listing, parquet, reading, writing
 from nsnet.config import to_dict
 from nsnet.errors import LockedError, StorageError
 from nsnet.images import DecodeLimits
@@ -30,10 +30,10 @@ NAMES = [f"{i}.jpg" for i in range(5)]
 
 def write_rows(attempt: attempts.Attempt, run_id: str, most: int | None = None) -> None:
     """Finish what is left for an attempt, or so many pictures of it."""
-    todo = [row for entry in storage.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
+    todo = [row for entry in listing.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
     rows = [verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run_id) for row in todo[:most]]
     parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, rows_file(attempt.folder))
-    storage.write_bytes(f"{attempt.checkpoint}/{WRITE}_000000.parquet", b"ids")
+    writing.write_bytes(f"{attempt.checkpoint}/{WRITE}_000000.parquet", b"ids")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Nights:
 
     def staged(self) -> list[str]:
         """Ids of the runs that have a staging folder."""
-        return storage.subfolders(f"{self.out}/staging")
+        return listing.subfolders(f"{self.out}/staging")
 
     def published(self) -> Counter[str]:
         """How often each picture of the source was published, by its name."""
@@ -135,10 +135,10 @@ def test_run_with_equal_settings_is_continued(nights: Nights, said: list[str]) -
         "shuffle_seed": 1,
     }  # tuples are lists in JSON
     first = nights.killed(**selection)
-    manifest = storage.read_bytes(f"{first.staging}/{attempts.MANIFEST}")
+    manifest = reading.read_bytes(f"{first.staging}/{attempts.MANIFEST}")
     said.clear()
     assert nights.killed(**selection) == first
-    assert storage.read_bytes(f"{first.staging}/{attempts.MANIFEST}") == manifest
+    assert reading.read_bytes(f"{first.staging}/{attempts.MANIFEST}") == manifest
     assert nights.staged() == [first.run_id] and said == []
     record = nights.whole(**selection)
     assert record is not None and record["run_id"] == first.run_id and record["rows"] == 3
@@ -225,17 +225,17 @@ def test_run_goes_on_although_the_record_of_an_older_one_was_removed(nights: Nig
     old = nights.whole(limit=2)
     run = nights.killed()
     assert old is not None
-    storage.remove_file(f"{nights.out}/runs/{old['run_id']}.json")
+    writing.remove_file(f"{nights.out}/runs/{old['run_id']}.json")
     record = nights.whole()
     assert record is not None and (record["run_id"], record["rows"]) == (run.run_id, 3)
 
 
 def test_parts_of_a_publication_that_was_cut_and_overtaken_are_removed(nights: Nights) -> None:
     run = nights.killed()
-    storage.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
+    writing.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
     nights.whole(limit=3)
     nights.whole()
-    assert not storage.exists(run.final) and nights.published() == Counter(NAMES)
+    assert not listing.exists(run.final) and nights.published() == Counter(NAMES)
 
 
 def test_run_that_was_overtaken_by_one_over_another_source_is_planned_anew(nights: Nights, tmp_path: Path) -> None:
@@ -271,11 +271,11 @@ def test_run_with_other_settings_is_left_alone_and_they_are_named(
     changes: dict[str, Any], selection: dict[str, Any], named: str, nights: Nights, said: list[str]
 ) -> None:
     run = nights.killed(limit=3)
-    before = [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)]
+    before = [(entry.uri, reading.read_bytes(entry.uri)) for entry in listing.list_files(run.staging)]
     said.clear()
     assert execution._unfinished(nights.request(changes, **selection)) is None
     assert said == [f"left alone: the unfinished run {run.run_id} has other settings ({named}): {run.staging}"]
-    assert [(entry.uri, storage.read_bytes(entry.uri)) for entry in storage.list_files(run.staging)] == before
+    assert [(entry.uri, reading.read_bytes(entry.uri)) for entry in listing.list_files(run.staging)] == before
 
 
 def test_run_is_continued_beside_one_with_other_settings(nights: Nights, said: list[str]) -> None:
@@ -297,7 +297,7 @@ def killed_after_its_record(nights: Nights, monkeypatch: pytest.MonkeyPatch, **s
         record = nights.whole(**selection)
     assert record is not None and nights.staged() == [record["run_id"]]
     run = Run(out=nights.out, run_id=record["run_id"])
-    storage.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
+    writing.write_bytes(f"{run.final}/part-00000-0a1b2c3d.parquet", b"of a publication that was cut")
     return record
 
 
@@ -310,7 +310,7 @@ def test_remains_of_a_run_that_was_published_are_removed(
     said.clear()
     assert execution._unfinished(nights.request(**selection)) is None
     assert nights.staged() == [] and said == []
-    assert [entry.uri for entry in storage.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
+    assert [entry.uri for entry in listing.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
     assert publication.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
 
 
@@ -326,7 +326,7 @@ def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: p
 def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
     run = nights.killed(retry_failed=True)
-    told = storage.read_json(f"{run.staging}/{attempts.SETTINGS}")
+    told = reading.read_json(f"{run.staging}/{attempts.SETTINGS}")
     selection = json.loads(json.dumps(to_dict(Selection(retry_failed=True))))
     del selection["columns"]  # none are named, as in the settings of older runs
     assert (
@@ -366,14 +366,14 @@ def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_slowly(*arguments: Any, **more: Any) -> Plan:
-        storage.write_bytes(f"{nights.out}/locks/00000002.json", b'{"token": "of another"}')
+        writing.write_bytes(f"{nights.out}/locks/00000002.json", b'{"token": "of another"}')
         return write_manifest(*arguments, **more)
 
     with monkeypatch.context() as patch, lock.hold(nights.out) as held:
         patch.setattr(execution, "write_manifest", write_slowly)
         with pytest.raises(LockedError, match="was lost"):
             execution._plan(nights.request(), held)
-    assert [storage.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
+    assert [listing.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
     assert execution._unfinished(nights.request()) is None  # and what it left goes
     assert nights.staged() == []
 
@@ -409,17 +409,17 @@ def test_record_names_what_could_not_be_read_also_where_there_is_nothing_to_do(n
 def test_run_that_is_continued_names_what_its_plan_could_not_read(nights: Nights) -> None:
     uri = cut_tar(nights.source)
     run = nights.killed()
-    storage.remove_file(uri)
+    writing.remove_file(uri)
     record = nights.whole()
     assert record is not None and (record["run_id"], record["unread_count"]) == (run.run_id, 1)
 
 
 def test_run_that_an_older_version_planned_is_continued(nights: Nights) -> None:
     run = nights.killed()
-    planned = storage.read_json(f"{run.staging}/run.json")
+    planned = reading.read_json(f"{run.staging}/run.json")
     for name in ("unread", "unread_count"):
         del planned["plan"][name]
-    storage.write_json(f"{run.staging}/run.json", planned)
+    writing.write_json(f"{run.staging}/run.json", planned)
     record = nights.whole()
     assert record is not None and (record["run_id"], record["unread"], record["unread_count"]) == (run.run_id, [], 0)
 
@@ -437,7 +437,7 @@ def test_record_that_cannot_be_written_leaves_nothing_to_continue(
     """Else the next night would continue a run of nothing, and look at no new picture."""
     nights.whole()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the store is away"):
-        patch.setattr(storage, "create", lambda *_: (_ for _ in ()).throw(OSError("the store is away")))
+        patch.setattr(writing, "create", lambda *_: (_ for _ in ()).throw(OSError("the store is away")))
         nights.whole()
     put(nights.source, {"new.jpg": b"x"})
     nights.whole()
@@ -449,8 +449,8 @@ def test_record_that_cannot_be_written_leaves_nothing_to_continue(
 
 def overtake(nights: Nights) -> None:
     """Another run takes the lock over, and does all that this one planned."""
-    number = max(int(name[:8]) for name in storage.names_below(f"{nights.out}/locks").files) + 1
-    storage.write_json(f"{nights.out}/locks/{number:08d}.json", {"released": True})
+    number = max(int(name[:8]) for name in listing.names_below(f"{nights.out}/locks").files) + 1
+    writing.write_json(f"{nights.out}/locks/{number:08d}.json", {"released": True})
     assert nights.whole() is not None
 
 
@@ -487,15 +487,15 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
     nights: Nights, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was stopped between its parts and its record, and killed later."""
-    upload = storage.upload_file
+    upload = writing.upload_file
 
     def stop(path: Path, uri: str) -> None:
-        monkeypatch.setattr(storage, "upload_file", upload)
+        monkeypatch.setattr(writing, "upload_file", upload)
         overtake(nights)
         upload(path, uri)
         raise Killed
 
-    monkeypatch.setattr(storage, "upload_file", stop)
+    monkeypatch.setattr(writing, "upload_file", stop)
     with pytest.raises((Killed, LockedError)):
         execution.carry_out(nights.request(), work_of)
     rows = [row for path in Path(nights.out, "verdicts").rglob("*.parquet") for row in read_rows(str(path))]
@@ -521,12 +521,12 @@ def test_part_of_an_unfinished_run_with_other_settings_stays(nights: Nights) -> 
     run = nights.killed(limit=3)
     put(run.final, {"part-00000-0a1b2c3d.parquet": b"x"})
     nights.whole({"detector_id": "two"})
-    assert storage.exists(f"{run.final}/part-00000-0a1b2c3d.parquet")
+    assert listing.exists(f"{run.final}/part-00000-0a1b2c3d.parquet")
 
 
 def test_damaged_plan_ends_the_night_and_nothing_is_planned_anew(nights: Nights) -> None:
     run = nights.killed()
-    storage.write_bytes(f"{run.staging}/run.json", b"{")
+    writing.write_bytes(f"{run.staging}/run.json", b"{")
     with pytest.raises(StorageError, match=f"{run.staging}/run.json is damaged"):
         nights.whole()
     assert nights.staged() == [run.run_id]

@@ -17,7 +17,7 @@ import pytest
 from jobs.dataset import endings, fetching, schema
 from jobs.dataset.manifest import image_id, series
 from jobs.dataset.source import Source
-from jobs.storage import errors, storage
+from jobs.storage import errors, filesystems, listing, reading
 from jobs.storage.errors import Fault
 from nsnet.errors import (
     FetchError,
@@ -80,7 +80,7 @@ def test_folder_gives_a_row_per_picture_with_its_labels(place: str) -> None:
         assert (row["label"], row["generator"], row["split"]) == labels
         assert row["folder"] == (name.rpartition("/")[0] or None)
         assert row["uri"] == f"{place}/{name}" and row["size_bytes"] == len(PICTURE) + i
-        assert row["etag"] == storage.describe(row["uri"]).etag != ""
+        assert row["etag"] == listing.describe(row["uri"]).etag != ""
         assert row["image_id"] == image_id(row["uri"], row["etag"])
         assert (row["container"], row["position"]) == (None, None)
         assert fetch(row, LARGE) == PICTURE + bytes(i)
@@ -114,7 +114,7 @@ def test_every_file_is_a_row_or_is_counted_by_reason(place: str) -> None:
 @pytest.mark.s3
 def test_folder_markers_and_odd_keys_of_a_bucket(s3_environment: SwiftServer) -> None:
     bucket = new_bucket()
-    system, _ = storage.filesystem(bucket)
+    system, _ = filesystems.filesystem(bucket)
     for key in ("p/", "p/a/", "p/x.tar/", "p/y.parquet/", "p/a//twice.jpg", "p/a/b.jpg", "pq.jpg"):
         system.call_s3("put_object", Bucket=bucket[5:], Key=key, Body=b"" if key.endswith("/") else b"x")
     source = Source(f"{bucket}/p")
@@ -558,7 +558,7 @@ def test_container_that_may_not_be_read_does_not_stop_the_rest(
         str(tmp_path),
         {"a.jpg": b"x", "b.tar": tar_bytes({"b.jpg": b"y"}), "b.parquet": parquet_bytes({"bytes": [b"x"]})},
     )
-    reader = storage.reader
+    reader = reading.reader
 
     def denied(uri: str) -> Callable[[int, int], bytes]:
         def read(offset: int, length: int) -> bytes:
@@ -566,7 +566,7 @@ def test_container_that_may_not_be_read_does_not_stop_the_rest(
 
         return read if uri.endswith(name) else reader(uri)
 
-    monkeypatch.setattr(storage, "reader", denied)
+    monkeypatch.setattr(reading, "reader", denied)
     source = Source(str(tmp_path))
     assert len(list(source.rows())) == 2 and source.left_out.unread == 1
     assert f"{name}: it cannot be read: " in source.left_out.named[0]
@@ -836,7 +836,7 @@ def test_picture_of_a_manifest_may_have_any_version(place: str) -> None:
 def test_rows_say_when_their_object_was_changed(place: str) -> None:
     put(place, containers(PICTURE))
     for row in rows_of(place):
-        assert row["modified_at"] == storage.describe(row["container"] or row["uri"]).modified_at
+        assert row["modified_at"] == listing.describe(row["container"] or row["uri"]).modified_at
 
 
 @pytest.mark.s3

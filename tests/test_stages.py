@@ -34,7 +34,7 @@ from jobs.pipeline.actors import (
 )
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.patience import Patience
-from jobs.storage import errors, storage
+from jobs.storage import errors, probes
 from nsnet.captions import Captioner
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, OutageError
@@ -404,7 +404,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def on_question(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> list[str]:
     """Do something when a stage asks for the so-manieth time whether a store answers; returns what it asked."""
     asked: list[str] = []
-    answers = storage.answers
+    answers = probes.store_is_up
 
     def ask(uri: str, source: str | None) -> bool:
         asked.append(uri)
@@ -412,7 +412,7 @@ def on_question(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[
             action()
         return answers(uri, source)
 
-    monkeypatch.setattr(storage, "answers", ask)
+    monkeypatch.setattr(probes, "store_is_up", ask)
     return asked
 
 

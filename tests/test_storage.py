@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import s3fs
 
-from jobs.storage import storage
+from jobs.storage import bundles, filesystems, listing, probes, reading, uris, writing
 from jobs.storage.left_out import LeftOut
-from jobs.storage.storage import Entry
+from jobs.storage.listing import Entry
 from nsnet.errors import BundleError, StorageError, UsageError
 from tests.proxy import Action, Always, FaultyProxy, Kind, Script, in_front_of
 from tests.swift import SwiftServer
@@ -49,7 +49,7 @@ def clients() -> Iterator[None]:
 
 
 def names(place: str, left_out: LeftOut | None = None) -> list[str]:
-    return sorted(entry.uri.removeprefix(place + "/") for entry in storage.list_files(place, left_out))
+    return sorted(entry.uri.removeprefix(place + "/") for entry in listing.list_files(place, left_out))
 
 
 # URIs.
@@ -58,43 +58,43 @@ def names(place: str, left_out: LeftOut | None = None) -> list[str]:
 def test_local_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/somewhere")
-    assert storage.absolute("a/../b c") == f"{tmp_path}/b c"
-    assert storage.absolute("~/x") == "/somewhere/x"
-    assert storage.absolute("/x//y/") == "/x/y"
-    assert storage.absolute("file:///x/y/") == "/x/y"
-    assert storage.absolute("file://x/~") == f"{tmp_path}/x/~"
-    assert storage.absolute("a:b") == f"{tmp_path}/a:b"
+    assert uris.absolute("a/../b c") == f"{tmp_path}/b c"
+    assert uris.absolute("~/x") == "/somewhere/x"
+    assert uris.absolute("/x//y/") == "/x/y"
+    assert uris.absolute("file:///x/y/") == "/x/y"
+    assert uris.absolute("file://x/~") == f"{tmp_path}/x/~"
+    assert uris.absolute("a:b") == f"{tmp_path}/a:b"
 
 
 def test_s3_uri_keeps_its_key() -> None:
-    assert storage.absolute("s3://bucket") == storage.absolute("s3://bucket/") == "s3://bucket"
-    assert storage.absolute("s3://bucket/a//../ü ~#?x/") == "s3://bucket/a//../ü ~#?x"
+    assert uris.absolute("s3://bucket") == uris.absolute("s3://bucket/") == "s3://bucket"
+    assert uris.absolute("s3://bucket/a//../ü ~#?x/") == "s3://bucket/a//../ü ~#?x"
 
 
 @pytest.mark.parametrize("uri", ["http://x/y.jpg", "https://x", "gs://b/k", "S3://b/k", "://x", "memory://", "s3a://b"])
 def test_other_scheme_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"only local paths and s3:// are supported, not {uri[:-4]}"[:50])):
-        storage.absolute(uri)
+        uris.absolute(uri)
 
 
 @pytest.mark.parametrize("uri", ["", "s3://", "s3:///key", "file://"])
 def test_uri_of_no_place_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="names no place"):
-        storage.absolute(uri)
+        uris.absolute(uri)
 
 
 def test_join_and_locality() -> None:
-    assert storage.join("/a/", "b", "c.json") == "/a/b/c.json"
-    assert storage.join("s3://bucket", "b") == "s3://bucket/b"
-    assert storage.is_local("/a/b") and not storage.is_local("s3://bucket/b")
+    assert uris.join("/a/", "b", "c.json") == "/a/b/c.json"
+    assert uris.join("s3://bucket", "b") == "s3://bucket/b"
+    assert uris.is_local("/a/b") and not uris.is_local("s3://bucket/b")
 
 
 def test_weights_must_be_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert storage.model_path(None) is None
-    assert storage.model_path("clip.pt") == str(tmp_path / "clip.pt")
+    assert uris.model_path(None) is None
+    assert uris.model_path("clip.pt") == str(tmp_path / "clip.pt")
     with pytest.raises(UsageError, match="local path"):
-        storage.model_path("s3://bucket/clip.pt")
+        uris.model_path("s3://bucket/clip.pt")
 
 
 # Reading, writing and listing.
@@ -105,10 +105,10 @@ NAMES = ["a.jpg", "ä ö/图像 #1?.png", "x/100%+1&a=b.webp", "x/y/_deep.tar.jp
 def test_every_name_is_written_listed_and_read(place: str) -> None:
     put(place, {name: name.encode() for name in NAMES})
     assert names(place) == sorted(NAMES)
-    for entry in storage.list_files(place):
+    for entry in listing.list_files(place):
         name = entry.uri.removeprefix(place + "/")
-        assert storage.read_bytes(entry.uri) == name.encode()
-        assert entry == storage.describe(entry.uri)
+        assert reading.read_bytes(entry.uri) == name.encode()
+        assert entry == listing.describe(entry.uri)
         assert entry.size_bytes == len(name.encode()) and entry.etag and '"' not in entry.etag
 
 
@@ -120,27 +120,27 @@ def test_ranges_are_those_of_a_slice(place: str) -> None:
     put(place, {"x": content, "empty": b""})
     for start, length in RANGES:
         end = None if length is None else start + length
-        assert storage.read_bytes(f"{place}/x", start, length) == content[start:end], (start, length)
-        assert storage.read_bytes(f"{place}/empty", start, length) == b"", (start, length)
+        assert reading.read_bytes(f"{place}/x", start, length) == content[start:end], (start, length)
+        assert reading.read_bytes(f"{place}/empty", start, length) == b"", (start, length)
 
 
 def test_missing_object_is_not_found(place: str) -> None:
     put(place, {"x": b""})
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"{place}/y")
+        reading.read_bytes(f"{place}/y")
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"{place}/y", 3, 5)
+        reading.read_bytes(f"{place}/y", 3, 5)
     with pytest.raises(FileNotFoundError):
-        storage.describe(f"{place}/y")
+        listing.describe(f"{place}/y")
 
 
 def test_existence_of_objects_and_folders(place: str) -> None:
     put(place, {"a/b/c": b"1", "ab": b"1"})
-    assert storage.is_folder(place) and storage.is_folder(f"{place}/a") and storage.is_folder(f"{place}/a/b")
-    assert not storage.is_folder(f"{place}/a/b/c") and not storage.is_folder(f"{place}/ab")
-    assert not storage.is_folder(f"{place}/absent")
-    assert storage.exists(f"{place}/a/b/c") and storage.exists(f"{place}/a/b")
-    assert not storage.exists(f"{place}/absent") and not storage.exists(f"{place}/a/b/d")
+    assert listing.is_folder(place) and listing.is_folder(f"{place}/a") and listing.is_folder(f"{place}/a/b")
+    assert not listing.is_folder(f"{place}/a/b/c") and not listing.is_folder(f"{place}/ab")
+    assert not listing.is_folder(f"{place}/absent")
+    assert listing.exists(f"{place}/a/b/c") and listing.exists(f"{place}/a/b")
+    assert not listing.exists(f"{place}/absent") and not listing.exists(f"{place}/a/b/d")
 
 
 def test_listing_holds_nothing_beside_the_folder(place: str) -> None:
@@ -150,31 +150,31 @@ def test_listing_holds_nothing_beside_the_folder(place: str) -> None:
 
 def test_etag_follows_the_content(place: str) -> None:
     put(place, {"x": b"one"})
-    first = storage.describe(f"{place}/x").etag
-    assert storage.describe(f"{place}/x").etag == first
+    first = listing.describe(f"{place}/x").etag
+    assert listing.describe(f"{place}/x").etag == first
     put(place, {"x": b"two"})
-    assert storage.describe(f"{place}/x").etag != first
+    assert listing.describe(f"{place}/x").etag != first
 
 
 def test_json_round_trips(place: str) -> None:
     value = {"ü": [1, 2.5, None], "nested": {"a": "half a pair: \ud800"}}
-    storage.write_json(f"{place}/deep/x.json", value)
-    assert storage.read_json(f"{place}/deep/x.json") == value
+    writing.write_json(f"{place}/deep/x.json", value)
+    assert reading.read_json(f"{place}/deep/x.json") == value
 
 
 def test_removed_file_takes_nothing_else_along(place: str) -> None:
-    put(place, {"lock": b"", "lock/1": b""} if not storage.is_local(place) else {"lock": b"", "locks": b""})
+    put(place, {"lock": b"", "lock/1": b""} if not uris.is_local(place) else {"lock": b"", "locks": b""})
     kept = [name for name in names(place) if name != "lock"]
-    storage.remove_file(f"{place}/lock")
-    storage.remove_file(f"{place}/lock")
+    writing.remove_file(f"{place}/lock")
+    writing.remove_file(f"{place}/lock")
     assert names(place) == kept and len(kept) == 1
 
 
 def test_uploaded_file_is_whole_and_replaces(place: str, tmp_path: Path) -> None:
     for content in (os.urandom(6_000_000), b"", b"short"):
         (tmp_path / "file").write_bytes(content)
-        storage.upload_file(tmp_path / "file", f"{place}/deep/x.bin")
-        assert storage.read_bytes(f"{place}/deep/x.bin") == content
+        writing.upload_file(tmp_path / "file", f"{place}/deep/x.bin")
+        assert reading.read_bytes(f"{place}/deep/x.bin") == content
     assert names(place) == ["deep/x.bin"]
 
 
@@ -196,63 +196,63 @@ def test_damaged_json_is_named_with_its_reason_and_what_to_do(
     content: bytes, reason: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if b"x" in content:
-        monkeypatch.setattr(storage, "MAX_JSON_BYTES", 64)
+        monkeypatch.setattr(reading, "MAX_JSON_BYTES", 64)
     put(place, {"x.json": content})
     with pytest.raises(StorageError) as caught:
-        storage.read_json(f"{place}/x.json", {"a": int}, "remove it")
+        reading.read_json(f"{place}/x.json", {"a": int}, "remove it")
     message = str(caught.value)
     assert message.startswith(f"{place}/x.json is damaged (") and reason in message and message.endswith("): remove it")
 
 
 def test_json_as_deep_as_is_allowed_is_read(tmp_path: Path) -> None:
     put(str(tmp_path), {"x.json": b"[" * 32 + b"]" * 32})
-    assert storage.read_json(f"{tmp_path}/x.json")
+    assert reading.read_json(f"{tmp_path}/x.json")
 
 
 def test_folder_in_the_place_of_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").mkdir()
     with pytest.raises(StorageError, match=f"{tmp_path}/x.json is damaged .it is a folder.: restore it"):
-        storage.read_json(f"{tmp_path}/x.json")
+        reading.read_json(f"{tmp_path}/x.json")
 
 
 def test_names_below_a_folder_are_told_apart(place: str) -> None:
     put(place, {"b/1": b"", "b/c/2": b"", "a": b"", "ü #": b""})
-    assert storage.names_below(place) == storage.Names(folders=["b"], files=["a", "ü #"], others=[])
-    assert storage.names_below(f"{place}/absent") == storage.Names(folders=[], files=[], others=[])
+    assert listing.names_below(place) == listing.Names(folders=["b"], files=["a", "ü #"], others=[])
+    assert listing.names_below(f"{place}/absent") == listing.Names(folders=[], files=[], others=[])
 
 
 def test_links_are_neither_files_nor_folders(tmp_path: Path) -> None:
     put(str(tmp_path), {"file": b"x", "folder/1": b"x"})
     for name in ("file", "folder", "absent"):
         (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
-    found = storage.names_below(str(tmp_path))
+    found = listing.names_below(str(tmp_path))
     assert (found.folders, found.files) == (["folder"], ["file"])
     assert found.others == ["link to absent", "link to file", "link to folder"]
-    assert storage.subfolders(str(tmp_path)) == ["folder"]
+    assert listing.subfolders(str(tmp_path)) == ["folder"]
 
 
 def test_subfolders_are_named_sorted_and_not_deeper(place: str) -> None:
     put(place, {"b/1": b"", "a ü#/x/2": b"", "file": b"", "b/c/d/3": b"", "zz/1": b""})
-    assert storage.subfolders(place) == ["a ü#", "b", "zz"]
-    assert storage.subfolders(f"{place}/b") == ["c"]
-    assert storage.subfolders(f"{place}/zz") == storage.subfolders(f"{place}/absent") == []
+    assert listing.subfolders(place) == ["a ü#", "b", "zz"]
+    assert listing.subfolders(f"{place}/b") == ["c"]
+    assert listing.subfolders(f"{place}/zz") == listing.subfolders(f"{place}/absent") == []
 
 
 def test_reader_of_a_file_that_is_rewritten_sees_all_or_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "x")
     size = 3_000_000
     contents = [bytes([i]) * size for i in range(30)]
-    storage.write_bytes(path, contents[0])
+    writing.write_bytes(path, contents[0])
     stop, seen = threading.Event(), set()
 
     def read() -> None:
         while not stop.is_set():
-            seen.add(storage.read_bytes(path))
+            seen.add(reading.read_bytes(path))
 
     reader = threading.Thread(target=read)
     reader.start()
     for content in contents:
-        storage.write_bytes(path, content)
+        writing.write_bytes(path, content)
     stop.set()
     reader.join()
     assert len(seen) > 1 and seen <= set(contents)
@@ -277,27 +277,27 @@ def tree(count: int, seed: int, odd: bool) -> list[str]:
 
 def put_many(place: str, keys: list[str]) -> None:
     with ThreadPoolExecutor(16) as pool:
-        if storage.is_local(place):
-            list(pool.map(lambda key: storage.write_bytes(f"{place}/{key}", b""), keys))
+        if uris.is_local(place):
+            list(pool.map(lambda key: writing.write_bytes(f"{place}/{key}", b""), keys))
         else:
             bucket, _, prefix = place.removeprefix("s3://").partition("/")
-            system, _ = storage.filesystem(place)
+            system, _ = filesystems.filesystem(place)
             list(pool.map(lambda key: system.call_s3("put_object", Bucket=bucket, Key=f"{prefix}/{key}"), keys))
 
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that small trees reach."""
-    monkeypatch.setattr(storage, "LISTING_PAGE", 7)
-    monkeypatch.setattr(storage, "FAN_OUT", 5)
+    monkeypatch.setattr(listing, "LISTING_PAGE", 7)
+    monkeypatch.setattr(listing, "FAN_OUT", 5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_every_file_of_a_tree_is_listed_once(
     threads: int, small_pages: None, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "LISTING_THREADS", threads)
-    keys = tree(120, threads, odd=not storage.is_local(place))
+    monkeypatch.setattr(filesystems, "LISTING_THREADS", threads)
+    keys = tree(120, threads, odd=not uris.is_local(place))
     put_many(place, keys)
     assert names(place) == keys
     for folder in ("wide", "flat", "deep/deep", "a"):
@@ -308,8 +308,8 @@ def test_every_file_of_a_tree_is_listed_once(
 
 def test_thousands_of_files_in_very_many_folders_are_listed(place: str) -> None:
     """More than a page of keys, and more prefixes than are listed one by one."""
-    wide = [f"wide/{i:04}/x" for i in range(storage.FAN_OUT + 6)]
-    flat = [f"flat/{i:04}.jpg" for i in range(storage.LISTING_PAGE + 10)]
+    wide = [f"wide/{i:04}/x" for i in range(listing.FAN_OUT + 6)]
+    flat = [f"flat/{i:04}.jpg" for i in range(listing.LISTING_PAGE + 10)]
     put_many(place, wide + flat)
     assert names(place) == sorted(wide + flat)
 
@@ -328,7 +328,7 @@ def test_folders_that_are_listed_before_their_parent_is_done_do_not_end_the_list
     def entry(name: str) -> Entry:
         return Entry(uri=name, size_bytes=0, etag="", modified_at=datetime.now(UTC))
 
-    def listing(folder: str) -> Iterator[tuple[list[Entry], list[str]]]:
+    def pages(folder: str) -> Iterator[tuple[list[Entry], list[str]]]:
         if folder == "root":
             yield [entry("root")], Slow(["first", "second"])
         else:
@@ -336,29 +336,29 @@ def test_folders_that_are_listed_before_their_parent_is_done_do_not_end_the_list
             yield [], []
             done.set()
 
-    assert sorted(found.uri for found in storage._walk("root", listing)) == ["first", "root", "second"]
+    assert sorted(found.uri for found in listing._walk("root", pages)) == ["first", "root", "second"]
 
 
 def test_consumer_that_stops_early_leaves_no_thread_behind(
     small_pages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "LISTING_THREADS", 2)
+    monkeypatch.setattr(filesystems, "LISTING_THREADS", 2)
     put_many(str(tmp_path), [f"{i}/{j}" for i in range(60) for j in range(10)])  # far more pages than are waiting
     before = set(threading.enumerate())
     for taken in (1, 5, 50):
-        listing = storage.list_files(str(tmp_path))
-        assert len(list(islice(listing, taken))) == taken
+        walked = listing.list_files(str(tmp_path))
+        assert len(list(islice(walked, taken))) == taken
         assert set(threading.enumerate()) > before
-        listing.close()  # type: ignore[attr-defined]
+        walked.close()  # type: ignore[attr-defined]
         assert set(threading.enumerate()) == before
 
 
 def test_listing_is_not_begun_before_it_is_asked_for(tmp_path: Path) -> None:
     before = set(threading.enumerate())
-    listing = storage.list_files(str(tmp_path / "absent"))
+    walked = listing.list_files(str(tmp_path / "absent"))
     assert set(threading.enumerate()) == before
     left_out = LeftOut()
-    assert list(listing) == list(storage.list_files(str(tmp_path / "absent"), left_out)) == []
+    assert list(walked) == list(listing.list_files(str(tmp_path / "absent"), left_out)) == []
     assert left_out == {"folder that cannot be read (No such file or directory)": 1}
 
 
@@ -384,24 +384,24 @@ def test_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
 
 def test_error_deep_in_the_tree_reaches_the_consumer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_many(str(tmp_path), [f"{i}/{j}" for i in range(30) for j in range(30)])
-    real = storage._list_disk
+    real = listing._list_disk
 
     def fail(folder: str, leave_out: Callable[[str], None]) -> Iterator[tuple[list[Entry], list[str]]]:
         if folder == f"{tmp_path}/17":
             raise ZeroDivisionError("so it says")
         return real(folder, leave_out)
 
-    monkeypatch.setattr(storage, "_list_disk", fail)
+    monkeypatch.setattr(listing, "_list_disk", fail)
     before = set(threading.enumerate())
     with pytest.raises(ZeroDivisionError, match="so it says"):
-        list(storage.list_files(str(tmp_path)))
+        list(listing.list_files(str(tmp_path)))
     assert set(threading.enumerate()) == before
 
 
 @pytest.mark.s3
 def test_listing_of_a_bucket_that_is_gone_says_so(bucket: str) -> None:
     with pytest.raises(FileNotFoundError):
-        list(storage.list_files(f"{bucket}-absent/x"))
+        list(listing.list_files(f"{bucket}-absent/x"))
 
 
 @pytest.mark.s3
@@ -425,7 +425,7 @@ def test_listing_of_which_a_part_fails_for_good_is_an_error(proxy: FaultyProxy, 
         wanted=lambda request: "continuation-token" in request.target and "prefix=place%2F2%2F" in request.target,
     )
     with pytest.raises(PermissionError):
-        list(storage.list_files(place))
+        list(listing.list_files(place))
     assert proxy.counts["refuse"] >= 1
 
 
@@ -433,12 +433,12 @@ def test_listing_of_which_a_part_fails_for_good_is_an_error(proxy: FaultyProxy, 
 
 
 def test_object_is_created_only_where_there_is_none(place: str) -> None:
-    assert storage.create(f"{place}/deep/lock", b"first")
-    assert not storage.create(f"{place}/deep/lock", b"second")
-    assert storage.read_bytes(f"{place}/deep/lock") == b"first"
-    storage.remove_file(f"{place}/deep/lock")
-    assert storage.create(f"{place}/deep/lock", b"third")
-    assert storage.read_bytes(f"{place}/deep/lock") == b"third"
+    assert writing.create(f"{place}/deep/lock", b"first")
+    assert not writing.create(f"{place}/deep/lock", b"second")
+    assert reading.read_bytes(f"{place}/deep/lock") == b"first"
+    writing.remove_file(f"{place}/deep/lock")
+    assert writing.create(f"{place}/deep/lock", b"third")
+    assert reading.read_bytes(f"{place}/deep/lock") == b"third"
     assert names(place) == ["deep/lock"]
 
 
@@ -448,7 +448,7 @@ def race(uri: str, count: int) -> list[bytes]:
 
     def create(i: int) -> bytes | None:
         start.wait()
-        return b"%d" % i if storage.create(uri, b"%d" % i) else None
+        return b"%d" % i if writing.create(uri, b"%d" % i) else None
 
     with ThreadPoolExecutor(count) as pool:
         return [content for content in pool.map(create, range(count)) if content is not None]
@@ -467,7 +467,7 @@ def test_one_of_many_creators_in_a_bucket_succeeds(proxy: FaultyProxy) -> None:
     bucket = new_bucket()
     for i in range(5):
         (winner,) = race(f"{bucket}/{i}", 16)
-        assert storage.read_bytes(f"{bucket}/{i}") == winner
+        assert reading.read_bytes(f"{bucket}/{i}") == winner
 
 
 @pytest.mark.s3
@@ -475,12 +475,12 @@ def test_one_of_many_creators_in_a_bucket_succeeds(proxy: FaultyProxy) -> None:
 def test_creator_whose_answer_was_lost_knows_its_own_object(fault: Kind, proxy: FaultyProxy) -> None:
     uri = new_bucket() + "/lock"
     proxy.policy = Script(Action(fault), wanted="PUT ")
-    assert storage.create(uri, b"mine")
+    assert writing.create(uri, b"mine")
     assert proxy.counts[fault] == 1 and proxy.requests("PUT ") >= 2
-    assert storage.read_bytes(uri) == b"mine"
+    assert reading.read_bytes(uri) == b"mine"
     proxy.policy = Script(Action(fault), wanted="PUT ")
-    assert not storage.create(uri, b"yours")
-    assert storage.read_bytes(uri) == b"mine"
+    assert not writing.create(uri, b"yours")
+    assert reading.read_bytes(uri) == b"mine"
 
 
 @pytest.mark.s3
@@ -489,29 +489,29 @@ def test_object_is_written_whole_over_a_bad_network(fault: Kind, proxy: FaultyPr
     bucket, content = new_bucket(), os.urandom(500_000)
     (tmp_path / "file").write_bytes(content)
     proxy.policy = Script(Action(fault), wanted="/written")
-    storage.write_bytes(f"{bucket}/written", content)
+    writing.write_bytes(f"{bucket}/written", content)
     proxy.policy = Script(Action(fault), wanted="/uploaded")
-    storage.upload_file(tmp_path / "file", f"{bucket}/uploaded")
+    writing.upload_file(tmp_path / "file", f"{bucket}/uploaded")
     assert proxy.counts[fault] == 2
     for name in ("written", "uploaded"):
-        assert storage.read_bytes(f"{bucket}/{name}") == content
+        assert reading.read_bytes(f"{bucket}/{name}") == content
         proxy.policy = Script(Action(fault), wanted=f"HEAD /{bucket[5:]}/{name}")
-        assert storage.describe(f"{bucket}/{name}").size_bytes == len(content)
+        assert listing.describe(f"{bucket}/{name}").size_bytes == len(content)
 
 
 def test_age_is_that_by_the_stores_clock(place: str) -> None:
     put(place, {"old": b"", "b": b""})
-    first = storage.age_seconds(f"{place}/old")
+    first = writing.age_seconds(f"{place}/old")
     assert -2.0 <= first < 300.0
-    if storage.is_local(place):
+    if uris.is_local(place):
         os.utime(f"{place}/old", (0, os.stat(f"{place}/b").st_mtime - 3600))
-        assert storage.age_seconds(f"{place}/old") >= 3599
+        assert writing.age_seconds(f"{place}/old") >= 3599
     else:
         time.sleep(2.2)
-        assert storage.age_seconds(f"{place}/old") >= first + 1
+        assert writing.age_seconds(f"{place}/old") >= first + 1
     assert names(place) == ["b", "old"]
     with pytest.raises(FileNotFoundError):
-        storage.age_seconds(f"{place}/absent")
+        writing.age_seconds(f"{place}/absent")
 
 
 # What lies on disks.
@@ -560,7 +560,7 @@ def test_files_and_folders_that_vanish_during_the_listing_are_counted(
 
     monkeypatch.setattr(os, "scandir", vanish)
     left_out = LeftOut()
-    found = [entry.uri for entry in storage.list_files(str(tmp_path), left_out)]
+    found = [entry.uri for entry in listing.list_files(str(tmp_path), left_out)]
     monkeypatch.undo()
     assert found == [f"{tmp_path}/b/y"]
     assert left_out == {
@@ -583,18 +583,18 @@ def test_folder_without_permission_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_keys_that_are_no_paths_are_listed_and_read(bucket: str) -> None:
-    system, _ = storage.filesystem(bucket)
+    system, _ = filesystems.filesystem(bucket)
     keys = ["a//b.jpg", "a/c.jpg", "/lead.jpg", "a", "a/../d", "tail.jpg"]
     for key in keys:
         system.call_s3("put_object", Bucket=bucket[5:], Key=key, Body=key.encode())
-    found = {entry.uri: storage.read_bytes(entry.uri) for entry in storage.list_files(bucket)}
+    found = {entry.uri: reading.read_bytes(entry.uri) for entry in listing.list_files(bucket)}
     assert found == {f"{bucket}/{key}": key.encode() for key in keys}
     assert names(f"{bucket}/a") == ["../d", "/b.jpg", "c.jpg"]
 
 
 @pytest.mark.s3
 def test_listing_goes_on_after_the_first_page(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LISTING_PAGE", 3)
+    monkeypatch.setattr(listing, "LISTING_PAGE", 3)
     put(bucket, {f"p/{i}": b"" for i in range(9)} | {"q": b""})
     assert names(f"{bucket}/p") == [str(i) for i in range(9)]
     assert len(names(bucket)) == 10
@@ -603,14 +603,14 @@ def test_listing_goes_on_after_the_first_page(bucket: str, monkeypatch: pytest.M
 @pytest.mark.s3
 def test_empty_bucket_and_absent_prefix_list_nothing(bucket: str) -> None:
     assert names(bucket) == [] and names(f"{bucket}/absent") == []
-    assert not storage.is_folder(f"{bucket}/absent")
+    assert not listing.is_folder(f"{bucket}/absent")
 
 
 @pytest.mark.s3
 def test_listing_sees_what_others_wrote_meanwhile(bucket: str) -> None:
     assert names(bucket) == []
     s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{bucket}/x", b"x")
-    assert names(bucket) == ["x"] and storage.exists(f"{bucket}/x")
+    assert names(bucket) == ["x"] and listing.exists(f"{bucket}/x")
 
 
 # Stores that do not answer.
@@ -619,7 +619,7 @@ def test_listing_sees_what_others_wrote_meanwhile(bucket: str) -> None:
 def complaint(uri: str, seconds: float = 15.0) -> str:
     started = time.monotonic()
     with pytest.raises(StorageError) as caught:
-        storage.reachable(uri)
+        probes.reachable(uri)
     message = str(caught.value)
     assert time.monotonic() - started < seconds
     assert "\n" not in message and len(message) < 500
@@ -628,9 +628,9 @@ def complaint(uri: str, seconds: float = 15.0) -> str:
 
 @pytest.mark.s3
 def test_bucket_that_is_there_is_reachable(bucket: str, tmp_path: Path) -> None:
-    storage.reachable(bucket)
-    storage.reachable(f"{bucket}/no/such/prefix")
-    storage.reachable(str(tmp_path / "absent"))
+    probes.reachable(bucket)
+    probes.reachable(f"{bucket}/no/such/prefix")
+    probes.reachable(str(tmp_path / "absent"))
 
 
 @pytest.mark.s3
@@ -665,7 +665,7 @@ def test_wrong_endpoint_is_named(endpoint: str, reason: str, clients: None, monk
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-s3cret")
-    monkeypatch.setattr(storage, "REACH_SECONDS", 1.0)
+    monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 1.0)
     message = complaint("s3://bucket/x")
     assert reason in message and "s3://bucket" in message and "a-s3cret" not in message
 
@@ -677,7 +677,7 @@ def test_endpoint_with_a_password_is_refused(
 ) -> None:
     monkeypatch.setenv(name, endpoint)
     shown = endpoint.replace("somebody:a-s3cret", "***")
-    for attempt in (storage.reachable, storage.list_files, storage.fetch):
+    for attempt in (probes.reachable, listing.list_files, reading.fetch):
         with pytest.raises(UsageError, match=re.escape(f"{name} is {shown}: it must hold no user or password")):
             list(attempt("s3://bucket/x") or ())  # type: ignore[operator]
 
@@ -693,12 +693,12 @@ def test_missing_keys_are_said(tmp_path: Path, clients: None, monkeypatch: pytes
 
 
 def test_store_that_never_answers_is_given_up(clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage.REACH_SECONDS <= 10
+    assert probes.PROBE_TIMEOUT_SECONDS <= 10
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-s3cret")
-        monkeypatch.setattr(storage, "REACH_SECONDS", 1.0)
+        monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 1.0)
         assert "no answer in time" in complaint("s3://bucket", 5)
 
 
@@ -726,11 +726,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_upload_writes_the_marking_file_last(tmp_path: Path, place: str) -> None:
     folder = tmp_path / "bundle"
     put(str(folder), {**FILES, DESCRIPTION: b"{}", "zz": b"after it in the alphabet"})
-    storage.upload_folder(folder, f"{place}/done", last=DESCRIPTION)
-    assert {entry.uri.removeprefix(f"{place}/done/") for entry in storage.list_files(f"{place}/done")} == set(
+    writing.upload_folder(folder, f"{place}/done", last=DESCRIPTION)
+    assert {entry.uri.removeprefix(f"{place}/done/") for entry in listing.list_files(f"{place}/done")} == set(
         content_of(folder)
     )
-    assert storage.read_bytes(f"{place}/done/lora/adapter_model.safetensors") == b"more"
+    assert reading.read_bytes(f"{place}/done/lora/adapter_model.safetensors") == b"more"
 
 
 def test_upload_that_fails_leaves_no_marking_file(tmp_path: Path) -> None:
@@ -738,29 +738,29 @@ def test_upload_that_fails_leaves_no_marking_file(tmp_path: Path) -> None:
     put(str(folder), {**FILES, DESCRIPTION: b"{}", "zz": b""})
     (tmp_path / "out" / "zz" / "in the way").mkdir(parents=True)
     with pytest.raises(OSError):
-        storage.upload_folder(folder, str(tmp_path / "out"), last=DESCRIPTION)
+        writing.upload_folder(folder, str(tmp_path / "out"), last=DESCRIPTION)
     assert (tmp_path / "out" / "network.safetensors").exists()
     assert not (tmp_path / "out" / DESCRIPTION).exists()
 
 
 def test_local_bundle_is_taken_where_it_is(tmp_path: Path, cache: Path) -> None:
-    assert storage.fetch_bundle(str(tmp_path / "bundle"), DESCRIPTION) == tmp_path / "bundle"
+    assert bundles.fetch_bundle(str(tmp_path / "bundle"), DESCRIPTION) == tmp_path / "bundle"
     assert not cache.exists()
 
 
 @pytest.mark.s3
 def test_remote_bundle_is_fetched_once(bucket: str, cache: Path) -> None:
     bundle = put(f"{bucket}/detector", {**FILES, DESCRIPTION: describe(FILES), "not listed": b""})
-    first = storage.fetch_bundle(bundle, DESCRIPTION)
+    first = bundles.fetch_bundle(bundle, DESCRIPTION)
     assert content_of(first) == {**FILES, DESCRIPTION: describe(FILES)}
     assert first.parent == cache
     for name in FILES:
         if name.startswith("lora/"):
-            storage.remove_file(f"{bundle}/{name}")
-    assert storage.fetch_bundle(bundle, DESCRIPTION) == first
+            writing.remove_file(f"{bundle}/{name}")
+    assert bundles.fetch_bundle(bundle, DESCRIPTION) == first
     changed = {"network.safetensors": b"other weights"}
     put(bundle, {**changed, DESCRIPTION: describe(changed)})
-    second = storage.fetch_bundle(bundle, DESCRIPTION)
+    second = bundles.fetch_bundle(bundle, DESCRIPTION)
     assert second != first and content_of(second) == {**changed, DESCRIPTION: describe(changed)}
     assert sorted(cache.iterdir()) == sorted([first, second])
 
@@ -771,7 +771,7 @@ def test_remote_bundle_fetched_by_many_at_once_is_whole_for_each(bucket: str, ca
     bundle = put(f"{bucket}/detector", {**files, DESCRIPTION: describe(files)})
 
     def fetch(_: int) -> dict[str, bytes]:
-        return content_of(storage.fetch_bundle(bundle, DESCRIPTION))
+        return content_of(bundles.fetch_bundle(bundle, DESCRIPTION))
 
     with ThreadPoolExecutor(6) as pool:
         for found in pool.map(fetch, range(12)):
@@ -799,7 +799,7 @@ def test_remote_bundle_fetched_by_many_at_once_is_whole_for_each(bucket: str, ca
 def test_names_that_leave_the_bundle_are_refused(name: str, bucket: str, cache: Path, tmp_path: Path) -> None:
     bundle = put(f"{bucket}/a/b/c/detector", {DESCRIPTION: json.dumps({"files": {name: "0" * 64}}).encode()})
     with pytest.raises(BundleError, match="does not belong in a bundle"):
-        storage.fetch_bundle(bundle, DESCRIPTION)
+        bundles.fetch_bundle(bundle, DESCRIPTION)
     assert not list(tmp_path.rglob("*escaped*")) and not Path("/tmp/nsnet-escaped").exists()
     assert not cache.exists() or not list(cache.iterdir())
 
@@ -808,20 +808,20 @@ def test_names_that_leave_the_bundle_are_refused(name: str, bucket: str, cache: 
 def test_damaged_remote_bundle_is_refused_and_not_kept(bucket: str, cache: Path) -> None:
     bundle = f"{bucket}/detector"
     with pytest.raises(BundleError, match=r"no detector bundle: detector\.json is missing"):
-        storage.fetch_bundle(bundle, DESCRIPTION)
+        bundles.fetch_bundle(bundle, DESCRIPTION)
     for description in (b"", b"{", b"[]", b"{}", b'{"files": 7}', b'{"files": ["a"]}', b"\xff"):
         put(bundle, {DESCRIPTION: description})
         with pytest.raises(BundleError, match=r"detector\.json is damaged"):
-            storage.fetch_bundle(bundle, DESCRIPTION)
+            bundles.fetch_bundle(bundle, DESCRIPTION)
     put(bundle, {DESCRIPTION: describe(FILES)})
     with pytest.raises(BundleError, match="is damaged: .* is missing"):
-        storage.fetch_bundle(bundle, DESCRIPTION)
+        bundles.fetch_bundle(bundle, DESCRIPTION)
     put(bundle, {**FILES, "lora/adapter_model.safetensors": b"half of an upload"})
     with pytest.raises(BundleError, match=r"the SHA-256 of lora/adapter_model\.safetensors"):
-        storage.fetch_bundle(bundle, DESCRIPTION)
+        bundles.fetch_bundle(bundle, DESCRIPTION)
     assert list(cache.iterdir()) == []
     put(bundle, FILES)
-    assert content_of(storage.fetch_bundle(bundle, DESCRIPTION)) == {**FILES, DESCRIPTION: describe(FILES)}
+    assert content_of(bundles.fetch_bundle(bundle, DESCRIPTION)) == {**FILES, DESCRIPTION: describe(FILES)}
 
 
 def test_entry_of_a_file_is_its_size_and_time(tmp_path: Path) -> None:
@@ -829,14 +829,14 @@ def test_entry_of_a_file_is_its_size_and_time(tmp_path: Path) -> None:
     path.write_bytes(b"12345")
     os.utime(path, ns=(0, 255))
     changed = datetime(1970, 1, 1, tzinfo=UTC)
-    assert storage.describe(str(path)) == Entry(uri=str(path), size_bytes=5, etag="5-ff", modified_at=changed)
+    assert listing.describe(str(path)) == Entry(uri=str(path), size_bytes=5, etag="5-ff", modified_at=changed)
 
 
 def test_time_of_the_last_change_is_that_of_the_store(place: str) -> None:
     put(place, {"x": b"1"})
-    (entry,) = storage.list_files(place)
-    assert entry.modified_at == storage.describe(f"{place}/x").modified_at
+    (entry,) = listing.list_files(place)
+    assert entry.modified_at == listing.describe(f"{place}/x").modified_at
     assert abs(datetime.now(UTC) - entry.modified_at) < timedelta(minutes=5)
-    if storage.is_local(place):
+    if uris.is_local(place):
         os.utime(f"{place}/x", (0, 86_400))
-        assert storage.describe(f"{place}/x").modified_at == datetime(1970, 1, 2, tzinfo=UTC)
+        assert listing.describe(f"{place}/x").modified_at == datetime(1970, 1, 2, tzinfo=UTC)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.runs import publication
-from jobs.storage import storage
+from jobs.storage import reading, uris
 from tests.multinode import running
 from tests.proxy import FaultyProxy, RandomPolicy
 from tests.swift import SwiftServer
@@ -77,7 +77,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
         assert score.end(60) == 143, score.text()
     assert score.lines[-1] == "error: stopped"
     (number,) = (tmp_path / "out" / "locks").iterdir()
-    assert storage.read_json(str(number)) == {"released": True}
+    assert reading.read_json(str(number)) == {"released": True}
     with running(*arguments) as score:
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
@@ -96,7 +96,7 @@ def test_images_that_take_too_long_fail_alone_and_are_not_tried_on_the_next_nigh
         assert score.end(RUN_SECONDS) == 3, score.text()
     rows = verdicts(str(tmp_path / "out"))
     failed = {row["uri"]: row for row in rows if row["status"] == "failed"}
-    assert len(rows) == 104 and {storage.join(source, name) for name in poison} == failed.keys()
+    assert len(rows) == 104 and {uris.join(source, name) for name in poison} == failed.keys()
     assert {(row["error_stage"], row["error_class"]) for row in failed.values()} == {("decode", "ImageTimeoutError")}
     put(source, {"the same again.png": poison["slow 8001.png"]})
     with running(source, *arguments) as score:

@@ -203,9 +203,9 @@ def job_checkpoint(uri: str) -> "CheckpointConfig":
     """A folder to which a dataset commits what it writes, so that its next run leaves that out."""
     from ray.data.checkpoint import CheckpointConfig
 
-    from jobs.storage import storage
+    from jobs.storage import filesystems
 
-    system, path = storage.arrow_filesystem(uri)
+    system, path = filesystems.arrow_filesystem(uri)
     return CheckpointConfig(
         id_column="image_id", checkpoint_path=path, override_filesystem=system, delete_checkpoint_on_success=False
     )

@@ -6,8 +6,8 @@ from typing import Any, Final, TypeAlias
 
 from jobs.dataset.containers import Container, ContainerError, ContainerTooLargeError, ReaderEndedError
 from jobs.dataset.tables import find_columns
-from jobs.storage import errors, storage
-from jobs.storage.storage import Fetched
+from jobs.storage import errors, listing, reading
+from jobs.storage.reading import Fetched
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 
 WINDOW: Final = 16
@@ -34,12 +34,12 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
     if container is None:
         # how much is asked for also says how long it may take; a manifest's sizes may be wrong
         known = size if row["listed"] and size is not None else max_bytes
-        return storage.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
+        return reading.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
-        return storage.fetch(container, position, min(size, max_bytes + 1), etag)
+        return reading.fetch(container, position, min(size, max_bytes + 1), etag)
     key = (container, row["etag"].rpartition("-")[0], row.get("column"))
     with _reading:  # one thread reads a row group, the others wait for it
-        return storage.with_retries(lambda: _read(key, position, max_bytes + 1), container)
+        return reading.with_retries(lambda: _read(key, position, max_bytes + 1), container)
 
 
 def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
@@ -90,7 +90,7 @@ class _Stored:
     def __init__(self, uri: str, version: str, column: str | None) -> None:
         self._uri, self._version = uri, version
         self._retries = 0
-        entry = storage.describe(uri)
+        entry = listing.describe(uri)
         if entry.etag != version:
             raise errors.ChangedError(f"{uri} was replaced since it was listed")
         self._container = Container(uri, "parquet", entry.size_bytes, self._read)
@@ -146,7 +146,7 @@ class _Stored:
             self._kept.popitem(last=False)
 
     def _read(self, offset: int, length: int) -> bytes:
-        fetched = storage.fetch(self._uri, offset, length, self._version)
+        fetched = reading.fetch(self._uri, offset, length, self._version)
         self._retries += fetched.requests - 1
         return fetched.data
 

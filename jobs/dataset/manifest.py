@@ -10,7 +10,7 @@ from typing import Any, Final
 from jobs.dataset.benchmarks import Labels
 from jobs.dataset.labels import is_missing, text
 from jobs.dataset.schema import MANIFEST
-from jobs.storage import storage
+from jobs.storage import uris
 from jobs.storage.redaction import REFUSED, holds_secrets, shown, without_secrets
 from nsnet.errors import UsageError
 
@@ -94,10 +94,10 @@ def _place(name: Any, manifest: str) -> str:
         if separator and not uri.startswith(f"{scheme}://{path.partition('/')[0]}/"):
             raise RowError(f"{without_secrets(str(name))} leaves the bucket of the manifest")
     try:
-        uri = storage.absolute(uri)
+        uri = uris.absolute(uri)
     except UsageError as error:
         raise RowError(str(error)) from error
-    if storage.is_local(uri) and not storage.is_local(manifest):
+    if uris.is_local(uri) and not uris.is_local(manifest):
         raise RowError(f"{uri} lies on this machine's disk: a manifest in a bucket may name buckets only")
     return uri
 

@@ -16,7 +16,7 @@ from jobs.dataset.benchmarks import Labels, labels_from_path
 from jobs.dataset.endings import SIDECARS, is_hidden, what_it_is
 from jobs.dataset.manifest import CONTAINERS, readable, row
 from jobs.dataset.tables import NoImagesError, Table
-from jobs.storage import storage
+from jobs.storage import listing, probes, uris
 from jobs.storage.left_out import LeftOut
 from nsnet.errors import SourceError
 
@@ -39,7 +39,7 @@ class Source:
         exclude: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        self.uri = storage.absolute(uri)
+        self.uri = uris.absolute(uri)
         self._columns = columns or {}
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
@@ -50,12 +50,12 @@ class Source:
 
     def check(self) -> None:
         """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
-        storage.reachable(self.uri)
+        probes.reachable(self.uri)
         if self._is_file():
-            if not storage.exists(self.uri):
+            if not listing.exists(self.uri):
                 raise SourceError(f"there is no source {self.uri}")
-        elif not storage.is_folder(self.uri):
-            if not storage.exists(self.uri):
+        elif not listing.is_folder(self.uri):
+            if not listing.exists(self.uri):
                 raise SourceError(f"there is no folder or prefix {self.uri}")
             kind = what_it_is(self.uri)
             hint = f"it is {kind}" if kind else "a source is a folder; for a single image see nsnet predict"
@@ -70,9 +70,9 @@ class Source:
         if not self._is_file():
             rows = self._folder(self.uri)
         elif self.uri.lower().endswith(".tar"):
-            rows = tars.rows(storage.describe(self.uri), self._sidecars, self.left_out, self.classes)
+            rows = tars.rows(listing.describe(self.uri), self._sidecars, self.left_out, self.classes)
         else:
-            rows = Table(storage.describe(self.uri), self._columns, NO_LABELS, self.classes).rows(strict=True)
+            rows = Table(listing.describe(self.uri), self._columns, NO_LABELS, self.classes).rows(strict=True)
         return filter(self._wanted, rows) if self._include or self._exclude else rows
 
     def _wanted(self, row: dict[str, Any]) -> bool:
@@ -89,11 +89,11 @@ class Source:
 
     def _is_file(self) -> bool:
         # Spark's and Ray's `x.parquet` is a folder
-        return self.uri.lower().endswith((".parquet", ".tar")) and not storage.is_folder(self.uri)
+        return self.uri.lower().endswith((".parquet", ".tar")) and not listing.is_folder(self.uri)
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
         prefix = uri.rstrip("/") + "/"
-        for entry in storage.list_files(uri, self.left_out):
+        for entry in listing.list_files(uri, self.left_out):
             relative = entry.uri.removeprefix(prefix)
             name = PurePosixPath(relative).name
             ending = PurePosixPath(name).suffix.lower()
@@ -116,7 +116,7 @@ class Source:
                     **labels_from_path(relative, uri)._asdict(),
                 )  # fmt: skip
 
-    def _inside(self, entry: storage.Entry, relative: str) -> Iterator[dict[str, Any]]:
+    def _inside(self, entry: listing.Entry, relative: str) -> Iterator[dict[str, Any]]:
         """Images of a container that lies among others: one that cannot be read must not stop the rest.
 
         In a folder that is named like a container, as Spark and Ray write them, each part must be one.

@@ -10,8 +10,8 @@ from jobs.dataset.containers import Container, Described
 from jobs.dataset.folders import SPLIT_FOLDERS
 from jobs.dataset.labels import HUGGINGFACE, class_names, is_missing, meanings, number, text, without_label
 from jobs.dataset.manifest import FACTS, HASH, from_values, readable, row, series
-from jobs.storage import storage
-from jobs.storage.storage import Entry
+from jobs.storage import reading
+from jobs.storage.listing import Entry
 from nsnet.errors import SourceError
 
 LABELS: Final = ("label", "generator", "split")
@@ -114,7 +114,7 @@ class Table:
         list nor of stored images: whoever may put a file into a bucket could have anything read that this job may read.
         """
         entry = self._entry
-        with Container(self.uri, "parquet", entry.size_bytes, storage.reader(self.uri)) as container:
+        with Container(self.uri, "parquet", entry.size_bytes, reading.reader(self.uri)) as container:
             described = container.describe(REPEATED)
             columns = find_columns(self.uri, described, self._named)
             stored = columns.image is not None

@@ -11,9 +11,9 @@ from jobs.dataset.containers import Container, Member
 from jobs.dataset.endings import IMAGE_ENDINGS, is_hidden
 from jobs.dataset.labels import meanings, number, without_label
 from jobs.dataset.manifest import readable, row, series
-from jobs.storage import storage
+from jobs.storage import reading
 from jobs.storage.left_out import LeftOut
-from jobs.storage.storage import Entry
+from jobs.storage.listing import Entry
 
 SIDECARS: Final = frozenset(
     ".__url__ .caption .cbor .cls .cls2 .height .id .index .inx .jsn .label .mp .msg .msgpack .pb .pickle .prompt .pyd "
@@ -32,7 +32,7 @@ def rows(
     `folder`: that of the tar below the source, whose folders go on in the tar. `x.cls` beside `x.jpg` holds the label.
     Of members of one name the last counts, as when the tar is unpacked.
     """
-    with Container(entry.uri, "tar", entry.size_bytes, storage.reader(entry.uri)) as tar:
+    with Container(entry.uri, "tar", entry.size_bytes, reading.reader(entry.uri)) as tar:
         members, behind = tar.members()
     if behind:
         left_out["data behind the end of a tar"] += 1

@@ -17,7 +17,7 @@ from jobs.console.main import say
 from jobs.dataset import labels, schema
 from jobs.evaluation.groups import SAID
 from jobs.runs import publication
-from jobs.storage import parquet, storage
+from jobs.storage import listing, parquet
 from jobs.storage.parquet_file import ParquetFile
 from nsnet.errors import SourceError
 
@@ -44,15 +44,15 @@ def read(uri: str) -> pa.Table:
     An image that several runs have judged counts once, as the newest run has it. Raises `NoVerdictsError` where
     there are none, `SourceError` for a damaged file, and for values that are no verdicts or no labels.
     """
-    if not storage.is_folder(uri):
-        if not storage.exists(uri):
+    if not listing.is_folder(uri):
+        if not listing.exists(uri):
             raise SourceError(f"there is no {uri}")
         if not uri.lower().endswith(".parquet"):
             raise NoVerdictsError(f"{uri} holds no published verdicts: it is no folder and no .parquet file")
         return _from_file(uri)
     if not any(record["files"] for record in publication.runs(uri)):
         prefix = uri.rstrip("/") + "/"
-        names = [entry.uri.removeprefix(prefix) for entry in islice(storage.list_files(uri), 3)]
+        names = [entry.uri.removeprefix(prefix) for entry in islice(listing.list_files(uri), 3)]
         found = f"there are files such as {', '.join(sorted(names))}" if names else "it holds no file"
         raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {found}")
     columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]

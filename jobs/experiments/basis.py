@@ -19,7 +19,7 @@ from ray.data import TaskPoolStrategy
 from jobs.dataset import schema
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import publication
-from jobs.storage import storage
+from jobs.storage import uris
 from nsnet.errors import SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
 
@@ -30,7 +30,7 @@ def caption_files(captions: str, features_id: str) -> list[str]:
     """Files of published captions and features of one maker."""
     records = publication.runs(captions, publication.CAPTIONS)
     return [
-        storage.join(captions, file["path"])
+        uris.join(captions, file["path"])
         for record in records
         if record.get("features_id") == features_id
         for file in record["files"]

@@ -11,7 +11,7 @@ from jobs.dataset.plan import Selection, write_manifest
 from jobs.experiments.request import SETTINGS, TrainRequest
 from jobs.runs import publication
 from jobs.runs.publication import Product
-from jobs.storage import storage
+from jobs.storage import listing, reading, uris, writing
 from jobs.storage.left_out import first_named
 from nsnet.errors import NullSpaceError, SourceError
 
@@ -42,10 +42,10 @@ def where(request: TrainRequest, recipe: "Recipe", models: "Models") -> Facts:
     if not needs_captions(recipe) and request.captions is None:
         from jobs.workflows.examine import FACTS_ID
 
-        return Facts(place=storage.join(request.work, "facts"), product=publication.FACTS, maker=FACTS_ID)
+        return Facts(place=uris.join(request.work, "facts"), product=publication.FACTS, maker=FACTS_ID)
     from jobs.caption import features_id
 
-    place = request.captions or storage.join(request.work, "captions")
+    place = request.captions or uris.join(request.work, "captions")
     return Facts(place=place, product=publication.CAPTIONS, maker=features_id(recipe.detector, models))
 
 
@@ -72,10 +72,10 @@ def examples_of(request: TrainRequest, recipe: "Recipe", facts: Facts, settings:
     """The split and its captions' features; what is missing of them is made."""
     from jobs.training import examples
 
-    stored = storage.join(request.work, SPLIT)
-    if not storage.exists(stored):
+    stored = uris.join(request.work, SPLIT)
+    if not listing.exists(stored):
         made = _make_split(request, recipe, facts)
-        storage.write_json(storage.join(request.work, SETTINGS), settings)
+        writing.write_json(uris.join(request.work, SETTINGS), settings)
         examples.write_split(made, stored)
     found = examples.Examples(table=examples.read_split(stored))
     if len(found.rows("train")) < 2 * request.workers[1]:
@@ -99,12 +99,12 @@ def share_split(request: TrainRequest) -> str:
     from jobs.pipeline.actors import Models
     from jobs.training import examples
 
-    recipe, stored = request.resolved(), storage.join(request.work, SPLIT)
+    recipe, stored = request.resolved(), uris.join(request.work, SPLIT)
     settings = request.identity(recipe)
-    if not request.belongs_to(settings) or not storage.exists(stored):
+    if not request.belongs_to(settings) or not listing.exists(stored):
         models = Models(clip_weights=request.clip_weights, captioner=request.captioner)
         made = _make_split(request, recipe, where(request, recipe, models))
-        storage.write_json(storage.join(request.work, SETTINGS), settings)
+        writing.write_json(uris.join(request.work, SETTINGS), settings)
         examples.write_split(made, stored)
     return stored
 
@@ -113,7 +113,7 @@ def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Ta
     """Find out what there is to know of the pictures, and split them."""
     from jobs.experiments import split
 
-    manifest = storage.join(request.work, "manifest.parquet")
+    manifest = uris.join(request.work, "manifest.parquet")
     plan = write_manifest(request.source, manifest, Selection(columns=request.columns))
     if plan.unread > request.max_left_out:
         raise SourceError(
@@ -135,7 +135,7 @@ def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Ta
     for line in split.describe(made):
         say(line)
     if made.unreadable:
-        storage.write_json(storage.join(request.work, UNREADABLE), made.unreadable)
+        writing.write_json(uris.join(request.work, UNREADABLE), made.unreadable)
     return made.table
 
 
@@ -189,8 +189,8 @@ def fitted(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Exa
     from jobs.experiments import basis
     from nsnet.recipes import BANK
 
-    uri = storage.join(request.work, FITTED)
-    if not storage.exists(uri):
+    uri = uris.join(request.work, FITTED)
+    if not listing.exists(uri):
         assert examples.text_features is not None
         rows = examples.rows("train")
         ids = examples.table.column("image_id").take(rows)
@@ -207,8 +207,8 @@ def fitted(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Exa
             say(f"bank: {len(tensors['caption_bank'])} captions")
         with tempfile.TemporaryDirectory() as scratch:
             save_file(tensors, Path(scratch) / FITTED)
-            storage.upload_file(Path(scratch) / FITTED, uri)
-    with storage.local_copy(uri) as path:
+            writing.upload_file(Path(scratch) / FITTED, uri)
+    with reading.local_copy(uri) as path:
         tensors = load_file(path)
     if projection.kind == "global":
         projection = replace(projection, rank=tensors["semantic_basis"].shape[1])

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs.storage import storage
+from jobs.storage import listing, reading, uris
 from nsnet.config import override, to_dict
 from nsnet.errors import ConfigError, UsageError
 from nsnet.images import DecodeLimits
@@ -91,26 +91,26 @@ class TrainRequest:
 
     def absolute(self) -> "TrainRequest":
         """The same with whole addresses. Raises `UsageError` for places where nothing can be."""
-        out = storage.absolute(self.out)
-        if not storage.is_local(out) and "/" not in storage.arrow_path(out):
+        out = uris.absolute(self.out)
+        if not uris.is_local(out) and "/" not in uris.arrow_path(out):
             raise UsageError(f"--out {out} is a whole bucket; name a place in it for the detector")
         return replace(
             self,
-            source=storage.absolute(self.source),
+            source=uris.absolute(self.source),
             out=out,
-            captions=storage.absolute(self.captions) if self.captions else None,
-            split=storage.absolute(self.split) if self.split else None,
-            clip_weights=storage.model_path(self.clip_weights),
-            captioner=storage.model_path(self.captioner),
+            captions=uris.absolute(self.captions) if self.captions else None,
+            split=uris.absolute(self.split) if self.split else None,
+            clip_weights=uris.model_path(self.clip_weights),
+            captioner=uris.model_path(self.captioner),
         )
 
     def belongs_to(self, settings: dict[str, Any]) -> bool:
         """Whether its place holds something of a training with these settings; `UsageError` where they are others."""
-        uri = storage.join(self.work, SETTINGS)
-        if not storage.exists(uri):
+        uri = uris.join(self.work, SETTINGS)
+        if not listing.exists(uri):
             return False
         remedy = f"restore it from a copy, or choose another --out; without it, {self.work} belongs to no training"
-        found = storage.read_json(uri, {}, remedy)
+        found = reading.read_json(uri, {}, remedy)
         if found != settings:
             changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
             raise UsageError(

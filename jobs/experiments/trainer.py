@@ -15,7 +15,7 @@ from jobs.cluster.resources import Shares
 from jobs.experiments.inputs import FITTED, SPLIT, Facts
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import progress
-from jobs.storage import errors, storage
+from jobs.storage import errors, filesystems, uris
 from jobs.storage.redaction import without_secrets
 from jobs.training import worker
 from jobs.training.checkpoints import settings_digest
@@ -45,7 +45,7 @@ def fit(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Example
     board = progress.start_board(board_name)
     gpus = {"GPU": 1.0} if shares.actor_gpus > 0 else {}
     low, high = request.workers
-    system, path = storage.arrow_filesystem(request.work)
+    system, path = filesystems.arrow_filesystem(request.work)
     trainer = TorchTrainer(
         cast(Any, worker.run),
         train_loop_config=vars(replace(told, board=board_name)),
@@ -90,11 +90,11 @@ def _worker_config(
     cpus, _ = resources.training_cpus(shares, request.workers[1])
     preparation = PreparationConfig(patches=recipe.detector.patches, limits=request.limits)
     captions = facts.place if recipe.detector.projection.needs_captions else None
-    fitted = storage.join(request.work, FITTED)
+    fitted = uris.join(request.work, FITTED)
     told = WorkerConfig(
         detector=to_dict(recipe.detector), training=to_dict(recipe.training), preparation=to_dict(preparation),
         seed=request.seed, source=request.source, clip_weights=request.clip_weights, work=request.work,
-        split=storage.join(request.work, SPLIT), captions=captions, features_id=facts.maker,
+        split=uris.join(request.work, SPLIT), captions=captions, features_id=facts.maker,
         fitted=fitted if recipe.detector.projection.kind in ("global", "rank_k") else None,
         digest=digest, failed_share=request.max_failed, task_cpus=shares.task_cpus, board=None,
     )  # fmt: skip

@@ -23,10 +23,10 @@ from jobs.dataset import fetching, schema
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.poison import Remembered
-from jobs.storage import storage
+from jobs.storage import bundles, probes, uris
 from jobs.storage.errors import OUTAGE_SECONDS
+from jobs.storage.reading import Fetched
 from jobs.storage.redaction import without_secrets
-from jobs.storage.storage import Fetched
 from nsnet import bundle
 from nsnet.errors import (
     BundleError,
@@ -97,7 +97,7 @@ class Models:
     def bundle_folder(self) -> Path:
         """The bundle as a local folder."""
         assert self.detector is not None
-        return storage.fetch_bundle(self.detector, bundle.DESCRIPTION)
+        return bundles.fetch_bundle(self.detector, bundle.DESCRIPTION)
 
     def captioner_folder(self, config: "CaptionerConfig") -> Path | None:
         """The captioner's folder: as given, in the bundle, or the hub's; None: the tiny one."""
@@ -250,7 +250,7 @@ class Prepare:
         """Wait until the store of a row answers, a moment at least: what is missing now may only have been away."""
         while time.monotonic() < end:
             time.sleep(min(OUTAGE_POLL_SECONDS, self.outage_seconds))
-            if storage.answers(row["container"] or row["uri"], self.source):
+            if probes.store_is_up(row["container"] or row["uri"], self.source):
                 return
         raise OutageError(
             f"the store of the pictures has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): what "
@@ -262,9 +262,9 @@ class Prepare:
         many pictures and gives none.
         """
         lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
-        stores = {i: storage.store_of(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
-        probes = {store: manifest[i]["container"] or manifest[i]["uri"] for i, store in stores.items()}
-        silent = {store for store, uri in probes.items() if not storage.answers(uri, self.source)}
+        stores = {i: uris.failure_domain(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
+        asked = {store: manifest[i]["container"] or manifest[i]["uri"] for i, store in stores.items()}
+        silent = {store for store, uri in asked.items() if not probes.store_is_up(uri, self.source)}
         if silent:
             return [i for i in lost if stores[i] in silent], True
         lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]

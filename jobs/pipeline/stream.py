@@ -17,7 +17,7 @@ from jobs.pipeline import progress
 from jobs.pipeline.actors import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.poison import Remembered
-from jobs.storage import errors, storage
+from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from nsnet.captions import CaptionerConfig
 from nsnet.errors import NsnetError, StorageError
@@ -64,7 +64,7 @@ class Stream:
 
         Raises `OutageError`, what an actor raises on purpose, and `StorageError` for what Ray cannot mend.
         """
-        system, path = storage.arrow_filesystem(folder)
+        system, path = filesystems.arrow_filesystem(folder)
         with progress.watch(self.board, title, total, stages):
             try:
                 self.dataset.write_parquet(
@@ -112,7 +112,7 @@ def prepared(
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
     report = StageReport(board_name=board_name)
-    files = sorted(entry.uri for entry in storage.list_files(todo))
+    files = sorted(entry.uri for entry in listing.list_files(todo))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.
     pictures = ray.data.read_datasource(

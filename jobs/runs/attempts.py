@@ -25,7 +25,7 @@ from jobs.console.main import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import names, removal
-from jobs.storage import errors, parquet, storage
+from jobs.storage import errors, listing, parquet, reading, uris, writing
 from jobs.storage.database import database
 from jobs.storage.errors import Fault
 from nsnet.errors import StorageError
@@ -61,24 +61,24 @@ class Attempt:
     @property
     def todo(self) -> str:
         """Folder of what is left (`schema.TODO`), a file per task."""
-        return storage.join(self.folder, "todo")
+        return uris.join(self.folder, "todo")
 
     @property
     def rows(self) -> str:
         """Folder of the rows that this attempt writes."""
-        return storage.join(self.folder, "rows")
+        return uris.join(self.folder, "rows")
 
     @property
     def checkpoint(self) -> str:
         """Folder of Ray Data's job checkpoint."""
-        return storage.join(self.folder, "checkpoint")
+        return uris.join(self.folder, "checkpoint")
 
     def committed(self) -> list[str]:
         """Files that this attempt finished, sorted."""
-        checkpoints, files = (storage.names_below(folder).files for folder in (self.checkpoint, self.rows))
+        checkpoints, files = (listing.names_below(folder).files for folder in (self.checkpoint, self.rows))
         tasks = {match["task"] for name in checkpoints if (match := names.COMMITTED.fullmatch(name))}
         whole = [name for name in files if (match := names.ROWS.fullmatch(name)) and match["task"] in tasks]
-        return [storage.join(self.rows, name) for name in whole]
+        return [uris.join(self.rows, name) for name in whole]
 
     def files(self) -> list[str]:
         """All files with finished rows, of this attempt and those before it."""
@@ -90,11 +90,11 @@ def unfinished(out: str) -> dict[str, dict[str, Any]]:
 
     What no run made is left and named. The caller must hold the lock.
     """
-    staging = storage.join(out, "staging")
-    below = storage.names_below(staging)
-    found, foreign = {}, [storage.join(staging, name) for name in below.files + below.others]
+    staging = uris.join(out, "staging")
+    below = listing.names_below(staging)
+    found, foreign = {}, [uris.join(staging, name) for name in below.files + below.others]
     for name in below.folders:
-        folder = storage.join(staging, name)
+        folder = uris.join(staging, name)
         if not names.is_run_id(name):
             foreign.append(f"{folder}/")
             continue
@@ -111,16 +111,16 @@ def unfinished(out: str) -> dict[str, dict[str, Any]]:
 
 def planned(staging: str) -> dict[str, Any]:
     """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
-    uri, remedy = storage.join(staging, SETTINGS), _plan_anew(staging)
-    values: dict[str, Any] = storage.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
+    uri, remedy = uris.join(staging, SETTINGS), _plan_anew(staging)
+    values: dict[str, Any] = reading.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
     plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions do not say what was not read
     for name, kind in {"count": int, "left_out": dict, "states": dict, "unread": list, "unread_count": int}.items():
         if type(plan.get(name)) is not kind:
-            raise storage.damaged(uri, f"the {name} of its plan is no {kind.__name__}", remedy)
+            raise reading.damaged(uri, f"the {name} of its plan is no {kind.__name__}", remedy)
     if not all(type(line) is str for line in plan["unread"]):
-        raise storage.damaged(uri, "the unread of its plan is no list of texts", remedy)
+        raise reading.damaged(uri, "the unread of its plan is no list of texts", remedy)
     if not all(names.is_run_id(run_id) for run_id in values["published"]):
-        raise storage.damaged(uri, "what was published before is no list of runs", remedy)
+        raise reading.damaged(uri, "what was published before is no list of runs", remedy)
     return {**values, "plan": plan}
 
 
@@ -134,7 +134,7 @@ def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     except (OSError, KeyError, pa.ArrowException) as error:
         if _may_pass(error):
             raise
-        raise storage.damaged(manifest, errors.reason(error), remedy) from error
+        raise reading.damaged(manifest, errors.reason(error), remedy) from error
 
 
 def _plan_anew(staging: str) -> str:
@@ -146,12 +146,12 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
 
     `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
     """
-    attempts = [name for name in storage.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
+    attempts = [name for name in listing.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
     earlier = [name for name in attempts if int(name.removeprefix("attempt-")) <= lock_number]
     own = f"attempt-{lock_number:08d}"
     if own in earlier:  # numbers of locks only grow, unless somebody removed them
         raise StorageError(
-            f"{storage.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
+            f"{uris.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
             f"{staging} while no run writes here, and its pictures are planned anew"
         )
     accepted: list[str] = []
@@ -160,26 +160,26 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
             frozen = _frozen(staging, name)
         except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
             continue
-        folder = storage.join(staging, name)
+        folder = uris.join(staging, name)
         accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
         break
-    attempt = Attempt(folder=storage.join(staging, own), number=len(earlier) + 1, accepted=accepted)
-    count = write_todo(storage.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
+    attempt = Attempt(folder=uris.join(staging, own), number=len(earlier) + 1, accepted=accepted)
+    count = write_todo(uris.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
     frozen = [name.removeprefix(f"{staging}/") for name in accepted]
-    storage.write_json(storage.join(attempt.folder, FROZEN), frozen)
+    writing.write_json(uris.join(attempt.folder, FROZEN), frozen)
     return replace(attempt, count=count)
 
 
 def _frozen(staging: str, attempt: str) -> list[str]:
     """Files with finished rows that an attempt took over, none outside its run whoever may write there."""
-    uri, remedy = storage.join(staging, attempt, FROZEN), _plan_anew(staging)
-    files = storage.read_json(uri, remedy=remedy)
+    uri, remedy = uris.join(staging, attempt, FROZEN), _plan_anew(staging)
+    files = reading.read_json(uri, remedy=remedy)
     if type(files) is not list:
-        raise storage.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
+        raise reading.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
     for file in files:
         if type(file) is not str or not names.ACCEPTED.fullmatch(file):
-            raise storage.damaged(uri, f"{str(file)[:80]!r} is no file of rows of this run", remedy)
-    return [storage.join(staging, file) for file in files]
+            raise reading.damaged(uri, f"{str(file)[:80]!r} is no file of rows of this run", remedy)
+    return [uris.join(staging, file) for file in files]
 
 
 def commit_rows(count: int) -> int:
@@ -236,17 +236,17 @@ def write_todo(
         return parquet.write_many(batches, schema.TODO, folder, task_rows)
 
 
-def _usable(staging: str, uris: list[str]) -> list[str]:
+def _usable(staging: str, files: list[str]) -> list[str]:
     """The files that can be read, and whose pictures were planned and are in no file before them: a retried task may
     have been killed while it wrote its file again, or have cut its rows into other files than the first time.
     """
     numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
     with database() as rows:
         rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
-        rows.insert("manifest", planned_rows(storage.join(staging, MANIFEST), IDS))
+        rows.insert("manifest", planned_rows(uris.join(staging, MANIFEST), IDS))
         rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
         damaged = set()
-        for n, ids in enumerate(_ids(uris)):
+        for n, ids in enumerate(_ids(files)):
             if ids is None:
                 damaged.add(n)
             else:
@@ -258,11 +258,11 @@ def _usable(staging: str, uris: list[str]) -> list[str]:
     useless = damaged | {n for (n,) in repeated}
     for n in sorted(useless):
         why = "is damaged" if n in damaged else "holds rows that another file holds, or that were not planned"
-        say(f"warning: {uris[n]} {why}, its rows are made again")
-    return [uri for n, uri in enumerate(uris) if n not in useless]
+        say(f"warning: {files[n]} {why}, its rows are made again")
+    return [uri for n, uri in enumerate(files) if n not in useless]
 
 
-def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
+def _ids(files: list[str]) -> Iterator[pa.Table | None]:
     """Ids in each of many files, in their order; None for one that cannot be read."""
 
     def read(uri: str) -> pa.Table | None:
@@ -274,8 +274,8 @@ def _ids(uris: list[str]) -> Iterator[pa.Table | None]:
             return None
 
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        for start in range(0, len(uris), parquet.READERS):  # no further ahead than this: memory is bounded
-            yield from pool.map(read, uris[start : start + parquet.READERS])
+        for start in range(0, len(files), parquet.READERS):  # no further ahead than this: memory is bounded
+            yield from pool.map(read, files[start : start + parquet.READERS])
 
 
 def _may_pass(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import attempts, lock, publication
 from jobs.runs.publication import Product, Run
-from jobs.storage import storage
+from jobs.storage import uris, writing
 from nsnet.config import to_dict
 
 if TYPE_CHECKING:  # Ray takes seconds to import, and a run with nothing to do needs none
@@ -98,7 +98,7 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
             _do(request, run, way, attempt, plan["count"])
             number, files, details = attempt.number, attempt.files(), way.details
         record = run.publish(
-            storage.join(run.staging, attempts.MANIFEST),
+            uris.join(run.staging, attempts.MANIFEST),
             files,
             check=held.check,
             planned_after=planned["published"],
@@ -179,7 +179,7 @@ def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
     published = sorted(publication.run_ids(request.out, product, request.maker))
     done = publication.published(request.out, schema.DONE, product, **{product.maker: request.maker})
     plan = write_manifest(
-        request.source, storage.join(run.staging, attempts.MANIFEST), request.selection, done,
+        request.source, uris.join(run.staging, attempts.MANIFEST), request.selection, done,
         transforms=request.transforms,
     )  # fmt: skip
     say(f"source: {plan.describe()}")
@@ -197,5 +197,5 @@ def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
     }
     held.check()
     if plan.count:  # else nothing is to be continued, and a run that is cut here counts as not planned
-        storage.write_json(storage.join(run.staging, attempts.SETTINGS), planned)
+        writing.write_json(uris.join(run.staging, attempts.SETTINGS), planned)
     return run, planned

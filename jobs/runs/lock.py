@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from jobs.console.main import say
 from jobs.runs import names
-from jobs.storage import errors, storage
+from jobs.storage import errors, listing, reading, uris, writing
 from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
@@ -65,7 +65,7 @@ class Lock:
     """The lock of an output; use `hold`."""
 
     def __init__(self, out: str) -> None:
-        self.folder = storage.join(out, "locks")
+        self.folder = uris.join(out, "locks")
         self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), **_process(os.getpid())}
         self.number = 0
         """Grows from holder to holder."""
@@ -123,7 +123,7 @@ class Lock:
             self._thread.join()
         try:
             if self._is_ours():
-                storage.write_bytes(self._uri(self.number), _encoded({"released": True}))
+                writing.write_bytes(self._uri(self.number), _encoded({"released": True}))
         except Exception as error:  # the store is away: the lock expires by itself
             say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({errors.reason(error)})")
 
@@ -134,16 +134,16 @@ class Lock:
         number = highest + 1
         if number > MAX_NUMBER:
             raise StorageError(f"{self._uri(highest)} has the last number that a lock can have: remove this file")
-        if not storage.create(self._uri(number), _encoded(self._holder)):
+        if not writing.create(self._uri(number), _encoded(self._holder)):
             return False
-        if not storage.is_local(self.folder):
+        if not uris.is_local(self.folder):
             time.sleep(SETTLE_SECONDS)
         self.number = number
         if not self._is_ours():
             return False
         for older in self._numbers():
             if older < number and self._is_lock(older):  # what another program put there stays
-                storage.remove_file(self._uri(older))
+                writing.remove_file(self._uri(older))
         return True
 
     def _is_free(self, number: int) -> bool:
@@ -151,7 +151,7 @@ class Lock:
         if holder.get("released") or _is_dead(holder):
             return True
         try:
-            return storage.age_seconds(self._uri(number)) > EXPIRY_SECONDS
+            return writing.age_seconds(self._uri(number)) > EXPIRY_SECONDS
         except FileNotFoundError:
             return False  # taken over at this moment
 
@@ -166,15 +166,15 @@ class Lock:
                     self._lost = "another run took it over, since this one was not heard of for a while"
                     self.interrupt()
                     return
-                storage.write_bytes(self._uri(self.number), _encoded(self._holder))
+                writing.write_bytes(self._uri(self.number), _encoded(self._holder))
             except Exception:  # botocore, aiohttp and OS errors share no base
                 continue
 
     def _uri(self, number: int) -> str:
-        return storage.join(self.folder, f"{number:08d}.json")
+        return uris.join(self.folder, f"{number:08d}.json")
 
     def _numbers(self) -> list[int]:
-        files = storage.names_below(self.folder).files
+        files = listing.names_below(self.folder).files
         return [int(match["number"]) for name in files if (match := names.LOCK.fullmatch(name))]
 
     def _highest(self) -> int:
@@ -190,7 +190,7 @@ class Lock:
     def _read(self, number: int) -> dict[str, Any]:
         """What a lock file says; nothing where it is damaged: then it holds until it expires."""
         try:
-            holder: dict[str, Any] = storage.read_json(self._uri(number), {}) if number else {}
+            holder: dict[str, Any] = reading.read_json(self._uri(number), {}) if number else {}
         except (FileNotFoundError, StorageError):
             return {}
         return holder

@@ -25,7 +25,7 @@ from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import names, removal
 from jobs.runs.attempts import planned_rows
-from jobs.storage import errors, parquet, storage
+from jobs.storage import errors, listing, parquet, reading, uris, writing
 from jobs.storage.database import database
 from nsnet.digest import file_digest
 from nsnet.errors import LockedError, NsnetError, SourceError, StorageError
@@ -71,17 +71,17 @@ class Run:
     @property
     def staging(self) -> str:
         """Folder of what is not yet published."""
-        return storage.join(self.out, "staging", self.run_id)
+        return uris.join(self.out, "staging", self.run_id)
 
     @property
     def final(self) -> str:
         """Folder of the published files."""
-        return storage.join(self.out, _final(self.product.name, self.run_id))
+        return uris.join(self.out, _final(self.product.name, self.run_id))
 
     @property
     def record(self) -> str:
         """The commit record."""
-        return storage.join(self.out, "runs", f"{self.run_id}.json")
+        return uris.join(self.out, "runs", f"{self.run_id}.json")
 
     def publish(
         self,
@@ -115,7 +115,7 @@ class Run:
             self._commit(record, check, planned_after)
         except (VerificationError, LockedError):
             for file in files:
-                storage.remove_file(storage.join(self.out, file["path"]))
+                writing.remove_file(uris.join(self.out, file["path"]))
             raise
         try:
             self.tidy(record)
@@ -153,15 +153,15 @@ class Run:
                     )
 
         refuse_if_overtaken()
-        encoded = storage.encode_json(record)
+        encoded = writing.encode_json(record)
         # read back, since not every store makes conditional puts atomic
-        if not storage.create(self.record, encoded) or storage.read_bytes(self.record) != encoded:
+        if not writing.create(self.record, encoded) or reading.read_bytes(self.record) != encoded:
             raise VerificationError(f"run {self.run_id} was published already, by another process")
         try:
             check()
             refuse_if_overtaken()
         except (VerificationError, LockedError):
-            storage.remove_file(self.record)
+            writing.remove_file(self.record)
             raise
 
     def tidy(self, record: dict[str, Any]) -> None:
@@ -268,11 +268,11 @@ def summary(record: dict[str, Any]) -> str:
 
 def records(out: str) -> list[dict[str, Any]]:
     """Records of all published runs below an output, whatever they publish, oldest first."""
-    folder = storage.join(storage.absolute(out), "runs")
-    below = storage.names_below(folder)
+    folder = uris.join(uris.absolute(out), "runs")
+    below = listing.names_below(folder)
     found = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # a link is read, too
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        return list(pool.map(_record, [storage.join(folder, name) for name in sorted(found)]))
+        return list(pool.map(_record, [uris.join(folder, name) for name in sorted(found)]))
 
 
 def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
@@ -288,23 +288,23 @@ def run_ids(out: str, product: Product, maker: str) -> set[str]:
 def _record(uri: str) -> dict[str, Any]:
     """A record. A bucket that others may write must not make it name files of other places."""
     remedy = "restore it from a copy; without it, remove its files as well, and their pictures are judged anew"
-    record: dict[str, Any] = storage.read_json(uri, {"run_id": str, "files": list}, remedy)
+    record: dict[str, Any] = reading.read_json(uri, {"run_id": str, "files": list}, remedy)
     run_id, product = record["run_id"], record.get("product", VERDICTS.name)
     if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
-        raise storage.damaged(uri, f"it is of the run {run_id!r}", remedy)
+        raise reading.damaged(uri, f"it is of the run {run_id!r}", remedy)
     if type(product) is not str:
-        raise storage.damaged(uri, f"its product is {product!r}", remedy)
+        raise reading.damaged(uri, f"its product is {product!r}", remedy)
     if product in PRODUCTS:  # else it is of another version, and no reader here asks for it
         for name in ("counts", "settings", "versions"):
             if type(record.get(name, {})) is not dict:
-                raise storage.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
+                raise reading.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
         folder = f"{_final(product, run_id)}/"
         for file in record["files"]:
             if type(file) is not dict:
-                raise storage.damaged(uri, f"one of its files is {file!r}", remedy)
+                raise reading.damaged(uri, f"one of its files is {file!r}", remedy)
             path = file.get("path")
             if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
-                raise storage.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
+                raise reading.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
     return record
 
 
@@ -335,7 +335,7 @@ def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Co
             older += is_older
             return is_older
 
-        removed += removal.remove(storage.join(out, product), names.PUBLISHED, keep).removed
+        removed += removal.remove(uris.join(out, product), names.PUBLISHED, keep).removed
     if older:
         say(
             f"warning: {out} holds {older:,} files of runs that are older than all records (runs/*.json): put their "
@@ -349,8 +349,8 @@ def verdicts(out: str) -> "Dataset":
 
     A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
     """
-    out = storage.absolute(out)
-    paths = [storage.join(out, file["path"]) for record in runs(out) for file in record["files"]]
+    out = uris.absolute(out)
+    paths = [uris.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
         raise SourceError(f"{out} holds no published verdicts")
     return parquet.dataset(paths, schema.VERDICTS)
@@ -374,7 +374,7 @@ def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa
     damaged.
     """
     for file in record["files"]:
-        uri = storage.join(storage.absolute(out), file["path"])
+        uri = uris.join(uris.absolute(out), file["path"])
         try:
             yield from parquet.read(uri, columns, optional=columns.names)
         except FileNotFoundError as error:
@@ -382,7 +382,7 @@ def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa
                 f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
             ) from error
         except pa.ArrowInvalid as error:
-            raise storage.damaged(
+            raise reading.damaged(
                 uri,
                 errors.reason(error),
                 "restore it from a copy; without it, remove its record "
@@ -399,8 +399,8 @@ def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: st
             rows = parquet.write(_first(batches, product.rows_per_file), schema.stored(product.columns), str(path))
             if rows == 0:
                 return
-            uri = storage.join(folder, f"part-{number:05d}-{token}.parquet")
-            storage.upload_file(path, uri)
+            uri = uris.join(folder, f"part-{number:05d}-{token}.parquet")
+            writing.upload_file(path, uri)
             yield {"path": uri, "rows": rows, "size_bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from jobs.runs.names import Own
-from jobs.storage import storage
+from jobs.storage import filesystems, listing, uris, writing
 from nsnet.errors import StorageError
 
 MAX_NAMED: Final = 3
@@ -37,14 +37,14 @@ class Removal:
 
     def in_bucket(self) -> None:
         """Object by object: fsspec's own removal takes `*`, `?` and `[` in a name for a pattern, and loses errors."""
-        for entry in storage.list_files(self.uri):
+        for entry in listing.list_files(self.uri):
             path = entry.uri.removeprefix(f"{self.uri.rstrip('/')}/")
             if not self.own.files.fullmatch(path):
                 self.foreign.append(entry.uri)
             elif not self.dry and not self.keep(path):
                 self.removed.append(entry.uri)
-        with ThreadPoolExecutor(storage.LISTING_THREADS) as pool:
-            for done in [pool.submit(storage.remove_file, uri) for uri in self.removed]:
+        with ThreadPoolExecutor(filesystems.LISTING_THREADS) as pool:
+            for done in [pool.submit(writing.remove_file, uri) for uri in self.removed]:
                 done.result()
 
     def on_disk(self) -> None:
@@ -72,11 +72,11 @@ class Removal:
                             with suppress(OSError):  # it is not empty
                                 os.rmdir(item.name, dir_fd=folder)
                 elif is_folder or not item.is_file(follow_symlinks=False) or not self.own.files.fullmatch(name):
-                    self.foreign.append(storage.join(self.uri, name) + "/" * is_folder)
+                    self.foreign.append(uris.join(self.uri, name) + "/" * is_folder)
                 elif not self.dry and not self.keep(name):
                     with suppress(FileNotFoundError):
                         os.unlink(item.name, dir_fd=folder)
-                        self.removed.append(storage.join(self.uri, name))
+                        self.removed.append(uris.join(self.uri, name))
         finally:
             os.close(folder)
 
@@ -88,16 +88,16 @@ def remove(uri: str, own: Own, keep: Callable[[str], bool] = lambda path: False,
     """
     removal = Removal(uri=uri, own=own, keep=keep, dry=dry)
     try:
-        removal.on_disk() if storage.is_local(uri) else removal.in_bucket()
+        removal.on_disk() if uris.is_local(uri) else removal.in_bucket()
     except PermissionError as error:
         raise StorageError(f"{uri} cannot be cleaned up: {error}; allow it, or remove it by hand") from error
     return removal
 
 
-def left_alone(uris: list[str]) -> str:
+def left_alone(places: list[str]) -> str:
     """The line for the person who runs the command."""
-    more = f" and {len(uris) - MAX_NAMED:,} more" if len(uris) > MAX_NAMED else ""
-    return f"left alone, since no run of this program made it: {', '.join(sorted(uris)[:MAX_NAMED])}{more}"
+    more = f" and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
+    return f"left alone, since no run of this program made it: {', '.join(sorted(places)[:MAX_NAMED])}{more}"
 
 
 def _opened(name: str, within: int | None = None) -> int | None:

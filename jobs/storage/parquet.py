@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from jobs.storage import storage
+from jobs.storage import filesystems, reading, uris, writing
 from jobs.storage.parquet_file import BUFFER_BYTES, ParquetFile
 
 BATCH_ROWS: Final = 8192
@@ -28,7 +28,7 @@ WRITERS: Final = 8
 def opened(uri: str) -> Iterator[ParquetFile]:
     """A file on storage. Raises what the store raises, and a `pa.ArrowException` where it is damaged."""
     try:
-        with storage.open_file(uri) as source:
+        with reading.open_file(uri) as source:
             yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
@@ -55,7 +55,7 @@ def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Ite
             yield whole
 
 
-def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
+def dataset(files: Sequence[str], columns: pa.Schema) -> pads.Dataset:
     """Files as an Arrow dataset of this schema, for readers outside; a column that a file lacks is null.
 
     Raises `ColumnTypeError` for an extension type in one of these columns.
@@ -66,30 +66,30 @@ def dataset(uris: Sequence[str], columns: pa.Schema) -> pads.Dataset:
             file.check(columns.names)
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(check, uris))
-    system, _ = storage.arrow_filesystem(uris[0])
-    return pads.dataset([storage.arrow_path(uri) for uri in uris], schema=columns, filesystem=system, format="parquet")
+        list(pool.map(check, files))
+    system, _ = filesystems.arrow_filesystem(files[0])
+    return pads.dataset([uris.arrow_path(uri) for uri in files], schema=columns, filesystem=system, format="parquet")
 
 
-def read_small(uris: Sequence[str], columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
+def read_small(files: Sequence[str], columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
     """As `read`, of many small files, several at a time, in their order."""
 
     def whole(uri: str) -> list[pa.RecordBatch]:
         return list(read(uri, columns, optional=optional))
 
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(uris), READERS):  # no further ahead than this: memory is bounded
-            for batches in pool.map(whole, uris[start : start + READERS]):
+        for start in range(0, len(files), READERS):  # no further ahead than this: memory is bounded
+            for batches in pool.map(whole, files[start : start + READERS]):
                 yield from batches
 
 
 def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int:
     """Write a file of these rows; returns their number."""
-    if storage.is_local(uri):
-        storage.make_folder(uri.rpartition("/")[0])
-    system, path = storage.arrow_filesystem(uri)
+    if uris.is_local(uri):
+        filesystems.make_folder(uri.rpartition("/")[0])
+    system, path = filesystems.arrow_filesystem(uri)
     count = 0
-    with storage.naming(uri), pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
+    with writing.naming(uri), pq.ParquetWriter(path, schema, filesystem=system, compression="zstd") as writer:
         for table in _groups(batches, schema):
             writer.write_table(table)
             count += table.num_rows
@@ -102,7 +102,7 @@ def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str
     with ThreadPoolExecutor(WRITERS) as pool:
         pending: deque[Future[int]] = deque()
         for part in _portions(batches, rows):
-            pending.append(pool.submit(write, [part], schema, storage.join(folder, f"part-{files:06d}.parquet")))
+            pending.append(pool.submit(write, [part], schema, uris.join(folder, f"part-{files:06d}.parquet")))
             files += 1
             if len(pending) > 2 * WRITERS:
                 count += pending.popleft().result()

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from jobs.dataset import schema
 from jobs.runs import publication
 from jobs.runs.publication import Product
-from jobs.storage import errors, parquet, storage
+from jobs.storage import errors, parquet, writing
 from jobs.storage.errors import Fault
 from nsnet.errors import SourceError
 
@@ -91,7 +91,7 @@ def write_split(table: pa.Table, uri: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "split.parquet"
         parquet.write(table.combine_chunks().to_batches(), SPLIT, str(written))
-        storage.upload_file(written, uri)
+        writing.upload_file(written, uri)
 
 
 def published(out: str, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.storage import errors, storage
+from jobs.storage import errors, uris, writing
 from jobs.storage.redaction import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Records:
         self._writer.flush()
         for path in Path(self._local.name).iterdir():
             try:
-                storage.upload_file(path, storage.join(self._folder, path.name))
+                writing.upload_file(path, uris.join(self._folder, path.name))
             except Exception as error:  # botocore, aiohttp and OS errors share no base
                 logger.warning("TensorBoard's file was not copied to %s: %s", self._folder, errors.reason(error))
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.cluster import resources
-from jobs.storage import storage
+from jobs.storage import reading, uris, writing
 from jobs.training import checkpoints, examples
 from jobs.training.checkpoints import LOGITS, ROWS, Progress
 from jobs.training.collectives import gather, mean_over_processes
@@ -165,7 +165,7 @@ class _Training:
     def _records(self) -> Records:
         settings = {"source": self.told.source, "seed": self.told.seed, **self.told.training, **self.told.detector}
         records = Records(
-            storage.join(self.told.work, "tensorboard"),
+            uris.join(self.told.work, "tensorboard"),
             first_step=self.progress.step,
             settings=settings,
             mlflow_run=self.progress.mlflow_run,
@@ -245,10 +245,10 @@ class _Training:
 
     def _diverged(self, step: int) -> None:
         """Save which pictures the step had, and stop."""
-        uri = storage.join(self.told.work, "diverged.json")
+        uri = uris.join(self.told.work, "diverged.json")
         if self.rank == 0:
             names = self.examples.names(self.order.whole(step))
-            storage.write_json(uri, {"epoch": self.order.epoch(step) + 1, "step": step + 1, "pictures": names})
+            writing.write_json(uri, {"epoch": self.order.epoch(step) + 1, "step": step + 1, "pictures": names})
         raise _Stop(
             f"the loss is not finite in step {step + 1} (epoch {self.order.epoch(step) + 1}); its pictures are named "
             f"in {uri}: look at them, or lower the learning rates"
@@ -261,14 +261,14 @@ class _Training:
         failed = torch.tensor([float(len(arrival.failed))], dtype=torch.float64, device=self.device)
         self.progress.failed += round(float(mean_over_processes(failed)) * self.world_size)
         if arrival.failed:
-            uri = storage.join(self.told.work, "failed", f"step-{step + 1:08d}-{self.rank:04d}.json")
-            storage.write_json(uri, arrival.failed)
+            uri = uris.join(self.told.work, "failed", f"step-{step + 1:08d}-{self.rank:04d}.json")
+            writing.write_json(uri, arrival.failed)
         count = len(self.order.rows)
         if self.progress.failed > self.told.failed_share * count:
             raise _Stop(
                 f"{self.progress.failed} of {count} training pictures could not be had any more, more than "
                 f"{self.told.failed_share:.0%} (--max-failed): they are listed in "
-                f"{storage.join(self.told.work, 'failed')}; does the split still match its source?"
+                f"{uris.join(self.told.work, 'failed')}; does the split still match its source?"
             )
 
     def _end_epoch(self) -> None:
@@ -379,7 +379,7 @@ def _build(told: WorkerConfig, config: DetectorConfig, training: TrainingConfig)
 
 def load_fitted(network: Network, uri: str) -> None:
     """Put what was computed from all captions, basis or bank, into a network."""
-    with storage.local_copy(uri) as path:
+    with reading.local_copy(uri) as path:
         network.load_state_dict(load_file(path), strict=False)
 
 

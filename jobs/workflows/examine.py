@@ -10,7 +10,7 @@ from jobs.runs import failures, publication
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import storage
+from jobs.storage import probes, uris
 from nsnet.config import to_dict
 from nsnet.images import DecodeLimits
 
@@ -31,8 +31,8 @@ def examine(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Publish the facts (`schema.FACTS`) of the pictures that have none in `out` yet; returns the run's record."""
-    source, out, limits = storage.absolute(source), storage.absolute(out), limits or DecodeLimits()
-    storage.check_output(out)
+    source, out, limits = uris.absolute(source), uris.absolute(out), limits or DecodeLimits()
+    probes.check_output(out)
     check_address(address)
     Source(source).check()
 

@@ -40,22 +40,22 @@ def make_images_and_bundle() -> None:
 
 def put_images() -> None:
     """The twelve images, and the many of the unfinished run, on the S3 server of the environment."""
-    from jobs.storage import storage
+    from jobs.storage import writing
 
     for path in sorted((LEFT / "images").rglob("*.jpg")):
         name, content = path.relative_to(LEFT / "images").as_posix(), path.read_bytes()
-        storage.write_bytes(f"s3://{BUCKET}/images/{name}", content)
+        writing.write_bytes(f"s3://{BUCKET}/images/{name}", content)
         for copy in range(COPIES):
-            storage.write_bytes(f"s3://{BUCKET}/many/{copy:02d}/{name}", content)
+            writing.write_bytes(f"s3://{BUCKET}/many/{copy:02d}/{name}", content)
 
 
 def download(place: str) -> None:
-    from jobs.storage import storage
+    from jobs.storage import listing, reading
 
-    for entry in storage.list_files(f"s3://{BUCKET}/{place}"):
+    for entry in listing.list_files(f"s3://{BUCKET}/{place}"):
         path = LEFT / place / entry.uri.removeprefix(f"s3://{BUCKET}/{place}/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(storage.read_bytes(entry.uri))
+        path.write_bytes(reading.read_bytes(entry.uri))
 
 
 def run(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -66,13 +66,13 @@ def main() -> None:
     if LEFT.exists():
         raise SystemExit(f"{LEFT} exists: name another folder")
     make_images_and_bundle()
-    from jobs.storage import storage
+    from jobs.storage import filesystems, listing
     from tests.golden.compute import fixed_bundle
 
     with tempfile.TemporaryDirectory() as scratch, SwiftServer(Path(scratch) / "swift") as server:
         environment = os.environ | server.environment()
         os.environ.update(server.environment())
-        system, _ = storage.filesystem(f"s3://{BUCKET}")
+        system, _ = filesystems.filesystem(f"s3://{BUCKET}")
         system.mkdir(BUCKET)
         put_images()
         bundle = str(fixed_bundle(Path(scratch) / "bundle"))
@@ -83,7 +83,7 @@ def main() -> None:
             assert run(*command, environment=environment).wait() == 0
         many = f"s3://{BUCKET}/unfinished"
         stopped = run("score", f"s3://{BUCKET}/many", "--detector", bundle, "--out", many, environment=environment)
-        while not any(COMMITTED.search(entry.uri) for entry in storage.list_files(f"{many}/staging")):
+        while not any(COMMITTED.search(entry.uri) for entry in listing.list_files(f"{many}/staging")):
             assert stopped.poll() is None, "it ended before a file of rows was committed"
             time.sleep(0.1)
         stopped.send_signal(signal.SIGTERM)

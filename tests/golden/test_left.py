@@ -13,7 +13,7 @@ from jobs.caption import caption
 from jobs.evaluate import evaluate
 from jobs.runs import publication
 from jobs.score import score
-from jobs.storage import storage
+from jobs.storage import filesystems, writing
 from tests.golden.compute import FOLDER, LEFT, fixed_bundle
 from tests.golden.left import BUCKET, COPIES, put_images
 
@@ -39,14 +39,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def bucket(cluster: None) -> str:
     """A bucket as the older release left it: its name is in every id of an image."""
-    system, _ = storage.filesystem(f"s3://{BUCKET}")
+    system, _ = filesystems.filesystem(f"s3://{BUCKET}")
     with suppress(FileExistsError):
         system.mkdir(BUCKET)
     put_images()
     for product in ("scored", "captioned", "unfinished"):
         for path in (LEFT / product).rglob("*"):
             if path.is_file():
-                storage.write_bytes(f"s3://{BUCKET}/{path.relative_to(LEFT)}", path.read_bytes())
+                writing.write_bytes(f"s3://{BUCKET}/{path.relative_to(LEFT)}", path.read_bytes())
     return f"s3://{BUCKET}"
 
 
