@@ -10,7 +10,7 @@ between a tenth and the end, and how the last tenth's speed compares with the fi
 from pathlib import Path
 
 from benchmarks import measure
-from jobs.runs import publication
+from jobs.runs import catalog
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     bundle = measure.tiny_bundle(work / "bundle")
     watched = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse", "--rescore"])
     samples = watched.samples
-    record = publication.runs(str(out))[-1]
+    record = catalog.runs(str(out))[-1]
     count, tenth = record["rows"], record["rows"] // 10
     first, early, late, end = (measure.at(samples, n) for n in (1, tenth, count - tenth, count))
     speed_first = (early.scored - first.scored) / (early.seconds - first.seconds)

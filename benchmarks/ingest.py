@@ -20,9 +20,10 @@ import pyarrow as pa
 from benchmarks import measure
 from jobs.cluster import resources
 from jobs.dataset.source import Source
-from jobs.pipeline.actors import transform_seed
+from jobs.pipeline.preparing import transform_seed
 from jobs.training.examples import SPLIT, Examples
-from jobs.training.ingest import Ingest, Order, picture_seed
+from jobs.training.ingest import Ingest
+from jobs.training.order import Order, image_seed
 from nsnet import recipes, transforms
 from nsnet.patches import assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
@@ -45,7 +46,7 @@ def split_of(source: Path) -> Examples:
 def plain(paths: list[str]) -> int:
     """The same work on some pictures in this process."""
     for path in paths:
-        seed = picture_seed(0, 0, path)
+        seed = image_seed(0, 0, path)
         chain = transforms.to_text(transforms.draw(AUGMENTATION, seed))
         done = prepare(Path(path).read_bytes(), CONFIG, chain, transform_seed(path, seed))
         assemble_mosaic(done.patches, seed)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from benchmarks import measure
 from jobs.dataset import schema
 from jobs.dataset.plan import write_manifest
-from jobs.runs import publication
+from jobs.runs import catalog, publication
 from jobs.storage import parquet, uris, writing
 
 PUBLISHED_FILE_ROWS: Final = 500_000
@@ -88,7 +88,7 @@ def on_s3(work: Path, objects: int) -> str:
 def against_history(work: Path, published: int) -> str:
     """A source of a tenth of what was published, of which all but a hundredth is known."""
     out = work / f"history-{published}"
-    if not publication.runs(str(out)):
+    if not catalog.runs(str(out)):
         _publish(out, published)
     count = published // 10
     source = work / f"source-{published}.parquet"
@@ -97,7 +97,7 @@ def against_history(work: Path, published: int) -> str:
     table = pa.table({"uri": names, "etag": etags})
     parquet.write(table.to_batches(), table.schema, str(source))
     del table, names, etags
-    done = publication.published(str(out), schema.DONE, detector_id="d")
+    done = catalog.published(str(out), schema.DONE, detector_id="d")
     return planned(f"{count:,} rows of a manifest against {published:,} published", str(source), str(work / "p"), done)
 
 

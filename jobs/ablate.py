@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.address import check_address
-from jobs.console import main
-from jobs.console.main import say
+from jobs.console import main, output, parameters
+from jobs.console.output import say
+from jobs.console.parameters import WorkersType
 from jobs.experiments import predictions
 from jobs.experiments.request import TrainRequest
 from jobs.storage import listing, parquet, reading, uris, writing
-from jobs.train import PREDICTIONS, RESULT, WorkersType, train
+from jobs.train import PREDICTIONS, RESULT, train
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError
 from nsnet.images import DecodeLimits
@@ -43,17 +44,17 @@ BASELINE: Final = "advanced"
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made below OUT.")
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
-@main.max_left_out_option
-@main.column_option
-@main.weights_options
-@main.limit_options
-@main.address_option
+@parameters.max_left_out_option
+@parameters.column_option
+@parameters.weights_options
+@parameters.limit_options
+@parameters.address_option
 def command(source: str, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
     """Train variants of a recipe on SOURCE, test them on the same pictures, and print one table with intervals.
 
     What was finished is kept: the same command continues.
     """
-    limits = main.limits_from(options)
+    limits = parameters.limits_from(options)
     try:
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
@@ -109,7 +110,7 @@ def ablate(
     text = as_text(rows)
     writing.write_json(uris.join(out, "ablation.json"), result)
     writing.write_bytes(uris.join(out, "ablation.txt"), (text + "\n").encode())
-    main.show(text)
+    output.show(text)
     say(f"table: {uris.join(out, 'ablation.json')}")
     return result
 

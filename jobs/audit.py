@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from jobs.auditing import duplicates, inventory, metadata_bias
 from jobs.auditing.text import as_text
-from jobs.console import main
-from jobs.console.main import say
+from jobs.console import main, output, parameters
+from jobs.console.output import say
 from jobs.dataset.plan import Selection, write_manifest
-from jobs.runs import publication
+from jobs.runs import catalog, products
 from jobs.storage import parquet, uris, writing
 from jobs.workflows.examine import FACTS_ID, examine
 from nsnet.duplicates import BITS, DISTANCE
@@ -33,18 +33,18 @@ COPIES: Final = "duplicates.parquet"
 @click.option("--out", default=None, help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.")
 @click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
-@main.selection_options
-@main.max_failed_option
-@main.max_left_out_option
-@main.limit_options
-@main.address_option
+@parameters.selection_options
+@parameters.max_failed_option
+@parameters.max_left_out_option
+@parameters.limit_options
+@parameters.address_option
 def command(source: str, **options: Any) -> int:
     """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
     pixel and JPEG quality alone tell real from fake.
 
     Pictures are looked at once: with --out, the next audit of the source looks at what is new or changed.
     """
-    limits = main.limits_from(options)
+    limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     result = audit(source, limits=limits, selection=selection, **options)
@@ -81,7 +81,7 @@ def audit(
             writing.write_bytes(uris.join(place, REPORT), (text + "\n").encode())
             writing.write_json(uris.join(place, RESULT), result)
             say(f"report: {uris.join(place, RESULT)}")
-    main.show(text)
+    output.show(text)
     return result
 
 
@@ -100,9 +100,9 @@ def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) 
 
     An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
     """
-    facts = publication.published(place, inventory.KNOWN, publication.FACTS, facts_id=FACTS_ID)
+    facts = catalog.published(place, inventory.KNOWN, products.FACTS, facts_id=FACTS_ID)
     if not listed_anew:
-        listing = publication.published(place, inventory.LISTED, publication.FACTS, facts_id=FACTS_ID)
+        listing = catalog.published(place, inventory.LISTED, products.FACTS, facts_id=FACTS_ID)
         return inventory.pictures(listing, facts)
     whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.console import main
-from jobs.console.main import say
+from jobs.console import main, parameters
+from jobs.console.output import say
 from jobs.experiments.predictions import PREDICTIONS
 from jobs.storage import bundles, listing, parquet, probes, uris, writing
 from nsnet import bundle, calibration
@@ -29,7 +29,7 @@ from nsnet.errors import BundleError, SourceError, UsageError
     "--operating-point", required=True, help="accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share)."
 )
 @click.option(
-    "--uncertain", type=main.ShareType(), default=None,
+    "--uncertain", type=parameters.ShareType(), default=None,
     help="Share of pictures nearest to the threshold that are called uncertain; default: what the point says, or none.",
 )  # fmt: skip
 @click.option("--out", required=True, help="Where the new bundle goes: a folder or s3:// URI.")

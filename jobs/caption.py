@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.cluster.address import check_address
-from jobs.console import main
+from jobs.console import main, parameters
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection
 from jobs.dataset.source import Source
-from jobs.runs import failures, publication
+from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
@@ -22,7 +22,7 @@ from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
 if TYPE_CHECKING:  # these import torch
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from nsnet.detector import DetectorConfig
 
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:  # these import torch
 @click.option("--out", required=True, help="Where captions are published: a folder or s3:// URI.")
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@main.selection_options
+@parameters.selection_options
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
-@main.max_failed_option
-@main.max_left_out_option
-@main.weights_options
-@main.limit_options
-@main.address_option
+@parameters.max_failed_option
+@parameters.max_left_out_option
+@parameters.weights_options
+@parameters.limit_options
+@parameters.address_option
 def command(source: str, **options: Any) -> int:
     """Caption the pictures of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
     features by the frozen text tower, or the reason why there is none. The same command continues a run that was
@@ -45,7 +45,7 @@ def command(source: str, **options: Any) -> int:
 
     Training reads them (`nsnet train --captions OUT`), and loads neither captioner nor text tower.
     """
-    limits = main.limits_from(options)
+    limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = caption(source, limits=limits, selection=selection, **options)
@@ -67,7 +67,7 @@ def caption(
     address: str | None = None,
 ) -> dict[str, Any]:
     """Caption a source and publish; returns the run's record, which has no rows where there was nothing to do."""
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from nsnet import recipes
 
     if batch_size < 1:
@@ -80,7 +80,7 @@ def caption(
     models = Models(clip_weights=uris.model_path(clip_weights), captioner=uris.model_path(captioner))
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
-        source=source, out=out, product=publication.CAPTIONS, maker=features_id(config, models),
+        source=source, out=out, product=products.CAPTIONS, maker=features_id(config, models),
         selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ def caption(
             title="caption",
             stages=("prepared", "captioned", "embedded"),
             stream=stream,
-            known=publication.published(out, schema.CAPTIONED, publication.CAPTIONS, captioner_id=models.captioner_id),
+            known=catalog.published(out, schema.CAPTIONED, products.CAPTIONS, captioner_id=models.captioner_id),
             captioner_id=models.captioner_id,
             details={
                 "captioner_id": models.captioner_id,

@@ -8,8 +8,8 @@ from typing import Any, Final
 import click
 
 from jobs.cluster.address import check_address
-from jobs.console import main
-from jobs.console.main import say
+from jobs.console import main, output, parameters
+from jobs.console.output import say
 from jobs.storage import uris
 from nsnet.errors import UsageError
 
@@ -23,7 +23,7 @@ HELD_OUT_SCENES: Final = range(1000, 1150)
 @click.option("--out", required=True, help="Folder for pictures, detector, verdicts and table.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of pictures, weights and order.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Training processes.")
-@main.address_option
+@parameters.address_option
 def command(out: str, **options: Any) -> int:
     """Make a labelled bucket, train `tiny` on it, score pictures that it has not seen, and evaluate.
 
@@ -71,7 +71,7 @@ def _progress(name: str, total: int) -> Any:
     """A line that is redrawn on a terminal, and silence in a log."""
     if not sys.stderr.isatty():
         return None
-    return lambda done: main.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
+    return lambda done: output.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
 
 
 if __name__ == "__main__":

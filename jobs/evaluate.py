@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.console import main
-from jobs.console.main import say
-from jobs.console.tables import as_text
+from jobs.console import main, output, parameters
+from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.evaluation import groups, verdicts
 from jobs.evaluation.comparison import SAMPLES, compare, long_table
 from jobs.evaluation.curves import curves
 from jobs.evaluation.verdicts import NoVerdictsError
+from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
 from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
@@ -50,11 +50,11 @@ Pairs = Mapping[str, str] | Literal["auto"]
     help="Call fake from this probability on, as benchmarks do with 0.5, whatever the detector said.",
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
-@main.max_failed_option
-@main.column_option
-@main.max_left_out_option
-@main.weights_options
-@main.address_option
+@parameters.max_failed_option
+@parameters.column_option
+@parameters.max_left_out_option
+@parameters.weights_options
+@parameters.address_option
 def command(
     verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
 ) -> int:
@@ -256,7 +256,7 @@ def _write(result: dict[str, Any], out: str) -> None:
     pq.write_table(long_table(result), rows)
     writing.write_bytes(uris.join(out, "evaluation.parquet"), rows.getvalue())
     writing.write_bytes(uris.join(out, "report.html"), page.encode())
-    main.show(text)
+    output.show(text)
     say(f"table: {uris.join(out, 'evaluation.json')}\nreport: {uris.join(out, 'report.html')}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from jobs.console import main
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.storage import listing, probes, uris, writing
 from nsnet import weight_formats
 from nsnet.digest import file_digest

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs.console import main
+from jobs.console import main, output, parameters
 from jobs.storage import errors, listing, probes, reading, uris
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.preparation import Prepared
@@ -17,8 +17,8 @@ from nsnet.preparation import Prepared
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
-@main.weights_options
-@main.limit_options
+@parameters.weights_options
+@parameters.limit_options
 def command(images: tuple[str, ...], **options: Any) -> int:
     """Judge one or more pictures (paths or s3:// URIs), each with its reasons.
 
@@ -26,11 +26,11 @@ def command(images: tuple[str, ...], **options: Any) -> int:
     """
     import torch
 
-    from jobs.pipeline.actors import Models
     from jobs.pipeline.decoding import GuardedDecoder
+    from jobs.pipeline.models import Models
     from nsnet.detector import Detector
 
-    limits = main.limits_from(options)
+    limits = parameters.limits_from(options)
     gpu = torch.cuda.is_available()
     if options["device"] == "cuda" and not gpu:
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
@@ -49,7 +49,7 @@ def command(images: tuple[str, ...], **options: Any) -> int:
         captioner=Path(models.captioner) if models.captioner else None,
     )
     if detector.description and detector.description.note:
-        main.say(detector.description.note)
+        output.say(detector.description.note)
     decoder = GuardedDecoder(detector.preparation(limits))
     failures = 0
     try:
@@ -62,9 +62,9 @@ def command(images: tuple[str, ...], **options: Any) -> int:
             failures += verdict.status == "failed"
             values = {"image": image, **dataclasses.asdict(verdict), "detector_id": detector.detector_id}
             if options["as_json"]:
-                main.show_json(values)
+                output.show_json(values)
             else:
-                main.show(_text(values))
+                output.show(_text(values))
     finally:
         decoder.close()
     return main.EXIT_TOO_MANY_FAILED if failures else 0
@@ -87,7 +87,7 @@ def _read(image: str, max_bytes: int) -> bytes:
 
 def _text(values: dict[str, Any]) -> str:
     """A verdict for people; what comes from the file is shown without control characters."""
-    values = {key: main.printable(value) if isinstance(value, str) else value for key, value in values.items()}
+    values = {key: output.printable(value) if isinstance(value, str) else value for key, value in values.items()}
     name = values["image"]
     if values["status"] == "failed":
         return f"{name}: not judged: {values['error_class']}: {values['error_message']}"

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from jobs.cluster.address import check_address
-from jobs.console import main
+from jobs.console import main, output, parameters
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection
 from jobs.dataset.source import Source
-from jobs.runs import failures, publication
+from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
@@ -28,7 +28,7 @@ from nsnet.images import DecodeLimits
 @click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
-@main.selection_options
+@parameters.selection_options
 @click.option(
     "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
 )
@@ -40,11 +40,11 @@ from nsnet.images import DecodeLimits
     show_default=True,
     help="Stop, to be continued, when the store of the pictures does not answer for so long.",
 )
-@main.max_failed_option
-@main.max_left_out_option
-@main.weights_options
-@main.limit_options
-@main.address_option
+@parameters.max_failed_option
+@parameters.max_left_out_option
+@parameters.weights_options
+@parameters.limit_options
+@parameters.address_option
 def command(source: str, **options: Any) -> int:
     """Score the pictures of SOURCE that this detector has not judged yet: one published row each, a verdict or the
     reason why there is none. The same command continues a run that was stopped.
@@ -52,7 +52,7 @@ def command(source: str, **options: Any) -> int:
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a
     WebDataset tar.
     """
-    limits = main.limits_from(options)
+    limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     record = score(source, limits=limits, selection=selection, **options)
@@ -94,16 +94,17 @@ def score(
     check_address(address)
     description = bundle.read(bundles.fetch_bundle(detector, bundle.DESCRIPTION))
     if description.note:
-        main.say(description.note)
+        output.say(description.note)
     Source(source).check()
     request = Request(
-        source=source, out=out, product=publication.VERDICTS, maker=description.detector_id, selection=selection,
+        source=source, out=out, product=products.VERDICTS, maker=description.detector_id, selection=selection,
         transforms=("", *transforms) if transforms else (), wait=wait, address=address,
         settings={"limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner},
     )  # fmt: skip
 
     def work(run: Run) -> Work:
-        from jobs.pipeline.actors import Models, Score
+        from jobs.pipeline.actors import Score
+        from jobs.pipeline.models import Models
         from jobs.pipeline.stream import (  # Ray and torch take seconds to import
             SCORING_COLUMNS,
             Stream,
@@ -147,7 +148,7 @@ def score(
             title="score",
             stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
             stream=stream,
-            known=publication.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
+            known=catalog.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
             captioner_id=models.captioner_id,
             details={
                 "captioner_id": models.captioner_id,

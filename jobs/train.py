@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobs.cluster.address import check_address
-from jobs.console import main
-from jobs.console.main import say
+from jobs.console import main, parameters
+from jobs.console.output import say
+from jobs.console.parameters import WorkersType
 from jobs.experiments.request import TrainRequest
 from jobs.runs import lock
 from jobs.storage import listing, probes, uris, writing
@@ -16,27 +17,12 @@ from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.errors import UsageError
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from jobs.training.examples import Examples
     from nsnet.recipes import Recipe
 
 PREDICTIONS: Final = "predictions.parquet"
 RESULT: Final = "result.json"
-
-
-class WorkersType(click.ParamType[tuple[int, int]]):
-    """A number of workers as `4`, or a range as `2-8`."""
-
-    name = "workers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        low, dash, high = str(value).partition("-")
-        high = high if dash else low
-        if not (low.isdecimal() and high.isdecimal()):
-            self.fail(f"{value!r} is no number such as 4 and no range such as 2-8", param, ctx)
-        return int(low), int(high)
 
 
 @click.command()
@@ -60,13 +46,13 @@ class WorkersType(click.ParamType[tuple[int, int]]):
     help="What the threshold is for: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
 )
 @click.option(
-    "--max-failed", type=main.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
+    "--max-failed", type=parameters.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
 )
-@main.max_left_out_option
-@main.column_option
-@main.weights_options
-@main.limit_options
-@main.address_option
+@parameters.max_left_out_option
+@parameters.column_option
+@parameters.weights_options
+@parameters.limit_options
+@parameters.address_option
 def command(source: str, **options: Any) -> int:
     """Train a detector on the labelled pictures of SOURCE and write it as a bundle.
 
@@ -74,7 +60,7 @@ def command(source: str, **options: Any) -> int:
     folders, or a `split` column, are kept; a pool without them is split by content. The same command continues after a
     stop. Split, records and predictions lie in OUT.training.
     """
-    train(TrainRequest(source=source, limits=main.limits_from(options), **options))
+    train(TrainRequest(source=source, limits=parameters.limits_from(options), **options))
     return 0
 
 
@@ -94,7 +80,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
 
     from jobs.experiments import inputs
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from nsnet.clip import find_weights
 
     models = Models(clip_weights=request.clip_weights, captioner=request.captioner)
@@ -151,12 +137,12 @@ def _bundle(
 ) -> str:  # fmt: skip
     """Write the bundle to a folder of this machine; returns the detector's id."""
     from jobs.experiments.inputs import FITTED
-    from jobs.training import checkpoints, worker
+    from jobs.training import checkpoints
     from nsnet.detector import Detector
 
     detector = Detector.build(recipe.detector, models.clip_path(), seed=request.seed)
     if recipe.detector.projection.kind in ("global", "rank_k"):
-        worker.load_fitted(detector.network, uris.join(request.work, FITTED))
+        checkpoints.load_fitted(detector.network, uris.join(request.work, FITTED))
     checkpoints.load_weights(detector.network, best)
     detector.with_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:

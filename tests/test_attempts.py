@@ -15,7 +15,7 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.dataset.manifest import image_id
-from jobs.pipeline import actors
+from jobs.pipeline import models
 from jobs.runs import attempts, names, removal
 from jobs.runs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.storage import filesystems, listing, parquet, reading, writing
@@ -440,7 +440,7 @@ def captioned(uri: str, etag: str = "1", size_bytes: int | None = 10, **values: 
     told = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}", "caption_run_id": "earlier"}
     row = {**told, **values}
     if row["caption"] is not None and row["content_hash"] is not None:  # else a row is published without one
-        row.setdefault("caption_id", actors.caption_id(CAPTIONER, row["content_hash"]))
+        row.setdefault("caption_id", models.caption_id(CAPTIONER, row["content_hash"]))
     return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **row)
 
 
@@ -486,9 +486,9 @@ def test_caption_of_a_touched_file_is_known(on_disk: str) -> None:
         captioned("/a/cat.jpg", caption=None),
         captioned("/b/cat.jpg", caption=None),
         captioned("/a/cat.jpg", content_hash=None),
-        captioned("/a/cat.jpg", caption_id=actors.caption_id("git-base-44556677", "hash of cat")),
-        captioned("/a/cat.jpg", caption_id=actors.caption_id(f"{CAPTIONER}9", "hash of cat")),
-        captioned("/a/cat.jpg", caption_id=actors.caption_id(f"x{CAPTIONER}", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=models.caption_id("git-base-44556677", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=models.caption_id(f"{CAPTIONER}9", "hash of cat")),
+        captioned("/a/cat.jpg", caption_id=models.caption_id(f"x{CAPTIONER}", "hash of cat")),
         captioned("/a/cat.jpg", caption_id=None),
     ],
     ids=[
@@ -528,7 +528,7 @@ def test_captions_are_of_nobody_where_no_captioner_is_named(on_disk: str) -> Non
 
 
 def test_caption_of_the_captioner_is_found_behind_one_of_another(on_disk: str) -> None:
-    other = actors.caption_id("git-base-44556677", "hash of cat")
+    other = models.caption_id("git-base-44556677", "hash of cat")
     published = [captioned("/a/cat.jpg", caption="by another", caption_id=other), captioned("/b/cat.jpg")]
     assert known(on_disk, [SAME], published) == [of("/b/cat.jpg")]
 

@@ -16,7 +16,7 @@ from jobs.auditing.text import as_text, conclusion
 from jobs.cluster import resources
 from jobs.dataset import schema
 from jobs.dataset.plan import write_manifest
-from jobs.runs import publication
+from jobs.runs import catalog, products
 from jobs.runs.publication import Run
 from jobs.storage import parquet, reading, writing
 from jobs.workflows.examine import FACTS_ID
@@ -214,7 +214,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def publish(source: str, out: str, failing: str = "") -> None:
     """Facts of all pictures of a source, as `examine` publishes them; pictures whose URI has this in it failed."""
-    run = Run(out=out, product=publication.FACTS)
+    run = Run(out=out, product=products.FACTS)
     manifest, staged = f"{run.staging}/manifest.parquet", rows_file(f"{run.staging}/attempt-00000001")
     write_manifest(source, manifest)
     rows = []
@@ -291,9 +291,7 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     ended, _, told = run_command("audit", source, "--out", out, "--max-left-out", allowed)
     assert ended == code
     assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
-    (record,) = (
-        found for found in publication.runs(out, publication.FACTS) if not found["rows"]
-    )  # both may be of one second
+    (record,) = (found for found in catalog.runs(out, products.FACTS) if not found["rows"])  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
     assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
     assert reading.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
@@ -338,7 +336,7 @@ def test_pictures_are_examined_once_and_their_bias_is_found(cluster: None, tmp_p
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]
     assert set(result["generators"]["g"]["metadata"]["told_by"]) == {"format", "bytes per pixel"}
     assert {row["kind"] for row in read_rows(f"{out}/{module.COPIES}")} == {"exact"}
-    assert len(publication.runs(out, publication.FACTS)) == 1
+    assert len(catalog.runs(out, products.FACTS)) == 1
     again, reprinted, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert (again, reprinted) == (0, printed)
-    assert [record["rows"] for record in publication.runs(out, publication.FACTS)] == [27, 0]
+    assert [record["rows"] for record in catalog.runs(out, products.FACTS)] == [27, 0]

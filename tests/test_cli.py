@@ -19,7 +19,7 @@ import s3fs
 
 from jobs import cli
 from jobs.cluster import resources
-from jobs.console import main
+from jobs.console import main, output, parameters
 from jobs.storage import probes, writing
 from jobs.storage.left_out import LeftOut, first_named
 from nsnet import bundle as bundles
@@ -90,7 +90,7 @@ def test_share_that_is_none_is_refused(value: str) -> None:
     ("value", "share"), [("1%", 0.01), ("0.01", 0.01), (" 0% ", 0.0), ("100%", 1.0), ("2.5%", 0.025)]
 )
 def test_share_is_read_as_percent_or_fraction(value: str, share: float) -> None:
-    assert main.ShareType().convert(value, None, None) == pytest.approx(share)
+    assert parameters.ShareType().convert(value, None, None) == pytest.approx(share)
 
 
 LIMITS = [("--max-bytes", "0"), ("--max-pixels", "-1"), ("--max-seconds", "0"), ("--max-seconds", "nan")]
@@ -362,8 +362,8 @@ def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, pic
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def shows(*_: Any, **__: Any) -> None:
-        main.show("ü 图 \udcff")
-        main.say("ü 图 \udcff")
+        output.show("ü 图 \udcff")
+        output.say("ü 图 \udcff")
 
     monkeypatch.setattr(cli.group, "invoke", shows)
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
@@ -385,8 +385,8 @@ def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
         "sys.argv = ['nsnet', 'score']\n"
         "console.run(cli.group, 'nsnet')"
     )
-    output, pipe = os.pipe()
-    os.close(output)
+    reader, pipe = os.pipe()
+    os.close(reader)
     with os.fdopen(pipe, "wb") as gone:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=gone, stderr=subprocess.PIPE, timeout=60
@@ -404,11 +404,11 @@ class FullDisk(io.StringIO):
 
 def test_log_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", FullDisk())
-    main.say("a line")
-    main.redraw("a line")
+    output.say("a line")
+    output.redraw("a line")
     monkeypatch.setattr(sys, "stdout", FullDisk())
-    with pytest.raises(main._OutputError, match="standard output cannot be written: No space left on device"):
-        main.show("a result")
+    with pytest.raises(output.OutputError, match="standard output cannot be written: No space left on device"):
+        output.show("a result")
 
 
 def test_home_that_is_not_known_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ from jobs.evaluate import evaluate
 from jobs.experiments import predictions
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import stream
-from jobs.pipeline.actors import Models, Score
-from jobs.runs import attempts, publication
+from jobs.pipeline.actors import Score
+from jobs.pipeline.models import Models
+from jobs.runs import attempts, catalog, products
 from jobs.score import score
 from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.train import train
@@ -98,7 +99,7 @@ def stop(*_: object, **__: object) -> None:
 
 
 def by_uri(out: str) -> dict[str, dict[str, object]]:
-    return {row["uri"]: row for row in publication.verdicts(out).to_table().to_pylist()}
+    return {row["uri"]: row for row in catalog.verdicts(out).to_table().to_pylist()}
 
 
 def test_training_writes_a_bundle_and_refuses_to_train_over_it(bucket: str, detector: str) -> None:
@@ -173,7 +174,7 @@ def test_scoring_from_s3_to_s3_gives_one_row_per_picture_the_same_in_any_batch(
             assert abs(one_by_one[uri]["prob_fake"] - row["prob_fake"]) <= 1e-5  # type: ignore[operator]
             assert row["label"] == int("1_fake" in uri)
             assert row["generator"] == "upsampler"
-    table = publication.verdicts(f"{bucket}/scored").to_table()
+    table = catalog.verdicts(f"{bucket}/scored").to_table()
     assert table.schema.equals(schema.VERDICTS)
     assert not listing.exists(f"{bucket}/scored/staging")
 
@@ -195,7 +196,7 @@ def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Pa
     assert record["counts"]["status"] == {"failed": 1, "scored": 24}
     assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
     assert record["left_out"] == {".txt is no picture": 1}
-    assert publication.runs(str(tmp_path), publication.CAPTIONS) == [record] and publication.runs(str(tmp_path)) == []
+    assert catalog.runs(str(tmp_path), products.CAPTIONS) == [record] and catalog.runs(str(tmp_path)) == []
     assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
     assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
 

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import evaluate as module
-from jobs.console.tables import LONGEST_NAME, WIDEST, as_text
+from jobs.console.tables import MAX_NAME_LETTERS
 from jobs.dataset.plan import write_manifest
 from jobs.evaluate import evaluate, parse_chains, parse_pairs
 from jobs.evaluation.comparison import compare, long_table
 from jobs.evaluation.verdicts import NEEDED
 from jobs.experiments.predictions import PREDICTIONS
-from jobs.runs import publication
+from jobs.report.text import WIDEST, as_text
+from jobs.runs import catalog
 from jobs.runs.publication import Run
 from jobs.storage import writing
 from nsnet.errors import ConfigError, SourceError
@@ -83,7 +84,7 @@ def test_table_leaves_intervals_out_where_they_do_not_fit_and_shortens_names() -
     rows = [{**row, "generator": "g" * 10_000} for row in labelled_rows()]
     lines = as_text(compare(verdict_table(*rows), samples=QUICK)).splitlines()
     assert "(" not in "".join(lines) and max(map(len, lines)) <= WIDEST
-    assert lines[2].startswith("g" * (LONGEST_NAME - 1) + "… ")
+    assert lines[2].startswith("g" * (MAX_NAME_LETTERS - 1) + "… ")
 
 
 def test_table_says_what_is_undefined_failed_unlabelled_and_uncertain() -> None:
@@ -182,7 +183,7 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     Path(unfinished.final).mkdir(parents=True)
     pq.write_table(verdict_table(verdict_row("/c", 0.9, label=0)), f"{unfinished.final}/part-00000-0a1b2c3d.parquet")
     assert evaluate(str(tmp_path / "scored"), out=str(tmp_path / "out"), samples=1)["all"]["real"] == 1
-    assert len(publication.runs(str(tmp_path / "scored"))) == 1
+    assert len(catalog.runs(str(tmp_path / "scored"))) == 1
 
 
 def test_file_that_lacks_a_column_is_told_which(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.dataset.benchmarks import MAX_GENERATORS, labels_from_path, recognise
+from jobs.dataset.benchmarks import MAX_GENERATORS, recognise
 from jobs.dataset.folders import base, may_be_generator, partition
 from jobs.dataset.labels import paired_label
+from jobs.dataset.path_labels import labels_from_path
 
 SOURCE = "/data/mine"
 Told = tuple[int | None, str | None, str | None]

@@ -10,8 +10,8 @@ import pytest
 from jobs.experiments import inputs
 from jobs.experiments.inputs import Facts
 from jobs.experiments.request import TrainRequest
-from jobs.pipeline.actors import Models
-from jobs.runs import publication
+from jobs.pipeline.models import Models
+from jobs.runs import products
 from jobs.training.examples import SPLIT, Examples
 from nsnet.errors import ConfigError, NullSpaceError, SourceError
 from tests.models import one_line
@@ -80,7 +80,7 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     request = replace(request_, variant="rank-k:8")
     table = SPLIT.empty_table()
     found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
-    facts = Facts(place="/captions", product=publication.CAPTIONS, maker="m")
+    facts = Facts(place="/captions", product=products.CAPTIONS, maker="m")
     with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
         inputs.fitted(request, request.resolved(), facts, found)
 

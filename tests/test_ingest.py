@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import transform_seed
+from jobs.pipeline.preparing import transform_seed
 from jobs.training import examples
 from jobs.training.examples import SPLIT, Examples
-from jobs.training.ingest import FETCHED, Arrival, Ingest, Order, picture_seed
+from jobs.training.ingest import FETCHED, Arrival, Ingest
+from jobs.training.order import Order, image_seed
 from nsnet import transforms
 from nsnet.errors import SourceError
 from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
@@ -79,7 +80,7 @@ def test_order_that_is_not_shuffled_is_that_of_the_rows() -> None:
 
 
 def test_seed_of_a_picture_is_of_seed_epoch_and_picture() -> None:
-    seeds = {picture_seed(*key) for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
+    seeds = {image_seed(*key) for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
     assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -138,7 +139,7 @@ def test_steps_arrive_in_order_from_any_step_on(cluster: None, split: Examples, 
     for step, arrival in enumerate(arrivals, start=2):
         rows, valid = one.part(step)
         assert arrival.rows.tolist() == rows.tolist()
-        seeds = {row: picture_seed(5, one.epoch(step), split.image_ids[row]) for row in rows.tolist()}
+        seeds = {row: image_seed(5, one.epoch(step), split.image_ids[row]) for row in rows.tolist()}
         chains = {row: transforms.to_text(transforms.draw(augmentation, seed)) for row, seed in seeds.items()}
         check(arrival, split, seeds, chains)
         bad = {row for row, counts in zip(rows.tolist(), valid, strict=True) if counts and is_bad(split, row)}

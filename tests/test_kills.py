@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.storage import listing
 from tests.multinode import ROLES, Nodes, running
 from tests.swift import SwiftServer
@@ -69,7 +69,7 @@ def arguments(source: str, detector: Path, out: str, nodes: Nodes) -> list[str]:
 
 def rows_of(out: str) -> Rows:
     """What was published for each picture, but for times and ids of the run; each picture once."""
-    table = publication.verdicts(out).to_table()
+    table = catalog.verdicts(out).to_table()
     rows = table.drop_columns(["run_id", "caption_run_id", "scored_at", "requests"]).to_pylist()
     assert len({row["image_id"] for row in rows}) == len(rows) == PICTURES
     return {row["uri"]: tuple(row.values()) for row in rows}
@@ -98,7 +98,7 @@ def test_killed_run_ends_as_if_nothing_had_happened(
             hit = score.wait_for(partial(time_has_come, moment), RUN_SECONDS)
             if hit and role == "driver":
                 score.kill()
-                hit = not publication.runs(out)  # it may have come to its record, and leaves nothing to continue
+                hit = not catalog.runs(out)  # it may have come to its record, and leaves nothing to continue
             else:
                 hit = hit and score.wait_for(lambda: nodes.kill(role, dice), RUN_SECONDS)
                 assert score.end(RUN_SECONDS) == 0, score.text()
@@ -110,7 +110,7 @@ def test_killed_run_ends_as_if_nothing_had_happened(
         with running(*arguments(source, detector, out, nodes)) as again:
             assert again.end(RUN_SECONDS) == 0, again.text()
     assert rows_of(out) == baseline.rows
-    (record,) = publication.runs(out)
+    (record,) = catalog.runs(out)
     assert record["attempts"] == (2 if role == "driver" else 1)
     assert listing.subfolders(f"{out}/staging") == []
     print(f"kill {kill}: {role}, after {seconds:.1f} s; captions {record['captions']}")
@@ -133,4 +133,4 @@ def test_of_two_runs_at_once_one_wins_and_the_result_is_whole(
     loser = one if codes[0] == 4 else other
     assert "another run writes to" in loser.text()
     assert rows_of(out) == baseline.rows
-    assert len(publication.runs(out)) == 1
+    assert len(catalog.runs(out)) == 1

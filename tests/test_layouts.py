@@ -16,10 +16,10 @@ from jobs.dataset.benchmarks import (
     PAIRED_REALS,
     UNIVERSAL,
     Layout,
-    labels_from_path,
     paired_reals,
     recognise,
 )
+from jobs.dataset.path_labels import labels_from_path
 
 Told = tuple[str | None, str | None]
 """Generator and split."""

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.dataset import schema
-from jobs.runs import publication, removal
+from jobs.runs import catalog, products, publication, removal
 from jobs.runs.publication import Run, VerificationError
 from jobs.storage import filesystems, listing, parquet, reading, uris, writing
 from nsnet.errors import LockedError, SourceError, StorageError
@@ -106,8 +106,8 @@ def test_published_run_is_its_staged_rows(out: str) -> None:
     assert (file["rows"], file["size_bytes"]) == (10, len(content))
     assert file["sha256"] == hashlib.sha256(content).hexdigest()
     expected = {row["uri"]: {**row, "run_id": run.run_id} for row in [*rows_for(URIS[:4], 2), *rows_for(URIS[4:])]}
-    assert {row["uri"]: row for row in publication.verdicts(out).to_table().to_pylist()} == expected
-    assert publication.runs(out) == [record]
+    assert {row["uri"]: row for row in catalog.verdicts(out).to_table().to_pylist()} == expected
+    assert catalog.runs(out) == [record]
 
 
 def test_files_lie_where_query_engines_look_for_them(tmp_path: Path) -> None:
@@ -159,12 +159,12 @@ def test_runs_of_an_older_version_are_read_beside_newer_ones(out: str, monkeypat
         patch.setattr(schema, "stored", lambda columns: columns)  # the run's name was a text in the file as well
         publish(out, ONE, rows_for(URIS[:4]))
     publish(out, TWO, rows_for(URIS[4:]))
-    table = publication.verdicts(out).to_table()
+    table = catalog.verdicts(out).to_table()
     assert table.schema.equals(schema.VERDICTS)
     assert Counter(table.column("run_id").to_pylist()) == {ONE: 4, TWO: 6}
-    rows = [row for batch in publication.published(out, schema.VERDICTS) for row in batch.to_pylist()]
+    rows = [row for batch in catalog.published(out, schema.VERDICTS) for row in batch.to_pylist()]
     assert [row["run_id"] for row in rows] == [ONE] * 4 + [TWO] * 6
-    newest = publication.verdicts(out).to_table(filter=pads.field("run_id") == TWO)
+    newest = catalog.verdicts(out).to_table(filter=pads.field("run_id") == TWO)
     assert sorted(newest.column("uri").to_pylist()) == URIS[4:]
 
 
@@ -186,7 +186,7 @@ def test_columns_that_are_all_null_keep_their_types(run: Run) -> None:
 
 def in_small_files(run: Run) -> Run:
     """The same run, publishing files of four rows."""
-    return replace(run, product=replace(publication.VERDICTS, rows_per_file=4))
+    return replace(run, product=replace(products.VERDICTS, rows_per_file=4))
 
 
 def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatc
     for file in record["files"]:
         assert pq.read_metadata(f"{run.out}/{file['path']}").num_rows == file["rows"]
         assert file["sha256"] == hashlib.sha256(Path(run.out, file["path"]).read_bytes()).hexdigest()
-    assert sorted(publication.verdicts(run.out).to_table().column("uri").to_pylist()) == URIS
+    assert sorted(catalog.verdicts(run.out).to_table().column("uri").to_pylist()) == URIS
 
 
 # What is refused.
@@ -227,14 +227,14 @@ def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str],
         run.publish(manifest, files, {})
     assert files_below(out) == before
     assert not listing.exists(f"{out}/verdicts") and not listing.exists(f"{out}/runs")
-    assert publication.runs(out) == []
+    assert catalog.runs(out) == []
 
 
 def test_run_without_any_staged_file_is_not_published(out: str) -> None:
     run = Run(out=out)
     with pytest.raises(VerificationError, match="10 pictures were planned and 0 rows came: 10 missing"):
         run.publish(*stage(run), {})
-    assert publication.runs(out) == []
+    assert catalog.runs(out) == []
 
 
 def test_staged_file_that_is_gone_stops_publishing(out: str) -> None:
@@ -242,7 +242,7 @@ def test_staged_file_that_is_gone_stops_publishing(out: str) -> None:
     manifest, files = stage(run, rows_for(URIS))
     with pytest.raises(FileNotFoundError):
         run.publish(manifest, [*files, f"{run.staging}/gone.parquet"], {})
-    assert publication.runs(out) == []
+    assert catalog.runs(out) == []
 
 
 class TakenOver(Exception):
@@ -276,7 +276,7 @@ def test_published_run_is_not_published_again(out: str) -> None:
         run.publish(*stage(run, rows_for(URIS)), {"seconds": 7})
     after = contents(f"{out}/runs") | contents(f"{out}/verdicts")
     assert before.items() <= after.items()  # its own files are left, which no record names
-    assert len(publication.runs(out)) == 1 and publication.verdicts(out).count_rows() == 10
+    assert len(catalog.runs(out)) == 1 and catalog.verdicts(out).count_rows() == 10
 
 
 def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
@@ -286,7 +286,7 @@ def test_publishing_that_stops_before_the_record_is_no_run(run: Run) -> None:
     assert len(files_below(run.final)) == 1  # the files come first
     assert Path(manifest).exists() and Path(files[0]).exists()  # and nothing is lost
     with pytest.raises(SourceError, match="holds no published verdicts"):
-        publication.verdicts(run.out)
+        catalog.verdicts(run.out)
 
 
 def cut(run: Run, manifest: str, staged: list[str], after: int) -> list[str]:
@@ -310,11 +310,11 @@ def test_publication_that_was_cut_is_done_again(out: str) -> None:
     run = Run(out=out)
     staged = stage(run, rows_for(URIS[:4]), rows_for(URIS[4:8]), rows_for(URIS[8:]))
     assert cut(run, *staged, after=2) == files_below(run.final)
-    assert publication.runs(out) == []
+    assert catalog.runs(out) == []
     record = run.publish(*staged, {})  # in files of another size
     assert files_below(run.final) == part_names(record)
     assert [file["rows"] for file in record["files"]] == [record["rows"]] == [10]
-    assert sorted(publication.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+    assert sorted(catalog.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
 def test_nothing_is_removed_before_the_record(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_process_that_wakes_up_before_its_record_changes_nothing(out: str) -> No
     with pytest.raises(VerificationError, match="was published already, by another process"):
         run.publish(*staged, {"of": "the late one"}, sleeper)
     assert contents(out) == sleeper.left
-    assert [record["of"] for record in publication.runs(out)] == ["the other"]
+    assert [record["of"] for record in catalog.runs(out)] == ["the other"]
 
 
 def test_process_that_wakes_up_before_its_files_changes_nothing(out: str) -> None:
@@ -390,7 +390,7 @@ def test_of_two_that_publish_at_a_time_one_does(run: Run, monkeypatch: pytest.Mo
 
     with ThreadPoolExecutor(2) as pool:
         (record,) = filter(None, pool.map(publish_once, ("one", "two")))
-    assert publication.runs(run.out) == [record] and publication.verdicts(run.out).count_rows() == 10
+    assert catalog.runs(run.out) == [record] and catalog.verdicts(run.out).count_rows() == 10
 
 
 def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
@@ -432,10 +432,10 @@ def test_run_that_a_later_plan_overtakes_takes_itself_back(
         monkeypatch.setattr(writing, "create", None)  # no reader may see the record, not for a moment
     else:
         monkeypatch.setattr(writing, "create", create_late)
-    before = {record["run_id"] for record in publication.runs(out)} | {"20260102T000000Z-bbbbbb"}
+    before = {record["run_id"] for record in catalog.runs(out)} | {"20260102T000000Z-bbbbbb"}
     with pytest.raises(VerificationError, match="since 20260102T000000Z-bbbbbb was published after it was planned"):
         run.publish(*staged, DETAILS, planned_after=[earlier["run_id"]])
-    assert {record["run_id"] for record in publication.runs(out)} == before
+    assert {record["run_id"] for record in catalog.runs(out)} == before
     assert list(listing.list_files(run.final)) == []  # and what is staged stays
     assert all(listing.exists(uri) for uri in (staged[0], *staged[1]))
 
@@ -451,7 +451,7 @@ def test_run_whose_staging_cannot_be_removed_is_published(
 
     monkeypatch.setattr(removal, "remove", remove)
     record = run.publish(*staged, {})
-    assert publication.runs(out) == [record] and publication.verdicts(out).count_rows() == 10
+    assert catalog.runs(out) == [record] and catalog.verdicts(out).count_rows() == 10
     assert f"warning: {run.staging} was not removed" in capsys.readouterr().err
 
 
@@ -470,7 +470,7 @@ def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
     uri = f"{out}/runs/20260102T000000Z-bbbbbb.json"
     writing.write_bytes(uri, content.encode("utf-8", "surrogateescape"))
     with pytest.raises(StorageError, match=f"{re.escape(uri)} .*{reason}"):
-        publication.runs(out)
+        catalog.runs(out)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_record_that_this_program_cannot_have_written_is_named(changes: Any, rea
     record = {"run_id": run_id, "product": "verdicts", "files": [], "rows": 0, **changes}
     put(f"{out}/runs", {f"{run_id}.json": json.dumps(record).replace("{final}", final).encode()})
     with pytest.raises(StorageError) as caught:
-        publication.runs(out)
+        catalog.runs(out)
     message = str(caught.value)
     assert message.startswith(f"{out}/runs/{run_id}.json is damaged (") and reason in message
     assert "restore it from a copy" in message and "\n" not in message
@@ -512,14 +512,14 @@ def test_other_files_beside_the_records_are_none(out: str) -> None:
     record = publish(out, ONE, rows_for(URIS))
     others = {"notes.txt": b"x", "notes.json": b"{", f"old/{TWO}.json": b"{", f"{TWO}.json.bak": b"{"}
     put(f"{out}/runs", others)
-    assert publication.records(out) == publication.runs(out) == [record]
+    assert catalog.records(out) == catalog.runs(out) == [record]
     assert sorted(files_below(f"{out}/runs")) == sorted([f"{ONE}.json", *others])
 
 
 def test_record_of_a_product_of_another_version_is_left_to_its_readers(out: str) -> None:
     writing.write_json(f"{out}/runs/{TWO}.json", {"run_id": TWO, "product": "spectra", "files": ["anything"]})
     record = publish(out, ONE, rows_for(URIS))
-    assert publication.runs(out) == [record] and publication.remove_orphans(out, publication.records(out), ()) == []
+    assert catalog.runs(out) == [record] and publication.remove_orphans(out, catalog.records(out), ()) == []
 
 
 def test_damaged_published_file_is_named(tmp_path: Path) -> None:
@@ -527,7 +527,7 @@ def test_damaged_published_file_is_named(tmp_path: Path) -> None:
     (file,) = publish(out, ONE, rows_for(URIS))["files"]
     (tmp_path / file["path"]).write_bytes(b"no Parquet")
     with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*remove its record runs/{ONE}.json"):
-        list(publication.published(out, schema.DONE))
+        list(catalog.published(out, schema.DONE))
 
 
 @pytest.mark.parametrize("name", ["ü #1? %20+&=", "run_date=x/a b", "[0-9]*"])
@@ -546,12 +546,12 @@ PART = "part-00000-0a1b2c3d.parquet"
 
 def orphan(out: str, product: str, run_id: str, name: str = PART) -> str:
     """A file of a publication that was cut; its URI."""
-    uri = f"{Run(out=out, run_id=run_id, product=publication.PRODUCTS[product]).final}/{name}"
+    uri = f"{Run(out=out, run_id=run_id, product=products.PRODUCTS[product]).final}/{name}"
     writing.write_bytes(uri, b"of a publication that was cut")
     return uri
 
 
-@pytest.mark.parametrize("product", list(publication.PRODUCTS))
+@pytest.mark.parametrize("product", list(products.PRODUCTS))
 def test_orphans_of_every_product_are_removed(product: str, out: str) -> None:
     """Else a reader by pattern counts rows twice, or rows that nobody published."""
     publish(out, ONE, rows_for(URIS))
@@ -561,8 +561,8 @@ def test_orphans_of_every_product_are_removed(product: str, out: str) -> None:
         orphan(out, product, TWO),
         orphan(out, product, TWO, f"{PART}.partial-00112233"),
     ]
-    assert sorted(publication.remove_orphans(out, publication.records(out), ())) == sorted(orphans)
-    assert contents(out) == before and publication.remove_orphans(out, publication.records(out), ()) == []
+    assert sorted(publication.remove_orphans(out, catalog.records(out), ())) == sorted(orphans)
+    assert contents(out) == before and publication.remove_orphans(out, catalog.records(out), ()) == []
 
 
 def test_files_stay_whose_records_are_lost(out: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -570,9 +570,9 @@ def test_files_stay_whose_records_are_lost(out: str, capsys: pytest.CaptureFixtu
     writing.remove_file(f"{out}/runs/{ONE}.json")
     for _ in range(2):
         before = contents(out)
-        assert publication.remove_orphans(out, publication.records(out), ()) == [] and contents(out) == before
+        assert publication.remove_orphans(out, catalog.records(out), ()) == [] and contents(out) == before
         assert f"holds {count} files of runs that are older than all records" in capsys.readouterr().err
-        if not publication.records(out):
+        if not catalog.records(out):
             publish(out, TWO, rows_for(URIS))
 
 
@@ -598,7 +598,7 @@ def test_orphans_of_unfinished_runs_stay_until_their_end(out: str) -> None:
 )
 def test_files_of_others_are_no_orphans(name: str, out: str) -> None:
     put(out, {name: b"x"})
-    assert publication.remove_orphans(out, publication.records(out), ()) == []
+    assert publication.remove_orphans(out, catalog.records(out), ()) == []
     assert files_below(out) == [name]
 
 
@@ -648,31 +648,31 @@ def test_process_that_loses_the_lock_while_it_publishes_takes_its_files_back(mom
 
 
 def test_readers_see_published_runs_only_in_their_order(out: str) -> None:
-    assert publication.runs(out) == []
+    assert catalog.runs(out) == []
     with pytest.raises(SourceError, match="holds no published verdicts"):
-        publication.verdicts(out)
+        catalog.verdicts(out)
     for run_id, some in (("20260103T000000Z-000000", URIS[5:]), ("20260102T000000Z-ffffff", URIS[:5])):
         publish(out, run_id, rows_for(some))
     unfinished = Run(out=out, run_id="20260104T000000Z-000000")
     stage(unfinished, rows_for(["/not yet"]), planned=["/not yet"])
     write(f"{unfinished.final}/part-00000-0a1b2c3d.parquet", verdict_table(verdict_row("/not yet", 0.1)))
-    assert [record["run_id"] for record in publication.runs(out)] == [
+    assert [record["run_id"] for record in catalog.runs(out)] == [
         "20260102T000000Z-ffffff",
         "20260103T000000Z-000000",
     ]
-    assert sorted(publication.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+    assert sorted(catalog.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
 def test_run_that_found_nothing_to_do_is_there_and_disturbs_nobody(out: str) -> None:
     publish(out, ONE, [])
-    assert [record["rows"] for record in publication.runs(out)] == [0]
-    assert publication.run_ids(out, publication.VERDICTS, DETAILS["detector_id"]) == set()
-    assert list(publication.published(out, schema.DONE)) == []
+    assert [record["rows"] for record in catalog.runs(out)] == [0]
+    assert catalog.run_ids(out, products.VERDICTS, DETAILS["detector_id"]) == set()
+    assert list(catalog.published(out, schema.DONE)) == []
     with pytest.raises(SourceError, match="holds no published verdicts"):
-        publication.verdicts(out)
+        catalog.verdicts(out)
     publish(out, TWO, rows_for(URIS))
-    assert publication.run_ids(out, publication.VERDICTS, DETAILS["detector_id"]) == {TWO}
-    assert sorted(publication.verdicts(out).to_table().column("uri").to_pylist()) == URIS
+    assert catalog.run_ids(out, products.VERDICTS, DETAILS["detector_id"]) == {TWO}
+    assert sorted(catalog.verdicts(out).to_table().column("uri").to_pylist()) == URIS
 
 
 def test_publishing_removes_the_staging_of_its_run_only(out: str) -> None:
@@ -720,7 +720,7 @@ def test_record_of_rows_without_captions_and_requests_counts_none(run: Run) -> N
 
 
 def asked(out: str, columns: pa.Schema, **whose: str) -> list[dict[str, Any]]:
-    return [row for batch in publication.published(out, columns, **whose) for row in batch.to_pylist()]
+    return [row for batch in catalog.published(out, columns, **whose) for row in batch.to_pylist()]
 
 
 def test_published_rows_of_a_detector_come_oldest_run_first(out: str) -> None:
@@ -759,7 +759,7 @@ def test_published_file_that_is_gone_is_named(out: str) -> None:
     publish(out, "20260102T000000Z-000000", rows_for(["/a"]))
     record = publish(out, "20260103T000000Z-000000", rows_for(["/b"]))
     writing.remove_file(f"{out}/{record['files'][0]['path']}")
-    stream = publication.published(out, schema.DONE)
+    stream = catalog.published(out, schema.DONE)
     assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
     with pytest.raises(StorageError) as caught:
         next(stream)
@@ -776,7 +776,7 @@ def test_files_older_than_a_column_give_nulls(out: str) -> None:
     publish(out, "20260103T000000Z-000000", [verdict_row("/new", 0.2, caption="a dog", caption_run_id="s", requests=2)])
     rows = asked(out, schema.CAPTIONED, captioner_id=DETAILS["captioner_id"])
     assert [(row["caption"], row["caption_run_id"]) for row in rows] == [("a cat", None), ("a dog", "s")]
-    table = publication.verdicts(out).to_table()
+    table = catalog.verdicts(out).to_table()
     assert table.schema.equals(schema.VERDICTS)
     requests = dict(zip(table.column("uri").to_pylist(), table.column("requests").to_pylist(), strict=True))
     assert requests == {"/old": None, "/new": 2}

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.score import score
 from jobs.storage import listing
 from nsnet.detector import Detector
@@ -33,7 +33,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def uris_of(run_id: str, out: str) -> set[str]:
-    rows = publication.verdicts(out).to_table(columns=["uri", "run_id"]).to_pylist()
+    rows = catalog.verdicts(out).to_table(columns=["uri", "run_id"]).to_pylist()
     return {row["uri"] for row in rows if row["run_id"] == run_id}
 
 
@@ -52,7 +52,7 @@ def test_each_night_scores_what_is_new_or_changed(detector: Path) -> None:
     second = score(source, detector=str(detector), out=out)
     assert second["rows"] == 0
     assert time.monotonic() - started < NIGHT_2_SECONDS
-    assert [record["rows"] for record in publication.runs(out)] == [PICTURES, 0]
+    assert [record["rows"] for record in catalog.runs(out)] == [PICTURES, 0]
     assert listing.subfolders(f"{out}/staging") == []
 
     put(source, {f"new {i}.jpg": picture_file(1000 + i, "JPEG", 100, 80) for i in range(6)})
@@ -64,7 +64,7 @@ def test_each_night_scores_what_is_new_or_changed(detector: Path) -> None:
 
     retried = score(source, detector=str(detector), out=out, selection=Selection(retry_failed=True))
     assert uris_of(retried["run_id"], out) == {f"{source}/broken.jpg"}
-    rows = publication.verdicts(out).to_table(columns=["image_id", "status"]).to_pylist()
+    rows = catalog.verdicts(out).to_table(columns=["image_id", "status"]).to_pylist()
     scored = [row["image_id"] for row in rows if row["status"] == "scored"]
     assert len(scored) == len(set(scored)) == PICTURES - 1 + 8
 
@@ -86,7 +86,7 @@ def test_new_detector_scores_all_again_with_the_captions_that_there_are(
     assert new["captioner_id"] == old["captioner_id"]
     assert new["captions"] == {"made": 1, "reused": 30}
     columns = ["uri", "run_id", "caption", "caption_id", "caption_run_id", "prob_fake"]
-    rows = publication.verdicts(out).to_table(columns=columns).to_pylist()
+    rows = catalog.verdicts(out).to_table(columns=columns).to_pylist()
     before, after = ({row["uri"]: row for row in rows if row["run_id"] == run["run_id"]} for run in (old, new))
     for uri, row in before.items():
         assert after[uri]["caption"] == row["caption"] and after[uri]["caption_id"] == row["caption_id"]
@@ -95,7 +95,7 @@ def test_new_detector_scores_all_again_with_the_captions_that_there_are(
 
     fresh = score(source, detector=str(tmp_path / "new"), out=out, selection=Selection(rescore=True), reuse=False)
     assert fresh["captions"] == {"made": 31, "reused": 0}
-    table = publication.verdicts(out).to_table()
+    table = catalog.verdicts(out).to_table()
     assert table.schema.equals(schema.VERDICTS)
     again = {row["uri"]: row for row in table.to_pylist() if row["run_id"] == fresh["run_id"]}
     for uri, row in after.items():

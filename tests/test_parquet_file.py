@@ -19,7 +19,7 @@ from jobs.dataset.plan import write_manifest
 from jobs.evaluation import verdicts
 from jobs.experiments.predictions import PREDICTIONS
 from jobs.pipeline.datasource import ParquetFiles
-from jobs.runs import publication
+from jobs.runs import catalog, products, publication
 from jobs.storage import parquet, reading, writing
 from jobs.storage.parquet_file import ColumnTypeError, ParquetFile
 from jobs.training import examples
@@ -112,7 +112,7 @@ def test_no_column_beside_stored_images_is_unpickled(column: str, mark: Path, tm
     assert not mark.exists()
 
 
-def outputs(column: str, mark: Path, tmp_path: Path, product: publication.Product) -> str:
+def outputs(column: str, mark: Path, tmp_path: Path, product: products.Product) -> str:
     """A published run, one of whose files holds a payload."""
     row = dict.fromkeys(product.columns.names) | verdict_row("a", 0.5)
     table = pa.Table.from_pylist([row], schema=product.columns)
@@ -128,21 +128,21 @@ def outputs(column: str, mark: Path, tmp_path: Path, product: publication.Produc
 
 @pytest.mark.parametrize("column", ["uri", "label", "caption", "verdict", "image_id"])
 def test_no_column_of_published_rows_is_unpickled(column: str, mark: Path, tmp_path: Path) -> None:
-    out = outputs(column, mark, tmp_path, publication.VERDICTS)
+    out = outputs(column, mark, tmp_path, products.VERDICTS)
     columns = pa.schema([schema.VERDICTS.field(column)])
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        list(publication.published(out, columns))
+        list(catalog.published(out, columns))
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        publication.verdicts(out)
+        catalog.verdicts(out)
     with pytest.raises(ColumnTypeError, match=EXTENSION):
         verdicts.read(out)
     assert not mark.exists()
 
 
 def test_no_column_of_captions_is_unpickled(mark: Path, tmp_path: Path) -> None:
-    out = outputs("text_features", mark, tmp_path, publication.CAPTIONS)
+    out = outputs("text_features", mark, tmp_path, products.CAPTIONS)
     with pytest.raises(ColumnTypeError, match=EXTENSION):
-        list(publication.published(out, pa.schema([schema.TEXT_FEATURES]), publication.CAPTIONS))
+        list(catalog.published(out, pa.schema([schema.TEXT_FEATURES]), products.CAPTIONS))
     assert not mark.exists()
 
 

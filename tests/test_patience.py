@@ -18,7 +18,7 @@ from jobs.pipeline import patience
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.poison import SECONDS_PER_CPU, SLOW_SHARE, Budget, key
-from jobs.runs import failures, publication
+from jobs.runs import failures, products, publication
 from jobs.runs.execution import Request
 from jobs.runs.failures import remembered
 from jobs.storage import parquet, uris, writing
@@ -252,7 +252,7 @@ def publish(out: str, number: int, rows: list[dict[str, Any]], **record: Any) ->
 
 def asked(out: str, **selection: Any) -> Request:
     return Request(
-        source="s", out=out, product=publication.VERDICTS, maker="d", settings={"limits": LIMITS},
+        source="s", out=out, product=products.VERDICTS, maker="d", settings={"limits": LIMITS},
         selection=Selection(**selection),
     )  # fmt: skip
 

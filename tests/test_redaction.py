@@ -16,7 +16,7 @@ import s3fs
 from jobs import cli
 from jobs.cluster import resources
 from jobs.dataset.manifest import from_values
-from jobs.pipeline import actors
+from jobs.pipeline import rows
 from jobs.runs import lock
 from jobs.storage import uris
 from jobs.storage.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
@@ -127,7 +127,7 @@ def test_logs_hold_no_secret_in_message_arguments_and_traceback() -> None:
 
 
 def test_row_of_a_failed_picture_holds_no_secret() -> None:
-    row = actors.failed({"uri": "x"}, FetchError("no answer from https://me:s3cret@store/x?sig=s3cret"))
+    row = rows.failed({"uri": "x"}, FetchError("no answer from https://me:s3cret@store/x?sig=s3cret"))
     assert row["error_message"] == "no answer from https://***@store/x?***"
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 
+from jobs.console.parameters import WorkersType
 from jobs.experiments.request import SETTINGS, TrainRequest
 from jobs.storage import uris, writing
-from jobs.train import WorkersType
 from nsnet import recipes
 from nsnet.errors import ConfigError, StorageError, UsageError
 from nsnet.images import DecodeLimits

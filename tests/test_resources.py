@@ -14,7 +14,7 @@ from ray.exceptions import RuntimeEnvSetupError
 
 from jobs.cluster import resources
 from jobs.cluster.resources import shares
-from jobs.console import main
+from jobs.console import output
 from nsnet.errors import StorageError
 
 CPUS = [0.5, 1, 1.5, 2, 2.5, 3, *range(4, 33), 47.5, 48, 63, 64, 96, 128]
@@ -71,8 +71,8 @@ def test_cluster_without_cpus_is_refused(gpus: float) -> None:
 def test_wait_is_said_with_the_load_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(main, "WAITING_SECONDS", 0.01)
-    with main.waiting("a cluster"):
+    monkeypatch.setattr(output, "WAITING_SECONDS", 0.01)
+    with output.waiting("a cluster"):
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2

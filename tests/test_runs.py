@@ -16,7 +16,7 @@ import pytest
 from jobs.cluster import resources
 from jobs.dataset import schema
 from jobs.dataset.plan import Plan, Selection, write_manifest
-from jobs.runs import attempts, execution, lock, publication
+from jobs.runs import attempts, catalog, execution, lock, products, publication
 from jobs.runs.execution import Request, Work
 from jobs.runs.publication import Run
 from jobs.storage import listing, parquet, reading, writing
@@ -73,7 +73,7 @@ class Nights:
         return Request(
             source=settings.pop("source", self.source),
             out=self.out,
-            product=publication.VERDICTS,
+            product=products.VERDICTS,
             maker=settings.pop("detector_id", "one"),
             settings=settings,
             selection=Selection(**selection),
@@ -103,7 +103,7 @@ class Nights:
 
     def published(self) -> Counter[str]:
         """How often each picture of the source was published, by its name."""
-        uris = publication.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
+        uris = catalog.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
         return Counter(uri.removeprefix(f"{self.source}/") for uri in uris)
 
 
@@ -311,7 +311,7 @@ def test_remains_of_a_run_that_was_published_are_removed(
     assert execution._unfinished(nights.request(**selection)) is None
     assert nights.staged() == [] and said == []
     assert [entry.uri for entry in listing.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
-    assert publication.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
+    assert catalog.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
 
 
 def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
     record = execution.carry_out(nights.request(), lambda run: pytest.fail("there was nothing to work on"))
     assert (record["rows"], record["files"], record["listing"]) == (0, [], {"scored before": 5})
     assert record["counts"] == {"status": {}, "verdict": {}, "error_class": {}}
-    assert nights.staged() == [] and publication.runs(nights.out)[1:] == [record]
+    assert nights.staged() == [] and catalog.runs(nights.out)[1:] == [record]
     assert nights.published() == Counter(NAMES)
 
 
@@ -403,7 +403,7 @@ def test_record_names_what_could_not_be_read_also_where_there_is_nothing_to_do(n
             {".tar that cannot be read": 1},
         )
         (named,) = record["unread"]
-        assert named.startswith(f"{uri} ") and record in publication.runs(nights.out)
+        assert named.startswith(f"{uri} ") and record in catalog.runs(nights.out)
 
 
 def test_run_that_is_continued_names_what_its_plan_could_not_read(nights: Nights) -> None:
@@ -427,7 +427,7 @@ def test_run_that_an_older_version_planned_is_continued(nights: Nights) -> None:
 def test_run_that_found_nothing_to_do_overtakes_nobody(nights: Nights) -> None:
     nights.whole()
     run = nights.killed(rescore=True)
-    assert nights.whole() is None and len(publication.runs(nights.out)) == 2
+    assert nights.whole() is None and len(catalog.runs(nights.out)) == 2
     assert nights.killed(rescore=True) == run
 
 
@@ -509,7 +509,7 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
 
 def test_part_of_a_run_that_was_never_recorded_is_removed_for_every_product(nights: Nights) -> None:
     nights.whole(limit=1)
-    for product in publication.PRODUCTS.values():
+    for product in products.PRODUCTS.values():
         run = Run(out=nights.out, run_id="20990101T000000Z-ffffff", product=product)
         put(run.final, {"part-00000-0a1b2c3d.parquet": b"x", "photo.jpg": b"x"})
     nights.whole()

@@ -13,7 +13,8 @@ import pytest
 from jobs.dataset import schema
 from jobs.experiments import split
 from jobs.experiments.split import LISTED, Split, SplitConfig, describe, make, reuse
-from jobs.runs.publication import CAPTIONS, FACTS, Product, Run
+from jobs.runs.products import CAPTIONS, FACTS, Product
+from jobs.runs.publication import Run
 from jobs.storage import parquet
 from jobs.training import examples
 from nsnet.errors import ConfigError, SourceError

@@ -19,21 +19,13 @@ from numpy.typing import NDArray
 
 from jobs.dataset import fetching, schema
 from jobs.dataset.source import Source
-from jobs.pipeline import actors
-from jobs.pipeline.actors import (
-    ROWS_PER_BLOCK,
-    Caption,
-    Embed,
-    Memory,
-    Models,
-    Prepare,
-    Score,
-    StageReport,
-    caption_id,
-    transform_seed,
-)
+from jobs.pipeline import actors, preparing, rows
+from jobs.pipeline.actors import Caption, Embed, ResultCache, Score
 from jobs.pipeline.decoding import GuardedDecoder
+from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.patience import Patience
+from jobs.pipeline.preparing import Prepare, transform_seed
+from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress
 from jobs.storage import errors, probes
 from nsnet.captions import Captioner
 from nsnet.detector import Detector
@@ -45,7 +37,7 @@ from tests.models import FROZEN
 from tests.proxy import PASS, Action, Always, FaultyProxy, Script
 from tests.tables import new_bucket, one_thread, picture_file, put, save_bundle, todo_row, todo_table
 
-REPORT = StageReport()
+REPORT = Progress()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
 CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
@@ -85,10 +77,10 @@ def decoders() -> Iterator[None]:
     @cache
     def patience(config: PreparationConfig, board_name: str | None) -> Patience:
         made.append(GuardedDecoder(config))
-        return Patience(made[-1], StageReport(board_name=board_name))
+        return Patience(made[-1], Progress(board_name=board_name))
 
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(actors, "_patience", patience)
+        patch.setattr(preparing, "_patience", patience)
         yield
     for one in made:
         one.close()
@@ -159,12 +151,12 @@ def by_name(table: pa.Table) -> dict[str, dict[str, Any]]:
 def like(stage: Any, **changes: Any) -> Any:
     """A stage that shares its models with another, but not its memory; loading them takes a second."""
     other = copy.copy(stage)
-    vars(other).update({"memory": Memory()} | changes)
+    vars(other).update({"memory": ResultCache()} | changes)
     return other
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts(StageReport):
+class Counts(Progress):
     """What a stage tells of its progress, kept."""
 
     total: Counter[str] = field(default_factory=Counter)
@@ -323,7 +315,7 @@ def test_long_table_leaves_in_blocks_as_they_are_done(tmp_path: Path) -> None:
 
 
 def test_block_ends_where_its_files_would_take_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "BYTES_PER_BLOCK", 100)
+    monkeypatch.setattr(preparing, "BYTES_PER_BLOCK", 100)
     limit = CONFIG.limits.max_bytes
     sizes = [50, 50, 1, 99, 101, None, limit + 1, 100, limit, limit, 3]
     table = todo_table(*(todo_row(f"{tmp_path}/{i}.png", size_bytes=size) for i, size in enumerate(sizes)))
@@ -388,7 +380,7 @@ class Store:
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
     pictures = {name: FILES[name] for name in GOOD}
     if request.param == "disk":
         source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
@@ -448,7 +440,7 @@ def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monke
         fetched[row["uri"]] += 1
         return fetch(row, max_bytes)
 
-    monkeypatch.setattr(actors, "FETCH_THREADS", 1)
+    monkeypatch.setattr(preparing, "FETCH_THREADS", 1)
     monkeypatch.setattr(fetching, "fetch", leave_then_fetch)
     on_question(monkeypatch, 2, store.come_back)
     rows = store.prepare(3600.0, pa.concat_tables([store.table, todo_table(todo_row(missing))]))
@@ -548,9 +540,9 @@ def test_all_requests_for_a_picture_are_counted_also_those_before_an_outage(
 def test_store_that_fails_for_many_and_gives_none_is_away_whatever_else_it_answers(
     ordinary: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"{i}.png" for i in range(actors.MANY)]
+    names = [f"{i}.png" for i in range(preparing.OUTAGE_FAILURES)]
     place = put(new_bucket(), dict.fromkeys([*names, "denied.png"], FILES["a.png"]))
-    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
     monkeypatch.setattr(errors, "ATTEMPTS", 1)
     actions = dict.fromkeys(names, Action("refuse", status=500, code="InternalError")) | {
         "denied.png": Action("refuse")
@@ -575,7 +567,7 @@ def test_one_picture_that_the_store_cannot_give_fails_and_the_others_do_not(prox
 @pytest.mark.s3
 def test_keys_that_expire_for_good_are_an_outage(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
-    monkeypatch.setattr(actors, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
     proxy.policy = Always(Action("refuse", status=400, code="ExpiredToken"))
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
     with pytest.raises(OutageError):
@@ -765,7 +757,7 @@ def test_memory_forgets_the_oldest_and_holds_a_whole_batch_meanwhile(
     captioner: Caption, scorer: Score, several: pa.Table
 ) -> None:
     caption, score = watched(captioner, scorer)
-    caption.memory, score.memory = Memory(3), Memory(3)
+    caption.memory, score.memory = ResultCache(3), ResultCache(3)
     first = numbers(score(caption(several)))
     assert len(caption.memory._values) == len(score.memory._values) == 3
     contents = several.column("content_hash").to_pylist()
@@ -920,6 +912,6 @@ def test_stages_without_a_living_row_still_give_their_tables(
 
 def test_message_of_any_length_fits(manifest: pa.Table) -> None:
     row = manifest.to_pylist()[0]
-    long = actors.failed(row, actors.FetchError("x" * 5000))
+    long = rows.failed(row, actors.FetchError("x" * 5000))
     assert (long["status"], long["error_stage"], len(long["error_message"])) == ("failed", "fetch", 1000)
     assert row.get("status") is None  # the given row is left as it is

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.storage import reading, uris
 from tests.multinode import running
 from tests.proxy import FaultyProxy, RandomPolicy
@@ -39,7 +39,7 @@ def proxy(s3_environment: SwiftServer) -> Iterator[FaultyProxy]:
 
 
 def verdicts(out: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = publication.verdicts(out).to_table().to_pylist()
+    rows: list[dict[str, Any]] = catalog.verdicts(out).to_table().to_pylist()
     assert len({row["uri"] for row in rows}) == len(rows)
     return rows
 
@@ -52,7 +52,7 @@ def test_no_picture_is_lost_or_failed_by_a_bad_network(source: str, detector: Pa
     rows = verdicts(out)
     assert len(rows) == PICTURES and {row["status"] for row in rows} == {"scored"}
     assert all(proxy.counts[kind] for kind in ("slow_down", "reset", "cut", "stall")), proxy.counts
-    (record,) = publication.runs(out)
+    (record,) = catalog.runs(out)
     assert record["store"]["asked_again"] == sum(row["requests"] > 1 for row in rows) > 0
     print(f"proxy: {dict(proxy.counts)}; {record['store']}; {record['seconds']} s")
 
@@ -69,7 +69,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
         source.rename(elsewhere)
         assert score.end(RUN_SECONDS) == 1, score.text()
     assert "error: the store of the pictures has not answered for 5 s" in score.text()
-    assert publication.runs(str(tmp_path / "out")) == []
+    assert catalog.runs(str(tmp_path / "out")) == []
     elsewhere.rename(source)
     with running(*arguments) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
@@ -82,7 +82,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
     assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
-    assert publication.runs(str(tmp_path / "out"))[0]["attempts"] == 3
+    assert catalog.runs(str(tmp_path / "out"))[0]["attempts"] == 3
 
 
 def test_images_that_take_too_long_fail_alone_and_are_not_tried_on_the_next_night(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs.dataset import synthetic
-from jobs.runs import publication
+from jobs.runs import catalog
 from nsnet import recipes
 from nsnet.captions import save_tiny_captioner
 from nsnet.detector import Detector
@@ -99,6 +99,6 @@ def test_score_runs_as_a_submitted_job(job_server: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = submit(command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = publication.verdicts(str(out)).to_table().to_pylist()
+    rows = catalog.verdicts(str(out)).to_table().to_pylist()
     assert len(rows) == 8
     assert {row["status"] for row in rows} == {"scored"}

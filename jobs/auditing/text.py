@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from jobs.auditing import inventory, metadata_bias
-from jobs.console.main import printable
-from jobs.console.tables import LONGEST_NAME, UNDEFINED
+from jobs.console.output import printable
+from jobs.console.tables import MAX_NAME_LETTERS, UNDEFINED
 
 Row = list[str]
 
@@ -159,7 +159,7 @@ def _number(value: float | None) -> str:
 
 def _name(name: str) -> str:
     shown = printable(name)
-    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + "…"
+    return shown if len(shown) <= MAX_NAME_LETTERS else shown[: MAX_NAME_LETTERS - 1] + "…"
 
 
 def _table(heading: Row, rows: list[Row], left: int = 1) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from jobs.console.main import say, waiting
+from jobs.console.output import say, waiting
 from jobs.storage import errors
 from nsnet.errors import StorageError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from jobs.cluster import embedded
 from jobs.cluster.address import check_address
-from jobs.console.main import say, waiting
+from jobs.console.output import say, waiting
 from jobs.storage import errors
 from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError

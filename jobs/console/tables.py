@@ -3,59 +3,15 @@
 In brackets stand 95 % bootstrap intervals, where the terminal is wide enough for them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-from jobs.console import main
+from jobs.console import output
 
 UNDEFINED: Final = "–"
-HEADINGS: Final = {
-    "acc": "acc", "real_acc": "real_acc", "fake_acc": "fake_acc", "ap": "AP", "auroc": "AUROC",
-    "tpr_at_fpr_1": "TPR@1%FPR",
-}  # fmt: skip
-WITH_INTERVAL: Final = ("acc", "ap")
-WIDEST: Final = 120
-"""Columns of a terminal, above which intervals are left out."""
-LONGEST_NAME: Final = 40
+MAX_NAME_LETTERS: Final = 40
 
 
-def as_text(result: Mapping[str, Any]) -> str:
-    """The table for people: worst accuracy first, then the mean, and what is in no number."""
-    lines = _table(result, WITH_INTERVAL)
-    if len(lines[0]) > WIDEST:
-        lines = _table(result, ())
-    lines += _notes(result)
-    if result.get("robustness"):
-        lines += ["", *_robustness(result)]
-    return "\n".join(lines)
-
-
-def worst_first(generators: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Generators by accuracy, those without one last."""
-    items = [(numbers["acc"]["value"], name, numbers) for name, numbers in generators.items()]
-    ranked = sorted(items, key=lambda item: (item[0] is None, item[0] or 0.0, item[1]))
-    return [(name, numbers) for _, name, numbers in ranked]
-
-
-def _table(result: Mapping[str, Any], with_interval: Sequence[str]) -> list[str]:
-    rows = [["generator", "real", "fake", *HEADINGS.values()]]
-    groups = worst_first(result["generators"])
-    for name, numbers in [*groups, ("macro mean", result["macro_mean"]), ("all pictures", result["all"])]:
-        counts = [str(numbers.get(label, "")) for label in ("real", "fake")]
-        cells = [_cell(numbers[metric], metric in with_interval) for metric in HEADINGS]
-        rows.append([_name(name), *counts, *cells])
-    return _aligned(rows)
-
-
-def _robustness(result: Mapping[str, Any]) -> list[str]:
-    shown = ("acc", "ap", "auroc", "tpr_at_fpr_1")
-    means = {"none": result["macro_mean"], **{c: part["macro_mean"] for c, part in result["robustness"].items()}}
-    rows = [["transform, macro mean", *(HEADINGS[metric] for metric in shown)]]
-    rows += [[_name(chain), *(_cell(mean[metric], True) for metric in shown)] for chain, mean in means.items()]
-    return _aligned(rows)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Lines of a table of which the first row is the heading and the first column is text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -65,29 +21,6 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _notes(result: Mapping[str, Any]) -> list[str]:
-    notes = []
-    if result["failed"]:
-        notes.append(f"{result['failed']} labelled pictures failed and are in no number above")
-    if result["without_label"]:
-        notes.append(f"{result['without_label']} pictures have no label and are in no number above")
-    if uncertain := result["all"]["uncertain"]:
-        decided = _cell(result["macro_mean"]["acc_decided"], False)
-        notes.append(f"{uncertain} verdicts are uncertain: acc counts them as not right; without them it is {decided}")
-    groups = [result["macro_mean"], result["all"], *result["generators"].values()]
-    if any(numbers[metric]["value"] is None for numbers in groups for metric in HEADINGS):
-        notes.append(f"{UNDEFINED}: undefined, one class only")
-    return notes
-
-
-def _name(name: str) -> str:
-    shown = main.printable(name)
-    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + "…"
-
-
-def _cell(number: Mapping[str, Any], with_interval: bool) -> str:
-    if number["value"] is None:
-        return UNDEFINED
-    if with_interval and number["low"] is not None:
-        return f"{number['value']:.4f} ({number['low']:.3f}-{number['high']:.3f})"
-    return f"{number['value']:.4f}"
+def short_name(name: str) -> str:
+    shown = output.printable(name)
+    return shown if len(shown) <= MAX_NAME_LETTERS else shown[: MAX_NAME_LETTERS - 1] + "…"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from jobs.dataset.benchmarks import Labels
 from jobs.dataset.labels import is_missing, text
+from jobs.dataset.path_labels import Labels
 from jobs.dataset.schema import MANIFEST
 from jobs.storage import uris
 from jobs.storage.redaction import REFUSED, holds_secrets, shown, without_secrets

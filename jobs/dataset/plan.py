@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import benchmarks, schema
 from jobs.dataset.benchmarks import Layout
 from jobs.dataset.folders import beside

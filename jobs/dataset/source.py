@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import tars
-from jobs.dataset.benchmarks import Labels, labels_from_path
 from jobs.dataset.endings import SIDECARS, is_hidden, what_it_is
 from jobs.dataset.manifest import CONTAINERS, readable, row
+from jobs.dataset.path_labels import Labels, labels_from_path
 from jobs.dataset.tables import NoImagesError, Table
 from jobs.storage import listing, probes, uris
 from jobs.storage.left_out import LeftOut

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jobs.console.main import say
-from jobs.dataset.benchmarks import Labels
+from jobs.console.output import say
 from jobs.dataset.containers import Container, Described
 from jobs.dataset.folders import SPLIT_FOLDERS
 from jobs.dataset.labels import HUGGINGFACE, class_names, is_missing, meanings, number, text, without_label
 from jobs.dataset.manifest import FACTS, HASH, from_values, readable, row, series
+from jobs.dataset.path_labels import Labels
 from jobs.storage import reading
 from jobs.storage.listing import Entry
 from nsnet.errors import SourceError

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from jobs.console.main import say
-from jobs.dataset.benchmarks import labels_from_path
+from jobs.console.output import say
 from jobs.dataset.containers import Container, Member
 from jobs.dataset.endings import IMAGE_ENDINGS, is_hidden
 from jobs.dataset.labels import meanings, number, without_label
 from jobs.dataset.manifest import readable, row, series
+from jobs.dataset.path_labels import labels_from_path
 from jobs.storage import reading
 from jobs.storage.left_out import LeftOut
 from jobs.storage.listing import Entry

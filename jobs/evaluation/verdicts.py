@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import labels, schema
 from jobs.evaluation.groups import SAID
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.storage import listing, parquet
 from jobs.storage.parquet_file import ParquetFile
 from nsnet.errors import SourceError
@@ -50,13 +50,13 @@ def read(uri: str) -> pa.Table:
         if not uri.lower().endswith(".parquet"):
             raise NoVerdictsError(f"{uri} holds no published verdicts: it is no folder and no .parquet file")
         return _from_file(uri)
-    if not any(record["files"] for record in publication.runs(uri)):
+    if not any(record["files"] for record in catalog.runs(uri)):
         prefix = uri.rstrip("/") + "/"
         names = [entry.uri.removeprefix(prefix) for entry in islice(listing.list_files(uri), 3)]
         found = f"there are files such as {', '.join(sorted(names))}" if names else "it holds no file"
         raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {found}")
     columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
-    table = publication.verdicts(uri).to_table(columns=columns)
+    table = catalog.verdicts(uri).to_table(columns=columns)
     images = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
     newest = {image: row for row, image in enumerate(images)}  # the oldest run comes first
     return table.take(list(newest.values()))

@@ -18,7 +18,7 @@ from ray.data import TaskPoolStrategy
 
 from jobs.dataset import schema
 from jobs.pipeline.datasource import ParquetFiles
-from jobs.runs import publication
+from jobs.runs import catalog, products
 from jobs.storage import uris
 from nsnet.errors import SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
@@ -28,7 +28,7 @@ TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle",
 
 def caption_files(captions: str, features_id: str) -> list[str]:
     """Files of published captions and features of one maker."""
-    records = publication.runs(captions, publication.CAPTIONS)
+    records = catalog.runs(captions, products.CAPTIONS)
     return [
         uris.join(captions, file["path"])
         for record in records

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.experiments.request import SETTINGS, TrainRequest
-from jobs.runs import publication
-from jobs.runs.publication import Product
+from jobs.runs import products
+from jobs.runs.products import Product
 from jobs.storage import listing, reading, uris, writing
 from jobs.storage.left_out import first_named
 from nsnet.errors import NullSpaceError, SourceError
@@ -18,7 +18,7 @@ from nsnet.errors import NullSpaceError, SourceError
 if TYPE_CHECKING:  # these import torch and Ray, which take seconds
     import pyarrow as pa
 
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from jobs.training.examples import Examples
     from nsnet.recipes import Recipe
 
@@ -42,16 +42,16 @@ def where(request: TrainRequest, recipe: "Recipe", models: "Models") -> Facts:
     if not needs_captions(recipe) and request.captions is None:
         from jobs.workflows.examine import FACTS_ID
 
-        return Facts(place=uris.join(request.work, "facts"), product=publication.FACTS, maker=FACTS_ID)
+        return Facts(place=uris.join(request.work, "facts"), product=products.FACTS, maker=FACTS_ID)
     from jobs.caption import features_id
 
     place = request.captions or uris.join(request.work, "captions")
-    return Facts(place=place, product=publication.CAPTIONS, maker=features_id(recipe.detector, models))
+    return Facts(place=place, product=products.CAPTIONS, maker=features_id(recipe.detector, models))
 
 
 def find_out(request: TrainRequest, facts: Facts) -> None:
     """Make the facts that are missing, where that is allowed."""
-    if facts.product is publication.FACTS:
+    if facts.product is products.FACTS:
         from jobs.workflows.examine import examine
 
         examine(
@@ -96,7 +96,7 @@ def examples_of(request: TrainRequest, recipe: "Recipe", facts: Facts, settings:
 
 def share_split(request: TrainRequest) -> str:
     """Make the split of a training without training: for others to use, as their `split`; its URI."""
-    from jobs.pipeline.actors import Models
+    from jobs.pipeline.models import Models
     from jobs.training import examples
 
     recipe, stored = request.resolved(), uris.join(request.work, SPLIT)

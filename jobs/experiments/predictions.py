@@ -98,7 +98,7 @@ def describe(judged: Judged, progress: Progress, told: dict[str, Any]) -> dict[s
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines."""
-    from jobs.console.tables import as_text
+    from jobs.report.text import as_text
 
     best, fitted = result["best_epoch"], result["calibration"]
     ap = "undefined" if best["val_ap"] is None else f"{best['val_ap']:.4f}"

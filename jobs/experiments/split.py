@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import schema
-from jobs.runs.publication import Product
+from jobs.runs import catalog
+from jobs.runs.products import Product
 from jobs.storage import parquet
 from jobs.storage.database import database
 from jobs.training import examples
@@ -87,7 +88,7 @@ def known_pictures(manifest: str, facts: str, product: Product, maker: str) -> p
         rows.create("manifest", "*", schema.MANIFEST)
         rows.insert("manifest", parquet.read(manifest, schema.MANIFEST))
         rows.create("known", "*", numbered)
-        rows.insert("known", _numbered(examples.published(facts, KNOWN, product, maker), numbered))
+        rows.insert("known", _numbered(catalog.untransformed(facts, KNOWN, product, maker), numbered))
         missing = rows.execute(
             "select uri from manifest anti join known using (image_id) order by uri limit "
             f"{TOLD}"

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.console.main import redraw, say
+from jobs.console.output import redraw, say
 from jobs.pipeline.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0

@@ -14,9 +14,12 @@ from jobs.cluster import resources
 from jobs.cluster.resources import Shares, cluster_shares
 from jobs.dataset import schema
 from jobs.pipeline import progress
-from jobs.pipeline.actors import ROWS_PER_BLOCK, Caption, Models, Prepare, StageReport
+from jobs.pipeline.actors import Caption
 from jobs.pipeline.datasource import ParquetFiles
+from jobs.pipeline.models import Models
 from jobs.pipeline.poison import Remembered
+from jobs.pipeline.preparing import Prepare
+from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from nsnet.captions import CaptionerConfig
@@ -33,7 +36,7 @@ class Stream:
     models: Models
     batch_size: int
     """Pictures per model call."""
-    report: StageReport
+    report: Progress
     board: Any
     """The progress board; it lives as long as somebody holds it."""
 
@@ -111,7 +114,7 @@ def prepared(
     models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
-    report = StageReport(board_name=board_name)
+    report = Progress(board_name=board_name)
     files = sorted(entry.uri for entry in listing.list_files(todo))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.

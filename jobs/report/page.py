@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 
-from jobs.console.tables import worst_first
 from jobs.report import figures
 from jobs.report.plots import NAME_WIDTH, Number, shown
+from jobs.report.text import worst_first
 from jobs.report.wording import alarms, explanations, per_cent
 
 TEMPLATE: Final = "page.html.jinja"

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import names, removal

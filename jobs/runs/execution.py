@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
-from jobs.runs import attempts, lock, publication
-from jobs.runs.publication import Product, Run
+from jobs.runs import attempts, catalog, lock, products, publication
+from jobs.runs.products import Product
+from jobs.runs.publication import Run
 from jobs.storage import uris, writing
 from nsnet.config import to_dict
 
@@ -111,7 +112,7 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
             },
         )
     if plan["count"]:
-        say(publication.summary(record))
+        say(catalog.summary(record))
         say(f"{request.product.name}: {run.final}")
     say(f"record: {run.record}")
     return record
@@ -149,12 +150,12 @@ def _unfinished(request: Request) -> Run | None:
     """
     found = None
     out, product, wanted = request.out, request.product, request.identity()
-    every = publication.records(out)
+    every = catalog.records(out)
     records = {record["run_id"]: record for record in every}
-    published = publication.run_ids(out, product, request.maker)
+    published = catalog.run_ids(out, product, request.maker)
     unfinished = attempts.unfinished(out)
     for run_id, planned in unfinished.items():
-        if planned.get("product", publication.VERDICTS.name) != product.name:
+        if planned.get("product", products.VERDICTS.name) != product.name:
             continue
         run = Run(out=out, run_id=run_id, product=product)
         if run_id in records:
@@ -176,8 +177,8 @@ def _unfinished(request: Request) -> Run | None:
 def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
     """Plan a new run; returns it with its `run.json`, which is not written where there is nothing to do."""
     product, run = request.product, Run(out=request.out, product=request.product)
-    published = sorted(publication.run_ids(request.out, product, request.maker))
-    done = publication.published(request.out, schema.DONE, product, **{product.maker: request.maker})
+    published = sorted(catalog.run_ids(request.out, product, request.maker))
+    done = catalog.published(request.out, schema.DONE, product, **{product.maker: request.maker})
     plan = write_manifest(
         request.source, uris.join(run.staging, attempts.MANIFEST), request.selection, done,
         transforms=request.transforms,

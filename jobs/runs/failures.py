@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from jobs.dataset import schema
 from jobs.pipeline.poison import KINDS, key
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.runs.execution import Request
 
 MAX_REMEMBERED: Final = 10_000
@@ -28,7 +28,7 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     if request.selection.retry_failed or request.selection.rescore:
         return found
-    for record in reversed(publication.runs(request.out, request.product)):
+    for record in reversed(catalog.runs(request.out, request.product)):
         counts = record.get("counts", {}).get("error_class")
         same = record.get("settings", {}).get("limits") == request.settings["limits"]
         if not same or record.get("versions", {}).get("pillow") != version("pillow"):
@@ -44,7 +44,7 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
 
 
 def _failures(out: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for batch in publication.rows_of(out, record, COLUMNS):
+    for batch in catalog.rows_of(out, record, COLUMNS):
         for row in batch.filter(pc.is_in(batch.column("error_class"), pa.array(KINDS))).to_pylist():
             if row["content_hash"]:
                 yield row

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.runs import names
 from jobs.storage import errors, listing, reading, uris, writing
 from nsnet.errors import LockedError, StorageError

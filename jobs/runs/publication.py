@@ -11,7 +11,6 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,40 +19,23 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.console.main import say
+from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import names, removal
 from jobs.runs.attempts import planned_rows
-from jobs.storage import errors, listing, parquet, reading, uris, writing
+from jobs.runs.catalog import run_ids
+from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
+from jobs.storage import errors, parquet, reading, uris, writing
 from jobs.storage.database import database
 from nsnet.digest import file_digest
-from nsnet.errors import LockedError, NsnetError, SourceError, StorageError
+from nsnet.errors import LockedError, NsnetError
 
 if TYPE_CHECKING:
-    from pyarrow.dataset import Dataset
+    pass
 
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """Rows of one kind, which runs publish."""
-
-    name: str
-    """Folder below an output."""
-    columns: pa.Schema
-    maker: str
-    """Key of a record that says who made its rows: what one maker has done is not done again."""
-    rows_per_file: int
-    """About 100 MB: what query engines like to read."""
-
-
-VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)
-CAPTIONS: Final = Product(name="captions", columns=schema.CAPTIONS, maker="features_id", rows_per_file=40_000)
-FACTS: Final = Product(name="facts", columns=schema.FACTS, maker="facts_id", rows_per_file=500_000)
-PRODUCTS: Final = {product.name: product for product in (VERDICTS, CAPTIONS, FACTS)}
 
 
 class VerificationError(NsnetError):
@@ -76,7 +58,7 @@ class Run:
     @property
     def final(self) -> str:
         """Folder of the published files."""
-        return uris.join(self.out, _final(self.product.name, self.run_id))
+        return uris.join(self.out, final_folder(self.product.name, self.run_id))
 
     @property
     def record(self) -> str:
@@ -222,12 +204,6 @@ def _value_counts(column: pa.Array) -> list[tuple[str, int]]:
     return [(value["values"], value["counts"]) for value in pc.value_counts(column.drop_null()).to_pylist()]
 
 
-def _final(product: str, run_id: str) -> str:
-    """Folder of a run's published files, as the path below its output."""
-    date = datetime.strptime(run_id[:8], "%Y%m%d").date()
-    return f"{product}/run_date={date.isoformat()}/run_id={run_id}"
-
-
 def new_run_id() -> str:
     """A run's name: UTC time and six random hexadecimal digits; sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
@@ -249,67 +225,6 @@ def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]
             f"{total} pictures were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
             "doubled; nothing was published, run the same command again"
         )
-
-
-def summary(record: dict[str, Any]) -> str:
-    """What came out, in a few lines."""
-    counts = record["counts"]
-    parts = [f"{number} {verdict}" for verdict, number in counts["verdict"].items()]
-    parts.append(f"{counts['status'].get('failed', 0)} failed")
-    lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
-    lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
-    if asked_again := record["store"]["asked_again"]:
-        lines.append(f"  the store had to be asked again for {asked_again} pictures")
-    if reused := record.get("captions", {}).get("reused"):
-        lines.append(f"  captions of earlier runs: {reused}")
-    lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
-    return "\n".join(lines)
-
-
-def records(out: str) -> list[dict[str, Any]]:
-    """Records of all published runs below an output, whatever they publish, oldest first."""
-    folder = uris.join(uris.absolute(out), "runs")
-    below = listing.names_below(folder)
-    found = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # a link is read, too
-    with ThreadPoolExecutor(parquet.READERS) as pool:
-        return list(pool.map(_record, [uris.join(folder, name) for name in sorted(found)]))
-
-
-def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
-    """Records of all published runs of a product below an output, oldest first; one that did nothing has no files."""
-    return [record for record in records(out) if record.get("product", VERDICTS.name) == product.name]
-
-
-def run_ids(out: str, product: Product, maker: str) -> set[str]:
-    """Ids of the runs of one maker, such as a detector, that published any rows."""
-    return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker and record["files"]}
-
-
-def _record(uri: str) -> dict[str, Any]:
-    """A record. A bucket that others may write must not make it name files of other places."""
-    remedy = "restore it from a copy; without it, remove its files as well, and their pictures are judged anew"
-    record: dict[str, Any] = reading.read_json(uri, {"run_id": str, "files": list}, remedy)
-    run_id, product = record["run_id"], record.get("product", VERDICTS.name)
-    if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
-        raise reading.damaged(uri, f"it is of the run {run_id!r}", remedy)
-    if type(product) is not str:
-        raise reading.damaged(uri, f"its product is {product!r}", remedy)
-    if product in PRODUCTS:  # else it is of another version, and no reader here asks for it
-        for name in ("counts", "settings", "versions"):
-            if type(record.get(name, {})) is not dict:
-                raise reading.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
-        folder = f"{_final(product, run_id)}/"
-        for file in record["files"]:
-            if type(file) is not dict:
-                raise reading.damaged(uri, f"one of its files is {file!r}", remedy)
-            path = file.get("path")
-            if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
-                raise reading.damaged(uri, f"it names {path!r}, which is no file of its run", remedy)
-    return record
-
-
-def _is_name(text: str) -> bool:
-    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
 
 
 def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
@@ -342,52 +257,6 @@ def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Co
             "records back, or remove the files if they are of no use"
         )
     return removed
-
-
-def verdicts(out: str) -> "Dataset":
-    """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there are none.
-
-    A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
-    """
-    out = uris.absolute(out)
-    paths = [uris.join(out, file["path"]) for record in runs(out) for file in record["files"]]
-    if not paths:
-        raise SourceError(f"{out} holds no published verdicts")
-    return parquet.dataset(paths, schema.VERDICTS)
-
-
-def published(
-    out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None
-) -> Iterator[pa.RecordBatch]:
-    """Some columns of the published runs of a product, oldest first, as a stream.
-
-    `whose`: what their records must say, such as a `detector_id`; None: anything.
-    """
-    for record in runs(out, product):
-        if any(wanted not in (None, record.get(key)) for key, wanted in whose.items()):
-            continue
-        yield from rows_of(out, record, columns)
-
-
-def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Some columns of one published run, null where a file lacks them. Raises `StorageError` for a file that is gone or
-    damaged.
-    """
-    for file in record["files"]:
-        uri = uris.join(uris.absolute(out), file["path"])
-        try:
-            yield from parquet.read(uri, columns, optional=columns.names)
-        except FileNotFoundError as error:
-            raise StorageError(
-                f"{uri} is gone, but not its record runs/{record['run_id']}.json: remove records with their files"
-            ) from error
-        except pa.ArrowInvalid as error:
-            raise reading.damaged(
-                uri,
-                errors.reason(error),
-                "restore it from a copy; without it, remove its record "
-                f"runs/{record['run_id']}.json as well, and its pictures are done anew",
-            ) from error
 
 
 def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:

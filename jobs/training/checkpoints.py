@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jobs.storage import reading
 from nsnet.errors import UsageError
 from nsnet.network import Network
 
@@ -149,3 +150,9 @@ def _damaged(error: Exception) -> CheckpointError:
 def remove(folder: Path) -> None:
     """Remove a checkpoint of this machine."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_fitted(network: Network, uri: str) -> None:
+    """Put what was computed from all captions, basis or bank, into a network."""
+    with reading.local_copy(uri) as path:
+        network.load_state_dict(load_file(path), strict=False)

@@ -7,7 +7,6 @@ same pictures for the same purpose.
 """
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset import schema
-from jobs.runs import publication
-from jobs.runs.publication import Product
+from jobs.runs import products
+from jobs.runs.catalog import untransformed
 from jobs.storage import errors, parquet, writing
 from jobs.storage.errors import Fault
 from nsnet.errors import SourceError
@@ -94,21 +93,12 @@ def write_split(table: pa.Table, uri: str) -> None:
         writing.upload_file(written, uri)
 
 
-def published(out: str, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:
-    """Rows of untransformed pictures that a maker published, oldest run first."""
-    wanted = columns if "transform" not in product.columns.names else pa.schema([*columns, schema.TRANSFORM])
-    for batch in publication.published(out, wanted, product, **{product.maker: maker}):
-        if "transform" in wanted.names:
-            batch = batch.filter(pc.is_null(batch.column("transform")))
-        yield batch.select(columns.names)
-
-
 def load_text_features(captions: str, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
     """Features (n, D) of the captions of a split's pictures, as a file of this machine that is mapped; NaN: none."""
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     ids = table.column("image_id").combine_chunks()
     features: npt.NDArray[np.float32] | None = None
-    for batch in published(captions, columns, publication.CAPTIONS, features_id):
+    for batch in untransformed(captions, columns, products.CAPTIONS, features_id):
         batch = batch.filter(pc.is_valid(batch.column("text_features")))
         at = pc.index_in(batch.column("image_id"), value_set=ids)
         batch, at = batch.filter(pc.is_valid(at)), at.drop_null().to_numpy()

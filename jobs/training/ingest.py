@@ -7,10 +7,8 @@ must be a function of (seed, epoch, step) alone: Ray's `streaming_split` hands b
 `equal=True` drops the rows that do not divide. The order is checked on arrival.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -21,8 +19,10 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Prepare, StageReport
+from jobs.pipeline.preparing import Prepare
+from jobs.pipeline.rows import Progress
 from jobs.training.examples import Examples
+from jobs.training.order import Indices, Order, image_seed
 from nsnet import transforms
 from nsnet.patches import SCORING_SEED
 from nsnet.preparation import PreparationConfig
@@ -40,59 +40,12 @@ FETCHED: Final = (
 )  # fmt: skip
 """Columns of a split that a picture is fetched by."""
 
-Rows = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """Which rows each process is given in each step: a pure function of its fields."""
-
-    rows: Rows
-    """Numbers of the examples that are gone through."""
-    batch_size: int
-    """G."""
-    seed: int
-    rank: int
-    world_size: int
-    shuffled: bool = True
-    """In an order of its own in every epoch; else in the order of `rows`, once."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Every row is used once in an epoch; its last step may be smaller."""
-        return -(-len(self.rows) // self.batch_size)
-
-    def epoch(self, step: int) -> int:
-        """The epoch of a step, both counted from 0."""
-        return step // self.steps_per_epoch
-
-    def whole(self, step: int) -> Rows:
-        """Rows (≤ G,) of a step over all processes; they do not depend on the number of processes."""
-        rows = self.rows
-        if self.shuffled:
-            rows = rows[_permutation(len(rows), self.seed, self.epoch(step))]
-        start = step % self.steps_per_epoch * self.batch_size
-        return rows[start : start + self.batch_size]
-
-    def part(self, step: int) -> tuple[Rows, npt.NDArray[np.bool_]]:
-        """This process's equal part of a step, (B,), padded with the first row, and which rows are no padding."""
-        whole = self.whole(step)
-        size = -(-len(whole) // self.world_size)
-        part = whole[self.rank * size : (self.rank + 1) * size]
-        padding = np.repeat(whole[:1], size - len(part))
-        return np.concatenate([part, padding]), np.arange(size) < len(part)
-
-
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> Rows:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
     """One step's pictures of this process."""
 
-    rows: Rows
+    rows: Indices
     """(B,)."""
     valid: npt.NDArray[np.bool_]
     """(B,) False: padding, or a picture that failed."""
@@ -128,7 +81,7 @@ class Ingest:
         prepare = Prepare(
             config=self.preparation,
             schema=pa.schema([*ARRIVED, pa.field("mosaic", pa.binary())]),
-            report=StageReport(),
+            report=Progress(),
             source=self.source,
         )
         task = _Task(
@@ -167,7 +120,7 @@ class Ingest:
         return self.preparation.patches.mosaic_px
 
 
-def _arrival(table: pa.Table, rows: Rows, valid: npt.NDArray[np.bool_], side: int) -> Arrival:
+def _arrival(table: pa.Table, rows: Indices, valid: npt.NDArray[np.bool_], side: int) -> Arrival:
     column = table.column("mosaic")
     mosaics = np.stack([np.frombuffer(value.as_buffer(), np.uint8).reshape(side, side, 3) for value in column])
     outcome = table.drop_columns(["mosaic", "row"]).to_pylist()
@@ -200,14 +153,8 @@ class _Task:
         seeds = [SCORING_SEED] * len(ids)
         chains: list[str | None] = [None] * len(ids)
         if self.order.shuffled:
-            seeds = [picture_seed(self.order.seed, epoch, image_id) for image_id in ids]
+            seeds = [image_seed(self.order.seed, epoch, image_id) for image_id in ids]
             chains = [transforms.to_text(transforms.draw(self.augmentation, seed)) for seed in seeds]
         wanted = wanted.append_column("transform", pa.array(chains, pa.string()))
         wanted = wanted.append_column("slot_seed", pa.array(seeds, pa.int64()))
         return pa.concat_tables(self.prepare.in_blocks(wanted))
-
-
-def picture_seed(seed: int, epoch: int, image_id: str) -> int:
-    """Seed of a picture's slots and augmentation in an epoch, 63 bits."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{image_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -16,16 +16,16 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
-from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.cluster import resources
-from jobs.storage import reading, uris, writing
+from jobs.storage import uris, writing
 from jobs.training import checkpoints, examples
-from jobs.training.checkpoints import LOGITS, ROWS, Progress
+from jobs.training.checkpoints import LOGITS, ROWS, Progress, load_fitted
 from jobs.training.collectives import gather, mean_over_processes
 from jobs.training.examples import Examples
-from jobs.training.ingest import Arrival, Ingest, Order
+from jobs.training.ingest import Arrival, Ingest
+from jobs.training.order import Order
 from jobs.training.tracking import Records
 from nsnet.config import from_dict
 from nsnet.detector import Detector, DetectorConfig
@@ -375,12 +375,6 @@ def _build(told: WorkerConfig, config: DetectorConfig, training: TrainingConfig)
     if training.activation_checkpointing:
         use_activation_checkpointing(network)
     return network
-
-
-def load_fitted(network: Network, uri: str) -> None:
-    """Put what was computed from all captions, basis or bank, into a network."""
-    with reading.local_copy(uri) as path:
-        network.load_state_dict(load_file(path), strict=False)
 
 
 def _load_examples(told: WorkerConfig) -> Examples:

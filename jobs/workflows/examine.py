@@ -6,7 +6,7 @@ from jobs.cluster.address import check_address
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection
 from jobs.dataset.source import Source
-from jobs.runs import failures, publication
+from jobs.runs import failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
@@ -37,7 +37,7 @@ def examine(
     Source(source).check()
 
     def work(run: Run) -> Work:
-        from jobs.pipeline.actors import Models
+        from jobs.pipeline.models import Models
         from jobs.pipeline.stream import prepared
         from nsnet.preparation import PreparationConfig
 
@@ -50,7 +50,7 @@ def examine(
         return Work(title="examine", stages=("prepared",), stream=stream)
 
     request = Request(
-        source=source, out=out, product=publication.FACTS, maker=FACTS_ID,
+        source=source, out=out, product=products.FACTS, maker=FACTS_ID,
         selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
     )  # fmt: skip
     return carry_out(request, work)

@@ -66,7 +66,7 @@ def losses() -> list[dict[str, float]]:
 
     from jobs.dataset import synthetic
     from jobs.dataset.manifest import image_id
-    from jobs.training.ingest import Order, picture_seed
+    from jobs.training.order import Order, image_seed
     from nsnet import transforms
     from nsnet.captions import Captioner
     from nsnet.detector import Detector
@@ -98,7 +98,7 @@ def losses() -> list[dict[str, float]]:
         rows, valid = order.part(step)
         mosaics = []
         for row in rows:
-            seed = picture_seed(0, order.epoch(step), names[row])
+            seed = image_seed(0, order.epoch(step), names[row])
             assert transforms.draw(TINY.training.augmentation, seed) == ()
             patches = prepare(files[row], PreparationConfig(patches=TINY.detector.patches)).patches
             mosaics.append(assemble_mosaic(patches, TINY.detector.patches.slot_seed(seed)))

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.caption import caption
 from jobs.evaluate import evaluate
-from jobs.runs import publication
+from jobs.runs import catalog
 from jobs.score import score
 from jobs.storage import filesystems, writing
 from tests.golden.compute import FOLDER, LEFT, fixed_bundle
@@ -58,7 +58,7 @@ def golden_probabilities() -> dict[str, float]:
 def test_published_verdicts_are_read_and_nothing_is_scored_again(bucket: str, bundle: str, tmp_path: Path) -> None:
     record = score(f"{bucket}/images", detector=bundle, out=f"{bucket}/scored")
     assert record["rows"] == 0 and record["listing"] == {"scored before": IMAGES}
-    rows = publication.verdicts(f"{bucket}/scored").to_table().to_pylist()
+    rows = catalog.verdicts(f"{bucket}/scored").to_table().to_pylist()
     found = {row["uri"].removeprefix(f"{bucket}/images/"): row["prob_fake"] for row in rows}
     assert found == pytest.approx(golden_probabilities(), abs=1e-6)
     result = evaluate(f"{bucket}/scored", out=str(tmp_path / "report"))
@@ -76,7 +76,7 @@ def test_stopped_run_is_continued(bucket: str, bundle: str) -> None:
     record = score(f"{bucket}/many", detector=bundle, out=f"{bucket}/unfinished")
     assert record["run_id"] == staging.name and record["attempts"] == 2
     assert record["rows"] == IMAGES * COPIES
-    rows = publication.verdicts(f"{bucket}/unfinished").to_table().to_pylist()
+    rows = catalog.verdicts(f"{bucket}/unfinished").to_table().to_pylist()
     assert len({row["image_id"] for row in rows}) == IMAGES * COPIES == len(rows)
     expected = golden_probabilities()
     for row in rows:

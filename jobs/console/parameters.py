@@ -1,0 +1,113 @@
+"""Options that several commands share, and their types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from nsnet.images import DecodeLimits
+
+
+class ShareType(click.ParamType[float]):
+    """A share as `1%` or `0.01`."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is no share such as 1% or 0.01", param, ctx)
+        if not 0.0 <= share <= 1.0:
+            self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
+        return share
+
+
+def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+address_option = click.option(
+    "--address", default=None, help="Ray cluster to use; default: the one this runs in, else an embedded one."
+)
+
+
+weights_options = _stack(
+    click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's."),
+    click.option(
+        "--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."
+    ),
+)
+
+
+limit_options = _stack(
+    click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
+    click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in px."),
+    click.option("--max-seconds", default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in s."),
+)
+
+
+column_option = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="KEY=NAME",
+    help="Column of Parquet files that holds image, label, generator, uri …, where it is not called so; several.",
+)
+
+
+selection_options = _stack(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
+    column_option,
+    click.option("--limit", type=int, default=None, help="Most pictures: the first that are found, in no order."),
+    click.option("--shuffle-seed", type=int, default=None, help="A random order; with --limit, a random sample."),
+    click.option("--retry-failed", is_flag=True, help="Do again what failed before."),
+    click.option("--rescore", is_flag=True, help="Do everything again."),
+)
+
+
+max_failed_option = click.option(
+    "--max-failed",
+    type=ShareType(),
+    default="1%",
+    show_default=True,
+    help="Share of failed pictures above which the exit code is 3; what came out is written all the same.",
+)
+
+
+max_left_out_option = click.option(
+    "--max-left-out",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Folders and containers of SOURCE that may be unreadable, or not readable to their end; with more the exit "
+    "code is 3. What is left out by its name does not count.",
+)
+
+
+def limits_from(options: dict[str, Any]) -> DecodeLimits:
+    """Take the limit options out of a command's keyword arguments."""
+    names = ("max_bytes", "max_pixels", "max_seconds")
+    return DecodeLimits(**{name: options.pop(name) for name in names})
+
+
+class WorkersType(click.ParamType[tuple[int, int]]):
+    """A number of workers as `4`, or a range as `2-8`."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, dash, high = str(value).partition("-")
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal()):
+            self.fail(f"{value!r} is no number such as 4 and no range such as 2-8", param, ctx)
+        return int(low), int(high)

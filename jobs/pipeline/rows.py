@@ -1,0 +1,74 @@
+"""Rows between stages: dictionaries and Arrow tables, the mark of a failed row, and the progress that stages report."""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import pyarrow as pa
+
+from jobs.storage.redaction import without_secrets
+from nsnet.errors import ImageError
+
+ROWS_PER_BLOCK: Final = 32
+"""Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+
+
+LEASE_POLL_SECONDS: Final = 0.25
+
+
+PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
+"""Columns of pixels, as bytes."""
+
+
+RowDicts = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How stages tell of their progress: to a `jobs.pipeline.progress.Board`, by its name."""
+
+    board_name: str | None = None
+
+    def add(self, **counts: int) -> None:
+        """Count, without waiting."""
+        if self.board_name is not None:
+            board(self.board_name).add.remote(counts)
+
+    def lease(self, seconds: float) -> float:
+        """Seconds that a slow image may take (`poison.Budget`), at most so many; waits while others use the rest."""
+        if self.board_name is None:
+            return seconds
+        import ray
+
+        while (answer := ray.get(board(self.board_name).lease.remote(seconds))) is None:
+            time.sleep(LEASE_POLL_SECONDS)
+        return float(answer)
+
+    def settle(self, leased: float, good: float, slow: float) -> None:
+        """As `Budget.settle`, without waiting."""
+        if self.board_name is not None:
+            board(self.board_name).settle.remote(leased, good, slow)
+
+
+@cache
+def board(name: str) -> Any:
+    import ray
+
+    return ray.get_actor(name)
+
+
+def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
+    """The row, marked as failed."""
+    return {
+        **row,
+        "status": "failed",
+        "error_stage": error.stage,
+        "error_class": type(error).__name__,
+        "error_message": without_secrets(str(error))[:1000],
+    }
+
+
+def to_table(rows: RowDicts, schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly this schema: missing values are null, other keys are dropped."""
+    return pa.Table.from_pylist(rows, schema=schema)

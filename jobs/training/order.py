@@ -1,0 +1,64 @@
+"""Which rows each training process is given in each step, and the seeds of their images: pure functions.
+
+Dimensions: n examples, G images of a step over all processes, B of this one.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which rows each process is given in each step: a pure function of its fields."""
+
+    rows: Indices
+    """Numbers of the examples that are gone through."""
+    batch_size: int
+    """G."""
+    seed: int
+    rank: int
+    world_size: int
+    shuffled: bool = True
+    """In an order of its own in every epoch; else in the order of `rows`, once."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Every row is used once in an epoch; its last step may be smaller."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both counted from 0."""
+        return step // self.steps_per_epoch
+
+    def whole(self, step: int) -> Indices:
+        """Rows (≤ G,) of a step over all processes; they do not depend on the number of processes."""
+        rows = self.rows
+        if self.shuffled:
+            rows = rows[_permutation(len(rows), self.seed, self.epoch(step))]
+        start = step % self.steps_per_epoch * self.batch_size
+        return rows[start : start + self.batch_size]
+
+    def part(self, step: int) -> tuple[Indices, npt.NDArray[np.bool_]]:
+        """This process's equal part of a step, (B,), padded with the first row, and which rows are no padding."""
+        whole = self.whole(step)
+        size = -(-len(whole) // self.world_size)
+        part = whole[self.rank * size : (self.rank + 1) * size]
+        padding = np.repeat(whole[:1], size - len(part))
+        return np.concatenate([part, padding]), np.arange(size) < len(part)
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Indices:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def image_seed(seed: int, epoch: int, image_id: str) -> int:
+    """Seed of a picture's slots and augmentation in an epoch, 63 bits."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
