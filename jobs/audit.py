@@ -1,31 +1,14 @@
 """`nsnet audit`: what a source holds, and what in it would fool a detector or a benchmark."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any
 
 import click
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from jobs.auditing import duplicates, inventory, metadata_bias
-from jobs.auditing.text import as_text
-from jobs.console import main, output, parameters
-from jobs.console.output import say
-from jobs.dataset.plan import Selection, write_manifest
-from jobs.runs import catalog, products
-from jobs.storage import parquet, uris, writing
-from jobs.workflows.examine import FACTS_ID, examine
-from nsnet.duplicates import BITS, DISTANCE
-from nsnet.errors import ConfigError
-from nsnet.images import DecodeLimits
-
-RESULT: Final = "audit.json"
-REPORT: Final = "audit.txt"
-COPIES: Final = "duplicates.parquet"
+from jobs.auditing.audit import COPIES, REPORT, RESULT, audit
+from jobs.console import main, parameters
+from jobs.dataset.plan import Selection
+from nsnet.duplicates import DISTANCE
 
 
 @click.command()
@@ -51,103 +34,6 @@ def command(source: str, **options: Any) -> int:
     failed = sum(error["pictures"] for error in result["failed"].values())
     failed_code = main.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
     return max(failed_code, main.left_out_code(result, left_out))
-
-
-def audit(
-    source: str,
-    *,
-    out: str | None = None,
-    selection: Selection | None = None,
-    distance: int = DISTANCE,
-    seed: int = 0,
-    limits: DecodeLimits | None = None,
-    address: str | None = None,
-) -> dict[str, Any]:
-    """Audit a source, print the report, and store it where there is an `out`; returns the result."""
-    if not 0 <= distance < BITS or not 0 <= seed < 2**32:
-        raise ConfigError(
-            f"--distance must be 0 to {BITS - 1} bits and --seed 0 to {2**32 - 1}, got {distance} and {seed}"
-        )
-    source, selection = uris.absolute(source), selection or Selection()
-    with _place(out) as place:
-        record = examine(source, out=place, selection=selection, limits=limits, address=address)
-        table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
-        found, twins = findings(table, distance=distance, seed=seed)
-        left_out = {name: record[name] for name in ("left_out", "unread", "unread_count")}
-        result = {"source": source, "not_examined": unknown, **left_out, **found}
-        text = as_text(result)
-        if out is not None:
-            parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES))
-            writing.write_bytes(uris.join(place, REPORT), (text + "\n").encode())
-            writing.write_json(uris.join(place, RESULT), result)
-            say(f"report: {uris.join(place, RESULT)}")
-    output.show(text)
-    return result
-
-
-@contextmanager
-def _place(out: str | None) -> Iterator[str]:
-    """Where facts are published: the output, or a folder that is removed afterwards."""
-    if out is not None:
-        yield uris.absolute(out)
-        return
-    with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        yield uris.absolute(folder)
-
-
-def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
-    """The pictures of the source as it is now with their facts, and how many nothing is known of.
-
-    An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
-    """
-    facts = catalog.published(place, inventory.KNOWN, products.FACTS, facts_id=FACTS_ID)
-    if not listed_anew:
-        listing = catalog.published(place, inventory.LISTED, products.FACTS, facts_id=FACTS_ID)
-        return inventory.pictures(listing, facts)
-    whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
-    with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
-        write_manifest(source, manifest, whole)
-        return inventory.pictures(parquet.read(manifest, inventory.LISTED), facts)
-
-
-def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tuple[dict[str, Any], pa.Table]:
-    """What rows of `inventory.PICTURES` show, JSON-ready, and the pictures that have a copy (`copies.COPIES`)."""
-    seen = inventory.readable(table)
-    say(f"comparing {seen.num_rows:,} pictures with each other")
-    contents, alike = duplicates.groups(seen, distance)
-    groups = np.full(table.num_rows, metadata_bias.UNREADABLE)
-    groups[pc.equal(table.column("status"), "scored").to_numpy()] = alike
-    parts = dict(inventory.by_generator(table))
-    lent = inventory.lent_reals(parts, inventory.class_numbers(table))
-    found = {
-        "pictures": table.num_rows,
-        "failed": inventory.failures(table),
-        "splits": inventory.splits(table),
-        "everything": _described(table, np.arange(table.num_rows), groups, seed, "all generators"),
-        "generators": {
-            name: _described(table, rows, groups, seed, name, lent.get(name)) for name, rows in parts.items()
-        },
-        "duplicates": {
-            "distance": distance, "exact": duplicates.count(seen, contents), "alike": duplicates.count(seen, alike)
-        },
-        "seed": seed,
-    }  # fmt: skip
-    return found, duplicates.copies(seen, contents, alike)
-
-
-def _described(
-    table: pa.Table, rows: inventory.Rows, groups: inventory.Rows, seed: int, generator: str,
-    lent: tuple[str, inventory.Rows] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """What some rows of the table hold, and what their metadata tell of them; with the reals that another lends."""
-    say(f"metadata of {generator}: {len(rows):,} pictures")
-    reals_of, compared = (None, rows) if lent is None else (lent[0], np.concatenate([rows, lent[1]]))
-    return {
-        "classes": inventory.describe(table.take(rows)),
-        "reals_of": reals_of,
-        "metadata": metadata_bias.measure(metadata_bias.metadata(table.take(compared), groups[compared]), seed),
-    }
 
 
 if __name__ == "__main__":

@@ -1,18 +1,11 @@
 """`nsnet import-head`: a published linear head on CLIP features, such as UniversalFakeDetect's, to a bundle."""
 
-import pickle
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import click
 
 from jobs.console import main
-from jobs.console.output import say
-from jobs.storage import listing, probes, uris, writing
-from nsnet import weight_formats
-from nsnet.digest import file_digest
-from nsnet.errors import UsageError, WeightsError
+from jobs.experiments.imported_head import import_head
 
 
 @click.command("import-head")
@@ -28,59 +21,6 @@ def command(head: str, **options: Any) -> int:
     """
     import_head(head, **options)
     return 0
-
-
-def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: str | None = None) -> str:
-    """Write the bundle; returns the detector's id. Raises `WeightsError` where head and tower do not fit."""
-    from nsnet import recipes
-    from nsnet.detector import Detector
-
-    out = uris.absolute(out)
-    probes.check_output(out)
-    if listing.exists(uris.join(out, "detector.json")):
-        raise UsageError(f"{out} already holds a detector; choose another --out")
-    path = Path(uris.model_path(head) or "")
-    tensors = _read(path)
-    config = recipes.variant(recipes.get(recipe), "linear").detector
-    weights = uris.model_path(clip_weights)
-    detector = Detector.build(config, Path(weights) if weights else None)
-    expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        raise WeightsError(f"{path} holds {found}; a linear head of {config.clip.model} has {expected}")
-    detector.network.head.classifier.load_state_dict(tensors)
-    origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
-    with tempfile.TemporaryDirectory() as scratch:
-        described = detector.save(Path(scratch) / "bundle", training=origin)
-        writing.upload_folder(Path(scratch) / "bundle", out, last="detector.json")
-    say(f"detector {described.detector_id}: {out}")
-    return described.detector_id
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The tensors of a file, which may come from strangers."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.exists():
-        raise WeightsError(f"there is no file {path}")
-    try:
-        weight_formats.check(path)
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        return {name: value.float() for name, value in dict(loaded).items()}
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, or is damaged; for safety only tensors are read"
-        ) from error
-    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise WeightsError(
-            f"{path} is no file of tensors: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
 
 
 if __name__ == "__main__":

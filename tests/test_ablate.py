@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from jobs import ablate as job
-from jobs.experiments import predictions
-from jobs.experiments.request import SETTINGS, TrainRequest
+from jobs.dataset import schema
+from jobs.experiments import ablation
+from jobs.experiments.paths import PREDICTIONS, RESULT, SETTINGS
+from jobs.experiments.request import TrainRequest
 from jobs.storage import parquet, uris, writing
-from jobs.train import PREDICTIONS, RESULT
 from jobs.training import examples
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError, UsageError
@@ -68,8 +69,8 @@ def write_predictions(work: str, separation: float, seed: int, splits: tuple[str
                 "split": split, "logit": logit, "prob_fake": p, "verdict": "fake" if p >= 0.5 else "real",
                 "threshold": 0.5, "status": "scored", "detector_id": "d",
             })  # fmt: skip
-    batch = pa.RecordBatch.from_pylist(rows[::-1], schema=predictions.PREDICTIONS)
-    parquet.write([batch], predictions.PREDICTIONS, uris.join(work, PREDICTIONS))
+    batch = pa.RecordBatch.from_pylist(rows[::-1], schema=schema.PREDICTIONS)
+    parquet.write([batch], schema.PREDICTIONS, uris.join(work, PREDICTIONS))
 
 
 def by_variant(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,7 +81,7 @@ VARIANTS = ("linear", "advanced", "constant-caption")
 
 
 def test_variants_are_trained_on_one_split_with_the_same_seeds(source: str, trained: Any, tmp_path: Path) -> None:
-    job.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS, seeds=(0, 3))
+    ablation.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS, seeds=(0, 3))
     assert [(request.variant, request.seed) for request in trained] == [(v, s) for v in VARIANTS for s in (0, 3)]
     assert {request.split for request in trained} == {str(tmp_path / "out" / "shared.training" / "split.parquet")}
     assert {request.captions for request in trained} == {str(tmp_path / "out" / "captions")}
@@ -90,11 +91,11 @@ def test_variants_are_trained_on_one_split_with_the_same_seeds(source: str, trai
 
 def test_numbers_are_means_over_seeds_of_the_test_pictures(source: str, trained: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    rows = by_variant(job.ablate(source, out=out, variants=VARIANTS, seeds=(0, 3)))
+    rows = by_variant(ablation.ablate(source, out=out, variants=VARIANTS, seeds=(0, 3)))
     for variant in VARIANTS:
         row, aps = rows[variant], []
         for seed in (0, 3):
-            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS}", predictions.PREDICTIONS))
+            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS}", schema.PREDICTIONS))
             tested = [one for one in table.to_pylist() if one["split"] == "test"]
             aps.append(metrics.average_precision([r["label"] for r in tested], [r["prob_fake"] for r in tested]))
         assert row["test"]["ap"]["value"] == pytest.approx(np.mean(aps))
@@ -108,34 +109,34 @@ def test_numbers_are_means_over_seeds_of_the_test_pictures(source: str, trained:
 
 def test_difference_of_equal_predictions_is_nothing_at_all(source: str, trained: Any, tmp_path: Path) -> None:
     """The same pictures are drawn for both: intervals of two variants may overlap where their difference is sure."""
-    rows = by_variant(job.ablate(source, out=str(tmp_path / "out"), variants=("no-mapper", "advanced")))
+    rows = by_variant(ablation.ablate(source, out=str(tmp_path / "out"), variants=("no-mapper", "advanced")))
     assert rows["no-mapper"]["difference"]["ap"]["value"] != 0
     for name in ("advanced", "no-mapper"):
         write_predictions(str(tmp_path / "out" / f"{name}-seed0.training"), 1.0, 0)
-    rows = by_variant(job.ablate(source, out=str(tmp_path / "out"), variants=("no-mapper", "advanced")))
+    rows = by_variant(ablation.ablate(source, out=str(tmp_path / "out"), variants=("no-mapper", "advanced")))
     assert rows["no-mapper"]["difference"]["ap"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_what_was_finished_is_not_done_again(source: str, trained: Any, tmp_path: Path) -> None:
-    first = job.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS[:2])
+    first = ablation.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS[:2])
     assert len(trained) == 2
-    assert job.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS[:2]) == first
+    assert ablation.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS[:2]) == first
     assert len(trained) == 2
-    job.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS)
+    ablation.ablate(source, out=str(tmp_path / "out"), variants=VARIANTS)
     assert [request.variant for request in trained[2:]] == ["constant-caption"]
 
 
 def test_what_was_finished_with_other_settings_is_not_taken_over(source: str, trained: Any, tmp_path: Path) -> None:
-    job.ablate(source, out=str(tmp_path / "out"), variants=("advanced",))
+    ablation.ablate(source, out=str(tmp_path / "out"), variants=("advanced",))
     with pytest.raises(UsageError, match="other settings"):
-        job.ablate(source, out=str(tmp_path / "out"), variants=("advanced",), epochs=3)
+        ablation.ablate(source, out=str(tmp_path / "out"), variants=("advanced",), epochs=3)
     with pytest.raises(UsageError, match=r"other settings \(seed\)"):
-        job.ablate(source, out=str(tmp_path / "out"), variants=("advanced",), split_seed=5)
+        ablation.ablate(source, out=str(tmp_path / "out"), variants=("advanced",), split_seed=5)
     assert len(trained) == 1
 
 
 def test_variant_without_a_null_space_is_told_and_the_others_go_on(source: str, trained: Any, tmp_path: Path) -> None:
-    result = job.ablate(source, out=str(tmp_path / "out"), variants=("original:tau=1e-6", "advanced"))
+    result = ablation.ablate(source, out=str(tmp_path / "out"), variants=("original:tau=1e-6", "advanced"))
     rows = by_variant(result)
     assert rows["original:tau=1e-6"] == {"variant": "original:tau=1e-6", "error": "ranks 1 to 7 are possible"}
     assert rows["advanced"]["test"] is not None
@@ -145,11 +146,11 @@ def test_variant_without_a_null_space_is_told_and_the_others_go_on(source: str, 
 
 def test_without_test_pictures_the_numbers_are_undefined(source: str, trained: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    job.ablate(source, out=out, variants=("advanced",))
+    ablation.ablate(source, out=out, variants=("advanced",))
     write_predictions(f"{out}/advanced-seed0.training", 1.0, 0, splits=("val",))
-    (row,) = job.ablate(source, out=out, variants=("advanced",))["variants"]
+    (row,) = ablation.ablate(source, out=out, variants=("advanced",))["variants"]
     assert row["test"] is None
-    assert (tmp_path / "out" / "ablation.txt").read_text().count("undefined") == len(job.SHOWN)
+    assert (tmp_path / "out" / "ablation.txt").read_text().count("undefined") == len(ablation.SHOWN)
 
 
 @pytest.mark.parametrize("variant", ["advance", "original:rank=x", "linear:3"])
@@ -157,5 +158,5 @@ def test_unknown_variant_is_found_before_anything_is_done(
     variant: str, source: str, trained: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError):
-        job.ablate(source, out=str(tmp_path / "out"), variants=("advanced", variant))
+        ablation.ablate(source, out=str(tmp_path / "out"), variants=("advanced", variant))
     assert trained == [] and not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import audit as module
-from jobs.audit import audit, findings
+from jobs.auditing import audit as module
 from jobs.auditing import duplicates, inventory, metadata_bias
+from jobs.auditing.audit import audit, findings
 from jobs.auditing.text import as_text, conclusion
 from jobs.cluster import resources
 from jobs.dataset import schema

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.calibrate import calibrate
-from jobs.experiments.predictions import PREDICTIONS
+from jobs.dataset.schema import PREDICTIONS
+from jobs.experiments.recalibration import calibrate
 from jobs.storage import parquet
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint

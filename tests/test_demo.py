@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo import demo
+from jobs.experiments.demo import demo
 from nsnet.errors import UsageError
 
 pytestmark = [

@@ -11,22 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.caption import caption
 from jobs.cluster import resources
 from jobs.dataset import schema, synthetic
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.dataset.source import Source
-from jobs.evaluate import evaluate
-from jobs.experiments import predictions
+from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import stream
 from jobs.pipeline.actors import Score
 from jobs.pipeline.models import Models
 from jobs.runs import attempts, catalog, products
-from jobs.score import score
 from jobs.storage import filesystems, listing, parquet, reading, writing
-from jobs.train import train
 from jobs.training import examples
+from jobs.workflows.caption import caption
+from jobs.workflows.evaluate import evaluate
+from jobs.workflows.score import score
 from nsnet.captions import CaptionerConfig
 from nsnet.errors import SourceError, UsageError
 from nsnet.preparation import PreparationConfig
@@ -70,7 +69,7 @@ def detector(bucket: str) -> str:
     """A bundle in S3, trained there by two workers, in a training that was stopped once and continued."""
     out = f"{bucket}/detector"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.train._bundle", stop)
+        patch.setattr("jobs.experiments.export.write_bundle", stop)
         with pytest.raises(Stopped):
             train(request(bucket, out))
     with pytest.raises(UsageError, match="training with other settings .seed."):
@@ -141,7 +140,7 @@ def test_predictions_of_a_training_are_what_scoring_gives(bucket: str, detector:
     """The weights, captions, features and mosaics of training's own validation are those of the published detector."""
     score(f"{bucket}/training/val", detector=detector, out=f"{bucket}/scored-val")
     scored = by_uri(f"{bucket}/scored-val")
-    batches = parquet.read(f"{detector}.training/predictions.parquet", predictions.PREDICTIONS)
+    batches = parquet.read(f"{detector}.training/predictions.parquet", schema.PREDICTIONS)
     predicted = {row["uri"]: row for batch in batches for row in batch.to_pylist()}
     assert predicted.keys() == scored.keys() and len(predicted) == 16
     for uri, row in predicted.items():

@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import evaluate as module
 from jobs.console.tables import MAX_NAME_LETTERS
 from jobs.dataset.plan import write_manifest
-from jobs.evaluate import evaluate, parse_chains, parse_pairs
+from jobs.dataset.schema import PREDICTIONS
 from jobs.evaluation.comparison import compare, long_table
 from jobs.evaluation.verdicts import NEEDED
-from jobs.experiments.predictions import PREDICTIONS
 from jobs.report.text import WIDEST, as_text
 from jobs.runs import catalog
 from jobs.runs.publication import Run
 from jobs.storage import writing
+from jobs.workflows import evaluate as module
+from jobs.workflows.evaluate import evaluate, parse_chains, parse_pairs
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import ROBUSTNESS
 from tests.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
@@ -488,7 +488,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
         ]
         pq.write_table(pa.Table.from_pylist(rows), source)
 
-    monkeypatch.setattr("jobs.score.score", score)
+    monkeypatch.setattr("jobs.workflows.score.score", score)
     monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
     list_source(["train"] * len(labelled_rows()))
     result = evaluate(source, out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)

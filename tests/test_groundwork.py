@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.experiments import inputs
+from jobs.experiments import basis, inputs
 from jobs.experiments.inputs import Facts
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline.models import Models
@@ -82,7 +82,7 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
     facts = Facts(place="/captions", product=products.CAPTIONS, maker="m")
     with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
-        inputs.fitted(request, request.resolved(), facts, found)
+        basis.fit_projection(request, request.resolved(), facts, found)
 
 
 def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs.import_head import import_head
+from jobs.experiments.imported_head import import_head
 from nsnet import bundle, recipes
 from nsnet.detector import Detector
 from nsnet.errors import UsageError, WeightsError

@@ -8,8 +8,8 @@ import pytest
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection
 from jobs.runs import catalog
-from jobs.score import score
 from jobs.storage import listing
+from jobs.workflows.score import score
 from nsnet.detector import Detector
 from tests.tables import new_bucket, picture_file, put, save_bundle
 

@@ -13,11 +13,11 @@ import pytest
 import ray.data  # noqa: F401 - registers the extension type that unpickles
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-from jobs.calibrate import _validation
 from jobs.dataset import fetching, schema, source
 from jobs.dataset.plan import write_manifest
+from jobs.dataset.schema import PREDICTIONS
 from jobs.evaluation import verdicts
-from jobs.experiments.predictions import PREDICTIONS
+from jobs.experiments.recalibration import _validation
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products, publication
 from jobs.storage import parquet, reading, writing

@@ -9,7 +9,8 @@ import click
 import pytest
 
 from jobs.console.parameters import WorkersType
-from jobs.experiments.request import SETTINGS, TrainRequest
+from jobs.experiments.paths import SETTINGS
+from jobs.experiments.request import TrainRequest
 from jobs.storage import uris, writing
 from nsnet import recipes
 from nsnet.errors import ConfigError, StorageError, UsageError

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from jobs.dataset import schema
 from jobs.evaluation.comparison import compare
 from jobs.experiments import predictions
 from jobs.storage import parquet
@@ -126,7 +127,7 @@ def test_predictions_are_stored_under_their_detector(found: Examples, place: str
     judged = predictions.judge(found, progress(found), POINT)
     uri = f"{place}/predictions.parquet"
     predictions.write_predictions(judged, "d" * 16, uri)
-    stored = pa.Table.from_batches(parquet.read(uri, predictions.PREDICTIONS), predictions.PREDICTIONS)
+    stored = pa.Table.from_batches(parquet.read(uri, schema.PREDICTIONS), schema.PREDICTIONS)
     assert set(stored.column("detector_id").to_pylist()) == {"d" * 16}
 
     def without_id(table: pa.Table) -> list[dict[str, Any]]:

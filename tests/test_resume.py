@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.dataset import synthetic
+from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.experiments.trainer import TrainingFailedError
-from jobs.train import train
 from nsnet import bundle
 from tests.events import events
 
@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def captions(source: Path, cluster: None) -> Path:
     """Captions, once for all trainings."""
-    from jobs.caption import caption
+    from jobs.workflows.caption import caption
 
     caption(str(source), out=str(source.parent / "captions"))
     return source.parent / "captions"

@@ -20,8 +20,6 @@ NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"
 """Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of
 them than CPUs; but decoding waits for the models now and then, and every new worker imports for seconds: on two cores,
 nearly half of the throughput."""
-
-
 START_SECONDS: Final = 240.0
 """Longest wait for an embedded cluster, and for the first worker of any: a machine may be busy with other things."""
 START_ENVIRONMENT: Final = {

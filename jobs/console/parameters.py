@@ -36,23 +36,17 @@ def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 address_option = click.option(
     "--address", default=None, help="Ray cluster to use; default: the one this runs in, else an embedded one."
 )
-
-
 weights_options = _stack(
     click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's."),
     click.option(
         "--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."
     ),
 )
-
-
 limit_options = _stack(
     click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
     click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in px."),
     click.option("--max-seconds", default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in s."),
 )
-
-
 column_option = click.option(
     "--column",
     "columns",
@@ -60,8 +54,6 @@ column_option = click.option(
     metavar="KEY=NAME",
     help="Column of Parquet files that holds image, label, generator, uri …, where it is not called so; several.",
 )
-
-
 selection_options = _stack(
     click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
@@ -71,8 +63,6 @@ selection_options = _stack(
     click.option("--retry-failed", is_flag=True, help="Do again what failed before."),
     click.option("--rescore", is_flag=True, help="Do everything again."),
 )
-
-
 max_failed_option = click.option(
     "--max-failed",
     type=ShareType(),
@@ -80,8 +70,6 @@ max_failed_option = click.option(
     show_default=True,
     help="Share of failed pictures above which the exit code is 3; what came out is written all the same.",
 )
-
-
 max_left_out_option = click.option(
     "--max-left-out",
     type=click.IntRange(min=0),

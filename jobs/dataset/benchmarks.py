@@ -56,8 +56,6 @@ DALL_E: Final = "DALL-E"
 """Generator of DALLE Recognition, after its name: no folder of it says one, and kagglehub puts it into one called 7."""
 DALLE_FAKES: Final = ("fakev2", "fake-v2")
 """Folders, one in the other, that nobody else has."""
-
-
 PAIRED_REALS: Final = {"guided": "imagenet", "ldm_*": "laion", "glide_*": "laion", "dalle": "laion"}
 """Diffusion sets of UniversalFakeDetect: folders with fakes only -> the one with the reals that they are compared with,
 as in its `dataset_paths.py`."""

@@ -24,8 +24,6 @@ from jobs.dataset.folders import (
 
 GENIMAGE_BETWEEN: Final = re.compile(r"imagenet(?:ai\d{4})?(biggan|vqdm|sdv4|sdv5|wukong|adm|glide|midjourney)")
 """Plain name of the folder that GenImage's archives have between generator and split, as `imagenet_ai_0419_sdv4`."""
-
-
 STABLE_DIFFUSION: Final = {word: re.compile(rf"(?:sd|stablediffusion)v?1?{word[-1]}") for word in ("sdv4", "sdv5")}
 """Last word of it -> plain names of its generator; the others are called like the word."""
 

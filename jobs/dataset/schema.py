@@ -123,3 +123,15 @@ def stored(columns: pa.Schema) -> pa.Schema:
     if at < 0:
         return columns
     return columns.set(at, columns.field(at).with_type(pa.dictionary(pa.int32(), pa.string())))
+
+
+PREDICTIONS: Final = pa.schema(
+    [
+        *(VERDICTS.field(name) for name in ("image_id", "uri")),
+        *LABELS,
+        SPLIT,
+        *(VERDICTS.field(name) for name in ("logit", "prob_fake", "verdict", "threshold", "status")),
+        pa.field("detector_id", pa.string()),
+    ]
+)
+"""Predictions as they are stored: verdicts that `nsnet evaluate` reads."""

@@ -4,8 +4,11 @@ Dimensions: n captions, D embedding, R rank, N captions of a bank.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +19,20 @@ import ray.data
 import torch
 from ray.data import TaskPoolStrategy
 
+from jobs.console.output import say
 from jobs.dataset import schema
+from jobs.experiments.inputs import Facts
+from jobs.experiments.paths import FITTED
+from jobs.experiments.request import TrainRequest
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products
-from jobs.storage import uris
-from nsnet.errors import SourceError
+from jobs.storage import listing, reading, uris, writing
+from nsnet.errors import NullSpaceError, SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
+
+if TYPE_CHECKING:
+    from jobs.training.examples import Examples
+    from nsnet.recipes import Recipe
 
 TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle", pa.binary())])
 
@@ -112,3 +123,47 @@ def bank(
 
 def _key(image_ids: list[str], seed: int) -> list[bytes]:
     return [hashlib.sha256(f"{seed}/{image_id}".encode()).digest() for image_id in image_ids]
+
+
+def fit_projection(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Examples") -> "Recipe":
+    """The recipe with what its projection computes from all training captions: basis or bank, stored beside."""
+    projection = recipe.detector.projection
+    if projection.fitted:
+        return recipe
+    if examples.text_features is not None and projection.rank >= (dim := examples.text_features.shape[1]):
+        raise NullSpaceError(
+            f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: ranks of 1 to "
+            f"{dim - 1} are possible"
+        )
+    from safetensors.numpy import load_file, save_file
+
+    from jobs.cluster import resources
+    from jobs.experiments import basis
+    from nsnet.recipes import BANK
+
+    uri = uris.join(request.work, FITTED)
+    if not listing.exists(uri):
+        assert examples.text_features is not None
+        rows = examples.rows("train")
+        ids = examples.table.column("image_id").take(rows)
+        if projection.kind == "global":
+            resources.connect(request.address)
+            files = basis.caption_files(facts.place, facts.maker)
+            found = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
+            assert recipe.basis is not None
+            tensors = {"semantic_basis": found.basis(**vars(recipe.basis)).float().numpy()}
+            say(f"semantic basis: rank {tensors['semantic_basis'].shape[1]} ({recipe.basis})")
+        else:
+            features = examples.text_features[rows]
+            tensors = {"caption_bank": basis.bank(ids.to_pylist(), features, size=BANK, seed=request.seed)}
+            say(f"bank: {len(tensors['caption_bank'])} captions")
+        with tempfile.TemporaryDirectory() as scratch:
+            save_file(tensors, Path(scratch) / FITTED)
+            writing.upload_file(Path(scratch) / FITTED, uri)
+    with reading.local_copy(uri) as path:
+        tensors = load_file(path)
+    if projection.kind == "global":
+        projection = replace(projection, rank=tensors["semantic_basis"].shape[1])
+    else:
+        projection = replace(projection, bank=len(tensors["caption_bank"]))
+    return replace(recipe, detector=replace(recipe.detector, projection=projection))

@@ -1,19 +1,18 @@
 """What a training needs before its first step: facts of its pictures, a split, captions, a basis or bank of them."""
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
-from jobs.experiments.request import SETTINGS, TrainRequest
+from jobs.experiments.paths import SETTINGS, SPLIT, UNREADABLE
+from jobs.experiments.request import TrainRequest, needs_captions
 from jobs.runs import products
 from jobs.runs.products import Product
-from jobs.storage import listing, reading, uris, writing
+from jobs.storage import listing, uris, writing
 from jobs.storage.left_out import first_named
-from nsnet.errors import NullSpaceError, SourceError
+from nsnet.errors import SourceError
 
 if TYPE_CHECKING:  # these import torch and Ray, which take seconds
     import pyarrow as pa
@@ -21,10 +20,6 @@ if TYPE_CHECKING:  # these import torch and Ray, which take seconds
     from jobs.pipeline.models import Models
     from jobs.training.examples import Examples
     from nsnet.recipes import Recipe
-
-SPLIT: Final = "split.parquet"
-UNREADABLE: Final = "unreadable.json"
-FITTED: Final = "fitted.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,7 @@ def where(request: TrainRequest, recipe: "Recipe", models: "Models") -> Facts:
         from jobs.workflows.examine import FACTS_ID
 
         return Facts(place=uris.join(request.work, "facts"), product=products.FACTS, maker=FACTS_ID)
-    from jobs.caption import features_id
+    from jobs.workflows.caption import features_id
 
     place = request.captions or uris.join(request.work, "captions")
     return Facts(place=place, product=products.CAPTIONS, maker=features_id(recipe.detector, models))
@@ -59,7 +54,7 @@ def find_out(request: TrainRequest, facts: Facts) -> None:
             address=request.address,
         )  # fmt: skip
     elif request.captions is None or request.caption_missing:
-        from jobs.caption import caption
+        from jobs.workflows.caption import caption
 
         caption(
             request.source, out=facts.place, recipe=request.recipe, clip_weights=request.clip_weights,
@@ -166,52 +161,3 @@ def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
         columns = schema.MANIFEST.empty_table().select(["generator"]).schema
         names = [name for batch in parquet.read(manifest, columns) for name in batch.column("generator").to_pylist()]
         splits.leave_out(np.arange(len(names)), names, request.leave_out)
-
-
-def needs_captions(recipe: "Recipe") -> bool:
-    """Whether training reads captions: a global basis is made of them, though a picture is judged without."""
-    return recipe.detector.projection.kind != "none"
-
-
-def fitted(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Examples") -> "Recipe":
-    """The recipe with what its projection computes from all training captions: basis or bank, stored beside."""
-    projection = recipe.detector.projection
-    if projection.fitted:
-        return recipe
-    if examples.text_features is not None and projection.rank >= (dim := examples.text_features.shape[1]):
-        raise NullSpaceError(
-            f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: ranks of 1 to "
-            f"{dim - 1} are possible"
-        )
-    from safetensors.numpy import load_file, save_file
-
-    from jobs.cluster import resources
-    from jobs.experiments import basis
-    from nsnet.recipes import BANK
-
-    uri = uris.join(request.work, FITTED)
-    if not listing.exists(uri):
-        assert examples.text_features is not None
-        rows = examples.rows("train")
-        ids = examples.table.column("image_id").take(rows)
-        if projection.kind == "global":
-            resources.connect(request.address)
-            files = basis.caption_files(facts.place, facts.maker)
-            found = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
-            assert recipe.basis is not None
-            tensors = {"semantic_basis": found.basis(**vars(recipe.basis)).float().numpy()}
-            say(f"semantic basis: rank {tensors['semantic_basis'].shape[1]} ({recipe.basis})")
-        else:
-            features = examples.text_features[rows]
-            tensors = {"caption_bank": basis.bank(ids.to_pylist(), features, size=BANK, seed=request.seed)}
-            say(f"bank: {len(tensors['caption_bank'])} captions")
-        with tempfile.TemporaryDirectory() as scratch:
-            save_file(tensors, Path(scratch) / FITTED)
-            writing.upload_file(Path(scratch) / FITTED, uri)
-    with reading.local_copy(uri) as path:
-        tensors = load_file(path)
-    if projection.kind == "global":
-        projection = replace(projection, rank=tensors["semantic_basis"].shape[1])
-    else:
-        projection = replace(projection, bank=len(tensors["caption_bank"]))
-    return replace(recipe, detector=replace(recipe.detector, projection=projection))

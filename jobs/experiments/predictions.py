@@ -4,30 +4,19 @@ Dimensions: n pictures of validation and test.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.dataset import schema
+from jobs.dataset.schema import PREDICTIONS
 from jobs.storage import parquet
 from jobs.training.checkpoints import LOGITS, ROWS, Progress
 from jobs.training.examples import Examples
 from nsnet import calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import to_dict
-
-PREDICTIONS: Final = pa.schema(
-    [
-        *(schema.VERDICTS.field(name) for name in ("image_id", "uri")),
-        *schema.LABELS,
-        schema.SPLIT,
-        *(schema.VERDICTS.field(name) for name in ("logit", "prob_fake", "verdict", "threshold", "status")),
-        pa.field("detector_id", pa.string()),
-    ]
-)
-"""Predictions as they are stored: verdicts that `nsnet evaluate` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

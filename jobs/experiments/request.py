@@ -2,8 +2,9 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from jobs.experiments.paths import SETTINGS
 from jobs.storage import listing, reading, uris
 from nsnet.config import override, to_dict
 from nsnet.errors import ConfigError, UsageError
@@ -11,9 +12,6 @@ from nsnet.images import DecodeLimits
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from nsnet.recipes import Recipe
-
-SETTINGS: Final = "settings.json"
-"""Where a training's place says what it is of; from then on the place belongs to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +126,8 @@ class TrainRequest:
         told |= {"detector": to_dict(recipe.detector), "training": to_dict(recipe.training), "basis": str(recipe.basis)}
         values: dict[str, Any] = json.loads(json.dumps(told))
         return values
+
+
+def needs_captions(recipe: "Recipe") -> bool:
+    """Whether training reads captions: a global basis is made of them, though a picture is judged without."""
+    return recipe.detector.projection.kind != "none"

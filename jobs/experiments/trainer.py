@@ -12,7 +12,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError as RayTrainError
 
 from jobs.cluster import resources
 from jobs.cluster.resources import Shares
-from jobs.experiments.inputs import FITTED, SPLIT, Facts
+from jobs.experiments.inputs import Facts
+from jobs.experiments.paths import FITTED, SPLIT
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import progress
 from jobs.storage import errors, filesystems, uris
@@ -36,7 +37,9 @@ class TrainingFailedError(NsnetError):
     """Training ended without a detector."""
 
 
-def fit(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Examples, settings: dict[str, Any]) -> Path:
+def run_trainer(
+    request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Examples, settings: dict[str, Any]
+) -> Path:
     """Train under Ray Train; returns a local folder with the last checkpoint."""
     resources.connect(request.address)
     shares = resources.cluster_shares()

@@ -25,19 +25,11 @@ from nsnet.preparation import PreparationConfig, Prepared
 
 BYTES_PER_BLOCK: Final = 256 * 2**20
 """Most bytes of files that a task holds at a time, a larger single one aside."""
-
-
 FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
-
-
 OUTAGE_POLL_SECONDS: Final = 5.0
-
-
 OUTAGE_FAILURES: Final = 8
 """A store that fails for so many pictures of a block and gives none is away, whatever else it answers."""
-
-
 Decode = Callable[[bytes, str, str, int], Prepared | None]
 """A try of an image: its bytes, their hash, the transform and its seed."""
 

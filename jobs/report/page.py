@@ -39,7 +39,7 @@ BARS: Final = ("acc", "ap")
 def render(result: Mapping[str, Any]) -> str:
     """The page of a result of `evaluate.evaluate` (evaluation.json), as text; the same result gives the same page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("jobs").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string(resources.files("jobs.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = worst_first(result["generators"])
     return template.render(
         detector=shown(result["detector_id"] or "unknown", LONGEST),

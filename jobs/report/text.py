@@ -9,11 +9,7 @@ HEADINGS: Final = {
     "acc": "acc", "real_acc": "real_acc", "fake_acc": "fake_acc", "ap": "AP", "auroc": "AUROC",
     "tpr_at_fpr_1": "TPR@1%FPR",
 }  # fmt: skip
-
-
 WITH_INTERVAL: Final = ("acc", "ap")
-
-
 WIDEST: Final = 120
 """Columns of a terminal, above which intervals are left out."""
 

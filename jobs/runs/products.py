@@ -23,14 +23,8 @@ class Product:
 
 
 VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)
-
-
 CAPTIONS: Final = Product(name="captions", columns=schema.CAPTIONS, maker="features_id", rows_per_file=40_000)
-
-
 FACTS: Final = Product(name="facts", columns=schema.FACTS, maker="facts_id", rows_per_file=500_000)
-
-
 PRODUCTS: Final = {product.name: product for product in (VERDICTS, CAPTIONS, FACTS)}
 
 

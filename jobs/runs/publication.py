@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,9 +30,6 @@ from jobs.storage import errors, parquet, reading, uris, writing
 from jobs.storage.database import database
 from nsnet.digest import file_digest
 from nsnet.errors import LockedError, NsnetError
-
-if TYPE_CHECKING:
-    pass
 
 COUNTED: Final = ("status", "verdict", "error_class")
 """Columns whose values a record counts."""

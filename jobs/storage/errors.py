@@ -55,8 +55,6 @@ TRANSIENT_ERRNO: Final = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH,
      errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE}
 )  # fmt: skip
-
-
 ADVICE: Final = {
     errno.ENOSPC: "make room there, or choose another place (--out, TMPDIR; Ray's own files lie in /tmp/ray)",
     errno.EDQUOT: "the quota is used up: make room, or choose another place (--out, TMPDIR)",

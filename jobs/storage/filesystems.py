@@ -17,15 +17,9 @@ from nsnet.errors import UsageError
 
 LISTING_THREADS: Final = 16
 """Folders or prefixes that are listed at a time."""
-
-
 CONNECT_SECONDS: Final = 10
-
-
 READ_SECONDS: Final = 30
 """Longest silence of a store in the middle of an answer."""
-
-
 REFRESH_SECONDS: Final = 30.0
 """Least time between two looks for new credentials."""
 
@@ -80,8 +74,6 @@ def list_page(uri: str, prefix: str, size: int, timeout: float | None = None, **
 
 
 _refreshing: Final = threading.Lock()
-
-
 _refreshed_at = float("-inf")
 
 

@@ -16,13 +16,9 @@ from jobs.storage.uris import bucket_and_key, is_local, prefix_below
 
 LISTING_PAGE: Final = 1000
 """Objects asked for at a time, the most that S3 gives."""
-
-
 FAN_OUT: Final = 64
 """Most sub-prefixes of an S3 prefix that are listed each by itself: one request per tiny folder would be slower than
 one request per thousand keys."""
-
-
 FAN_OUT_LEVELS: Final = 3
 
 

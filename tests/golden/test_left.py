@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jobs.caption import caption
-from jobs.evaluate import evaluate
 from jobs.runs import catalog
-from jobs.score import score
 from jobs.storage import filesystems, writing
+from jobs.workflows.caption import caption
+from jobs.workflows.evaluate import evaluate
+from jobs.workflows.score import score
 from tests.golden.compute import FOLDER, LEFT, fixed_bundle
 from tests.golden.left import BUCKET, COPIES, put_images
 

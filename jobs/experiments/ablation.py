@@ -1,0 +1,185 @@
+"""An ablation: variants of a recipe trained on one split, and compared on the same test images."""
+
+import re
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.cluster.address import check_address
+from jobs.console import output
+from jobs.console.output import say
+from jobs.dataset import schema
+from jobs.experiments.job import train
+from jobs.experiments.paths import PREDICTIONS, RESULT
+from jobs.experiments.request import TrainRequest
+from jobs.storage import listing, parquet, reading, uris, writing
+from nsnet import metrics
+from nsnet.errors import NullSpaceError
+from nsnet.images import DecodeLimits
+
+VARIANTS: Final = (
+    "linear", "no-projection", "original:energy=0.5", "original:energy=0.9", "original:energy=0.99", "advanced",
+    "no-mapper", "no-alignment", "constant-caption", "shuffled-captions",
+)  # fmt: skip
+"""What is compared unless it is said otherwise: ranks of `original` by energy, so that they suit any embedding."""
+SHOWN: Final = ("ap", "auroc", "acc")
+BASELINE: Final = "advanced"
+"""The variant that the others are compared with."""
+
+
+def ablate(
+    source: str,
+    *,
+    out: str,
+    variants: tuple[str, ...] = VARIANTS,
+    seeds: tuple[int, ...] = (0,),
+    split_seed: int = 0,
+    limits: DecodeLimits | None = None,
+    captions: str | None = None,
+    leave_out: str | None = None,
+    **training: Any,
+) -> dict[str, Any]:
+    """Train and test each variant with each seed; returns the table. What is wrong with a request is found first."""
+    from jobs.experiments.inputs import share_split
+
+    out = uris.absolute(out)
+    shared = TrainRequest(
+        source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),
+        caption_missing=captions is None, seed=split_seed, leave_out=leave_out, limits=limits or DecodeLimits(),
+        **training,
+    ).absolute()  # fmt: skip
+    requests = [
+        replace(shared, out=uris.join(out, _name(variant, seed)), variant=variant, seed=seed, leave_out=None)
+        for variant in variants
+        for seed in seeds
+    ]
+    for request in requests:
+        request.resolved()
+    check_address(shared.address)
+    split = share_split(shared)
+    failed: dict[str, str] = {}
+    for number, request in enumerate(requests, start=1):
+        say(f"ablate: {number} of {len(requests)}: {request.variant}, seed {request.seed}")
+        request = replace(request, split=split, caption_missing=False)
+        if _is_finished(request) and request.belongs_to(request.identity(request.resolved())):
+            continue
+        try:
+            train(request)
+        except NullSpaceError as error:  # of this variant alone; anything else ends the command
+            say(f"  {error}")
+            failed[request.variant] = str(error)
+    rows = [_row(variant, [r for r in requests if r.variant == variant], failed) for variant in variants]
+    _add_tests(rows, requests)
+    result = {"source": shared.source, "recipe": shared.recipe, "seeds": list(seeds), "split": split, "variants": rows}
+    text = as_text(rows)
+    writing.write_json(uris.join(out, "ablation.json"), result)
+    writing.write_bytes(uris.join(out, "ablation.txt"), (text + "\n").encode())
+    output.show(text)
+    say(f"table: {uris.join(out, 'ablation.json')}")
+    return result
+
+
+def _is_finished(request: TrainRequest) -> bool:
+    """A control has no bundle, which is the last that a training writes."""
+    control = request.resolved().training.captions != "own"
+    return listing.exists(uris.join(request.work, RESULT) if control else uris.join(request.out, "detector.json"))
+
+
+def _name(variant: str, seed: int) -> str:
+    return f"{re.sub(r'[^0-9A-Za-z.-]+', '-', variant)}-seed{seed}"
+
+
+def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> dict[str, Any]:
+    """What is known of a variant: the mean over its seeds."""
+    if variant in failed:
+        return {"variant": variant, "error": failed[variant]}
+    results_of = [reading.read_json(uris.join(request.work, RESULT), {"best_epoch": dict}) for request in requests]
+    told = [result["best_epoch"] for result in results_of]
+    return {
+        "variant": variant,
+        "residual_energy": float(np.mean([best["residual_energy"] for best in told])),
+        "validation_ap": float(np.mean([best["val_ap"] for best in told])),
+        "best_epochs": [best["epoch"] for best in told],
+    }
+
+
+def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None:
+    """Add to each row what the test pictures say, and how far that is from `advanced`, with intervals.
+
+    Over pictures that every training has judged, drawn alike for all variants and seeds, so that differences of two
+    variants are of the same pictures. Intervals are over pictures, not over seeds.
+    """
+    alive = {row["variant"]: row for row in rows if "error" not in row}
+    tables = {
+        variant: [_tested(uris.join(request.work, PREDICTIONS)) for request in requests if request.variant == variant]
+        for variant in alive
+    }
+    every = [set(table.column("image_id").to_pylist()) for some in tables.values() for table in some]
+    ids = pa.array(sorted(set.intersection(*every)) if every else [], pa.string())
+    drawn = {variant: _drawn(some, ids) for variant, some in tables.items()}
+    for variant, row in alive.items():
+        row["test"] = _with_intervals(*drawn[variant]) if len(ids) else None
+        row["test_pictures"] = len(ids)
+        if len(ids) and BASELINE in drawn and variant != BASELINE:
+            (value, samples), (base, base_samples) = drawn[variant], drawn[BASELINE]
+            row["difference"] = _with_intervals(
+                {name: _minus(value[name], base[name]) for name in value},
+                {name: samples[name] - base_samples[name] for name in samples},
+            )
+
+
+def _tested(uri: str) -> pa.Table:
+    """Predictions on the test pictures, ordered by picture."""
+    table = pa.Table.from_batches(parquet.read(uri, schema.PREDICTIONS), schema.PREDICTIONS)
+    return table.filter(pc.equal(table.column("split"), "test")).sort_by("image_id")
+
+
+def _drawn(tables: list[pa.Table], ids: pa.Array) -> tuple[dict[str, float | None], dict[str, metrics.Array]]:
+    """Metrics on these pictures, and on bootstrap samples of them: means over the seeds."""
+    tables = [table.filter(pc.is_in(table.column("image_id"), value_set=ids)) for table in tables]
+    labels = tables[0].column("label").to_numpy()
+    probabilities = np.stack([table.column("prob_fake").to_numpy() for table in tables])
+    said = np.stack([pc.equal(table.column("verdict"), "fake").to_numpy() for table in tables])
+    return metrics.summary(labels, probabilities, said), metrics.bootstrap(labels, probabilities, said)
+
+
+def _with_intervals(values: dict[str, float | None], samples: dict[str, metrics.Array]) -> dict[str, Any]:
+    bounds = metrics.intervals(samples)
+    return {
+        name: {"value": values[name], "low": bound and bound[0], "high": bound and bound[1]}
+        for name, bound in bounds.items()
+    }
+
+
+def _minus(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The table for people, in the order of the variants."""
+    heading = ["variant", "residual energy", "validation AP", *(f"test {name}" for name in SHOWN)]
+    heading.append(f"test ap − {BASELINE}'s")
+    cells = [[row["variant"], *_cells(row)] for row in rows]
+    widths = [max(len(line[i]) for line in [heading, *cells]) for i in range(len(heading))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
+             [heading, *cells]]  # fmt: skip
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines += [f"{row['variant']}: {row['error']}" for row in rows if "error" in row]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return ["failed", *[""] * (len(SHOWN) + 2)]
+    told = [f"{row['residual_energy']:.3f}", f"{row['validation_ap']:.4f}"]
+    told += [_cell((row["test"] or {}).get(name)) for name in SHOWN]
+    return [*told, _cell(row["difference"]["ap"], sign="+") if "difference" in row else ""]
+
+
+def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
+    if found is None or found["value"] is None or found["low"] is None:
+        return "undefined"
+    return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"

@@ -1,0 +1,56 @@
+"""The demo: the main job on a bucket of its own making: draw, train, score, evaluate."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from jobs.cluster.address import check_address
+from jobs.console import output
+from jobs.console.output import say
+from nsnet.errors import UsageError
+
+TRAINING_SCENES: Final = range(0, 300)
+VALIDATION_SCENES: Final = range(300, 380)
+HELD_OUT_SCENES: Final = range(1000, 1150)
+"""Disjoint: the real and the fake picture of a scene are always on the same side."""
+
+
+def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
+    """Run the demo; returns the evaluation."""
+    from jobs.dataset.synthetic import write_bucket
+    from jobs.experiments.job import train
+    from jobs.experiments.request import TrainRequest
+    from jobs.workflows.evaluate import evaluate
+    from jobs.workflows.score import score
+
+    started = time.monotonic()
+    out = out.absolute()
+    if (out / "detector" / "detector.json").exists():
+        raise UsageError(f"{out} already holds a finished demo; choose another --out or remove it")
+    check_address(address)
+    parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
+    for name, scenes in parts.items():
+        count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))
+        say(f"pictures: {count} in {out / 'pictures' / name}")
+    train(
+        TrainRequest(
+            source=str(out / "pictures" / "training"), out=str(out / "detector"), workers=(workers, workers), seed=seed,
+            address=address,
+        )
+    )  # fmt: skip
+    score(str(out / "pictures" / "held_out"), detector=str(out / "detector"), out=str(out / "scored"), address=address)
+    result = evaluate(str(out / "scored"), out=str(out / "evaluation"))
+    say(
+        f"done in {time.monotonic() - started:.0f} s\n"
+        f"detector: {out / 'detector'}\nverdicts: {out / 'scored' / 'verdicts'}\n"
+        f"table:    {out / 'evaluation' / 'evaluation.json'}"
+    )
+    return result
+
+
+def _progress(name: str, total: int) -> Any:
+    """A line that is redrawn on a terminal, and silence in a log."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done: output.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)

@@ -1,0 +1,45 @@
+"""A trained network as a detector bundle."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.experiments.request import TrainRequest
+from jobs.storage import uris
+from nsnet.calibration import Calibration
+
+if TYPE_CHECKING:
+    from jobs.pipeline.models import Models
+    from nsnet.recipes import Recipe
+
+
+def write_bundle(
+    request: TrainRequest, recipe: "Recipe", models: "Models", best: dict[str, Any], calibration: Calibration,
+    result: dict[str, Any], folder: Path,
+) -> str:  # fmt: skip
+    """Write the bundle to a folder of this machine; returns the detector's id."""
+    from jobs.experiments.paths import FITTED
+    from jobs.training import checkpoints
+    from nsnet.detector import Detector
+
+    detector = Detector.build(recipe.detector, models.clip_path(), seed=request.seed)
+    if recipe.detector.projection.kind in ("global", "rank_k"):
+        checkpoints.load_fitted(detector.network, uris.join(request.work, FITTED))
+    checkpoints.load_weights(detector.network, best)
+    detector.with_calibration(calibration)
+    with tempfile.TemporaryDirectory() as scratch:
+        captioner = _captioner(recipe, models, Path(scratch) / "captioner")
+        return detector.save(folder, captioner=captioner, training=result).detector_id
+
+
+def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None:
+    """The captioner that goes into the bundle; None: it needs none, or the hub has it at a pinned revision."""
+    from nsnet.captions import save_tiny_captioner
+
+    if not recipe.detector.projection.needs_captions:
+        return None
+    if models.captioner_folder(recipe.detector.captioner) is not None:
+        return Path(models.captioner) if models.captioner is not None else None
+    scratch.mkdir()
+    save_tiny_captioner(scratch, recipe.detector.captioner.seed)
+    return scratch

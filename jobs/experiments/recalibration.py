@@ -1,0 +1,78 @@
+"""A detector for another operating point, from the validation predictions of its training."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.console.output import say
+from jobs.dataset.schema import PREDICTIONS
+from jobs.storage import bundles, listing, parquet, probes, uris, writing
+from nsnet import bundle, calibration
+from nsnet.calibration import Calibration, OperatingPoint
+from nsnet.config import from_dict, to_dict
+from nsnet.errors import BundleError, SourceError, UsageError
+
+
+def calibrate(
+    detector: str, *, predictions: str, operating_point: str, out: str, uncertain: float | None = None
+) -> bundle.Description:
+    """Write the bundle; returns its description."""
+    point = OperatingPoint.parse(operating_point)
+    point = point if uncertain is None else replace(point, uncertain_share=uncertain)
+    detector, predictions, out = (uris.absolute(uri) for uri in (detector, predictions, out))
+    probes.reachable(detector)
+    probes.check_output(out)
+    if listing.exists(uris.join(out, bundle.DESCRIPTION)):
+        raise UsageError(f"{out} already holds a detector; choose another --out")
+    folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
+    before = bundle.read(folder)
+    if before.note:
+        say(before.note)
+    labels, logits = _validation(predictions, before)
+    old = from_dict(Calibration, before.calibration)
+    fitted = replace(calibration.fit(labels, logits, point), version=old.version + 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "bundle"
+        for name in before.files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, copy / name)
+        origin = before.training.get("calibrated_from", before.detector_id)
+        told = {**before.training, "calibrated_from": origin, "calibration": to_dict(fitted)}
+        after = bundle.seal(
+            copy, config=before.config, calibration=to_dict(fitted), training=json.loads(json.dumps(told)),
+            clip_digest=before.clip_digest,
+        )  # fmt: skip
+        if after.files != before.files:
+            raise BundleError(f"the bundle {folder} was changed while it was read; try again")
+        writing.upload_folder(copy, out, last=bundle.DESCRIPTION)
+    say(f"detector {after.detector_id}: threshold {fitted.threshold:.4g} for {point}, version {fitted.version}: {out}")
+    return after
+
+
+def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:
+    """Labels and logits of the validation pictures, of this detector or one that it was calibrated from."""
+    try:
+        table = pa.Table.from_batches(parquet.read(uri, PREDICTIONS), PREDICTIONS)
+    except FileNotFoundError as error:
+        raise SourceError(f"there is no {uri}") from error
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise SourceError(f"{uri} holds no predictions of a training: {' '.join(str(error).split())[:200]}") from error
+    known = {detector.detector_id, detector.training.get("calibrated_from")}
+    makers = set(table.column("detector_id").to_pylist())
+    if strange := sorted(map(str, makers - known)):
+        raise SourceError(f"{uri} is of detector {', '.join(strange[:3])}, not of {detector.detector_id}")
+    table = table.filter(pc.equal(table.column("split"), "val"))
+    labels, logits = table.column("label").to_pylist(), table.column("logit").to_numpy()
+    if {*labels} != {0, 1} or not np.isfinite(logits).all():
+        raise SourceError(
+            f"the {len(labels)} validation pictures of {uri} must be real and fake ones, each with its label and a "
+            "finite logit"
+        )
+    return labels, logits

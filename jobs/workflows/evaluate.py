@@ -1,0 +1,158 @@
+"""Evaluating: verdicts, or a source that is scored first, compared with labels; written as JSON, table and page."""
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.console import output
+from jobs.console.output import say
+from jobs.dataset import schema
+from jobs.dataset.plan import Selection, write_manifest
+from jobs.evaluation import groups, verdicts
+from jobs.evaluation.comparison import SAMPLES, compare, long_table
+from jobs.evaluation.curves import curves
+from jobs.evaluation.filters import decided, of_chains, of_detector, of_split
+from jobs.evaluation.verdicts import NoVerdictsError
+from jobs.report.text import as_text
+from jobs.storage import bundles, parquet, probes, uris, writing
+from nsnet import transforms
+from nsnet.errors import ConfigError, SourceError
+
+STANDARD: Final = "standard"
+AUTO: Final = "auto"
+Pairs = Mapping[str, str] | Literal["auto"]
+
+
+def parse_pairs(texts: Sequence[str]) -> Pairs:
+    """`FAKE=REAL` each, or `auto` alone."""
+    if list(texts) == [AUTO]:
+        return "auto"
+    parts = {text: text.partition("=") for text in texts}
+    for text, (fake, _, real) in parts.items():
+        if not fake or not real:
+            raise ConfigError(f"--pair {text}: give FAKE=REAL, or auto alone")
+    pairs = {fake: real for fake, _, real in parts.values()}
+    if len(pairs) < len(texts):
+        raise ConfigError("--pair: a generator is given twice, it can have one partner only")
+    return pairs
+
+
+def parse_chains(text: str) -> tuple[str, ...]:
+    """Chains of transforms, separated by commas, or those of `standard`."""
+    if text == STANDARD:
+        return transforms.ROBUSTNESS
+    chains = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if "" in chains:
+        raise ConfigError(f"--robustness {text!r}: give {STANDARD}, or chains such as jpeg:75,resize:0.5+jpeg:75")
+    for chain in chains:
+        transforms.parse(chain)
+    return chains
+
+
+def evaluate(
+    verdicts_or_source: str,
+    *,
+    out: str,
+    detector: str | None = None,
+    detector_id: str | None = None,
+    robustness: str | None = None,
+    pairs: Pairs | None = None,
+    split: str | None = None,
+    threshold: float | None = None,
+    samples: int = SAMPLES,
+    columns: tuple[str, ...] = (),
+    clip_weights: str | None = None,
+    captioner: str | None = None,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
+    chains = parse_chains(robustness) if robustness is not None else ()
+    uri, out = uris.absolute(verdicts_or_source), uris.absolute(out)
+    probes.reachable(uri)
+    probes.check_output(out)
+    if detector is not None:
+        own = _id_of(detector)
+        if detector_id not in (None, own):
+            raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
+        detector_id = own
+    source = None
+    unread: dict[str, Any] = {"unread": [], "unread_count": 0}
+    try:
+        table = verdicts.read(uri)
+    except NoVerdictsError as error:
+        if detector is None:
+            raise SourceError(f"{error}; to score its pictures first, give --detector") from error
+        settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
+        selection = Selection(columns=columns)
+        source = uri
+        table, unread = _score(uri, detector, uris.join(out, "scored"), chains, selection, settings)
+    table = of_detector(table, detector_id, uri)
+    table, rows = of_split(table, split, uri)
+    if chains:
+        table = of_chains(table, chains, uri)
+    if threshold is not None:
+        table = decided(table, threshold)
+    found = groups.find_pairs(table) if pairs == AUTO else dict(pairs or {})
+    names = pc.unique(table.column("detector_id")).to_pylist()
+    result = {
+        "verdicts": uri,
+        "source": source,
+        **unread,
+        "detector_id": names[0] if names else None,
+        "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+        "threshold": threshold,
+        **compare(table, samples=samples, pairs=found),
+        "curves": curves(table),
+    }
+    _write(result, out)
+    return result
+
+
+def _id_of(detector: str) -> str:
+    from nsnet import bundle
+
+    folder = bundles.fetch_bundle(uris.absolute(detector), bundle.DESCRIPTION)
+    return bundle.read(folder).detector_id
+
+
+def _score(
+    source: str, detector: str, out: str, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Verdicts on the pictures that a source holds now, and what of it could not be read."""
+    from jobs.workflows.score import score
+
+    record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
+    unread = {name: record[name] for name in ("unread", "unread_count")}
+    return _as_listed(verdicts.read(out), source, chains, selection), unread
+
+
+def _as_listed(table: pa.Table, source: str, chains: Sequence[str], selection: Selection) -> pa.Table:
+    """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
+    columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
+    with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
+        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
+        write_manifest(source, manifest, selection, transforms=("", *chains))
+        listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
+    kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
+    return table.select(kept).join(listed, keys="image_id", join_type="inner")
+
+
+def _write(result: dict[str, Any], out: str) -> None:
+    from jobs.report.page import render  # matplotlib takes a second to import
+
+    text, page = as_text(result), render(result)
+    writing.write_json(uris.join(out, "evaluation.json"), result)
+    writing.write_bytes(uris.join(out, "evaluation.txt"), (text + "\n").encode())
+    rows = io.BytesIO()
+    pq.write_table(long_table(result), rows)
+    writing.write_bytes(uris.join(out, "evaluation.parquet"), rows.getvalue())
+    writing.write_bytes(uris.join(out, "report.html"), page.encode())
+    output.show(text)
+    say(f"table: {uris.join(out, 'evaluation.json')}\nreport: {uris.join(out, 'report.html')}")
