@@ -31,12 +31,12 @@ demo: setup
 	$(RUN) -m jobs.demo --out $(OUT)
 
 test: setup
-	$(RUN) -m tests.swift
+	$(RUN) -m tests.support.swift
 	$(MAKE) --no-print-directory --jobs 2 test-unit test-rest
 
 # KILLS of drivers, actors, workers and nodes; `make test` kills two.
 test-faults: setup
-	$(RUN) -m tests.swift
+	$(RUN) -m tests.support.swift
 	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0
 
 test-unit: setup

@@ -71,8 +71,8 @@ def on_s3(work: Path, objects: int) -> str:
     """Many small objects, a thousand in a prefix."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from tests.swift import SwiftServer
-    from tests.tables import new_bucket
+    from tests.support.swift import SwiftServer
+    from tests.support.tables import new_bucket
 
     with SwiftServer(work / "swift") as server:
         os.environ.update(server.environment())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.proxy import FaultyProxy, in_front_of
-from tests.swift import SwiftServer, s3_server
+from tests.support.proxy import FaultyProxy, in_front_of
+from tests.support.swift import SwiftServer, s3_server
 
 __all__ = ["s3_server"]
 
@@ -56,7 +56,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path / "place")
     request.getfixturevalue("s3_environment")
-    from tests.tables import new_bucket
+    from tests.support.tables import new_bucket
 
     return new_bucket() + "/place"
 

@@ -29,7 +29,7 @@ from jobs.experiments.request import TrainRequest
 from jobs.runs.publication import Run
 from jobs.storage import writing
 from nsnet import recipes
-from tests.tables import manifest_row, manifest_table, verdict_row, verdict_table
+from tests.support.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
 REPO_ROOT = Path(__file__).parents[1]
 CLUSTER = REPO_ROOT / "cluster"

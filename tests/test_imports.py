@@ -50,6 +50,13 @@ def imports(path: Path) -> set[str]:
     return modules(ast.parse(path.read_text(encoding="utf-8"), str(path)), path.parent.name)
 
 
+PACKAGES = (
+    "isolation", "storage", "console", "dataset", "cluster", "pipeline", "runs", "training", "evaluation", "report",
+    "workflows", "auditing", "experiments",
+)  # fmt: skip
+"""Packages of jobs/ from the bottom to the top: each imports only those before it."""
+
+
 def roots(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
@@ -108,9 +115,51 @@ def test_nothing_but_jobs_tests_and_benchmarks_imports_jobs() -> None:
     assert [str(path.relative_to(REPO_ROOT)) for path in others if "jobs" in roots(path)] == []
 
 
-def test_only_the_storage_module_opens_file_systems() -> None:
-    users = {path.name for path in sources("jobs") if roots(path) & {"fsspec", "s3fs"}}
-    assert users == {"storage.py"}
+def package_of(path: Path) -> str | None:
+    """The package of jobs/ that a source lies in; None: it is a command."""
+    below = path.relative_to(REPO_ROOT / "jobs").parts
+    return below[0] if len(below) > 1 else None
+
+
+def of_jobs(path: Path) -> set[str]:
+    """Packages and commands of jobs/ that a source imports."""
+    return {parts[1] for name in imports(path) if (parts := name.split("."))[0] == "jobs" and len(parts) > 1}
+
+
+def test_jobs_are_these_packages_each_with_a_word_on_what_belongs_there() -> None:
+    folders = {path.parent.name for path in (REPO_ROOT / "jobs").glob("*/__init__.py")}
+    assert folders == set(PACKAGES) == {package for path in sources("jobs") if (package := package_of(path))}
+    for name in PACKAGES:
+        (docstring,) = ast.parse((REPO_ROOT / "jobs" / name / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr) and len(ast.unparse(docstring)) > 80, name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports_only_those_below_it(package: str) -> None:
+    allowed = {package, *PACKAGES[: PACKAGES.index(package)]}
+    found = {path.name: of_jobs(path) - allowed for path in sources(f"jobs/{package}")}
+    assert {name: above for name, above in found.items() if above} == {}  # commands are above all packages
+
+
+def test_command_is_imported_by_nothing_and_imports_no_other() -> None:
+    for path in sources("jobs"):
+        if package_of(path) is None:
+            assert of_jobs(path) <= set(PACKAGES), path.name
+
+
+def test_modules_of_a_package_import_each_other_in_no_circle() -> None:
+    modules_of = {
+        path.relative_to(REPO_ROOT).with_suffix("").as_posix().replace("/", "."): path for path in sources("jobs")
+    }
+    graph = {name: imports(path) & modules_of.keys() - {name} for name, path in modules_of.items()}
+    while ready := {name for name, needed in graph.items() if not needed & graph.keys()}:
+        graph = {name: needed for name, needed in graph.items() if name not in ready}
+    assert graph == {}
+
+
+def test_only_storage_opens_file_systems_and_only_console_and_commands_know_click() -> None:
+    assert {package_of(path) for path in sources("jobs") if roots(path) & {"fsspec", "s3fs"}} == {"storage"}
+    assert {package_of(path) for path in sources("jobs") if "click" in roots(path)} <= {"console", None}
 
 
 ARROW_READERS = re.compile(
@@ -131,7 +180,7 @@ def test_parquet_is_read_in_one_place() -> None:
         ("parquet_file.py", "pq.ParquetFile"),
         ("parquet_file.py", "pa.ipc.read_schema"),
         ("parquet.py", "pads.dataset"),
-        ("pipeline.py", "ray.data.read_datasource"),
+        ("stream.py", "ray.data.read_datasource"),
         ("basis.py", "ray.data.read_datasource"),
     }
 

@@ -19,7 +19,7 @@ from nsnet.detector import Detector
 from nsnet.errors import BundleError, ConfigError, WeightsError
 from tests.fuzz import ESCAPE, Payload
 from tests.fuzz.mutations import mutated
-from tests.tables import save_bundle
+from tests.support.tables import save_bundle
 
 CODE: Final = f"import os\nos.mkdir({ESCAPE!r})\n"
 BAIT: Final = "/tmp/bait.json"

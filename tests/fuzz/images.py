@@ -16,7 +16,7 @@ from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig
 from nsnet.samples import samples
 from tests.fuzz.mutations import mutated
-from tests.poisons import POISONS
+from tests.support.poisons import POISONS
 
 CONFIG: Final = PreparationConfig(
     thumbnail_px=16, patches=PatchConfig(patch_px=8, mosaic_px=16), fingerprint=True,

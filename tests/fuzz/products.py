@@ -12,7 +12,7 @@ from jobs.dataset import schema
 from jobs.storage import parquet
 from nsnet.errors import NsnetError
 from tests.fuzz.tables import damaged, pickled
-from tests.tables import manifest_row, manifest_table, parquet_bytes, verdict_row
+from tests.support.tables import manifest_row, manifest_table, parquet_bytes, verdict_row
 
 READ_BACK: Final = (schema.VERDICTS, schema.MANIFEST, schema.TODO, schema.CAPTIONS, schema.FACTS)
 MAX_BATCHES: Final = 100

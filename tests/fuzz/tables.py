@@ -20,7 +20,7 @@ from nsnet.errors import ImageError, NsnetError
 from tests.fuzz import Payload
 from tests.fuzz.mutations import EXTREMES, extreme_integer, flip_bits, mutated, run_of_one_byte
 from tests.fuzz.thrift import varint, varints
-from tests.tables import parquet_bytes, picture_file
+from tests.support.tables import parquet_bytes, picture_file
 
 MAX_ROWS: Final = 100_000
 """Rows that are taken of a list, which may have any number."""

@@ -11,7 +11,7 @@ from jobs.dataset import containers, fetching
 from jobs.dataset.source import Source
 from nsnet.errors import ImageError
 from tests.fuzz.mutations import EXTREMES, checked, mutated, pieces, repair
-from tests.tables import picture_file, tar_bytes
+from tests.support.tables import picture_file, tar_bytes
 
 MAX_FETCHED: Final = 8
 MAX_BYTES: Final = 2**22

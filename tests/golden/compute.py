@@ -47,7 +47,7 @@ def write_exact_clip(folder: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     from nsnet.clip import WEIGHTS_FILE, load_clip
-    from tests.models import FROZEN
+    from tests.support.models import FROZEN
 
     load_clip(FROZEN.clip).save(folder)
     shapes = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS_FILE).items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.golden.compute import FOLDER, LEFT, REPO_ROOT, write_exact_clip
-from tests.swift import SwiftServer
+from tests.support.swift import SwiftServer
 
 BUCKET: Final = "golden"
 COPIES: Final = 25
@@ -28,7 +28,7 @@ COMMITTED: Final = re.compile(r"/checkpoint/[^.]*\.parquet$")
 
 def make_images_and_bundle() -> None:
     from jobs.dataset import synthetic
-    from tests.models import FROZEN, as_if_trained
+    from tests.support.models import FROZEN, as_if_trained
 
     synthetic.write_bucket(LEFT / "images", SCENES, seed=0, size_px=64, processes=1)
     with tempfile.TemporaryDirectory() as scratch:

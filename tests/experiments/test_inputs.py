@@ -1,0 +1,101 @@
+"""What a training needs: a wrong request is found before every picture is looked at."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.experiments import basis, inputs
+from jobs.experiments.inputs import Facts
+from jobs.experiments.request import TrainRequest
+from jobs.pipeline.models import Models
+from jobs.runs import products
+from jobs.training.examples import SPLIT, Examples
+from nsnet.errors import ConfigError, NullSpaceError, SourceError
+from tests.support.models import one_line
+from tests.support.tables import picture_file, put
+
+
+class LookedAt(Exception):
+    """Every picture was about to be looked at."""
+
+
+@pytest.fixture
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainRequest:
+    """A training on twelve pictures of two generators."""
+
+    def look(*_: object) -> None:
+        raise LookedAt
+
+    monkeypatch.setattr(inputs, "find_out", look)
+    files = {f"{g}/{name}/{i}.png": picture_file(i) for g in "ab" for name in ("0_real", "1_fake") for i in range(3)}
+    return TrainRequest(source=put(str(tmp_path / "pictures"), files), out=str(tmp_path / "out")).absolute()
+
+
+def prepare(request: TrainRequest) -> Any:
+    recipe, models = request.resolved(), Models()
+    facts = inputs.where(request, recipe, models)
+    return inputs.examples_of(request, recipe, facts, request.identity(recipe))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"leave_out": "c"},
+            ConfigError,
+            "no picture is of the generator 'c', which is to be left out; there are: a, b",
+        ),
+        ({"split": "/nowhere/split.parquet"}, SourceError, "there is no split /nowhere/split.parquet"),
+        ({"workers": (1, 7)}, SourceError, "12 pictures are too few for 7 workers: at least two for each"),
+    ],
+)
+def test_wrong_request_is_found_before_pictures_are_looked_at(
+    changed: dict[str, Any], error: type[Exception], message: str, request_: TrainRequest
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        prepare(replace(request_, **changed))
+    one_line(caught.value)
+
+
+def test_right_request_goes_on_to_look_at_them(request_: TrainRequest) -> None:
+    for changed in ({}, {"leave_out": "b"}, {"workers": (1, 6)}):
+        with pytest.raises(LookedAt):
+            prepare(replace(request_, **changed))
+
+
+def test_source_of_one_class_or_without_labels_is_refused(request_: TrainRequest, tmp_path: Path) -> None:
+    one = put(str(tmp_path / "one"), {f"0_real/{i}.png": picture_file(i) for i in range(6)})
+    with pytest.raises(SourceError, match="the source has 6 real and 0 fake pictures; both are needed"):
+        prepare(replace(request_, source=one))
+    none = put(str(tmp_path / "none"), {f"{i}.png": picture_file(i) for i in range(6)})
+    with pytest.raises(SourceError, match="6 of 6 pictures have no label"):
+        prepare(replace(request_, source=none))
+
+
+def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possible(request_: TrainRequest) -> None:
+    """Before workers start, each of which would find it out, and be started again."""
+    request = replace(request_, variant="rank-k:8")
+    table = SPLIT.empty_table()
+    found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
+    facts = Facts(place="/captions", product=products.CAPTIONS, maker="m")
+    with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
+        basis.fit_projection(request, request.resolved(), facts, found)
+
+
+def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:
+    """Who trains on a part of a source, without being told, believes numbers of another data set."""
+    put(request_.source, {"a/0_real/cut.tar": b"no tar" * 200})
+    with pytest.raises(SourceError, match=r"1 folders or containers .* \(--max-left-out\): .*cut\.tar") as caught:
+        prepare(request_)
+    one_line(caught.value)
+    assert not Path(request_.work, "split.parquet").exists()
+    with pytest.raises(LookedAt):
+        prepare(replace(request_, max_left_out=1))
+
+
+def test_allowance_does_not_make_another_training_of_it(request_: TrainRequest) -> None:
+    recipe = request_.resolved()
+    assert replace(request_, max_left_out=7).identity(recipe) == request_.identity(recipe)

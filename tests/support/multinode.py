@@ -1,0 +1,180 @@
+"""A Ray cluster of several nodes on this machine, its processes by their role, and `nsnet score` as a process.
+
+Processes are found below the raylets that the cluster itself started and are killed by their ids, never by name.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from jobs.cluster.embedded import NODE_ENVIRONMENT
+
+NODES: Final = 2
+STORE_BYTES: Final = 128 * 2**20
+ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker", "spot node")
+SPOT_NOTICE_SECONDS: Final = 5
+"""Between the notice that a spot node leaves, and its end."""
+TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare"}
+"""How Ray names the processes of the stages."""
+
+
+class Nodes:
+    """A head without CPUs, where drivers attach, and nodes of one CPU that may be killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        os.environ.update(NODE_ENVIRONMENT)  # as in the image of the nodes
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
+        )
+        for _ in range(NODES):
+            self.add()
+
+    def add(self) -> None:
+        """Another node."""
+        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
+
+    @property
+    def address(self) -> str:
+        """What drivers connect to."""
+        return str(self.cluster.address)
+
+    def workers(self, role: str) -> list[psutil.Process]:
+        """Living worker processes that do the work of a role."""
+        found = []
+        for node in self.cluster.worker_nodes:
+            for process in _children(_raylet(node)):
+                with_title = _title(process)
+                if TITLES[role] in with_title:
+                    found.append(process)
+        return found
+
+    def kill(self, role: str, dice: random.Random) -> bool:
+        """Kill -9 one process of a role; False: there is none at this moment."""
+        if role in ("raylet", "spot node"):
+            node = dice.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
+            if role == "spot node":
+                self._tell_that_it_leaves(node)
+                time.sleep(SPOT_NOTICE_SECONDS)
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.add()
+            return True
+        victims = self.workers(role)
+        if not victims:
+            return False
+        dice.choice(victims).send_signal(signal.SIGKILL)
+        return True
+
+    def _tell_that_it_leaves(self, node: Any) -> None:
+        arguments = {
+            "address": self.address, "node-id": node.node_id, "reason": "DRAIN_NODE_REASON_PREEMPTION",
+            "reason-message": "a spot node", "deadline-remaining-seconds": str(SPOT_NOTICE_SECONDS),
+        }  # fmt: skip
+        options = [text for name, value in arguments.items() for text in (f"--{name}", value)]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *options], check=True, timeout=60)
+
+    def stop(self) -> None:
+        """Stop all nodes."""
+        self.cluster.shutdown()
+
+
+def _raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+class Score:
+    """`nsnet score` in a process of its own; its lines are collected."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.score", *arguments],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **(env or {})},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def prepared(self) -> int:
+        """Pictures that the last line of progress tells of."""
+        told = [line for line in self.lines if line.startswith("score: scored ")]
+        return int(told[-1].partition("prepared ")[2].partition(",")[0]) if told else 0
+
+    def wait_for(self, condition: Any, seconds: float) -> bool:
+        """Wait until a condition holds; False: the process ended before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.05)
+        return True
+
+    def kill(self) -> None:
+        """Kill -9 the process and what it started itself."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end(60)
+
+    def end(self, seconds: float) -> int:
+        """Wait for the end; the exit code."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"not ended within {seconds} s\n{self.text()}") from None
+        finally:
+            self._reader.join(timeout=10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def text(self) -> str:
+        """The last lines."""
+        return "\n".join(self.lines[-40:])
+
+
+@contextmanager
+def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Score]:
+    """A scoring process that does not outlive the block; `env`: variables beside this process's own."""
+    score = Score(*arguments, env=env)
+    try:
+        yield score
+    finally:
+        if score.process.poll() is None:
+            score.kill()

@@ -1,0 +1,183 @@
+"""`nsnet predict`: the detector's verdicts on the command line, in order, whatever the files and their names hold."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from nsnet.detector import Detector, Verdict
+from tests.support.swift import SwiftServer
+from tests.support.tables import new_bucket, one_thread, picture_file, put, run_command, save_bundle
+
+REPO_ROOT = Path(__file__).parents[2]
+FILES = {
+    "a.png": picture_file(1),
+    "cut.png": picture_file(2, "PNG", 80, 80)[:3000],
+    "ü 图.jpg": picture_file(3, "JPEG", 90, 70),
+    "text.png": b"no picture",
+    "empty.png": b"",
+    "b.webp": picture_file(4, "WEBP"),
+}
+GOOD = ["a.png", "ü 图.jpg", "b.webp"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_bundle(tmp_path_factory.mktemp("detector")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return put(str(tmp_path_factory.mktemp("pictures")), FILES)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: str) -> dict[str, Verdict]:
+    return dict(zip(GOOD, Detector.load(bundle).predict([FILES[name] for name in GOOD]), strict=True))
+
+
+def predict(bundle: str, *arguments: str) -> tuple[int, list[str], str]:
+    code, out, err = run_command("predict", "--detector", bundle, "--device", "cpu", *arguments)
+    return code, out.splitlines(), err
+
+
+def test_verdicts_are_those_of_the_detector_in_the_order_asked(
+    bundle: str, folder: str, expected: dict[str, Verdict]
+) -> None:
+    names = ["b.webp", "a.png", "ü 图.jpg", "a.png"]
+    code, lines, err = predict(bundle, *(f"{folder}/{name}" for name in names))
+    assert code == 0 and err == "" and len(lines) == 2 * len(names)
+    for name, first, second in zip(names, lines[::2], lines[1::2], strict=True):
+        verdict = expected[name]
+        said = f"{verdict.verdict}, P(fake) = {verdict.prob_fake:.3f} (threshold {verdict.threshold:.3f})"
+        assert first == f"{folder}/{name}: {said}"
+        assert f"{verdict.width} × {verdict.height} px {verdict.format}" in second
+        assert f"“{verdict.caption}”" in second and f"{verdict.residual_energy:.0%}" in second
+    assert len({verdict.prob_fake for verdict in expected.values()}) == len(GOOD)
+
+
+def test_pictures_that_cannot_be_judged_are_lines_in_their_place(bundle: str, folder: str) -> None:
+    names = ["text.png", "a.png", "missing.png", "cut.png", "empty.png", "b.webp"]
+    code, lines, err = predict(bundle, *(f"{folder}/{name}" for name in names), folder)
+    assert code == 3 and err == ""
+    heads = [line for line in lines if not line.startswith("  ")]
+    reasons = [line.removeprefix(f"{folder}/{name}: ") for name, line in zip(names, heads, strict=False)]
+    assert [reason.split(":")[1].strip() if "not judged" in reason else "verdict" for reason in reasons] == [
+        "ImageUnidentifiedError", "verdict", "FetchError", "ImageCorruptError", "ImageEmptyError", "verdict",
+    ]  # fmt: skip
+    assert reasons[2] == f"not judged: FetchError: there is no file {folder}/missing.png"
+    assert heads[-1].startswith(f"{folder}: not judged: FetchError: ")
+
+
+def test_json_has_one_object_per_picture(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
+    names = ["a.png", "missing.png", "ü 图.jpg", "cut.png"]
+    code, lines, _ = predict(bundle, "--json", *(f"{folder}/{name}" for name in names))
+    values = [json.loads(line) for line in lines]
+    assert code == 3
+    assert [value["image"] for value in values] == [f"{folder}/{name}" for name in names]
+    assert [value["status"] for value in values] == ["scored", "failed", "scored", "failed"]
+    assert {value["detector_id"] for value in values} == {Detector.load(bundle).detector_id}
+    for value, name in ((values[0], "a.png"), (values[2], "ü 图.jpg")):
+        assert value["prob_fake"] == pytest.approx(expected[name].prob_fake, abs=1e-5)
+        assert (value["verdict"], value["caption"]) == (expected[name].verdict, expected[name].caption)
+        assert value["error_class"] is None
+    failed = [(value["error_stage"], value["error_class"], value["verdict"]) for value in values[1::2]]
+    assert failed == [("fetch", "FetchError", None), ("decode", "ImageCorruptError", None)]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_escape_codes_and_bytes_in_names_do_not_reach_the_terminal(
+    form: list[str], bundle: str, tmp_path: Path
+) -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
+    names = [hostile + ".png", hostile + ".absent", os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"caf\xe9.absent")]
+    try:
+        for name in names[::2]:
+            (tmp_path / name).write_bytes(FILES["a.png"])
+    except OSError:
+        pytest.skip("this filesystem takes UTF-8 names only")
+    code, lines, _ = predict(bundle, *form, *(str(tmp_path / name) for name in names))
+    assert code == 3
+    assert all(line.isprintable() for line in lines)
+    if form:
+        assert [json.loads(line)["image"] for line in lines] == [str(tmp_path / name) for name in names]
+        assert [json.loads(line)["status"] for line in lines] == ["scored", "failed"] * 2
+    else:
+        assert [("not judged" in line) for line in lines if not line.startswith("  ")] == [False, True] * 2
+
+
+def test_limits_are_kept(bundle: str, folder: str) -> None:
+    picture = f"{folder}/a.png"
+    size = len(FILES["a.png"])
+    assert predict(bundle, picture, "--max-bytes", str(size))[0] == 0
+    code, lines, _ = predict(bundle, picture, "--max-bytes", str(size - 1))
+    assert code == 3 and lines[0].endswith(f"{size:,} bytes, the limit is {size - 1:,} (--max-bytes)")
+    code, lines, _ = predict(bundle, picture, "--max-pixels", "2000")
+    assert code == 3 and "ImageTooLargeError: 56 × 40 px, the limit is 2,000 pixels" in lines[0]
+
+
+def test_decoder_ends_with_the_command(bundle: str, folder: str) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    predict(bundle, f"{folder}/a.png")
+    assert {child.pid for child in psutil.Process().children()} <= before
+
+
+def test_other_scheme_and_missing_gpu_are_refused(bundle: str, folder: str) -> None:
+    code, _, err = predict(bundle, "https://example.org/x.jpg")
+    assert code == 2 and err.startswith("error: https://example.org/x.jpg: only local paths and s3://")
+    if not torch.cuda.is_available():
+        code, _, err = predict(bundle, f"{folder}/a.png", "--device", "cuda")
+        assert code == 2 and err.startswith("error: --device cuda: this machine has no usable GPU")
+
+
+@pytest.mark.s3
+def test_detector_and_pictures_may_lie_in_a_bucket(
+    bundle: str,
+    expected: dict[str, Verdict],
+    s3_environment: SwiftServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NSNET_CACHE", str(tmp_path / "cache"))
+    bucket = put(new_bucket(), FILES)
+    put(
+        f"{bucket}/detector",
+        {path.relative_to(bundle).as_posix(): path.read_bytes() for path in Path(bundle).rglob("*.*")},
+    )
+    names = ["a.png", "missing.png", "empty.png", "ü 图.jpg"]
+    code, lines, _ = predict(f"{bucket}/detector", "--json", *(f"{bucket}/{name}" for name in names))
+    values = [json.loads(line) for line in lines]
+    assert code == 3
+    assert [value["error_class"] for value in values] == [None, "FetchError", "ImageEmptyError", None]
+    assert values[0]["prob_fake"] == pytest.approx(expected["a.png"].prob_fake, abs=1e-5)
+    assert values[3]["prob_fake"] == pytest.approx(expected["ü 图.jpg"].prob_fake, abs=1e-5)
+
+
+def test_program_judges_without_ray(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
+    code = (
+        "import sys, jobs.predict\nfrom jobs import console\ntry:\n"
+        "    console.run(jobs.predict.command, 'nsnet predict')\nexcept SystemExit as end:\n"
+        "    print(end.code, 'ray' in sys.modules, 'torch' in sys.modules)"
+    )
+    arguments = [f"{folder}/a.png", f"{folder}/text.png", "--json", "--device", "cpu", "--detector", bundle]
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    first, second, last = done.stdout.splitlines()
+    assert last == "3 False True" and done.stderr == ""
+    assert json.loads(first)["prob_fake"] == pytest.approx(expected["a.png"].prob_fake, abs=1e-5)
+    assert json.loads(second)["error_class"] == "ImageUnidentifiedError"
