@@ -34,8 +34,8 @@ from tests.support.tables import manifest_row, manifest_table, verdict_row, verd
 REPO_ROOT = Path(__file__).parents[1]
 CLUSTER = REPO_ROOT / "cluster"
 CRDS = REPO_ROOT.parent / "shared/data/kuberay-crds"
-GUIDE = REPO_ROOT / "docs/operations.md"
-REPRODUCE = REPO_ROOT / "docs/reproduce.md"
+GUIDE = REPO_ROOT / "docs/how-to/operations.md"
+REPRODUCE = REPO_ROOT / "docs/how-to/reproduce.md"
 
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 LONGEST_NAME = 47
