@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-PROMISES = (TESTS.parent / "docs" / "explanation" / "threats.md").read_text(encoding="utf-8").partition("## What is promised")[2]
+THREATS = TESTS.parent / "docs/explanation/threats.md"
+PROMISES = THREATS.read_text(encoding="utf-8").partition("## What is promised")[2]
 
 
 def test_every_promise_names_tests_that_exist() -> None:
