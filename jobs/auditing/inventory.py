@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from jobs.dataset import benchmarks, schema
 from jobs.evaluation.groups import NO_GENERATOR
-from jobs.storage.database import database
+from jobs.storage.database import database, last_of_each
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,12 +47,9 @@ def pictures(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch])
         rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED)
         rows.insert("listed", listing)
         rows.create("known", "* replace (image_id::uuid as image_id)", KNOWN)
-        rows.insert("known", facts)
-        rows.execute("create table newest as select max(rowid) as number from known group by image_id")
+        rows.insert("known", last_of_each(facts, KNOWN, ["image_id"]))
         found = rows.select(
-            f"select {', '.join(PICTURES.names)} from listed join "
-            "(select * from known semi join newest on known.rowid = newest.number) using (image_id) "
-            "order by uri, image_id"
+            f"select {', '.join(PICTURES.names)} from listed join known using (image_id) order by uri, image_id"
         )
         table = pa.Table.from_batches((batch.cast(PICTURES) for batch in found), PICTURES)
         unknown = rows.number("select count(*) from listed") - table.num_rows

@@ -52,14 +52,12 @@ def read(uri: str) -> pa.Table:
         return _from_file(uri)
     if not any(record["files"] for record in catalog.runs(uri)):
         prefix = uri.rstrip("/") + "/"
-        names = [entry.uri.removeprefix(prefix) for entry in islice(listing.list_files(uri), 3)]
-        found = f"there are files such as {', '.join(sorted(names))}" if names else "it holds no file"
+        files = [entry.uri.removeprefix(prefix) for entry in islice(listing.list_files(uri), 3)]
+        found = f"there are files such as {', '.join(sorted(files))}" if files else "it holds no file"
         raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {found}")
-    columns = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
-    table = catalog.verdicts(uri).to_table(columns=columns)
-    images = zip(table.column("image_id").to_pylist(), table.column("detector_id").to_pylist(), strict=True)
-    newest = {image: row for row, image in enumerate(images)}  # the oldest run comes first
-    return table.take(list(newest.values()))
+    names = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
+    columns = pa.schema([schema.VERDICTS.field(name) for name in names])
+    return pa.Table.from_batches(catalog.newest(uri, columns), columns)
 
 
 # A file that anybody wrote.

@@ -1,7 +1,6 @@
 """Who is trained on, validated and tested on: a source's pictures, with what is known of them, to a stored split."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ from jobs.dataset import schema
 from jobs.runs import catalog
 from jobs.runs.products import Product
 from jobs.storage import parquet
-from jobs.storage.database import database
+from jobs.storage.database import database, last_of_each
 from jobs.training import examples
 from jobs.training.examples import SPLIT
 from nsnet import splits
@@ -83,12 +82,11 @@ def known_pictures(manifest: str, facts: str, product: Product, maker: str) -> p
 
     Raises `SourceError` for rows that nothing is known of.
     """
-    numbered = pa.schema([pa.field("n", pa.int64()), *KNOWN])
     with database() as rows:
         rows.create("manifest", "*", schema.MANIFEST)
         rows.insert("manifest", parquet.read(manifest, schema.MANIFEST))
-        rows.create("known", "*", numbered)
-        rows.insert("known", _numbered(catalog.untransformed(facts, KNOWN, product, maker), numbered))
+        rows.create("known", "*", KNOWN)
+        rows.insert("known", last_of_each(catalog.untransformed(facts, KNOWN, product, maker), KNOWN, ["image_id"]))
         missing = rows.execute(
             "select uri from manifest anti join known using (image_id) order by uri limit "
             f"{TOLD}"
@@ -99,21 +97,9 @@ def known_pictures(manifest: str, facts: str, product: Product, maker: str) -> p
                 f"{number} pictures of the source are not in {facts}, such as {missing[0][0]}: run nsnet caption for "
                 "them first, or give --caption-missing"
             )
-        batches = rows.select(
-            "select m.*, k.* exclude (n, image_id) from manifest m join known k using (image_id) join "
-            "(select image_id, max(n) as n from known group by 1) newest on k.image_id = newest.image_id and "
-            "k.n = newest.n order by image_id"
-        )
+        batches = rows.select("select * from manifest join known using (image_id) order by image_id")
         found = [batch.select(LISTED.names).cast(LISTED) for batch in batches]
     return pa.Table.from_batches(found, LISTED)
-
-
-def _numbered(batches: Iterator[pa.RecordBatch], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    start = 0
-    for batch in batches:
-        numbers = pa.array(np.arange(start, start + batch.num_rows))
-        yield pa.RecordBatch.from_arrays([numbers, *batch.columns], schema=columns)
-        start += batch.num_rows
 
 
 def make(listed: pa.Table, config: SplitConfig) -> Split:

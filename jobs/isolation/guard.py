@@ -158,7 +158,7 @@ class Zygote:
 
 def _import_path() -> list[str]:
     """Where modules are found, without the current folder."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     here = os.getcwd()
     return [root, *(path for path in sys.path if os.path.isabs(path) and path not in (root, here))]
 

@@ -11,6 +11,7 @@ from jobs.dataset import schema
 from jobs.runs import names
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, listing, parquet, reading, uris
+from jobs.storage.database import last_of_each
 from nsnet.errors import SourceError, StorageError
 
 if TYPE_CHECKING:
@@ -101,6 +102,17 @@ def published(
         if any(wanted not in (None, record.get(key)) for key, wanted in whose.items()):
             continue
         yield from rows_of(out, record, columns)
+
+
+def newest(out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None) -> Iterator[pa.RecordBatch]:
+    """Some columns of published rows, as a stream; of several rows of an image by one maker, that of the newest run.
+
+    `whose`: as in `published`. An image that was changed since, or transformed, has another `image_id`. Without a run,
+    no batch comes.
+    """
+    key = [name for name in ("image_id", product.maker) if name in product.columns.names]
+    asked = [*columns, *(product.columns.field(name) for name in key if name not in columns.names)]
+    yield from last_of_each(published(out, pa.schema(asked), product, **whose), pa.schema(asked), key, columns.names)
 
 
 def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:

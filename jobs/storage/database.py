@@ -1,7 +1,7 @@
 """Joins over more rows than fit in memory: a DuckDB database in a temporary folder, fed and read as Arrow batches."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -62,3 +62,23 @@ def database() -> Iterator[Database]:
         }
         with duckdb.connect(str(Path(folder) / "rows.duckdb"), config=settings) as connection:
             yield Database(connection)
+
+
+def last_of_each(
+    batches: Iterable[pa.RecordBatch], columns: pa.Schema, key: Sequence[str], keep: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Of rows with an equal key the last one, in the order in which these came.
+
+    columns: schema of the batches. key: its columns that make rows equal; nulls are equal. keep: its columns that are
+    wanted, in this order; None: all. Works on disk, for any number of rows.
+    """
+    with database() as rows:
+        rows.create("every", "*", columns)
+        rows.insert("every", batches)
+        rows.execute(f"create table last as select max(rowid) as number from every group by {', '.join(key)}")
+        wanted = pa.schema([columns.field(name) for name in keep or columns.names])
+        found = rows.select(
+            f"select {', '.join(wanted.names)} from every join last on every.rowid = last.number order by number"
+        )
+        for batch in found:
+            yield batch.cast(wanted)

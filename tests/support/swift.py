@@ -108,11 +108,11 @@ os.execv(command[0], command)
 
 
 def ensure_environment(repo_root: Path) -> Path:
-    """Make `.venv-swift` in repo_root as `tests/swift-requirements.lock` says, unless it is there; return its path."""
+    """Make `.venv-swift` in repo_root as `tests/support/swift-requirements.lock` says, unless it is there; return its path."""
     environment = repo_root / ".venv-swift"
     stamp = environment / "lock.sha256"
     uv = str(repo_root / ".venv" / "bin" / "uv")
-    with (repo_root / "tests" / "swift-requirements.lock").open("rb") as lock:
+    with (repo_root / "tests" / "support" / "swift-requirements.lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs may start at once
         digest = hashlib.sha256(lock.read()).hexdigest()
         python = environment / "bin" / "python"
