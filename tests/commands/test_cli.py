@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from jobs.cluster import resources
 from jobs.console import main, output, parameters
 from jobs.storage import probes, writing
 from jobs.storage.left_out import LeftOut, first_named
+from jobs.storage.uris import Uri
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.support.tables import picture_file, put, run_command, save_bundle
