@@ -97,9 +97,9 @@ def left_out_code(record: dict[str, Any], allowed: int) -> int:
 
 
 def exit_code(counts: dict[str, dict[str, int]], rows: int, allowed: float) -> int:
-    """0, or 3 with a line that says so where more pictures failed than allowed."""
+    """0, or 3 with a line that says so where more images failed than allowed."""
     failed = counts["status"].get("failed", 0)
     if failed <= allowed * rows:
         return 0
-    say(f"{failed} of {rows} pictures failed, more than the allowed {allowed:.2%}: exit code {EXIT_TOO_MANY_FAILED}")
+    say(f"{failed} of {rows} images failed, more than the allowed {allowed:.2%}: exit code {EXIT_TOO_MANY_FAILED}")
     return EXIT_TOO_MANY_FAILED
