@@ -28,7 +28,7 @@ def of_detector(table: pa.Table, detector_id: str | None, uri: str) -> pa.Table:
 
 
 def of_split(table: pa.Table, split: str | None, uri: str) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of a split, and what the result says of them. Rows of training and validation say little of a detector."""
+    """The rows of a split, and what the result says of them. Training and validation rows say little of it."""
     splits = table.column("split") if "split" in table.column_names else pa.array([None] * table.num_rows)
     present: set[Any] = set(pc.unique(splits).to_pylist())
     named = sorted(present - {None})
