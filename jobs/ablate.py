@@ -34,6 +34,7 @@ from nsnet.errors import ConfigError
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
     """Train variants of a recipe on SOURCE, test them on the same images, and print one table with intervals.
 

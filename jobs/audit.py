@@ -27,6 +27,7 @@ from nsnet.duplicates import DISTANCE
 @parameters.max_left_out_option
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
     """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
     pixel and JPEG quality alone tell real from fake.

@@ -25,6 +25,7 @@ from jobs.storage.uris import Uri
     help="Share of images nearest to the threshold that are called uncertain; default: what the point says, or none.",
 )  # fmt: skip
 @click.option("--out", type=parameters.URI, required=True, help="Where the new bundle goes: a folder or s3:// URI.")
+@parameters.debug_option
 def command(detector: Uri, **options: Any) -> int:
     """Write DETECTOR again with temperature, threshold and band for another operating point, as a detector of its own.
 

@@ -23,6 +23,7 @@ from jobs.workflows.caption import caption
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
     """Caption the images of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
     features by the frozen text tower, or the reason why there is none. The same command continues a run that was

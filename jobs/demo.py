@@ -15,6 +15,7 @@ from jobs.storage.uris import Uri
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of images, weights and order.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Training processes.")
 @parameters.address_option
+@parameters.debug_option
 def command(out: Uri, **options: Any) -> int:
     """Make a labelled bucket, train `tiny` on it, score images that it has not seen, and evaluate.
 

@@ -44,6 +44,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 @parameters.max_left_out_option
 @parameters.weights_options
 @parameters.address_option
+@parameters.debug_option
 def command(
     verdicts_or_source: Uri, out: Uri, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
 ) -> int:

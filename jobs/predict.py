@@ -15,6 +15,7 @@ from jobs.workflows.predict import as_text, predict
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
 @parameters.weights_options
 @parameters.limit_options
+@parameters.debug_option
 def command(images: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Judge one or more images (paths or s3:// URIs), each with its reasons.
 

@@ -34,6 +34,7 @@ from jobs.workflows.score import score
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
     """Score the images of SOURCE that this detector has not judged yet: one published row each, a verdict or the
     reason why there is none. The same command continues a run that was stopped.

@@ -48,6 +48,7 @@ from jobs.storage.uris import Uri
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
     """Train a detector on the labelled images of SOURCE and write it as a bundle.
 

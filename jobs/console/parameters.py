@@ -1,5 +1,6 @@
 """Options that several commands share, and their types."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -76,6 +77,18 @@ limit_options = _stack(
     click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest image, in px."),
     click.option("--max-seconds", default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in s."),
 )
+
+
+def _debug(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["NSNET_DEBUG"] = "1"
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug,
+    help="Show the traceback of every error, as NSNET_DEBUG=1 does.",
+)  # fmt: skip
+
 column_option = click.option(
     "--column",
     "columns",

@@ -7,13 +7,14 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from jobs.console.output import say
+from jobs.console.output import lines_of_run, say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import attempts, catalog, lock, products, publication
@@ -85,12 +86,14 @@ class Work:
 def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
     """Do what is to be done and publish it; returns the record, which has no files where there was nothing to do."""
     started = time.monotonic()
-    with lock.hold(request.out, wait=request.wait) as held:
+    with ExitStack() as context:
+        held = context.enter_context(lock.hold(request.out, wait=request.wait))
         run = _unfinished(request)
         if run is not None:
             planned = attempts.planned(run.staging)
         else:
             run, planned = _plan(request, held)
+        context.enter_context(lines_of_run(run.run_id))
         plan = planned["plan"]
         number, files, details = 0, [], {}
         if plan["count"]:
@@ -112,10 +115,10 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
                 "settings": {**request.identity(), **details.get("settings", {})},
             },
         )
-    if plan["count"]:
-        say(catalog.summary(record))
-        say(f"{request.product.name}: {run.final}")
-    say(f"record: {run.record}")
+        if plan["count"]:
+            say(catalog.summary(record))
+            say(f"{request.product.name}: {run.final}")
+        say(f"record: {run.record}")
     return record
 
 

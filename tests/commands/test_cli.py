@@ -394,7 +394,8 @@ def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
             [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=gone, stderr=subprocess.PIPE, timeout=60
         )
     assert done.returncode == 1
-    assert done.stderr == b"error: standard output cannot be written: Broken pipe\n"
+    assert done.stderr.endswith(b"Z error: standard output cannot be written: Broken pipe\n")
+    assert done.stderr.count(b"\n") == 1
 
 
 class FullDisk(io.StringIO):
@@ -471,3 +472,63 @@ def test_addresses_are_made_absolute_where_a_command_begins(
         assert options[option].convert("weights", None, None) == f"{tmp_path}/weights", option
         with pytest.raises(UsageError, match="must be a local path"):
             options[option].convert("s3://bucket/weights", None, None)
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
+
+
+def test_lines_of_a_log_carry_time_and_run(capsys: pytest.CaptureFixture[str]) -> None:
+    output.begin_lines()
+    output.say("one\ntwo")
+    with output.lines_of_run("20260102T030405Z-abcdef"):
+        output.say("of the run")
+    output.say("after it")
+    with pytest.raises(ValueError), output.lines_of_run("20260102T030405Z-abcdef"):
+        raise ValueError
+    output.say("error: why it ended")
+    output.begin_lines()
+    output.say("another command")
+    expected = [
+        "one", "two", "20260102T030405Z-abcdef of the run", "after it",
+        "20260102T030405Z-abcdef error: why it ended", "another command",
+    ]  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected, strict=True):
+        assert re.fullmatch(STAMP + re.escape(text), line)
+
+
+def test_lines_on_a_terminal_are_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    output.say("a line")
+    assert terminal.getvalue() == "a line\n"
+
+
+@pytest.mark.parametrize("asked", ["--debug", "NSNET_DEBUG", "nothing"])
+def test_traceback_of_a_store_error_is_shown_on_request(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what an error was raised `from None` over."""
+    monkeypatch.setenv("NSNET_DEBUG", "1" if asked == "NSNET_DEBUG" else "")
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise PermissionError(errno.EACCES, "Access Denied by https://me:s3cret@store")
+        except PermissionError:
+            raise StorageError("the store refuses") from None
+
+    monkeypatch.setattr(probes, "check_output", fail)
+    bundle = save_bundle(tmp_path / "detector")
+    options = ["--debug"] if asked == "--debug" else []
+    code, _, told = run_command(
+        "score", str(tmp_path), "--detector", str(bundle), "--out", str(tmp_path / "o"), *options
+    )
+    assert code == 1 and told.splitlines()[-1].endswith("error: the store refuses")
+    shown = asked != "nothing"
+    assert ("Traceback" in told) == ("PermissionError" in told) == shown
+    assert "s3cret" not in told and len(told.splitlines()) == 1 or shown
