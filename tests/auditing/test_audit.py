@@ -141,7 +141,7 @@ def test_copies_across_splits_and_labels_are_shown() -> None:
     assert shown["exact"]["across_labels"]["groups"] == 0
     assert twins.column("kind").to_pylist() == ["exact", "exact", "near", "near"]
     lines = as_text(result).splitlines()
-    assert "test: 1 images are alike to an image of another split" in lines
+    assert "test: 1 images have a copy in another split" in lines
     assert "  in two splits: /g/0001.jpg and /g/0031.jpg" in lines
     assert "  real and fake: /g/0002.jpg and /g/0005.jpg" in lines
     assert any(line.split() == ["train", "g", "15", "15", "0"] for line in lines)
@@ -265,7 +265,7 @@ def test_images_that_were_not_looked_at_are_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "examine", lambda *_, **__: record)  # as if it came between its listing and ours
     result = audit(source, out=out)
     assert (result["pictures"], result["not_examined"]) == (30, 1)
-    assert "  1 more were not looked at, and are in no number below" in as_text(result)
+    assert "  1 more were not examined and are not counted below" in as_text(result)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [("1%", 3), ("50%", 0)])

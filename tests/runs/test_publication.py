@@ -526,7 +526,7 @@ def test_damaged_published_file_is_named(tmp_path: Path) -> None:
     out = str(tmp_path)
     (file,) = publish(out, ONE, rows_for(URIS))["files"]
     (tmp_path / file["path"]).write_bytes(b"no Parquet")
-    with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*remove its record runs/{ONE}.json"):
+    with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*and its record runs/{ONE}.json"):
         list(catalog.published(out, schema.DONE))
 
 
