@@ -25,14 +25,14 @@ def conclusion(result: dict[str, Any]) -> str:
     measured = {name: group["metadata"] for name, group in result["generators"].items()}
     judged = {name: metadata for name, metadata in measured.items() if metadata["biased"] is not None}
     biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
-    sentence = f"{len(biased)} of {len(judged)} generators can be told from metadata alone"
+    sentence = f"{len(biased)} of {len(judged)} generators are separable by metadata alone"
     if biased:
         sentence += ": " + ", ".join(f"{_name(name)} ({_causes(judged[name])})" for name in biased)
     if len(judged) < len(measured):
         sentence += f"; {len(measured) - len(judged)} cannot be judged"
     together = result["everything"]["metadata"]
     if together["biased"] and not biased:
-        sentence += f"; all together, real and fake can be told from metadata alone ({_causes(together)})"
+        sentence += f"; all together, real and fake are separable by metadata alone ({_causes(together)})"
     return sentence
 
 
@@ -121,9 +121,9 @@ def _metadata(result: dict[str, Any]) -> Iterator[str]:
     rows.append(["all generators", *_measured(result["everything"]["metadata"])])
     yield "how well metadata alone separate real from fake (cross-validated AUROC), and each single value:"
     yield from _table(
-        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "told by"], rows
+        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "causes"], rows
     )
-    yield f"told by: metadata that suffice alone, if the interval lies above {metadata_bias.BOUND}"
+    yield f"causes: metadata that suffice alone, if the interval lies above {metadata_bias.BOUND}"
     for lender in sorted(set(lenders.values())):
         borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
         yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
