@@ -19,9 +19,7 @@ Indices = npt.NDArray[np.int64]
 COPIES: Final = pa.schema(
     [
         pa.field("group", pa.int64(), nullable=False),  # near-duplicates, including equal files
-        pa.field(
-            "kind", pa.string(), nullable=False
-        ),  # exact: another image has the same bytes; near: others only look alike
+        pa.field("kind", pa.string(), nullable=False),  # exact: equal bytes exist; near: others only look alike
         *(schema.FACTS.field(name) for name in ("uri", "label", "generator", "split")),
         *(schema.FACTS.field(name) for name in ("content_hash", "perceptual_hash")),
     ]

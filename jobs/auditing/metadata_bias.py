@@ -29,8 +29,7 @@ MIN_IMAGES: Final = 10
 MAX_IMAGES: Final = 10_000
 """Maximum images per class, drawn at random: more would only narrow an interval of ± 0.01."""
 MAX_RATIO: Final = 20
-"""Maximum ratio of the larger to the smaller class: more images add nothing, and trees would rarely see the rare class.
-"""
+"""Maximum ratio of the classes: more images add nothing, and trees would rarely see the rare class."""
 
 FOLDS: Final = 5
 TREES: Final = 50
@@ -40,9 +39,9 @@ LEAF_IMAGES: Final = 3
 
 CONFIDENCE_Z: Final = 1.96
 WIDENING: Final = 4.0 / 3.0
-"""Factor on the standard error. The interval's formula treats the scores as independent of the forests, but the forests
-share most of their images: on synthetic sets of 20 to 100 images, with and without a shortcut, the AUROCs spread 1.3
-to 1.4 times as wide as the formula predicts."""
+"""Factor on the standard error. The interval's formula takes the scores as fixed, but the forests that gave them share
+most of their images: on synthetic sets of 20 to 100 images, with and without a shortcut, the AUROCs spread 1.3 to 1.4
+times as wide as the formula predicts."""
 
 UNREADABLE: Final = -1
 """Group number of a failed image."""
@@ -111,7 +110,7 @@ def measure(known: Metadata, seed: int = 0) -> dict[str, Any]:
 
 
 def undefined(known: Metadata) -> str | None:
-    """The reason why these images are too few to judge; None: they suffice."""
+    """The reason why these images cannot be judged; None: they can."""
     different = [len(np.unique(known.groups[known.labels == label])) for label in (0, 1)]
     if not all(different):
         return "one class only" if any(different) else "no image with a label"
@@ -147,8 +146,8 @@ def folds(labels: Indices, groups: Indices, seed: int) -> Indices:
     """(n,) fold of each image: groups stay whole, and classes are spread evenly.
 
     Groups are dealt to the folds in the order of their share of fakes. Groups with a real image are then consecutive,
-    and so are those with a fake one: each fold gets some of each class once it has `FOLDS` groups. (scikit-learn's
-    StratifiedGroupKFold takes seconds for 10,000 groups.)
+    and so are those with a fake one: each fold gets some of each class that has at least `FOLDS` groups.
+    (scikit-learn's StratifiedGroupKFold takes seconds for 10,000 groups.)
     """
     _, group = np.unique(groups, return_inverse=True)
     sizes = np.bincount(group)

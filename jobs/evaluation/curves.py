@@ -63,9 +63,7 @@ def wilson(share: Array, images: groups.Integers) -> tuple[Array, Array]:
     factor = 1.0 / (1.0 + Z**2 / images)
     centre = factor * (share + Z**2 / (2.0 * images))
     half = factor * Z * np.sqrt(share * (1.0 - share) / images + Z**2 / (4.0 * images**2))
-    return np.clip(centre - half, 0.0, share), np.clip(
-        centre + half, share, 1.0
-    )  # clipping corrects rounding errors only
+    return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)  # clips rounding errors only
 
 
 def _histogram(rows: LabelledScores) -> dict[str, Any]:

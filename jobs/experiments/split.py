@@ -40,8 +40,7 @@ class SplitConfig:
     validation_share: float = 0.15
     """Share of the free images for validation, in (0, 1)."""
     test_share: float = 0.15
-    """Share of the free images for test, in [0, 1); used only if the source has no split and no generator is left out.
-    """
+    """Share of the free images for test, in [0, 1); only if the source has no split and no generator is left out."""
     leave_out: str | None = None
     """Generator whose images, real and fake, are all kept for the test."""
     lost_share: float = 0.05
@@ -59,7 +58,7 @@ class Split:
 
     @property
     def leaking(self) -> int:
-        """Number of validation images with near-duplicates in training, and test images with some in either of both."""
+        """Number of validation images with near-duplicates in training, and of test images with any in either part."""
         pairs = list(
             zip(self.table.column("split").to_pylist(), self.table.column("group").to_pylist(), strict=True)
         )  # fmt: skip

@@ -133,7 +133,7 @@ def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     except FileNotFoundError as error:
         raise StorageError(f"{manifest} is missing: {remedy}") from error
     except (OSError, KeyError, pa.ArrowException) as error:
-        if _is_of_store(error):
+        if _is_store_fault(error):
             raise
         raise reading.damaged(manifest, errors.reason(error), remedy) from error
 
@@ -270,7 +270,7 @@ def _ids(files: list[str]) -> Iterator[pa.Table | None]:
         try:
             return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
         except (OSError, pa.ArrowInvalid) as error:
-            if _is_of_store(error):
+            if _is_store_fault(error):
                 raise
             return None
 
@@ -279,6 +279,6 @@ def _ids(files: list[str]) -> Iterator[pa.Table | None]:
             yield from pool.map(read, files[start : start + parquet.READERS])
 
 
-def _is_of_store(error: Exception) -> bool:
+def _is_store_fault(error: Exception) -> bool:
     """Whether the store caused an error, so that the file may be sound."""
     return errors.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED)
