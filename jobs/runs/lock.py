@@ -55,10 +55,7 @@ def hold(out: Uri, *, wait: bool = False) -> Iterator["Lock"]:
         lock.acquire(wait)
         try:
             yield lock
-        except (
-            Exception,
-            KeyboardInterrupt,
-        ) as error:  # the lock's new holder removes our files, which may cause any error
+        except (Exception, KeyboardInterrupt) as error:  # any error: the new holder removes our files
             lock.refuse_if_lost(error)
             raise
         finally:
