@@ -1,4 +1,4 @@
-"""Captioning: a source of images to captions and their text features, once for all trainings."""
+"""Publish captions and text features of a source's images, once for all trainings."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def caption(
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Caption a source and publish; returns the run's record, which has no rows where there was nothing to do."""
+    """Caption a source and publish; returns the run's record, which has no rows if there was nothing to do."""
     from jobs.pipeline.models import Models
     from nsnet import recipes
 
@@ -61,13 +61,13 @@ def caption(
         from nsnet.captions import thumbnail_px
         from nsnet.preparation import PreparationConfig
 
-        asked = replace(models, run_id=run.run_id)
+        run_models = replace(models, run_id=run.run_id)
         side = thumbnail_px(models.captioner_folder(config.captioner))
         preparation = PreparationConfig(thumbnail_px=side, patches=None, fingerprint=True, limits=limits)
 
         def stream(attempt: Attempt) -> Stream:
             images = prepared(
-                attempt.todo, source, preparation, asked, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
+                attempt.todo, source, preparation, run_models, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
                 checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
             ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
             return images.through(
@@ -94,7 +94,7 @@ CAPTIONING_COLUMNS = schema.CAPTIONS.remove(schema.CAPTIONS.get_field_index(sche
 
 
 def features_id(config: "DetectorConfig", models: "Models") -> str:
-    """Identity of captions and their features, 16 hexadecimal digits: of the captioner and the text tower."""
+    """Identity of captions and their features, 16 hexadecimal digits, from the captioner and the text tower."""
     from nsnet.clip import find_weights, text_tower_id
 
     tower = text_tower_id(config.clip, find_weights(config.clip, models.clip_path()))

@@ -1,4 +1,4 @@
-"""Facts of a source's images, without any model: sizes, formats, JPEG quality, content and perceptual hashes."""
+"""Publish facts of a source's images without a model: sizes, formats, JPEG quality, content and perceptual hashes."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,11 +15,11 @@ from jobs.storage.uris import Uri
 from nsnet.config import to_dict
 from nsnet.images import DecodeLimits
 
-if TYPE_CHECKING:  # Ray takes seconds to import, and a run with nothing to do needs none
+if TYPE_CHECKING:  # importing Ray takes seconds, and a run with nothing to do does not need it
     from jobs.pipeline.stream import Stream
 
 FACTS_ID: Final = "facts-1"
-"""Version of what is found out: facts of another one are found out anew."""
+"""Version of the facts: a change makes all images be examined again."""
 
 
 def examine(

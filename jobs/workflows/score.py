@@ -1,4 +1,4 @@
-"""Scoring: a source of images to published verdicts, exactly once per version of an image and detector."""
+"""Publish verdicts on a source's images, exactly once per image version and detector."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,11 +38,10 @@ def score(
     transforms: Sequence[str] = (),
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Score a source and publish; returns the run's record, which has no rows where there was nothing to do.
+    """Score a source and publish; returns the run's record, which has no rows if there was nothing to do.
 
-    `transforms`: chains of `nsnet.transforms` under which each image is judged as well, as rows of their own. A run
-    with the same settings that was not published is continued. Whatever is wrong with the request is found
-    before Ray or a model is started; before torch is, where there is nothing to do.
+    `transforms`: chains of `nsnet.transforms`; each adds a row per image. Continues an unpublished run with the same
+    settings. Checks the request before it starts Ray or a model; imports torch only if there is work.
     """
     if batch_size < 1 or outage_seconds < 0:
         raise ConfigError(
@@ -91,7 +90,7 @@ def score(
             thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits
         )
 
-        known = reuse and captioned
+        reuses_captions = reuse and captioned
 
         def stream(attempt: Attempt) -> Stream:
             images = prepared(
@@ -108,7 +107,7 @@ def score(
             title="score",
             stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
             stream=stream,
-            known=catalog.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if known else (),
+            known=catalog.published(out, schema.CAPTIONED, captioner_id=models.captioner_id) if reuses_captions else (),
             captioner_id=models.captioner_id,
             details={
                 "captioner_id": models.captioner_id,
