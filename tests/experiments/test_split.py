@@ -128,7 +128,7 @@ def test_leaks_of_given_splits_are_counted_and_told() -> None:
     contents[56] = contents[46]  # by which epoch and threshold are chosen
     found = make(listed(60, split=given, content_hash=contents), SplitConfig())
     assert found.leaking == 3
-    assert any("3 images of validation and test are near-duplicates" in line for line in split.describe(found))
+    assert any("3 validation and test images are near-duplicates" in line for line in split.describe(found))
 
 
 @pytest.mark.parametrize("given", [None, "splits"])
@@ -203,11 +203,11 @@ def test_stored_split_is_used_again_whatever_the_source_says_now(tmp_path: Path)
     assert {row["group"] for row in found.values()} == {row["group"] for row in expected.values()}
 
 
-@pytest.mark.parametrize("what", ["changed", "gone"])
+@pytest.mark.parametrize("what", ["changed", "missing"])
 def test_stored_split_that_no_longer_matches_is_refused(what: str, tmp_path: Path) -> None:
     table = listed(60)
     uri = stored(tmp_path, table)
-    if what == "gone":
+    if what == "missing":
         table = table.filter(pc.not_equal(table["uri"], "/p/0007.png"))
     else:
         contents = ["f" * 64 if name == "/p/0007.png" else old for name, old in
@@ -239,7 +239,9 @@ def test_image_that_could_not_be_captioned_is_named_whatever_may_be_lost(tmp_pat
     uri = stored(tmp_path, listed(60))
     silent = changed(listed(60), ["/p/0007.png"], status="failed", error_class="CaptionError", error_message="empty")
     for use in (lambda: make(silent, SplitConfig(lost_share=0.5)), lambda: reuse(uri, silent, 0.5)):
-        with pytest.raises(SourceError, match=r"1 images have no caption, .* such as /p/0007.png: .* --retry-failed"):
+        with pytest.raises(
+            SourceError, match=r"1 readable images have no caption, such as /p/0007.png: .*--retry-failed"
+        ):
             use()
 
 
