@@ -228,7 +228,7 @@ class Container:
         while True:
             answer = self._guarded(lambda child: child.receive(Clock(child.pid, SECONDS)))
             if whole.computed > seconds:
-                raise self._error(f"reading it took longer than {seconds:.0f} s of computing")
+                raise self._error(f"reading it took longer than {seconds:.0f} s of CPU time")
             if "read" in answer:
                 with self._making_sense():
                     offset, length = (int(number) for number in answer["read"])

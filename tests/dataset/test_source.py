@@ -612,7 +612,7 @@ def test_bad_row_of_a_manifest_fails_alone(tmp_path: Path) -> None:
     found = problems(rows)
     assert [problem is None for problem in found] == [True, *[False] * 6]
     assert rows[1]["uri"] == f"{tmp_path}/m.parquet#1" and found[1] == "row 1 of the manifest: it has no uri"
-    assert "holds a user, a password or a signature, which no address may" in str(found[2])
+    assert "holds a user, a password or a signature, which is not allowed in an address" in str(found[2])
     assert "only local paths and s3:// are supported, not gs://" in str(found[4])
     assert not any(secret in str(row) for row in rows for secret in ("user:pw", "token=abc"))
     identities(rows)

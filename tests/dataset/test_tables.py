@@ -211,7 +211,7 @@ def test_number_of_rows_that_the_groups_do_not_have_is_refused(
 ) -> None:
     """Fewer would pass over images unseen, more would be rows of nothing."""
     content = with_rows(parquet_bytes(columns), 37, said)
-    with pytest.raises(SourceError, match=rf"says that it has {said} rows, and that its groups have 37"):
+    with pytest.raises(SourceError, match=rf"declares {said} rows, but its row groups declare 37"):
         rows_of(tmp_path, content)
 
 
