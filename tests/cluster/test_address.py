@@ -49,7 +49,7 @@ def test_no_address_and_local_are_not_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("host", ["a..b", ".", "x" * 100])
 def test_name_that_no_host_can_have_is_said(host: str) -> None:
-    assert f"{host} is no host name" in complaint(f"ray://{host}:6379")
+    assert f"{host} is not a host name" in complaint(f"ray://{host}:6379")
 
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
@@ -128,11 +128,11 @@ def test_auto_without_any_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("http://head:8265", "is where Ray takes jobs (`ray job submit --address http://head:8265"),
-        ("https://head", "is where Ray takes jobs"),
+        ("http://head:8265", "is the address for Ray jobs (`ray job submit --address http://head:8265"),
+        ("https://head", "is the address for Ray jobs"),
         ("redis://head:6379", "give host:port, ray://host:port, auto or local"),
-        ("head", "names no port"),
-        ("ray://head:port", "names no port"),
+        ("head", "has no valid port"),
+        ("ray://head:port", "has no valid port"),
         ("ray://me:s3cret@head:10001", "ray://***@head:10001: a cluster's address holds no user"),
     ],
 )
