@@ -66,7 +66,7 @@ def test_port_that_says_nothing_is_given_up(silent: str) -> None:
 
 
 def test_name_that_nobody_knows_is_said() -> None:
-    assert "the name nobody.invalid is not known" in complaint("ray://nobody.invalid:6379")
+    assert "the host name nobody.invalid is unknown" in complaint("ray://nobody.invalid:6379")
 
 
 def test_name_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

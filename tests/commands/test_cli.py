@@ -125,13 +125,14 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, images: str, 
         "empty": "holds no images",
         "texts": r"holds no images \(1: \.txt is no image\)",
         "text.parquet": "is no whole Parquet file",
-        "urls.parquet": "neither a `uri` column nor one of images",
-        "pictures/0_real/0.png": "see nsnet predict",
+        "urls.parquet": "neither a `uri` column nor an image column",
+        "pictures/0_real/0.png": "use nsnet predict",
     }
     for name, reason in expected.items():
         out = str(tmp_path / "out" / name.partition("/")[0])
         assert re.search(reason, complaint(command, str(tmp_path / name), *given, "--out", out)), name
-    for source, reason in (("gs://bucket/x", "not gs://"), ("", "names no file or bucket"), ("s3://", "names no file or bucket")):
+    nowhere = "names no file or bucket"
+    for source, reason in (("gs://bucket/x", "not gs://"), ("", nowhere), ("s3://", nowhere)):
         assert reason in complaint(command, source, *given, "--out", str(tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("manifest.parquet"))
 
@@ -145,7 +146,7 @@ def test_output_that_cannot_be_is_refused(command: str, bundle: str, images: str
         "": "names no file or bucket",
         str(tmp_path / "file"): "is a file",
         str(tmp_path / "file" / "deeper" / "out"): "is a file",
-        f"{images}/out": "lies inside the source",
+        f"{images}/out": "is inside the source",
     }.items():
         assert reason in complaint(command, images, *given, "--out", out)
 

@@ -186,7 +186,7 @@ def test_missing_source_is_said(place: str) -> None:
             Source(f"{place}/{name}").check()
         with pytest.raises(SourceError, match=message):
             next(Source(f"{place}/{name}").rows())
-    with pytest.raises(SourceError, match="is a file that is no source: .* see nsnet predict"):
+    with pytest.raises(SourceError, match="is a file that is not a source: .* use nsnet predict"):
         Source(f"{place}/a.jpg").check()
 
 
@@ -384,7 +384,7 @@ def test_relative_manifest_is_found_from_the_current_folder(tmp_path: Path, monk
 
 def test_manifest_without_a_column_of_images_is_refused(place: str) -> None:
     put(place, {"m.parquet": parquet_bytes({"url": ["a"], "label": [1]})})
-    message = r"m\.parquet has neither a `uri` column nor one of images .*, only label \(int64\), url \(string\)"
+    message = r"m\.parquet has neither a `uri` column nor an image column .*, only label \(int64\), url \(string\)"
     with pytest.raises(SourceError, match=message):
         rows_of(f"{place}/m.parquet")
 
@@ -485,7 +485,7 @@ def test_hostile_parquet_does_not_stop_the_rest(content: Callable[[], bytes], tm
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".parquet that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: the column| is no whole Parquet file| says that)"):
+    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: column| is no whole Parquet file| says that)"):
         rows_of(tmp_path / "b.parquet")
 
 
@@ -597,7 +597,7 @@ def test_row_of_a_size_that_is_no_number_of_bytes_fails(value: Any, tmp_path: Pa
     column = pa.array([value], pa.decimal128(30) if value == 2**64 else None)
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a"], "size_bytes": column})})
     (problem,) = problems(rows_of(tmp_path / "m.parquet"))
-    assert problem is not None and "is no number of bytes" in problem
+    assert problem is not None and "is not a number of bytes" in problem
 
 
 def test_size_may_be_a_whole_float_or_nothing(tmp_path: Path) -> None:
@@ -767,7 +767,7 @@ def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
     whole = bytearray(tar_bytes({"a.jpg": bytes(10), "b.jpg": bytes(10), "c.jpg": bytes(10)}))
     whole[1024 + 20] ^= 0xFF
     put(str(tmp_path), {"x.tar": bytes(whole)})
-    with pytest.raises(SourceError, match="damaged or cut off at byte 1,024"):
+    with pytest.raises(SourceError, match="damaged or truncated at byte 1,024"):
         rows_of(tmp_path / "x.tar")
 
 

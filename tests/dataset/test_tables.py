@@ -135,7 +135,7 @@ def test_column_of_a_type_that_is_not_read_costs_no_image(
 def test_classes_are_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = parquet_bytes({"bytes": IMAGES, "label": [0, 1, 7]})
     assert [row["label"] for row in rows_of(tmp_path, content)] == [None] * 3
-    assert "is not taken for labels" in capsys.readouterr().err
+    assert "they are not used as labels" in capsys.readouterr().err
 
 
 def test_column_that_differs_in_case_is_found_where_it_is_the_only_one(
@@ -148,7 +148,7 @@ def test_column_that_differs_in_case_is_found_where_it_is_the_only_one(
     ]
     content = parquet_bytes({"bytes": IMAGES, "Label": [1, 1, 1], "LABEL": [0, 1, 0]})
     assert [row["label"] for row in rows_of(tmp_path, content)] == [None] * 3
-    assert "several columns are called 'label': none of them is read" in capsys.readouterr().err
+    assert "several columns are called 'label': none of them is used" in capsys.readouterr().err
     content = parquet_bytes({"bytes": IMAGES, "label": [1, 1, 1], "LABEL": [0, 1, 0]})
     assert [row["label"] for row in rows_of(tmp_path, content)] == [1, 1, 1]
 
@@ -187,7 +187,7 @@ def test_struct_holds_images_only_in_a_field_of_bytes(name: str, tmp_path: Path)
     """Read as one that does, a struct with a text of that name would mix up the answers of its reader."""
     inner = pa.string() if name == "bytes" else pa.binary()
     kind = pa.struct({"other": pa.binary(), name: inner, "deep": pa.struct({"bytes": pa.binary()})})
-    with pytest.raises(SourceError, match="has neither a `uri` column nor one of images"):
+    with pytest.raises(SourceError, match="has neither a `uri` column nor an image column"):
         rows_of(tmp_path, parquet_bytes({"image": pa.nulls(3, kind)}))
 
 
@@ -219,7 +219,7 @@ def test_rows_that_a_reader_was_not_asked_for_stop_at_once(monkeypatch: pytest.M
     container = containers.Container("x.parquet", "parquet", 1000, lambda offset, length: b"")
     answers: Any = ({"values": [["a"], ["b"]]} for _ in range(10))
     monkeypatch.setattr(container, "_ask", lambda request, rows: answers)
-    with pytest.raises(containers.ContainerError, match="it says that it has 3 rows, and has more"):
+    with pytest.raises(containers.ContainerError, match="it declares 3 rows, but has more"):
         list(container.rows(["uri"], 3))
     assert len(list(answers)) == 8
 
@@ -299,5 +299,5 @@ def test_image_that_unfolds_beyond_its_file_is_refused_in_its_own_process(tmp_pa
     put(str(tmp_path), {"x.parquet": parquet_bytes({"bytes": [bytes(600_000_000)]}, **PLAIN)})
     assert os.path.getsize(tmp_path / "x.parquet") < 100_000
     (row,) = Source(str(tmp_path / "x.parquet")).rows()
-    with pytest.raises(ImageTooLargeError, match="x.parquet: reading it takes more memory than it may"):
+    with pytest.raises(ImageTooLargeError, match="x.parquet: reading it exceeds the memory limit"):
         fetching.fetch(row, 10**6)

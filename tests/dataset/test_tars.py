@@ -88,7 +88,7 @@ def test_tars_one_after_the_other_are_read_on(padding: int, tmp_path: Path) -> N
 def test_what_is_no_tar_behind_the_end_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, left_out = listed(tmp_path, tar_bytes({"a.jpg": b"x"}) + b"\x01" + os.urandom(4999))
     assert names(rows) == ["a.jpg"] and left_out == {"data behind the end of a tar": 1}
-    assert "5,000 bytes behind its end are no tar" in capsys.readouterr().err
+    assert "5,000 bytes after its end are not a tar" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_hidden(tmp_path: Path) -> None:
