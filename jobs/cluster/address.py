@@ -23,12 +23,12 @@ def check_address(address: str | None) -> None:
     """Raise `StorageError` unless the cluster of `--address` or `RAY_ADDRESS` answers, `UsageError` if the address is
     invalid. Does nothing if an embedded cluster would be started.
     """
-    given = address or os.environ.get("RAY_ADDRESS")
-    if not given or given == "local":
+    cluster_address = address or os.environ.get("RAY_ADDRESS")
+    if not cluster_address or cluster_address == "local":
         return
     name = "--address" if address else "RAY_ADDRESS"
-    named = f"{name} {shown(given)}"
-    host, port = _host_and_port(given, named)
+    named = f"{name} {shown(cluster_address)}"
+    host, port = _host_and_port(cluster_address, named)
     problem = _within(2 * PROBE_SECONDS, lambda: _problem(host, port))
     if problem is not None:
         raise StorageError(

@@ -78,12 +78,6 @@ class Layout:
     """Folders whose label folders all have the same label (`folders.lone_labels`)."""
 
 
-# One path.
-
-
-# All folders of a source.
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """A folder with a label."""
@@ -147,7 +141,7 @@ def recognise(folders: Collection[str], source: str = "") -> Layout:
 def _generators(
     paths: Mapping[Parts, str], decided: Mapping[Parts, Decided], source: str
 ) -> tuple[dict[str, tuple[str | None, str | None]], list[str]]:
-    """Folder -> generator and split where they change, because its label was `decided` or because too many folders lie
+    """Folder -> generator and split where they change, because its label was `decided` or because too many folders are
     below labels; and remarks.
     """
     changed, below = {}, {}

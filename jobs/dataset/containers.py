@@ -45,7 +45,7 @@ MIN_TEXTS_BYTES: Final = 2**28
 """Bytes of texts in a table that are allowed whatever the file's size."""
 
 WHAT: Final = {"tar": ", uncompressed tar", "parquet": " Parquet file"}
-"""Kind of container -> end of the sentence "… is no whole" in an error message."""
+"""Kind of container -> end of the error message "… is not a complete"."""
 
 _zygote = Zygote(SERVICE)
 
@@ -311,7 +311,7 @@ class Container:
             return ContainerTooLargeError(f"{self._name}: {message}")
         if kind == ColumnTypeError.__name__:
             return self._error(message.removeprefix(": "))
-        return ContainerError(f"{self._name} is no whole{WHAT[self._kind]}: {kind}: {message}")
+        return ContainerError(f"{self._name} is not a complete{WHAT[self._kind]}: {kind}: {message}")
 
 
 Plain = str | int | float | bool | None

@@ -123,7 +123,8 @@ class Table:
             if described.rows * (MIN_ROW_BYTES if stored else MIN_LISTED_BYTES) > entry.size_bytes:
                 verb = "hold" if stored else "list"
                 raise SourceError(
-                    f"{self.uri} says that its {entry.size_bytes:,} bytes {verb} {described.rows:,} images: impossible"
+                    f"{self.uri} claims to {verb} {described.rows:,} images in {entry.size_bytes:,} bytes, which is "
+                    "impossible: write the file again"
                 )
             key_columns = self._key_columns(described, columns)
             labels = self._meanings(container, described, key_columns.get("label"))
@@ -158,17 +159,17 @@ class Table:
             return {}
         names = class_names({HUGGINGFACE: described.features}, column)
         values = container.distinct(column)
-        found = None if values is None else meanings(values, names)
-        if found is None:
+        column_labels = None if values is None else meanings(values, names)
+        if column_labels is None:
             say(
                 f"warning: {self.uri}: its column `{column}` holds other values than real and fake, or 0 and 1: they "
                 "are not used as labels"
             )
             self._classes.add(series(self.uri))
-        elif strange := without_label(values or (), found, names):
+        elif strange := without_label(values or (), column_labels, names):
             say(f"warning: {self.uri}: its labels {strange} are neither real nor fake: their images have no label")
         self._numbers = series(self.uri) if names is None else None
-        return found or {}
+        return column_labels or {}
 
     def _labels(self, row_values: dict[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
         """Label, generator and split of a row: from its columns, else from the file's folders."""
@@ -190,8 +191,8 @@ class Table:
 
     def _split(self, name: str | None) -> str | None:
         """The split named by a column's value; an unknown name counts as none, with one warning."""
-        found = SPLIT_FOLDERS.get((name or "").strip().lower())
-        if name is not None and found is None and not self._warned_of_split:
+        split = SPLIT_FOLDERS.get((name or "").strip().lower())
+        if name is not None and split is None and not self._warned_of_split:
             self._warned_of_split = True
             say(f"warning: {self.uri}: split {name[:40]!r} is none of {', '.join(SPLIT_FOLDERS)}: it counts as none")
-        return found
+        return split

@@ -85,8 +85,8 @@ def test_name_server_that_does_not_answer_is_given_up(monkeypatch: pytest.Monkey
     ("answer", "reason"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is a web server"),
-        (b"220 mail\r\n", "no Ray cluster"),
-        (b"", "no Ray cluster"),
+        (b"220 mail\r\n", "is not a Ray cluster"),
+        (b"", "is not a Ray cluster"),
     ],
 )
 def test_server_of_another_kind_is_named(answer: bytes, reason: str) -> None:
@@ -133,7 +133,7 @@ def test_auto_without_any_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         ("redis://head:6379", "give host:port, ray://host:port, auto or local"),
         ("head", "has no valid port"),
         ("ray://head:port", "has no valid port"),
-        ("ray://me:s3cret@head:10001", "ray://***@head:10001: a cluster's address holds no user"),
+        ("ray://me:s3cret@head:10001", "ray://***@head:10001: an address must not contain a user"),
     ],
 )
 def test_address_of_another_kind_is_refused(given: str, reason: str) -> None:

@@ -124,7 +124,7 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, images: str, 
         "absent": "there is no folder or prefix",
         "empty": "holds no images",
         "texts": r"holds no images \(1: \.txt is no image\)",
-        "text.parquet": "is no whole Parquet file",
+        "text.parquet": "is not a complete Parquet file",
         "urls.parquet": "neither a `uri` column nor an image column",
         "pictures/0_real/0.png": "use nsnet predict",
     }

@@ -441,7 +441,7 @@ def test_hostile_tar_does_not_stop_the_rest(header: bytes, tmp_path: Path) -> No
     source = Source(str(tmp_path))
     assert f"{tmp_path}/a.jpg" in {row["uri"] for row in source.rows()}
     assert source.left_out == {".tar that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.tar is no whole, uncompressed tar"):
+    with pytest.raises(SourceError, match=r"b\.tar is not a complete, uncompressed tar"):
         rows_of(tmp_path / "b.tar")
 
 
@@ -485,7 +485,7 @@ def test_hostile_parquet_does_not_stop_the_rest(content: Callable[[], bytes], tm
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".parquet that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: column| is no whole Parquet file| says that)"):
+    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: column| is not a complete Parquet file| claims to)"):
         rows_of(tmp_path / "b.parquet")
 
 
@@ -646,7 +646,7 @@ def test_file_that_is_no_parquet_is_refused(place: str) -> None:
     whole = parquet_bytes({"uri": ["a"]})
     for content in (b"", b"text", whole[:-20], bytes(5000)):
         put(place, {"m.parquet": content})
-        with pytest.raises(SourceError, match=r"m\.parquet is no whole Parquet file"):
+        with pytest.raises(SourceError, match=r"m\.parquet is not a complete Parquet file"):
             rows_of(f"{place}/m.parquet")
 
 
@@ -759,7 +759,7 @@ def test_tar_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     # in a header, in a body, between two members, and before the end mark
     for length in (100, 600, 1536, 1700, 2100, 2560, 3584 - 1, 3584):
         put(str(tmp_path), {"x.tar": whole[:length]})
-        with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+        with pytest.raises(SourceError, match=r"x\.tar is not a complete, uncompressed tar"):
             rows_of(tmp_path / "x.tar")
 
 
@@ -776,7 +776,7 @@ def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
 )
 def test_other_content_or_compressed_tar_is_refused(content: bytes, place: str) -> None:
     put(place, {"x.tar": content})
-    with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+    with pytest.raises(SourceError, match=r"x\.tar is not a complete, uncompressed tar"):
         rows_of(f"{place}/x.tar")
 
 

@@ -144,7 +144,8 @@ def test_size_that_a_header_claims_is_not_believed(size: int, kind: bytes, tmp_p
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".tar that cannot be read": 1} and source.left_out.unread == 1
-    assert f"{tmp_path}/b.tar is no whole, uncompressed tar: ValueError: it has a header of" in source.left_out.named[0]
+    reason = "is not a complete, uncompressed tar: ValueError: it has a header of"
+    assert f"{tmp_path}/b.tar {reason}" in source.left_out.named[0]
 
 
 def test_large_header_in_a_large_file_is_not_read(tmp_path: Path) -> None:
