@@ -287,7 +287,7 @@ def test_row_with_another_content_hash_fails_and_says_which(value: Any, tmp_path
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "content_hash": [None, value]})})
     first, second = problems(rows_of(tmp_path / "m.parquet"))
     assert first is None and second is not None
-    assert second.startswith("row 1 of the manifest: content_hash ") and "no SHA-256 of 64 hexadecimal" in second
+    assert second.startswith("row 1 of the manifest: content_hash ") and "is not a SHA-256 of 64 hexadecimal" in second
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
