@@ -175,7 +175,7 @@ def test_fetch_reads_one_byte_more_than_allowed(place: str) -> None:
 )  # fmt: skip
 def test_file_that_people_take_for_a_source_is_named_as_what_it_is(name: str, said: str, tmp_path: Path) -> None:
     put(str(tmp_path), {name: b"x"})
-    with pytest.raises(SourceError, match=f"no source: it is .*{said}"):
+    with pytest.raises(SourceError, match=f"not a source: it is .*{said}"):
         Source(str(tmp_path / name)).check()
 
 
