@@ -1,4 +1,4 @@
-"""The Ray cluster that a command runs on: its address, an embedded one, and the shares that stages take of it.
+"""The Ray cluster that a command runs on: its address, an embedded cluster, and each stage's share of CPUs and GPUs.
 
 What runs on it belongs to `pipeline` and `training`.
 """

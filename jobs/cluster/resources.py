@@ -1,4 +1,4 @@
-"""The cluster that a command runs on, and the shares of it that its stages take."""
+"""Connect to a Ray cluster, and compute the share of it that each stage takes."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
 
 BLOCK_BYTES: Final = 16 * 2**20
-"""Largest block between stages: some 32 images with BLIP's thumbnails, small enough to stream."""
+"""Largest block between stages: about 32 images with BLIP's thumbnails, small enough to stream."""
 
 WORKER_CPUS: Final = 0.001
-"""CPUs of the task that shows that workers start: more than none, since a head without CPUs does no work."""
+"""CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Who takes how much, so that no stage can starve another: actors hold their share, tasks come and go."""
+    """Resources of each stage, chosen so that no stage starves another. Actors hold theirs; tasks release theirs."""
 
     cpus: float
     """CPUs of the cluster."""
@@ -45,22 +45,22 @@ class Shares:
     light_task_cpus: float
     """CPUs of a task that only reads or writes."""
     writers: int
-    """Most tasks that write at a time: each is a process that takes seconds to start."""
+    """Maximum parallel writing tasks: each is a process that takes seconds to start."""
     threads: int
     """Threads of an actor that computes on the CPU."""
 
 
 def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gpu: float | None = None) -> Shares:
-    """Shares of a cluster with so many CPUs and GPUs.
+    """Shares of a cluster with these CPUs and GPUs.
 
-    `node_cpus`: CPUs of its smallest node that has any; None: all. `cpus_per_gpu`: on its node with the fewest; None:
-    as in the whole cluster.
+    `node_cpus`: CPUs of its smallest node that has any; None: `cpus`. `cpus_per_gpu`: the lowest ratio of any node;
+    None: that of the whole cluster.
 
-    Actors hold at most a quarter of the CPUs, whatever they compute with, so tasks of every stage always find room: on
-    two cores, three tasks of 0.5 CPU beside two actors of 0.25. With two of 0.75 there was no room to write beside
-    them, and a quarter of the CPUs' time went unused. A pair of actors and a task fit on any node, so that
-    work goes on where one node is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a
-    GPU; without GPUs there is one pair per 8 CPUs, whose threads use them.
+    Actors hold at most a quarter of the CPUs, with or without GPUs, so that tasks of every stage always fit: on two
+    cores, three tasks of 0.5 CPU beside two actors of 0.25. With two actors of 0.75, writing tasks did not fit and a
+    quarter of the CPU time was idle. A pair of actors and a task fit on any node, so that work continues when one node
+    is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a GPU; without GPUs there is
+    one pair per 8 CPUs, which its threads use.
     """
     node_cpus = cpus if node_cpus is None else node_cpus
     if cpus <= 0:
@@ -83,37 +83,37 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
 
 
 def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
-    """CPUs that each training process holds, and CPUs that are left to all decoding for them.
+    """CPUs that each training process holds, and CPUs left for decoding.
 
-    Without GPUs the processes compute on what they hold, at most half of all; the rest decodes. With GPUs a CPU each.
+    A process holds at most one CPU, and all together at most half of the cluster's; the rest decodes.
     """
-    held = min(1.0, 0.5 * shares.cpus / workers)
-    return held, max(shares.task_cpus, shares.cpus - held * workers)
+    worker_cpus = min(1.0, 0.5 * shares.cpus / workers)
+    return worker_cpus, max(shares.task_cpus, shares.cpus - worker_cpus * workers)
 
 
 def streaming_bytes() -> int:
-    """Bytes of the cluster's object store that training images may take."""
+    """Bytes of the cluster's object store available for training images."""
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
 
 
 def connect(address: str | None = None) -> None:
-    """Join a cluster: the given one, the one this process runs in (`RAY_ADDRESS`), or an embedded one.
+    """Connect to the given cluster, the one this process runs in (`RAY_ADDRESS`), or an embedded one.
 
-    Raises `StorageError` where none answers or starts, or where it starts no worker.
+    Raises `StorageError` if it does not answer or start, or if it starts no worker.
     """
 
     if ray.is_initialized():
         return
     check_address(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # The share of the cluster that a killed driver asked for is kept from its successor for so long, instead of 180 s.
+    # Seconds until the resources that a killed driver requested become available to its successor; Ray's default: 180.
     os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
-    # Ray's C++ side prints advice on its own actors as errors; failures that matter reach Python.
+    # Ray's C++ code prints advice about its own actors as errors; relevant failures reach Python.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    _leave_uv_alone()
-    ended = signal.getsignal(signal.SIGTERM)
+    _disable_uv_hook()
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
@@ -125,30 +125,30 @@ def connect(address: str | None = None) -> None:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {errors.reason(error)}") from error
     else:
         embedded.start(**settings)
-    if callable(ended):  # Ray puts its own in the place of the command's
-        signal.signal(signal.SIGTERM, ended)
+    if callable(sigterm_handler):  # Ray replaces the command's handler
+        signal.signal(signal.SIGTERM, sigterm_handler)
     configure_data()
     guard_logs("ray", "ray.data", "ray.train")
     _await_worker()
     say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
 
 
-def _leave_uv_alone() -> None:
-    """Under `uv run`, Ray would start each worker by `uv run` too, which makes the environment anew: minutes, or never.
+def _disable_uv_hook() -> None:
+    """Stop Ray from starting each worker by `uv run`, which rebuilds the environment: that takes minutes or hangs.
 
-    Ray reads the variable when it is imported, which may have been long ago.
+    The constant is set too, because Ray reads the variable at import, which may have happened before.
     """
     if UV_HOOK in os.environ:
         return
 
     os.environ[UV_HOOK] = "0"
     constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # uv sets it for what it runs
-        say(f"uv run: workers use this environment as it is; {UV_HOOK}=1 has Ray make it anew for each")
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`
+        say(f"uv run: workers use this environment unchanged; with {UV_HOOK}=1 Ray rebuilds it for each worker")
 
 
 def _await_worker() -> None:
-    """Wait until the cluster runs a first task, whose process others use after it. Raises `StorageError`."""
+    """Wait until the cluster runs a first task; later tasks reuse its process. Raises `StorageError`."""
 
     first = ray.remote(num_cpus=WORKER_CPUS, max_retries=0)(_started).remote()
     try:
@@ -162,8 +162,8 @@ def _await_worker() -> None:
     except ray.exceptions.RayError as error:
         problem = errors.reason(errors.root_cause(error))
     raise StorageError(
-        f"the cluster starts no worker: {problem}. Either other work holds all its CPUs (`ray status`), or its "
-        "processes do not start: see /tmp/ray/session_latest/logs/raylet.out"
+        f"the cluster starts no worker: {problem}. Other work may hold all its CPUs (`ray status`), or its "
+        "processes fail to start: see /tmp/ray/session_latest/logs/raylet.out"
     )
 
 
@@ -172,32 +172,32 @@ def _started() -> bool:
 
 
 def configure_data() -> None:
-    """Settings of Ray Data: no bars of its own beside ours, errors as stages raise them, its older Parquet reader.
+    """Configure Ray Data: no progress bars, errors unchanged from the stages, the older Parquet reader.
 
-    The newer one starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
+    The newer reader starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    context.raise_original_map_exception = True  # or `UserCodeException` comes in its place, without a cause
+    context.raise_original_map_exception = True  # else `UserCodeException` replaces it, without a cause
     if hasattr(context, "use_datasource_v2"):
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
-        logging.getLogger(name).addFilter(_to_file_alone)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that its bars are off
+        logging.getLogger(name).addFilter(_only_to_file)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # reports that its progress bars are off
 
 
-def _to_file_alone(record: logging.LogRecord) -> bool:
-    """Keep Ray Data's errors off the console, where `console.run` says them; its log file has them all."""
+def _only_to_file(record: logging.LogRecord) -> bool:
+    """Hide Ray Data's errors on the console, where `console.run` prints them; its log file keeps them all."""
     record.hide = record.levelno >= logging.ERROR
     return True
 
 
 def job_checkpoint(uri: str) -> "CheckpointConfig":
-    """A folder to which a dataset commits what it writes, so that its next run leaves that out."""
+    """Checkpoint folder where a dataset records written rows, so that its next run skips them."""
 
     system, path = filesystems.arrow_filesystem(uri)
     return CheckpointConfig(

@@ -1,4 +1,4 @@
-"""Talking to a person: exit codes, options that commands share, lines on stderr, results and tables on stdout.
+"""The console: exit codes, options that commands share, messages on stderr, results and tables on stdout.
 
-With the commands, the only place that imports click. Nothing here knows what a command does.
+Only this package and the commands import click. It does not know what a command does.
 """

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one-line errors, common options."""
+"""Run a command: signals, one-line errors, exit codes."""
 
 import io
 import logging
@@ -16,16 +16,16 @@ from jobs.storage.redaction import guard_logs, traceback_text
 from nsnet.errors import NsnetError
 
 EXIT_TOO_MANY_FAILED = 3
-"""Finished and published, but more images failed, or more of the source could not be read, than allowed."""
+"""The run was published, but more images failed, or more of the source was unreadable, than allowed."""
 
 
 def run(command: click.Command, name: str) -> NoReturn:
-    """Run a command as the program: what can be expected ends as one line on stderr and an exit code.
+    """Run a command as the program; an expected error ends as one line on stderr and an exit code.
 
-    Expected are errors of `nsnet.errors`, wrong usage, signals, and what a store or this machine does
-    (`faults.explain`): every `OSError`, errors of the store's client, memory, nesting; also where Ray carried them here
-    from a task. Anything else is a bug of this program: it keeps its traceback, without secrets, and ends with 1. With
-    `--debug` or NSNET_DEBUG=1 expected errors show theirs as well.
+    Expected errors are those of `nsnet.errors`, wrong usage, signals, and failures of a store or of this machine
+    (`errors.explain`): every `OSError`, errors of the store's client, memory, nesting; also when Ray passes them on
+    from a task. Any other error is a bug of this program: its traceback is printed without secrets, exit code 1. With
+    `--debug` or NSNET_DEBUG=1 the traceback of an expected error is printed as well.
     """
     begin_lines()
     _tolerant_streams()
@@ -35,7 +35,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         sys.exit(command.main(prog_name=name, standalone_mode=False) or 0)
     except click.ClickException as error:
         usage = io.StringIO()
-        error.show(usage)  # it quotes what was typed
+        error.show(usage)  # the text quotes the arguments, which `say` redacts
         say(usage.getvalue().rstrip("\n"))
         sys.exit(error.exit_code)
     except _Terminated:
@@ -44,8 +44,8 @@ def run(command: click.Command, name: str) -> NoReturn:
         _fail("stopped", 128 + signal.SIGINT)
     except OutputError as error:
         _fail(str(error), 1)
-    except Exception as error:  # botocore, aiohttp, Ray's and OS errors share no base
-        from jobs.storage import errors  # not sooner: its imports take a while
+    except Exception as error:  # botocore, aiohttp, Ray and OS errors have no common base
+        from jobs.storage import errors  # imported late because its imports are slow
 
         cause = errors.root_cause(error)
         line = errors.explain(cause)
@@ -72,11 +72,11 @@ def _with_contexts(error: BaseException) -> BaseException:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    """End as after Ctrl-C, so that locks and processes are let go: schedulers end a job by SIGTERM."""
+    """Exit as after Ctrl-C, so that locks and processes are released: schedulers end a job with SIGTERM."""
     raise _Terminated(128 + number)
 
 
@@ -86,25 +86,25 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _tolerant_streams() -> None:
-    """A letter that a stream's encoding lacks is written as its number."""
+    """Write characters that a stream's encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' chatter off the console: what matters is in our own lines, warnings of ours still show."""
+    """Silence libraries on the console; this program's own warnings still show."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     guard_logs(None)
     for name in ("open_clip", "httpx", "huggingface_hub", "botocore", "aiobotocore", "s3fs"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # open_clip says on the root logger that a model starts from random weights: here that is a recipe's choice
+    # open_clip warns on the root logger about random weights, which a recipe may choose
     logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def left_out_code(record: dict[str, Any], allowed: int) -> int:
-    """0, or 3 with a line that names them where more folders and containers could not be read than allowed."""
+    """Return 3 and name them if more folders and containers could not be read than allowed, else 0."""
     unread = record["unread_count"]
     if unread <= allowed:
         return 0
@@ -116,7 +116,7 @@ def left_out_code(record: dict[str, Any], allowed: int) -> int:
 
 
 def exit_code(counts: dict[str, dict[str, int]], rows: int, allowed: float) -> int:
-    """0, or 3 with a line that says so where more images failed than allowed."""
+    """Return 3 and print the counts if more images failed than allowed, else 0."""
     failed = counts["status"].get("failed", 0)
     if failed <= allowed * rows:
         return 0

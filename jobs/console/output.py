@@ -1,4 +1,4 @@
-"""Lines for the person on stderr, results on stdout; nothing of them may command a terminal or hold a secret."""
+"""Print messages on stderr and results on stdout, without secrets and terminal control characters."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import click
 from jobs.storage.redaction import without_secrets
 
 WAITING_SECONDS = 15.0
-"""Between two lines about something that is waited for."""
+"""Interval between two lines about a wait."""
 
 
 class OutputError(Exception):
-    """Nobody takes what goes to stdout."""
+    """Standard output cannot be written."""
 
 
 _run_id: str | None = None
@@ -41,9 +41,9 @@ def lines_of_run(run_id: str) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Lines for the person who runs the command, on stderr: stdout is for results.
+    """Print a message for the user on stderr; stdout is for results.
 
-    In a log, which is no terminal, each carries the time in UTC, and the id of the run if there is one.
+    If stderr is not a terminal, each line starts with the time in UTC and the id of the run, if there is one.
     """
     lines = _lines(message)
     _to_stderr(lines if _is_terminal() else _marked(lines))
@@ -61,27 +61,27 @@ def _marked(lines: str) -> str:
 
 
 def redraw(text: str, *, last: bool = False) -> None:
-    """A line in the place of the one before, on a terminal; the last one stays."""
+    """Replace the current line of a terminal; the `last` line stays."""
     _to_stderr(f"\r\033[K{printable(text)}", newline=last)
 
 
 def _to_stderr(text: str, newline: bool = True) -> None:
-    """A night must not end because a terminal was closed, the reader of a pipe went, or a log's disk is full."""
+    """Ignore write errors: a closed terminal, a broken pipe or a full log disk must not end a long run."""
     with suppress(OSError):
         click.echo(text, err=True, nl=newline)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say every `WAITING_SECONDS` what the body waits for, and how busy this machine is."""
+    """Report every `WAITING_SECONDS` what the body waits for, and this machine's load."""
     stop, started = threading.Event(), time.monotonic()
 
-    def speak() -> None:
+    def report() -> None:
         while not stop.wait(WAITING_SECONDS):
             load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
             say(f"waiting for {what}: {time.monotonic() - started:.0f} s so far, {load}")
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
@@ -91,27 +91,27 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """Results, on stdout."""
+    """Print a result on stdout."""
     _to_stdout(_lines(text))
 
 
 def show_json(values: dict[str, Any]) -> None:
-    """A result as one line of JSON, on stdout."""
-    hidden = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
-    _to_stdout(json.dumps(hidden))
+    """Print a result as one line of JSON on stdout."""
+    redacted = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+    _to_stdout(json.dumps(redacted))
 
 
 def _to_stdout(text: str) -> None:
     try:
         click.echo(text)
     except OSError as error:
-        with suppress(OSError, ValueError):  # what is buffered must not fail again when the interpreter ends
+        with suppress(OSError, ValueError):  # buffered output must not fail again when the interpreter exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def printable(text: str) -> str:
-    """Text for people: without secrets, and without what a terminal would take for commands."""
+    """Remove secrets and control characters from a text."""
     return "".join(letter if letter.isprintable() else "?" for letter in without_secrets(text))
 
 

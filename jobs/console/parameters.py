@@ -21,7 +21,7 @@ class ShareType(click.ParamType[float]):
         try:
             share = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
         except ValueError:
-            self.fail(f"{value!r} is no share such as 1% or 0.01", param, ctx)
+            self.fail(f"{value!r} is not a share such as 1% or 0.01", param, ctx)
         if not 0.0 <= share <= 1.0:
             self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
         return share
@@ -59,7 +59,7 @@ def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 address_option = click.option(
-    "--address", default=None, help="Ray cluster to use; default: the one this runs in, else an embedded one."
+    "--address", default=None, help="Ray cluster to use; default: the one this process runs in, else an embedded one."
 )
 weights_options = _stack(
     click.option(
@@ -94,31 +94,31 @@ column_option = click.option(
     "columns",
     multiple=True,
     metavar="KEY=NAME",
-    help="Column of Parquet files that holds image, label, generator, uri …, where it is not called so; several.",
+    help="Name of the Parquet column for KEY (image, label, generator, uri …) if it is not KEY; repeatable.",
 )
 selection_options = _stack(
-    click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
+    click.option("--include", multiple=True, metavar="GLOB", help="Only matching paths below SOURCE; repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No matching paths. `*` also matches `/`."),
     column_option,
-    click.option("--limit", type=int, default=None, help="Most images: the first that are found, in no order."),
-    click.option("--shuffle-seed", type=int, default=None, help="A random order; with --limit, a random sample."),
-    click.option("--retry-failed", is_flag=True, help="Do again what failed before."),
-    click.option("--rescore", is_flag=True, help="Do everything again."),
+    click.option("--limit", type=int, default=None, help="Maximum images: the first listed, in no order."),
+    click.option("--shuffle-seed", type=int, default=None, help="Random order; with --limit, a random sample."),
+    click.option("--retry-failed", is_flag=True, help="Process images again that failed before."),
+    click.option("--rescore", is_flag=True, help="Process all images again."),
 )
 max_failed_option = click.option(
     "--max-failed",
     type=ShareType(),
     default="1%",
     show_default=True,
-    help="Share of failed images above which the exit code is 3; what came out is written all the same.",
+    help="Share of failed images above which the exit code is 3; results are written anyway.",
 )
 max_left_out_option = click.option(
     "--max-left-out",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Folders and containers of SOURCE that may be unreadable, or not readable to their end; with more the exit "
-    "code is 3. What is left out by its name does not count.",
+    help="Folders and containers of SOURCE that may be unreadable, in whole or in part; with more, the exit code is "
+    "3. Files left out by name do not count.",
 )
 
 
@@ -139,5 +139,5 @@ class WorkersType(click.ParamType[tuple[int, int]]):
         low, dash, high = str(value).partition("-")
         high = high if dash else low
         if not (low.isdecimal() and high.isdecimal()):
-            self.fail(f"{value!r} is no number such as 4 and no range such as 2-8", param, ctx)
+            self.fail(f"{value!r} is neither a number such as 4 nor a range such as 2-8", param, ctx)
         return int(low), int(high)

@@ -1,7 +1,4 @@
-"""A comparison as a table of text, for a terminal.
-
-In brackets stand 95 % bootstrap intervals, where the terminal is wide enough for them.
-"""
+"""Format text tables for a terminal."""
 
 from typing import Final
 
@@ -12,7 +9,7 @@ MAX_NAME_LETTERS: Final = 40
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table of which the first row is the heading and the first column is text."""
+    """Lines of a table; the first row is the heading, the first column is left-aligned text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])

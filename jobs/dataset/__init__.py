@@ -1,4 +1,4 @@
-"""What a source holds: its containers and lists, the rows of a manifest, labels, layouts of benchmarks, drawn images.
+"""Sources of images: containers, lists, manifest rows, labels, layouts of benchmarks, synthetic images.
 
-Here an image is a row with a place; its bytes are fetched here, and decoded in `pipeline`.
+Here an image is a manifest row with an address. This package fetches its bytes; `pipeline` decodes them.
 """

@@ -1,4 +1,4 @@
-"""The guarded child that reads a tar or Parquet file, which it gets from its parent in pieces.
+"""The guarded child that reads a tar or Parquet file, whose bytes it requests from its parent.
 
     settings  {"kind": "tar" or "parquet", "size_bytes"}
     request   {"members"} | {"describe"} | {"distinct", "most"} | {"rows"} | {"group"}
@@ -6,7 +6,7 @@
     answers   any number, the last one with "end" or "error"; in between {"read": [offset, bytes]}, which the parent
               answers with {"size_bytes"} and these bytes
 
-It is the only code that parses what strangers put into containers: it cannot open files, and its memory is bounded.
+Only this code parses untrusted containers: it cannot open files, and its memory is bounded.
 """
 
 import bisect
@@ -22,38 +22,38 @@ from jobs.isolation import frames
 
 MIN_READ_BYTES: Final = 64 * 2**10
 MAX_READ_BYTES: Final = 4 * 2**20
-"""Least and most that is asked of the parent at a time: more while reading goes on in one direction."""
+"""Minimum and maximum bytes per request to the parent; requests grow while reading is sequential."""
 MAX_TAR_HEADER_BYTES: Final = 2**20
-"""Most that one header of a tar may hold, such as a long name or PAX records."""
+"""Largest header of a tar, such as a long name or PAX records."""
 MAX_NAME_BYTES: Final = 1024
 """Longest name of a tar's member, S3's limit for keys: one header may name all members that follow."""
 MAX_CLS_BYTES: Final = 64
 """Largest `.cls` member that is read as a label."""
 MAX_TEXT_BYTES: Final = 8192
-"""Longest text in a table: a small file may hold a long one a million times."""
+"""Longest text in a table: a small file may repeat a long text a million times."""
 ANSWER_BYTES: Final = 2**15
-"""About how many letters are answered at a time; as JSON a letter may take six."""
+"""Approximate characters per answer; in JSON a character may take six bytes."""
 MAX_FEATURES_BYTES: Final = 2**16
-"""Longest metadata of `datasets` that are passed on."""
+"""Maximum metadata of `datasets` that are passed on."""
 BATCH_ROWS: Final = 8192
 MAX_RATIO: Final = 256
-"""Images of a row group may be so many times as large as their file: what repeats is stored once."""
+"""Maximum ratio of a row group's images to the file's size: repeated values are stored once."""
 MIN_IMAGES_BYTES: Final = 2**28
-"""Images of a row group that are read whatever the size of their file."""
+"""Bytes of images in a row group that are allowed whatever the file's size."""
 
 
 class TooLargeError(Exception):
-    """A container holds more than its size can justify."""
+    """A container expands to more than its size justifies."""
 
 
 class ContainerFile(io.RawIOBase):
-    """The container as a file of this process; its bytes come from the parent."""
+    """The container as a file object; its bytes come from the parent."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO, size_bytes: int) -> None:
         super().__init__()
         self._requests, self._answers, self.size_bytes = requests, answers, size_bytes
         self.max_read_bytes = size_bytes
-        """A single read of more is refused."""
+        """Limit of a single read."""
         self._at = self._start = 0
         self._block = b""
         self._read_bytes = MIN_READ_BYTES
@@ -73,12 +73,12 @@ class ContainerFile(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most the bytes that there are, whatever a header says. Raises `ValueError` over `max_read_bytes`."""
-        left = max(0, self.size_bytes - self._at)
-        wanted = left if size is None or size < 0 else size
+        """Read at most the bytes that exist, whatever a header claims. Raises `ValueError` over `max_read_bytes`."""
+        bytes_left = max(0, self.size_bytes - self._at)
+        wanted = bytes_left if size is None or size < 0 else size
         if wanted > self.max_read_bytes and wanted > MIN_READ_BYTES:
             raise ValueError(f"it has a header of {wanted:,} bytes; the limit is {self.max_read_bytes:,}")
-        wanted, parts = min(wanted, left), []
+        wanted, parts = min(wanted, bytes_left), []
         while wanted:
             part = self._available(wanted)
             parts.append(part)
@@ -87,11 +87,11 @@ class ContainerFile(io.RawIOBase):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _available(self, wanted: int) -> bytes:
-        """Some bytes from the present position on, at least one."""
+        """Bytes at the current position, between one and `wanted`."""
         inside = self._at - self._start
         if not 0 <= inside < len(self._block):
-            goes_on = 0 <= inside <= 2 * len(self._block)
-            self._read_bytes = min(MAX_READ_BYTES, 2 * self._read_bytes) if goes_on else MIN_READ_BYTES
+            is_sequential = 0 <= inside <= 2 * len(self._block)
+            self._read_bytes = min(MAX_READ_BYTES, 2 * self._read_bytes) if is_sequential else MIN_READ_BYTES
             self._start, inside = self._at, 0
             self._block = self._fetch(min(max(self._read_bytes, wanted), MAX_READ_BYTES, self.size_bytes - self._at))
         return self._block[inside : inside + wanted]
@@ -107,24 +107,24 @@ class ContainerFile(io.RawIOBase):
 
 
 def preload() -> None:
-    """Import what is needed later, when no file can be opened any more."""
+    """Import everything needed later, because a child can open no file."""
     import pyarrow as pa
     import pyarrow.compute
     import pyarrow.parquet as pq
 
     from jobs.storage.parquet_file import ParquetFile
 
-    pa.set_memory_pool(pa.system_memory_pool())  # others reserve more address space than a child may have
+    pa.set_memory_pool(pa.system_memory_pool())  # other pools reserve more address space than a child has
     buffer = io.BytesIO()
     table = pa.table({"text": ["a"], "number": [1], "bytes": [b"a"], "struct": [{"bytes": b"a"}]})
     pq.write_table(table, buffer)
-    with pa.BufferReader(buffer.getvalue()) as source:  # whatever is loaded at first use
+    with pa.BufferReader(buffer.getvalue()) as source:  # loads what pyarrow loads at first use
         list(ParquetFile(source, "").batches(table.column_names, batch_rows=1))
     assert pyarrow.compute is not None
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:
-    """The child's loop: until the end of the input."""
+    """Answer requests until the end of the input."""
     file = ContainerFile(requests, answers, settings["size_bytes"])
     container = Tar(file) if settings["kind"] == "tar" else Table(file)
     while (request := frames.receive(requests)) is not None:
@@ -141,35 +141,35 @@ Answers = Iterator[tuple[dict[str, Any], bytes]]
 
 
 class Tar:
-    """An uncompressed tar, or several one after the other."""
+    """An uncompressed tar, or several concatenated tars."""
 
     def __init__(self, file: ContainerFile) -> None:
         self._file = file
         file.max_read_bytes = MAX_TAR_HEADER_BYTES
 
     def answer(self, request: dict[str, Any]) -> Answers:
-        """The members as [name, offset of the data, bytes, kind, label or null]; at the end bytes that are no tar."""
-        some: list[list[Any]] = []
+        """The members as [name, data offset, bytes, kind, label or null]; the last answer has the trailing bytes."""
+        members: list[list[Any]] = []
         size = 0
         behind = 0
-        for found in self._members():
-            if isinstance(found, int):
-                behind = found
+        for item in self._members():
+            if isinstance(item, int):
+                behind = item
                 continue
-            some.append(found)
-            size += len(found[0]) + 64
+            members.append(item)
+            size += len(item[0]) + 64
             if size > ANSWER_BYTES:
-                yield {"members": some}, b""
-                some, size = [], 0
-        yield {"members": some, "behind": behind, "end": True}, b""
+                yield {"members": members}, b""
+                members, size = [], 0
+        yield {"members": members, "behind": behind, "end": True}, b""
 
     def _members(self) -> Iterator[list[Any] | int]:
-        """Members of the tars; last, where there is something else, how many bytes behind them are no tar."""
+        """Members of the tars; then, if other data follow, the number of trailing bytes that are not a tar."""
         start: int | None = 0
         while start is not None:
             self._file.seek(start)
             try:
-                tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - its file goes on to be read
+                tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - its file is still in use
             except (tarfile.TarError, ValueError):
                 if start == 0:
                     raise
@@ -177,17 +177,17 @@ class Tar:
                 return
             count = 0
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
                 count += 1
                 yield self._described(tar, member)
-            if start > 0 and count == 0:  # what stands behind an end may be anything
+            if start > 0 and count == 0:  # the data after a tar's end need not be a tar
                 yield self._file.size_bytes - start
                 return
             end = tar.offset
             self._file.seek(end)
-            # tarfile takes a damaged or missing header for the end; a whole tar ends with a block of zeros
+            # tarfile treats a damaged or missing header as the end; a complete tar ends with a block of zeros
             if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it is damaged or cut off at byte {end:,}")
+                raise tarfile.ReadError(f"it is damaged or truncated at byte {end:,}")
             start = self._next_block()
 
     def _described(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> list[Any]:
@@ -207,7 +207,7 @@ class Tar:
         return [member.name, member.offset_data, member.size, kind, label]
 
     def _next_block(self) -> int | None:
-        """Where the next block that is not of zeros begins, None: nowhere."""
+        """Offset of the next block that is not all zeros; None: there is none."""
         while block := self._file.read(MIN_READ_BYTES):
             stripped = len(block) - len(block.lstrip(b"\0"))
             if stripped < len(block):
@@ -223,13 +223,13 @@ class Table:
         self._file = file
         self._opened: Any = None
         self._starts: list[int] = []
-        """First row of each row group, and the number of all rows."""
+        """First row of each row group, then the total number of rows."""
         self._images: Iterator[tuple[int, bytes | None]] | None = None
         self._next = 0
-        """Row that the stream of images comes to next."""
+        """Next row of the stream of images."""
 
     def answer(self, request: dict[str, Any]) -> Answers:
-        """As the module says."""
+        """Answer a request (see the module's docstring)."""
         if "describe" in request:
             yield from self._describe(request["describe"])
         elif "distinct" in request:
@@ -243,7 +243,7 @@ class Table:
             yield from self._stored(request["images"], request["from"], request["to"], request["most"])
 
     def _describe(self, repeated: Sequence[str]) -> Answers:
-        """Names and types of columns, the number of rows, and what `datasets` says of them."""
+        """Names and types of columns, the number of rows, and the features of `datasets`."""
         import pyarrow as pa
 
         from jobs.storage.parquet_file import ParquetFile
@@ -251,48 +251,48 @@ class Table:
         self._opened = ParquetFile(pa.PythonFile(self._file, mode="r"), "", repeated)
         self._starts = [0, *itertools.accumulate(self._opened.group_rows())]
         features = self._opened.key_value.get(HUGGINGFACE, b"").decode("utf-8", "replace")
-        some: list[list[Any]] = []
+        columns: list[list[Any]] = []
         size = 0
         for field in self._opened.schema:
             kind = _value_type(field.type)
-            some.append([field.name, str(kind)[:200], _images_in(kind)])
+            columns.append([field.name, str(kind)[:200], _images_in(kind)])
             size += len(field.name) + 64
             if size > ANSWER_BYTES:
-                yield {"columns": some}, b""
-                some, size = [], 0
-        said = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
-        yield {"columns": some, **said, "end": True}, b""
+                yield {"columns": columns}, b""
+                columns, size = [], 0
+        summary = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
+        yield {"columns": columns, **summary, "end": True}, b""
 
     def _distinct(self, column: str, most: int) -> Answers:
-        """Distinct values of a column, or null where there are more than so many."""
-        found: set[Any] = set()
+        """Distinct values of a column, or null if there are more than `most`."""
+        distinct: set[Any] = set()
         for batch in self._batches([column]):
-            found.update(_plain(value) for value in batch.column(0).unique().to_pylist())
-            if len(found) > most:
+            distinct.update(_plain(value) for value in batch.column(0).unique().to_pylist())
+            if len(distinct) > most:
                 yield {"distinct": None, "end": True}, b""
                 return
-        yield {"distinct": list(found), "end": True}, b""
+        yield {"distinct": list(distinct), "end": True}, b""
 
     def _rows(self, columns: Sequence[str]) -> Answers:
-        """Some columns as lists of values, row by row."""
+        """Columns as lists of values, row by row."""
         if not columns:
             yield {"values": [], "count": self._opened.rows, "end": True}, b""
             return
         for batch in self._batches(columns):
             lists = [[_plain(value) for value in column.to_pylist()] for column in batch.columns]
-            some: list[list[Any]] = []
+            rows: list[list[Any]] = []
             size = 0
             for values in zip(*lists, strict=True):
-                some.append(list(values))
+                rows.append(list(values))
                 size += 16 + sum(len(value) if isinstance(value, str) else 16 for value in values)
                 if size > ANSWER_BYTES:
-                    yield {"values": some}, b""
-                    some, size = [], 0
-            yield {"values": some}, b""
+                    yield {"values": rows}, b""
+                    rows, size = [], 0
+            yield {"values": rows}, b""
         yield {"values": [], "end": True}, b""
 
     def _batches(self, columns: Sequence[str]) -> Iterator[Any]:
-        """Batches of plain types, without a text that is too long."""
+        """Batches of plain types. Raises `ValueError` for a text longer than `MAX_TEXT_BYTES`."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -309,7 +309,7 @@ class Table:
             yield batch
 
     def _stored(self, column: Sequence[str], first: int, last: int, most: int) -> Answers:
-        """The images of some rows, each at most so many bytes; they are read as a stream within a row group."""
+        """The images of rows `first` to `last`, each at most `most` bytes, read as a stream within a row group."""
         group = self._group(first)
         if self._images is None or not self._starts[group] <= self._next <= first:
             self._images = self._stream(column, group)
@@ -325,24 +325,24 @@ class Table:
         raise EOFError(f"it has no row {last:,}")
 
     def _group(self, row: int) -> int:
-        """Number of the row group that a row is in."""
+        """Index of the row group that contains a row."""
         group = bisect.bisect_right(self._starts, row) - 1
         if not 0 <= group < len(self._starts) - 1:
             raise EOFError(f"it has no row {row:,}")
         return group
 
     def _stream(self, column: Sequence[str], group: int) -> Iterator[tuple[int, bytes | None]]:
-        """Rows from the beginning of a row group."""
+        """Row numbers and images from the start of a row group."""
         name, *inner = column
         position = self._starts[group]
         limit = max(MIN_IMAGES_BYTES, MAX_RATIO * self._file.size_bytes)
         for number in range(group, len(self._starts) - 1):
-            came = 0
+            read_bytes = 0
             for batch in self._opened.batches([name], batch_rows=1, groups=[number]):
                 values = batch.column(0)
                 (content,) = (values.field(inner[0]) if inner else values).to_pylist()
-                came += len(content or b"")
-                if came > limit:
+                read_bytes += len(content or b"")
+                if read_bytes > limit:
                     raise TooLargeError(f"its {self._file.size_bytes:,} bytes hold images of more than {limit:,} bytes")
                 yield position, content
                 position += 1
@@ -353,12 +353,12 @@ def _value_type(kind: Any) -> Any:
 
 
 def _images_in(kind: Any) -> list[str] | None:
-    """Where a column of this type holds bytes: in itself ([]), in a field of a struct, or nowhere (None)."""
+    """Path to the bytes in a column of this type: the column itself ([]), a struct's field, or None."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        here = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
-        return ["bytes"] if here else None
+        has_bytes = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
+        return ["bytes"] if has_bytes else None
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     return [] if any(is_such(kind) for is_such in binary) else None
 
@@ -368,7 +368,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: bytes as the text that they are mostly, decimals as numbers."""
+    """A value for JSON: bytes as text, decimals as numbers."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, Decimal):

@@ -1,4 +1,4 @@
-"""What a file's name says before its content is looked at."""
+"""Classify files by name, before their content is read."""
 
 from typing import Final
 
@@ -8,19 +8,19 @@ SIDECARS: Final = frozenset(
     ".xz .yaml .yml .zip .zst"
     .split()
 )  # fmt: skip
-"""Endings of what lies beside the images of data sets. Any other name, known or not, is tried by its content."""
+"""Endings of files that are not images. A file with any other name, known or not, is tried as an image."""
 IMAGE_ENDINGS: Final = frozenset(
     ".apng .avif .avifs .bmp .cur .dds .dib .gif .heic .heics .heif .heifs .hif .icns .ico .image .img .j2c .j2k "
     ".jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pcx .pgm .png .pnm .ppm .psd .qoi .rgb .rgba .sgi .tif .tiff "
     ".webp"
     .split()
 )  # fmt: skip
-"""Endings of images: what lies beside one in a tar under the same key, and has another, is about it."""
+"""Endings of images. In a tar, a member with the key of an image and another ending describes that image."""
 HIDDEN: Final = frozenset({
     "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "@Recycle", "Thumbs.db",
     "_temporary", "_delta_log", "_spark_metadata",
 })  # fmt: skip
-"""What systems and programs leave behind: bins, thumbnails, unfinished files. Others of that kind begin with a dot."""
+"""Names that systems and programs create: recycle bins, thumbnails, unfinished files. Others begin with a dot."""
 
 COMPRESSED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 NOT_A_SOURCE: Final = {
@@ -39,15 +39,15 @@ NOT_A_SOURCE: Final = {
     ".xlsx": "a spreadsheet: write the list as Parquet, with a `uri` column",
     ".txt": "a text file: write the list as Parquet, with a `uri` column",
 }  # fmt: skip
-"""Endings of files that people take for sources, and what they are."""
+"""Ending -> description and advice, for files that users mistake for sources."""
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path below a source is hidden, or lies in a hidden folder."""
+    """Whether a path below a source is hidden or in a hidden folder."""
     return any(part.startswith(".") and part not in (".", "..") or part in HIDDEN for part in path.split("/"))
 
 
 def what_it_is(name: str) -> str | None:
-    """What a file is that people take for a source; None: not one of these."""
-    small = name.lower()
-    return next((said for ending, said in NOT_A_SOURCE.items() if small.endswith(ending)), None)
+    """Description of a file that is not a source (`NOT_A_SOURCE`); None: any other file."""
+    lower = name.lower()
+    return next((description for ending, description in NOT_A_SOURCE.items() if lower.endswith(ending)), None)

@@ -1,4 +1,4 @@
-"""The bytes of a manifest row's image: of an object, a member of a tar, or a row of a Parquet file."""
+"""Fetch the bytes of a manifest row's image: an object, a member of a tar, or a row of a Parquet file."""
 
 import threading
 from collections import OrderedDict
@@ -11,46 +11,46 @@ from jobs.storage.reading import Fetched
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 
 WINDOW: Final = 16
-"""Stored images before the one that is asked for that are kept: threads ask for neighbours in no strict order."""
+"""Stored images kept before the requested one: threads request neighbouring rows in no strict order."""
 MAX_KEPT_BYTES: Final = 2**26
 MAX_UNREADABLE: Final = 100
-"""Parts of Parquet files that are known to be unreadable."""
+"""Maximum unreadable parts of Parquet files that are remembered."""
 MAX_OPEN: Final = 2
-"""Parquet files whose readers are kept for the next image."""
+"""Maximum Parquet files whose readers stay open for the next image."""
 
 _Key: TypeAlias = tuple[str, str, str | None]
-"""Address of a Parquet file, its version, and its column of images where that has been named."""
+"""Address of a Parquet file, its version, and its image column if the row names one."""
 
 
 def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
-    """At most one byte more than allowed, so that the caller sees the excess.
+    """Fetch an image, at most `max_bytes` + 1 bytes, so that the caller detects an excess.
 
-    Raises a `FetchError`, as where an image was replaced since it was listed, or another `ImageError`.
+    Raises a `FetchError`, for example if the image was replaced since it was listed, or another `ImageError`.
     """
     if row.get("problem"):
         raise FetchError(row["problem"])
     container, position, size = row["container"], row["position"], row["size_bytes"]
     etag = row["etag"] if row["listed"] else None
     if container is None:
-        # how much is asked for also says how long it may take; a manifest's sizes may be wrong
-        known = size if row["listed"] and size is not None else max_bytes
-        return reading.fetch(row["uri"], 0, min(known, max_bytes) + 1, etag)
+        # the length also determines the timeout; sizes in a user's manifest may be wrong
+        expected_size = size if row["listed"] and size is not None else max_bytes
+        return reading.fetch(row["uri"], 0, min(expected_size, max_bytes) + 1, etag)
     if container.lower().endswith(".tar"):
         return reading.fetch(container, position, min(size, max_bytes + 1), etag)
     key = (container, row["etag"].rpartition("-")[0], row.get("column"))
-    with _reading:  # one thread reads a row group, the others wait for it
+    with _reading:  # one thread reads a row group while the others wait
         return reading.with_retries(lambda: _read(key, position, max_bytes + 1), container)
 
 
 def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
-    """The image of a row of a Parquet file, and how often its store was asked again."""
-    known = next((error for (file, rows), error in _unreadable.items() if file == key and position in rows), None)
-    if known is not None:
-        raise _of_image(known)
+    """The image in a row of a Parquet file, and the number of retries of its store."""
+    known_error = next((error for (file, rows), error in _unreadable.items() if file == key and position in rows), None)
+    if known_error is not None:
+        raise _of_image(known_error)
     try:
         try:
             return _try(key, position, most)
-        except ReaderEndedError:  # the machine may have ended it, or kept it waiting
+        except ReaderEndedError:  # the machine may have killed or delayed the reader
             return _try(key, position, most)
     except SourceError as error:
         by_machine = isinstance(error, ReaderEndedError) and error.by_machine
@@ -65,19 +65,19 @@ def _try(key: _Key, position: int, most: int) -> tuple[bytes, int]:
     try:
         stored = _open(key)
         return stored.image(position, most), stored.retries()
-    except BaseException:  # the rest of an answer must not be taken for the next one
+    except BaseException:  # the next request must not read the rest of this answer
         if key in _opened:
             _opened.pop(key).close()
         raise
 
 
 def _of_image(error: SourceError) -> ImageTooLargeError | FetchError:
-    """The error of an image that a container's error costs."""
+    """The image error for a container's error."""
     return (ImageTooLargeError if isinstance(error, ContainerTooLargeError) else FetchError)(str(error))
 
 
 def close() -> None:
-    """End the readers that are kept."""
+    """End all open readers."""
     with _reading:
         _unreadable.clear()
         while _opened:
@@ -97,21 +97,21 @@ class _Stored:
         self._container.__enter__()
         try:
             named = {} if column is None else {"image": column}
-            found = find_columns(uri, self._container.describe(), named).image
-            if found is None:
+            image_column = find_columns(uri, self._container.describe(), named).image
+            if image_column is None:
                 raise SourceError(f"{uri} holds no images")
         except BaseException:
             self.close()
             raise
-        self._column = found
+        self._column = image_column
         self._kept: OrderedDict[int, bytes | None] = OrderedDict()
         self._most = self._next = 0
         self._group = range(0)
-        """Rows of the row group that was read last."""
+        """Rows of the row group read last."""
 
     def image(self, position: int, most: int) -> bytes:
-        """The image of a row, at most so many bytes; nothing where the row is null."""
-        if most != self._most:  # what is kept was cut there
+        """The image in a row, at most `most` bytes; empty if the row is null."""
+        if most != self._most:  # the kept images were truncated to the old limit
             self._most = most
             self._kept.clear()
         if position not in self._kept:
@@ -124,18 +124,18 @@ class _Stored:
                     self._keep(first, content)
                     first += 1
             except ContainerError as error:
-                error.rows = range(first, group.stop)  # those behind it are read through this one
+                error.rows = range(first, group.stop)  # later rows can only be read through this one
                 raise
             self._next = first
         return self._kept[position] or b""
 
     def retries(self) -> int:
-        """How often the store was asked again since the last time: of neighbours the first asks for all."""
+        """Retries of the store since the last call; the first of neighbouring rows counts those of all."""
         retries, self._retries = self._retries, 0
         return retries
 
     def close(self) -> None:
-        """End its reader."""
+        """End the reader."""
         self._container.close()
 
     def _keep(self, position: int, content: bytes | None) -> None:
@@ -154,7 +154,7 @@ class _Stored:
 _reading: Final = threading.Lock()
 _opened: Final[OrderedDict[_Key, _Stored]] = OrderedDict()
 _unreadable: Final[OrderedDict[tuple[_Key, range], ContainerError]] = OrderedDict()
-"""Rows of a row group that cannot be read: to find that out for each of them anew could take all night."""
+"""Unreadable rows of row groups: testing each row again could take hours."""
 
 
 def _open(key: _Key) -> _Stored:

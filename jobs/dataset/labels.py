@@ -1,8 +1,8 @@
-"""What values mean as labels: real = 0, fake = 1, or None where their context does not say it.
+"""Interpret values as labels: real = 0, fake = 1, or None if the context does not determine it.
 
-Some words say what they mean, others, as `human`, only beside one of the other label. A number does not: 0 and 1 are
-this project's labels, but also the first two of a thousand classes, or a data set's own order with `fake` first. So a
-column is read as a whole (`meanings`), by the names that its file gives its numbers where there are any.
+Some words are unambiguous; others, such as `human`, count only beside a word of the other label. Numbers are ambiguous:
+0 and 1 are this project's labels, but also the first two of a thousand classes, or a data set's own order with `fake`
+first. So `meanings` interprets all values of a column together, with the names that the file gives its numbers, if any.
 """
 
 import json
@@ -16,7 +16,7 @@ WORDS: Final = {
     "0": 0, "real": 0, "0_real": 0, "nature": 0, "1": 1, "fake": 1, "1_fake": 1, "ai": 1, "ai_generated": 1,
     "ai-generated": 1,
 }  # fmt: skip
-"""Words that are labels by themselves, small."""
+"""Words that are always labels, in lower case."""
 PAIRED_WORDS: Final = {word: label for word, label in WORDS.items() if not word.isdigit()} | {
     "natural": 0, "human": 0, "human_made": 0, "authentic": 0, "original": 0, "originals": 0, "genuine": 0,
     "pristine": 0, "photo": 0, "photos": 0, "photograph": 0, "photographs": 0, "camera": 0, "reals": 0,
@@ -24,39 +24,39 @@ PAIRED_WORDS: Final = {word: label for word, label in WORDS.items() if not word.
     "ai_made": 1, "aigc": 1, "artificial": 1, "deepfake": 1, "deepfakes": 1, "deep_fake": 1, "generated_ai": 1,
     "machine_generated": 1, "computer_generated": 1,
 }  # fmt: skip
-"""Words of a name, joined by `_`, that are a label beside one of the other label."""
+"""Words of a name, joined by `_`, that are a label if a word of the other label is beside them."""
 NOUNS: Final = frozenset(
     "image images img imgs image images pic pics photo photos photograph photographs art arts artworks data "
     "dataset face faces sample samples set file files class jpg jpeg png webp train training val valid validation test "
     "testing".split()
 )  # fmt: skip
-"""What is beside the word that counts, as in `train_real` and `AiArtData`."""
+"""Words that are ignored in a name, as in `train_real` and `AiArtData`."""
 HUMP: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 WORD: Final = re.compile(r"[^\W_]+")
 MAX_DIGITS: Final = 100
-"""Of a number that is looked at: `1e999999999` is a short text."""
+"""Maximum digits of a number: `1e999999999` is a short text."""
 MAX_WORD: Final = 200
-"""Letters of a text that are looked at for a label."""
+"""Characters of a text that are searched for a label."""
 MAX_SHOWN: Final = 5
 UNKNOWN: Final = -1
-"""Number that data sets write where they know no label."""
+"""Number that data sets use for an unknown label."""
 HUGGINGFACE: Final = b"huggingface"
-"""Key of a Parquet file's metadata under which `datasets` keeps its features."""
+"""Key of the features of `datasets` in a Parquet file's metadata."""
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: null, NaN (as pandas writes it), an empty text."""
+    """Whether a value is missing: null, NaN (as pandas writes it), or an empty text."""
     return value is None or value == "" or value != value
 
 
 def word(value: str) -> int | None:
-    """The label that a word says; None: none."""
+    """The label of an unambiguous word, else None."""
     return WORDS.get(value.strip().lower())
 
 
 @lru_cache(maxsize=2**16)
 def paired_label(name: str) -> int | None:
-    """The label that a name or a value may be, if one of the other label stands beside it."""
+    """The label of a name or a value if a word of the other label is beside it, else None."""
     words = words_of(name)
     if "_".join(words) in PAIRED_WORDS:
         return PAIRED_WORDS["_".join(words)]
@@ -64,76 +64,76 @@ def paired_label(name: str) -> int | None:
 
 
 def words_of(name: str) -> list[str]:
-    """Words of a name, small: `AIGenerated images` is `ai`, `generated`, `images`."""
+    """Words of a name in lower case: `AIGenerated images` gives `ai`, `generated`, `images`."""
     return WORD.findall(HUMP.sub("_", name).lower())
 
 
 def number(value: Any) -> int | None:
-    """A value as a whole number; None where it is none, such as a word or 0.5."""
+    """A value as an integer; None if it is not one, such as a word or 0.5."""
     try:
-        found = Decimal(str(int(value) if isinstance(value, bool) else value).strip())
+        decimal = Decimal(str(int(value) if isinstance(value, bool) else value).strip())
     except ArithmeticError:
         return None
-    if not found.is_finite() or found.adjusted() > MAX_DIGITS:
+    if not decimal.is_finite() or decimal.adjusted() > MAX_DIGITS:
         return None
-    return int(found) if found == found.to_integral_value() else None
+    return int(decimal) if decimal == decimal.to_integral_value() else None
 
 
 def meanings(values: Iterable[Any], names: Sequence[str] | None = None) -> Mapping[Any, int] | None:
-    """Value -> label, of the distinct values of a column or of all `.cls` members of a tar; values beyond it have none.
+    """Value -> label, for the distinct values of a column or of all `.cls` members of a tar; other values have none.
 
-    A word that may be something else, as `human`, counts where one of the other label stands beside it. `names`: what
-    the file calls its numbers, in their order (a ClassLabel of `datasets`). None: they are numbers whose context does
-    not say that they are labels, as where there are more than 0 and 1.
+    An ambiguous word, such as `human`, counts if a word of the other label is among the values. `names`: the file's
+    names of its numbers, in order (a ClassLabel of `datasets`). Returns None if the values are not labels, such as
+    numbers other than 0 and 1.
     """
-    found: dict[Any, int] = {}
-    said: dict[Any, str] = {}
+    labels: dict[Any, int] = {}
+    texts: dict[Any, str] = {}
     for value in values:
         if is_missing(value):
             continue
         index = number(value)
         if index is None:
             if not isinstance(value, str):
-                return None  # 0.5, infinity: no class at all
-            said[value] = value
+                return None  # 0.5, infinity: not a class
+            texts[value] = value
         elif names is not None:
-            said |= {value: names[index]} if 0 <= index < len(names) else {}
+            texts |= {value: names[index]} if 0 <= index < len(names) else {}
         elif index in (0, 1):
-            found[value] = index
+            labels[value] = index
         elif index != UNKNOWN:
             return None
-    beside = {paired_label(text[:MAX_WORD]) for text in (*said.values(), *(names or ()))}
-    for value, text in said.items():
-        label, maybe = word(text), paired_label(text[:MAX_WORD])
-        if label is None and maybe is not None and 1 - maybe in beside:
-            label = maybe
+    possible = {paired_label(text[:MAX_WORD]) for text in (*texts.values(), *(names or ()))}
+    for value, text in texts.items():
+        label, ambiguous = word(text), paired_label(text[:MAX_WORD])
+        if label is None and ambiguous is not None and 1 - ambiguous in possible:
+            label = ambiguous
         if label is not None:
-            found[value] = label
-    return found
+            labels[value] = label
+    return labels
 
 
 def without_label(values: Iterable[Any], found: Mapping[Any, int], names: Sequence[str] | None = None) -> str | None:
-    """The values, or what they are called, that `meanings` found no label of, for people; None: all have one."""
-    left = set()
+    """Text that lists the values (or their names) without a label in `found`; None: all have one."""
+    unlabelled = set()
     for value in values:
         if not is_missing(value) and value not in found and (index := number(value)) != UNKNOWN:
             is_named = names is not None and index is not None and 0 <= index < len(names)
-            left.add(names[index] if is_named else str(value))  # type: ignore[index]
-    shown = [repr(text[:40]) for text in sorted(left)[:MAX_SHOWN]] + ["…"] * (len(left) > MAX_SHOWN)
+            unlabelled.add(names[index] if is_named else str(value))  # type: ignore[index]
+    shown = [repr(text[:40]) for text in sorted(unlabelled)[:MAX_SHOWN]] + ["…"] * (len(unlabelled) > MAX_SHOWN)
     return ", ".join(shown) or None
 
 
 def class_names(key_value: Mapping[bytes, bytes], column: str) -> list[str] | None:
-    """Names that a Parquet file's `huggingface` metadata gives the numbers of a column; None: none."""
+    """Class names of a column's numbers in a Parquet file's `huggingface` metadata; None: none."""
     try:
         feature = json.loads(key_value.get(HUGGINGFACE, b""))["info"]["features"][column]
         names = feature["names"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if whole and feature.get("_type") == "ClassLabel" else None
+    is_valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_valid and feature.get("_type") == "ClassLabel" else None
 
 
 def text(value: Any) -> str | None:
-    """A generator's or a split's name; None for what stands for none."""
+    """The name of a generator or split; None if it is missing."""
     return None if is_missing(value) else str(value)

@@ -1,4 +1,4 @@
-"""Rows of a manifest (`schema.MANIFEST`): identity, place and facts of an image before it is fetched."""
+"""Build manifest rows (`schema.MANIFEST`): identity, address and known facts of an image before it is fetched."""
 
 import hashlib
 import posixpath
@@ -18,75 +18,74 @@ from nsnet.errors import UsageError
 CONTAINERS: Final = (".tar", ".parquet")
 """Endings of files that hold images."""
 HASH: Final = "content_hash"
-"""Column of a manifest with the SHA-256 that a file must have; a stored image comes with its own bytes."""
+"""Column of a manifest with the SHA-256 that a file must have; not used for images stored in the manifest itself."""
 FACTS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
-"""Columns of a manifest beside labels; the last two are of images that lie in a tar or in Parquet."""
+"""Columns of a manifest beside labels; the last two describe images in a tar or in Parquet."""
 
 NUMBER: Final = re.compile(
     r"(?<![^\W_])(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?=[a-f]*[0-9])[0-9a-f]{8,})(?![^\W_])|[0-9]+",
     re.IGNORECASE,
 )
-"""What differs between the names of containers of one data set: a UUID, a digest, a number. The first two stand alone.
-`a0000001` counts as a digest: series that are taken for one may lose labels, one that is parted may get wrong ones.
-"""
+"""The variable parts in names of one data set's containers: a UUID, a digest, a number. The first two match as whole
+words only. `a0000001` counts as a digest: merging two series may lose labels, splitting one may give wrong labels."""
 SERIES: Final = "series"
-"""Of a row whose label is a number without a name: the containers whose numbers mean the same."""
+"""Key of a row whose label is a number without a name: the containers in which numbers have the same meaning."""
 
 _EMPTY_ROW: Final = dict.fromkeys((*MANIFEST.names, *Labels._fields, SERIES))
 
 
 class RowError(Exception):
-    """A row of somebody's manifest that names no image which can be read; it becomes a failed row."""
+    """A row of a user's manifest that names no readable image; it becomes a failed row."""
 
 
 def image_id(uri: str, etag: str) -> str:
-    """Identity of a version of an object: 32 hexadecimal digits of SHA-256 over URI and version."""
+    """Id of one version of an object: the first 32 hexadecimal digits of SHA-256 over URI and version."""
     return hashlib.sha256(f"{uri}\0{etag}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:
-    """A manifest row; what is not given is null."""
+    """Build a manifest row; values not given are null."""
     own = {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, "listed": listed}
     return {**_EMPTY_ROW, **own, **values}
 
 
 def series(container: str) -> str:
-    """What the containers that one data set was divided into have in common: the name without numbers and digests."""
+    """The common name of one data set's containers: a container's name without numbers and digests."""
     folder, _, name = container.rpartition("/")
     return f"{folder}/{NUMBER.sub('', name)}"
 
 
 def readable(name: str) -> str:
-    """A name with bytes that are no UTF-8 written out."""
+    """A name with bytes that are not UTF-8 written as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def from_values(values: Mapping[str, Any], manifest: str, number: int, **labels: Any) -> dict[str, Any]:
-    """The row that a manifest's values (`FACTS`) make; one that names no readable image says why in `problem`.
+    """Build a row from a manifest's values (`FACTS`); if it names no readable image, `problem` holds the reason.
 
-    `manifest`: its URI, which relative names are relative to; `number`: of the row, from 0.
+    `manifest`: its URI, the base of relative names; `number`: index of the row, from 0.
     """
     etag = text(values.get("etag")) or ""
     try:
         size, inside = _size(values.get("size_bytes"), "size_bytes"), _inside(values, manifest)
         if inside and not is_missing(values.get("uri")):
-            uri = readable(str(values["uri"]))  # inside a container it is a name, which a data set may have chosen
+            uri = readable(str(values["uri"]))  # inside a container it is only a name
         else:
             uri = _place(values.get("uri"), manifest)
         return row(uri, etag, size, expected_hash=_hash(values.get(HASH)), **inside, **labels)
     except RowError as error:
         name = "" if is_missing(values.get("uri")) else readable(str(values["uri"]))
-        # two names that differ in their secrets alone are two rows
+        # names that differ only in their secrets must stay different rows
         place = name if name and shown(name) == name else f"{manifest}#{number}"
         return row(place, etag, None, problem=f"row {number} of the manifest: {without_secrets(str(error))}", **labels)
 
 
 def _place(name: Any, manifest: str) -> str:
-    """The URI that a manifest names: absolute, or relative to its own folder."""
+    """The absolute URI of a name, which may be relative to the manifest's folder."""
     if is_missing(name):
         raise RowError("it has no uri")
     uri = readable(str(name))
-    if holds_secrets(uri):  # joined to a folder it would be a path
+    if holds_secrets(uri):  # tested before joining: a joined address would look like a path
         raise RowError(f"{shown(uri)} {REFUSED}")
     if "://" not in uri and not uri.startswith("/"):
         folder = manifest.rpartition("/")[0]
@@ -99,14 +98,14 @@ def _place(name: Any, manifest: str) -> str:
     except UsageError as error:
         raise RowError(str(error)) from error
     if uris.is_local(uri) and not uris.is_local(manifest):
-        raise RowError(f"{uri} lies on this machine's disk: a manifest in a bucket may name buckets only")
+        raise RowError(f"{uri} is a local path: a manifest in a bucket may name objects in buckets only")
     return uri
 
 
 def _inside(values: Mapping[str, Any], manifest: str) -> dict[str, Any]:
-    """The file that holds the image of a row, and where in it, or nothing."""
+    """Container and position of a row's image; empty for a plain file."""
     if is_missing(values.get("container")) or "position" not in values:
-        return {}  # other tables have such columns, too
+        return {}  # other tables have a column `container` too
     position = _size(values["position"], "position")
     container = _place(values["container"], manifest)
     ending = PurePosixPath(container).suffix.lower()
@@ -119,7 +118,7 @@ def _inside(values: Mapping[str, Any], manifest: str) -> dict[str, Any]:
 
 
 def _size(value: Any, name: str) -> int | None:
-    """A number of bytes, or nothing."""
+    """A non-negative integer, or None if missing."""
     if is_missing(value):
         return None
     try:
@@ -127,14 +126,14 @@ def _size(value: Any, name: str) -> int | None:
     except (ValueError, OverflowError, TypeError):
         size = -1
     if not 0 <= size < 2**63:
-        raise RowError(f"{name} {str(value)[:80]!r} is no number of bytes")
+        raise RowError(f"{name} {str(value)[:80]!r} is not a number of bytes")
     return size
 
 
 def _hash(value: Any) -> str | None:
-    """64 hexadecimal digits, small, or nothing."""
+    """64 lower-case hexadecimal digits, or None if missing."""
     if is_missing(value):
         return None
     if not re.fullmatch(r"[0-9a-fA-F]{64}", str(value)):
-        raise RowError(f"{HASH} {str(value)[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+        raise RowError(f"{HASH} {str(value)[:80]!r} is not a SHA-256 of 64 hexadecimal digits")
     return str(value).lower()

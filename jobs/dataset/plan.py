@@ -1,6 +1,6 @@
-"""What is to be done: a source's listing, less what was published before, as a manifest Parquet.
+"""Plan a run: write the images of a source that were not published before as a manifest Parquet.
 
-Listing and history meet in a database on disk, so that neither has to fit into the driver's memory.
+The listing and the history are joined in a database on disk, so that neither must fit into the driver's memory.
 """
 
 import time
@@ -26,30 +26,30 @@ from jobs.storage.uris import Uri
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
 UPDATE_SECONDS: Final = 5.0
-"""Between lines about the progress of a listing."""
+"""Interval between progress lines of a listing."""
 MAX_FOLDERS: Final = 50_000
-"""Folders of a source that are compared with each other for its labels: a bucket may have millions."""
+"""Maximum folders of a source that are compared to find labels: a bucket may have millions."""
 
 LISTED_COLUMNS: Final = pa.schema(
     [pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string()), pa.field(SERIES, pa.string())]
 )
-"""What a source lists, numbered, with the folder or the series of containers that its labels come from."""
+"""Listed rows, numbered, with the folder or the series of containers that their labels come from."""
 CLASSES: Final = pa.schema([pa.field(SERIES, pa.string())])
 FORMS: Final = pa.schema([pa.field("form", pa.int64()), schema.TRANSFORM])
-"""Forms in which each image is done, in their order: as it is, or under a transform."""
+"""Forms of each image, in order: unchanged, or under a transform."""
 FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), *schema.LABELS, schema.SPLIT_COLUMN])
-"""What folders say in the layout of their source: with a label, where their own path does not say one."""
+"""Generator and split of folders in their source's layout; with a label if their own path has none."""
 
 TOO_MANY_FOLDERS: Final = (
-    f"there are more than {MAX_FOLDERS:,} folders with labels: they are not compared, each says what its name says"
+    f"there are more than {MAX_FOLDERS:,} folders with labels: each is labelled by its own name, without comparison"
 )
 
 PLAIN_ID: Final = "replace(l.image_id::varchar, '-', '')"
-"""Identity of an image `l`, as text."""
+"""SQL: id of an image `l`, as text."""
 FORM_ID: Final = (
     f"case when f.transform is null then {PLAIN_ID} else left(sha256({PLAIN_ID} || '/' || f.transform), 32) end"
 )
-"""Its identity in a form `f`."""
+"""SQL: id of an image `l` in a form `f`."""
 
 NEW: Final = "new"
 CHANGED: Final = "changed"
@@ -59,22 +59,22 @@ SCORED: Final = "scored before"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which images of a source are to be done."""
+    """The images of a source to process."""
 
     include: tuple[str, ...] = ()
-    """Globs over the path below the source, of which an image must match one; none: all are taken."""
+    """Globs over the path below the source; an image must match one of them; none: all images."""
     exclude: tuple[str, ...] = ()
-    """Globs of which it must match none."""
+    """Globs that an image must not match."""
     limit: int | None = None
-    """Most images, each in all its forms: the first that are found, in no order."""
+    """Maximum images, each in all its forms: the first listed, in no order."""
     shuffle_seed: int | None = None
-    """Do them in a random order; with `limit`, a random sample."""
+    """Random order; with `limit`, a random sample."""
     columns: tuple[str, ...] = ()
-    """`KEY=NAME` each: what columns of Parquet files are called that are not called as usual (`tables.KEYS`)."""
+    """`KEY=NAME` each: the name of the Parquet column for a key of `tables.KEYS`."""
     retry_failed: bool = False
-    """Do again what failed before."""
+    """Process images again that failed before."""
     rescore: bool = False
-    """Do everything again."""
+    """Process all images again."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -82,7 +82,7 @@ class Selection:
         self.named_columns()
 
     def named_columns(self) -> dict[str, str]:
-        """What is looked for -> name of the column. Raises `ConfigError`."""
+        """Key -> name of its column. Raises `ConfigError`."""
         named = {}
         for text in self.columns:
             key, separator, name = text.partition("=")
@@ -92,7 +92,7 @@ class Selection:
         return named
 
     def states(self) -> set[str]:
-        """The states of images that are to be done."""
+        """The states of images to process."""
         if self.rescore:
             return {NEW, CHANGED, FAILED, SCORED}
         return {NEW, CHANGED} | ({FAILED} if self.retry_failed else set())
@@ -105,19 +105,19 @@ class Plan:
     uri: str
     """The manifest Parquet."""
     count: int
-    """Images in it, each counted in each of its forms; so below."""
+    """Rows: each image counts once in each of its forms, also below."""
     left_out: dict[str, int]
-    """Reason -> objects of the source that are not in it."""
+    """Reason -> number of objects of the source that are not in the manifest."""
     labels: dict[int | None, int]
-    """Label -> images in it."""
+    """Label -> images in the manifest."""
     states: dict[str, int] = field(default_factory=dict)
-    """New, changed, failed before, scored before -> images of the listing, in the manifest or not."""
+    """New, changed, failed before, scored before -> listed images, in the manifest or not."""
     layout: str | None = None
-    """The benchmark that the source was recognised as; None: none."""
+    """The recognised benchmark of the source; None: none."""
     forms: int = 1
-    """Forms of each image: as it is, or under a transform."""
+    """Number of forms of each image: unchanged, or under a transform."""
     unread: int = 0
-    """Folders and containers of the source that could not be read, or not to their end, whatever they hold."""
+    """Number of folders and containers of the source that could not be read completely."""
     unread_named: tuple[str, ...] = ()
     """The first of them, each with its reason."""
 
@@ -138,16 +138,15 @@ def write_manifest(
     published: Iterable[pa.RecordBatch] = (),
     transforms: Sequence[str] = (),
 ) -> Plan:
-    """List a source into a manifest (`schema.MANIFEST`), which may come out empty where everything was done before.
+    """List a source and write its manifest (`schema.MANIFEST`), which is empty if all images were processed before.
 
-    `published`: what was done before (`schema.DONE`). `transforms`: chains of `nsnet.transforms`, of which each image
-    is done under each, as a row with an identity of its own beside its others; "": as it is. Raises `SourceError` when
-    the source holds no image; nothing is left behind then.
+    `published`: earlier results (`schema.DONE`). `transforms`: chains of `nsnet.transforms`; each image gets one row
+    with its own id per chain ("": unchanged). Raises `SourceError`, and writes nothing, if the source holds no image.
     """
     selection = selection or Selection()
     listing = Source(source, selection.include, selection.exclude, selection.named_columns())
     if uri.startswith(listing.uri.rstrip("/") + "/"):
-        raise UsageError(f"--out lies inside the source {listing.uri}, which would list it: choose a place beside it")
+        raise UsageError(f"--out is inside the source {listing.uri}, which would list it: choose a folder outside")
     forms = list(dict.fromkeys(transform or None for transform in transforms)) or [None]
     wanted = _quoted(selection.states())
     with database() as rows:
@@ -157,10 +156,10 @@ def write_manifest(
         states = dict(rows.execute("select state, count(*) from planned group by 1"))
         if not states:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(listing.left_out.items()))
-            what = "holds no images" + (f" ({reasons})" if reasons else "")
+            problem = "holds no images" + (f" ({reasons})" if reasons else "")
             if unread := listing.left_out.unread:
-                what = f"{what}, as far as it can be read; not read: {first_named(unread, listing.left_out.named)}"
-            raise SourceError(f"{listing.uri} {what}")
+                problem = f"{problem} in its readable part; not read: {first_named(unread, listing.left_out.named)}"
+            raise SourceError(f"{listing.uri} {problem}")
         if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
             listing.left_out["listed twice"] += repeated
         _load(rows, "classes", {SERIES: sorted(listing.classes)}, CLASSES)
@@ -182,26 +181,28 @@ def write_manifest(
 
 
 def _recognise(rows: Database, source: Uri) -> Layout:
-    """View `labelled` of what is listed, with what its folders say together."""
-    found = rows.execute(f"select distinct folder from listed where folder is not null limit {MAX_FOLDERS + 1}")
-    few = len(found) <= MAX_FOLDERS
+    """Create the view `labelled`: the listed rows with the labels that all folders together give them."""
+    folder_rows = rows.execute(f"select distinct folder from listed where folder is not null limit {MAX_FOLDERS + 1}")
+    is_compared = len(folder_rows) <= MAX_FOLDERS
     layout = (
-        benchmarks.recognise([folder for (folder,) in found], source) if few else Layout(remarks=(TOO_MANY_FOLDERS,))
+        benchmarks.recognise([folder for (folder,) in folder_rows], source)
+        if is_compared
+        else Layout(remarks=(TOO_MANY_FOLDERS,))
     )
     folders = sorted({*layout.labels, *layout.decided})
     generators, splits = ([layout.labels.get(folder, (None, None))[i] for folder in folders] for i in (0, 1))
     labels = [layout.decided.get(folder) for folder in folders]
     columns = {"folder": folders, "label": labels, "generator": generators, "split": splits}
     _load(rows, "folders", columns, FOLDERS)
-    # a join, since an update would write the whole listing anew; what a column says goes before what folders decide
-    said = ", ".join(
+    # a join, because an update would rewrite the whole listing; values from columns take precedence over folders
+    generator_and_split = ", ".join(
         f"case when d.folder is null then l.{name} when d.label is null then d.{name} "
         f"else coalesce(l.{name}, d.{name}) end as {name}"
         for name in ("generator", "split")
     )
     rows.execute(
         f"create view labelled as select l.* exclude (folder, {SERIES}) replace ("
-        f"case when c.{SERIES} is null then coalesce(l.label, d.label) end as label, {said}) "
+        f"case when c.{SERIES} is null then coalesce(l.label, d.label) end as label, {generator_and_split}) "
         f"from listed l left join folders d on l.folder = d.folder left join classes c on l.{SERIES} = c.{SERIES}"
     )
     if classes := rows.number(f"select count(*) from listed semi join classes using ({SERIES})"):
@@ -215,20 +216,20 @@ def _recognise(rows: Database, source: Uri) -> Layout:
 
 
 def _beside(rows: Database, source: Uri, layout: Layout) -> list[str]:
-    """Remarks on images without a label that lie beside folders of one label only."""
+    """Remarks about images without a label beside folders of only one label."""
     path = "case when container is null then uri else substr(uri, length(container) + 2) end"
-    found = rows.execute(
+    counts = rows.execute(
         f"select regexp_replace({path}, '[^/]*$', ''), count(*) from labelled where label is null group by 1 "
         f"limit {MAX_FOLDERS}"
     )
     prefix = source.rstrip("/") + "/"
-    return beside(layout.lone, {folder.removeprefix(prefix): count for folder, count in found})
+    return beside(layout.lone, {folder.removeprefix(prefix): count for folder, count in counts})
 
 
 def _merge(rows: Database) -> None:
-    """Table `repeated` of images that are listed more than once: what their rows say together.
+    """Create the table `repeated` of images that are listed more than once, with merged labels.
 
-    Labels that contradict each other are none; of generators and splits, the first that is said counts.
+    Contradictory labels give no label; of generators and splits, the first non-null value counts.
     """
     rows.execute(
         "create table repeated as select image_id, min(label) as label, max(label) as other, "
@@ -236,11 +237,11 @@ def _merge(rows: Database) -> None:
         "semi join (select image_id from listed group by 1 having count(*) > 1) using (image_id) group by 1"
     )
     if contradicting := rows.number("select count(*) from repeated where label <> other"):
-        say(f"warning: {contradicting:,} images are listed twice with labels that contradict each other and have none")
+        say(f"warning: {contradicting:,} images are listed twice with contradictory labels: they have no label")
 
 
 def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
-    """The manifest's rows."""
+    """Select the manifest's rows."""
     seed = selection.shuffle_seed
     order = "n" if seed is None else f"hash(l.image_id::varchar || '/{seed}'), l.image_id"
     first = "" if selection.limit is None else (
@@ -257,15 +258,15 @@ def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.Re
     )
 
 
-def _load(rows: Database, table: str, columns: dict[str, Any], of: pa.Schema) -> None:
-    rows.create(table, "*", of)
-    rows.insert(table, pa.table(columns, schema=of).to_batches())
+def _load(rows: Database, table: str, columns: dict[str, Any], columns_schema: pa.Schema) -> None:
+    rows.create(table, "*", columns_schema)
+    rows.insert(table, pa.table(columns, schema=columns_schema).to_batches())
 
 
 def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
-    """Tables of what was done before: `seen` images, and `known` URIs in any version.
+    """Create tables of processed images: `seen` ids, and `known` URIs in any version.
 
-    Those that a run had no time for were not done.
+    Images that failed because a run's time budget was used up do not count as processed.
     """
     done = "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored"
     rows.create("done", done, schema.DONE, where=f"error_class is distinct from '{ImageBudgetError.__name__}'")
@@ -275,10 +276,10 @@ def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
 
 
 def _load_listing(rows: Database, source: Source, selection: Selection, wanted: str) -> None:
-    """Table `listed`, and table `planned` of each of its images once in each form, by number, form and state.
+    """Create the tables `listed` and `planned`; the latter has each image once in each form: number, form and state.
 
-    Listing stops early once enough images to do are found, which is asked each time the listing has doubled. Under a
-    transform an image is new until it was done under it, whatever became of the file.
+    Listing stops early when it has enough images to process, which is tested each time the listing has doubled. Under
+    a transform an image is new until it was processed under it, even if the file changed.
     """
     rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED_COLUMNS)
     rows.execute(
@@ -304,11 +305,11 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
 
 def _batches(listing: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
     last_update = time.monotonic()
-    while some := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
-        yield pa.RecordBatch.from_pylist(some, schema=LISTED_COLUMNS)
+    while batch := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
+        yield pa.RecordBatch.from_pylist(batch, schema=LISTED_COLUMNS)
         if time.monotonic() > last_update + UPDATE_SECONDS:
             last_update = time.monotonic()
-            say(f"listing: {some[-1]['n'] + 1:,} images so far")
+            say(f"listing: {batch[-1]['n'] + 1:,} images so far")
 
 
 def _quoted(names: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Arrow schemas of what is planned, exchanged and published."""
+"""Arrow schemas of manifests, of rows between stages, and of published tables."""
 
 from typing import Final
 
@@ -11,19 +11,19 @@ MANIFEST: Final = pa.schema(
         pa.field("etag", pa.string()),
         pa.field("size_bytes", pa.int64()),
         pa.field("modified_at", pa.timestamp("us", tz="UTC")),  # the store's time of the last change
-        pa.field("container", pa.string()),  # file that holds the image, where it is not the URI itself
+        pa.field("container", pa.string()),  # file that contains the image; null: the URI itself
         pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
-        pa.field("column", pa.string()),  # of a Parquet file that holds images
-        pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's own: what is fetched must have it
+        pa.field("column", pa.string()),  # image column of a Parquet file
+        pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's: the fetched object must have it
         pa.field("label", pa.int8()),  # 0 real, 1 fake
         pa.field("generator", pa.string()),
         pa.field("split", pa.string()),
-        pa.field("expected_hash", pa.string()),  # SHA-256 that the file must have, where a manifest says so
-        pa.field("problem", pa.string()),  # why the row names no image that can be read; null: it does
+        pa.field("expected_hash", pa.string()),  # SHA-256 that the file must have; null: any
+        pa.field("problem", pa.string()),  # why the row names no readable image; null: it names one
         pa.field("transform", pa.string()),  # chain of `nsnet.transforms` to apply before judging; null: none
     ]
 )
-"""What is planned: one row per image."""
+"""Planned images, one row per image and transform."""
 
 IDS: Final = pa.schema([MANIFEST.field("image_id")])
 
@@ -34,8 +34,8 @@ KNOWN_CAPTION: Final = [
 ]
 
 TODO: Final = pa.schema([*MANIFEST, *KNOWN_CAPTION])
-"""What an attempt has to do: rows of the manifest, each with a caption that was published for what may be the same
-content; it holds if the content's hash says so."""
+"""Rows that an attempt must process: manifest rows, each with a published caption of possibly the same content. The
+caption is used if the content's hash equals `known_hash`."""
 
 OUTCOME: Final = [
     pa.field("status", pa.string(), nullable=False),  # scored, failed
@@ -48,21 +48,21 @@ IMAGE: Final = [
     pa.field("width", pa.int32()),  # pixels, after the EXIF orientation
     pa.field("height", pa.int32()),
     pa.field("format", pa.string()),
-    pa.field("frames", pa.int32()),  # of which the first is judged
-    pa.field("remark", pa.string()),  # what is wrong with a file that could be judged all the same
+    pa.field("frames", pa.int32()),  # the first one is judged
+    pa.field("remark", pa.string()),  # defect of a file that could still be judged
     pa.field("content_hash", pa.string()),  # SHA-256 of the file
-    pa.field("requests", pa.int32()),  # of its bytes (in Parquet: tries); more than 1: the store was asked again
+    pa.field("requests", pa.int32()),  # for its bytes (in Parquet: attempts); more than 1: retries
 ]
 
 CAPTION: Final = [
     pa.field("caption", pa.string()),
     pa.field("caption_id", pa.string()),  # captioner and content: equal ids, equal captions
-    pa.field("caption_run_id", pa.string()),  # run that asked the captioner; another one where it was reused
+    pa.field("caption_run_id", pa.string()),  # run that computed it; another run if it was reused
 ]
 
 FINGERPRINT: Final = [
-    pa.field("jpeg_quality", pa.int32()),  # 1 to 100, estimated from the file's tables; null: no JPEG
-    pa.field("perceptual_hash", pa.string()),  # 64 bits, hexadecimal; null: too plain an image
+    pa.field("jpeg_quality", pa.int32()),  # 1 to 100, estimated from the file's tables; null: not a JPEG
+    pa.field("perceptual_hash", pa.string()),  # 64 bits, hexadecimal; null: the image has too little detail
 ]
 
 SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
@@ -85,13 +85,13 @@ VERDICTS: Final = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         *LABELS,
-        TRANSFORM,  # what was done to the image before it was judged; null: nothing
+        TRANSFORM,  # applied to the image before it was judged; null: none
     ]
 )
 """Published verdicts: one row per planned image."""
 
 DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status", "error_class")])
-"""What a plan asks of published verdicts."""
+"""Columns of published verdicts that a plan reads."""
 
 CAPTIONED: Final = pa.schema(
     [
@@ -101,23 +101,23 @@ CAPTIONED: Final = pa.schema(
         )
     ]
 )  # fmt: skip
-"""What can be known of captions from published rows."""
+"""Columns of published rows that are needed to reuse captions."""
 
 FACTS: Final = pa.schema([*SOURCE, *IMAGE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT_COLUMN])
-"""What is known of an image without any model."""
+"""Facts about an image that need no model."""
 
 TEXT_FEATURES: Final = pa.field("text_features", pa.list_(pa.float32()))
 """The frozen text tower's features (D) of a caption."""
 
 CAPTIONS: Final = pa.schema([*FACTS, *CAPTION, TRANSFORM, TEXT_FEATURES])
-"""What `nsnet caption` publishes, and training reads."""
+"""Published by `nsnet caption`, read by training."""
 
 
 def stored(columns: pa.Schema) -> pa.Schema:
-    """The types of published columns in their files.
+    """The column types of published files.
 
-    Their folder is named by the run as well. pandas reads such names as dictionaries, and refuses a column of that name
-    with another type.
+    Their folder is a partition by run too. pandas reads a partition as a dictionary and rejects a column of the same
+    name with another type, so `run_id` is stored as a dictionary.
     """
     at = columns.get_field_index("run_id")
     if at < 0:
@@ -134,14 +134,14 @@ PREDICTIONS: Final = pa.schema(
         pa.field("detector_id", pa.string()),
     ]
 )
-"""Predictions as they are stored: verdicts that `nsnet evaluate` reads."""
+"""Stored predictions: verdicts that `nsnet evaluate` reads."""
 
 
 SPLIT: Final = pa.schema(
     [
         *MANIFEST,
         pa.field("content_hash", pa.string()),
-        pa.field("group", pa.int64()),  # number of the near-duplicate group, which lies in one split
+        pa.field("group", pa.int64()),  # near-duplicate group; all of a group is in one split
     ]
 )
-"""A split as it is stored: a manifest with each image's content and near-duplicate group."""
+"""A stored split: a manifest with each image's content hash and near-duplicate group."""

@@ -1,7 +1,7 @@
-"""A source to manifest rows: a folder or `s3://` prefix, a Parquet manifest, image Parquet, WebDataset tars.
+"""List a source as manifest rows: a folder or `s3://` prefix, a Parquet manifest, image Parquet, WebDataset tars.
 
-What a listing leaves out is counted by reason, never silent. `tars`, `tables` and `manifest` say what becomes of
-containers, `layouts` and `labels` where labels come from.
+Objects left out are counted by reason. `tars`, `tables` and `manifest` handle containers and lists; `path_labels`,
+`benchmarks` and `labels` determine labels.
 """
 
 import fnmatch
@@ -25,12 +25,12 @@ NO_LABELS = Labels(None, None, None, None)
 
 
 class Source:
-    """A stream of manifest rows, and what was left out of it.
+    """A stream of manifest rows, with counts of what was left out.
 
-    `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
-    matches `/`: an image is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
-    images by its ending (`endings.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
-    what the columns of Parquet files are called that are not called as usual.
+    `include`, `exclude`: globs over the path below the source (in a manifest, over the whole URI), where `*` also
+    matches `/`: an image is selected if it matches one of `include` (none given: all) and none of `exclude`. A file
+    with an ending of `endings.SIDECARS` is tried as an image only if `include` names that ending, such as `*.txt`.
+    `columns`: key of `tables.KEYS` -> name of the Parquet column, if it is not the key.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Source:
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}
         self.classes: set[str] = set()
-        """Series of containers (`manifest.series`) whose numbers are classes, and no labels."""
+        """Series of containers (`manifest.series`) whose numbers are classes, not labels."""
         self.left_out = LeftOut()
-        """Reason -> number of objects that are no images, and what could not be read."""
+        """Reason -> number of objects that are not images or could not be read."""
 
     def check(self) -> None:
-        """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
+        """Raise `SourceError` or `StorageError` unless the source exists; lists nothing."""
         probes.reachable(self.uri)
         if self._is_file():
             if not listing.exists(self.uri):
@@ -59,11 +59,11 @@ class Source:
             if not listing.exists(self.uri):
                 raise SourceError(f"there is no folder or prefix {self.uri}")
             kind = what_it_is(self.uri)
-            hint = f"it is {kind}" if kind else "a source is a folder; for a single image see nsnet predict"
-            raise SourceError(f"{self.uri} is a file that is no source: {hint}")
+            hint = f"it is {kind}" if kind else "a source is a folder; for a single image use nsnet predict"
+            raise SourceError(f"{self.uri} is a file that is not a source: {hint}")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Manifest rows (`schema.MANIFEST`) with the `folder` that their labels come from (`layouts.Labels`), if any.
+        """Manifest rows (`schema.MANIFEST`) with the `folder` of their labels (`path_labels.Labels`), if any.
 
         Raises what `check` raises.
         """
@@ -89,7 +89,7 @@ class Source:
         return True
 
     def _is_file(self) -> bool:
-        # Spark's and Ray's `x.parquet` is a folder
+        # Spark and Ray write `x.parquet` as a folder
         return self.uri.lower().endswith((".parquet", ".tar")) and not listing.is_folder(self.uri)
 
     def _folder(self, uri: str) -> Iterator[dict[str, Any]]:
@@ -118,9 +118,9 @@ class Source:
                 )  # fmt: skip
 
     def _inside(self, entry: listing.Entry, relative: str) -> Iterator[dict[str, Any]]:
-        """Images of a container that lies among others: one that cannot be read must not stop the rest.
+        """Images of one container in a folder; an unreadable container is left out with a warning.
 
-        In a folder that is named like a container, as Spark and Ray write them, each part must be one.
+        In a folder that is named like a container, as Spark and Ray write them, it is an error.
         """
         strict = self.uri.lower().endswith(CONTAINERS)
         ending = PurePosixPath(relative).suffix.lower()
@@ -143,5 +143,5 @@ class Source:
 
 
 def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    """One expression for paths that match any of the patterns."""
+    """Compile the patterns to one expression that matches any of them; None: no patterns."""
     return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)) if patterns else None

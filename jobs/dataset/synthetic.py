@@ -1,9 +1,9 @@
-"""A labelled bucket of drawn images for the demo and the tests: no download, no licence, the same bytes every time.
+"""Generate a labelled set of synthetic images for the demo and the tests: no download, no licence, reproducible bytes.
 
-A scene is drawn in linear light, photographed by a simulated camera (`camera`, label real = 0), and the photograph is
-passed through a small encoder and up-sampling decoder (`upsampling_decoder`, label fake = 1), after the artefact
+A scene is drawn in linear light and photographed by a simulated camera (`camera`, label real = 0). The photograph is
+then passed through a small encoder and up-sampling decoder (`upsampling_decoder`, label fake = 1), after the artefact
 simulation of AutoGAN (Zhang, Karaman and Chang 2019, arXiv:1907.06515). Both classes thus share content, size and JPEG
-settings; what differs is the trace of up-sampling. These fakes stand in for no present-day generator.
+settings and differ only in up-sampling artefacts. These fakes do not represent any present-day generator.
 
 Dimension legend: H, W = height, width in px; 3 = red, green, blue; N = corners of a polygon as (x, y) in px.
 """
@@ -24,20 +24,20 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 SUPERSAMPLE = 3
-"""Sub-pixels per pixel and axis when the coverage of a shape is counted."""
+"""Sub-pixels per pixel and axis for computing the coverage of a shape."""
 GENERATOR = "upsampler"
-"""Folder of the bucket, named as the other buckets are: for the model that made the fakes."""
+"""Folder of the bucket, named after the model that made the fakes, as in other data sets."""
 CLASS_FOLDERS = ("0_real", "1_fake")
 JPEG_QUALITY = (85, 98)
-"""Lowest and highest JPEG quality, both included; drawn for each image on its own, alike for both classes."""
+"""Lowest and highest JPEG quality, inclusive; drawn per image, with the same distribution for both classes."""
 
 LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
 BLUR = (0.25, 0.5, 0.25)
 BILINEAR = (0.25, 0.75, 0.75, 0.25)
 """Taps of x2 linear interpolation as a stride-2 transposed convolution; each output phase sums to one."""
 FEATURE_BIAS = np.float32(0.35)
-"""Feature maps of a decoder are not zero where the image is black; its grid shows in shadows too."""
-# The family's trained 4x4 kernel = bilinear + these offsets. Their sums over the four output phases are uneven: the
+"""Offset of the feature maps: a decoder's features are not zero where the image is black, so its grid shows there."""
+# The family's trained 4x4 kernel = bilinear + these offsets. Their sums differ between the four output phases: the
 # checkerboard of transposed convolution (Odena, Dumoulin and Olah 2016, distill.pub/2016/deconv-checkerboard).
 # At 0.002 the grid is about 2 of 255 levels strong, enough to survive JPEG at quality 85.
 FAMILY_OFFSETS = 0.002 * np.array([[3, -1, 1, -1], [-1, 0, -1, -1], [1, 0, 2, 0], [0, -2, 1, -1]], dtype=np.float32)
@@ -57,7 +57,7 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> Floats:
     drawers = (_house, _tree, _ball, _board)
     favourite = int(rng.integers(len(drawers)))
     for foot in np.sort(rng.uniform(max(horizon, 0.15 * size_px), 1.05 * size_px, rng.integers(4, 12))):
-        # Nearer things stand lower in the image and are larger.
+        # Nearer objects are lower in the image and larger.
         height = size_px * rng.uniform(0.1, 0.25) * (0.4 + 1.6 * (foot - horizon) / size_px)
         texture = np.roll(fine, rng.integers(0, size_px, 2), (0, 1))
         pick = favourite if rng.random() < 0.5 else int(rng.integers(len(drawers)))
@@ -71,7 +71,7 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> Floats:
 
 
 def _backdrop(rng: np.random.Generator, size_px: int, horizon: float, fine: Floats, coarse: Floats) -> Floats:
-    """Sky with clouds above the horizon (a row in px), up to three hazy ridges, textured ground below."""
+    """Draw a sky with clouds above the horizon (a row in px), up to three hazy ridges, textured ground below."""
     row = np.arange(size_px, dtype=np.float32)[:, None, None]
     tint = np.array([0.8, 0.95, 1.2], np.float32)
     zenith, haze = _colour(rng, rng.uniform(0.1, 0.5), 0.4) * tint, _colour(rng, rng.uniform(0.4, 0.9), 0.2)
@@ -94,7 +94,7 @@ def _backdrop(rng: np.random.Generator, size_px: int, horizon: float, fine: Floa
 
 
 def _house(scene: Floats, rng: np.random.Generator, x: float, foot: float, height: float, texture: Floats) -> None:
-    """A front with rows of windows, a side in shadow and, on some, a roof."""
+    """Draw a front with rows of windows, a side in shadow and sometimes a roof."""
     width, wall = height * rng.uniform(0.5, 1.3), _colour(rng, rng.uniform(0.15, 0.7), 0.3)
     height *= rng.uniform(0.8, 1.8)
     plaster = (1 + rng.uniform(0.02, 0.15) * texture)[..., None]
@@ -114,7 +114,7 @@ def _house(scene: Floats, rng: np.random.Generator, x: float, foot: float, heigh
 
 
 def _tree(scene: Floats, rng: np.random.Generator, x: float, foot: float, height: float, texture: Floats) -> None:
-    """A trunk under two or three ragged crowns, lit from above."""
+    """Draw a trunk under two or three ragged crowns, lit from above."""
     _paint(scene, [_box(x - 0.04 * height, foot - height, 0.08 * height, height)], _colour(rng, 0.08, 0.4))
     leaf = _colour(rng, rng.uniform(0.08, 0.3), 0.4) * np.array([0.8, 1.2, 0.6], np.float32)
     for lift, spread in ((0.7, 0.42), (1.0, 0.34), (1.3, 0.22))[: rng.integers(2, 4)]:
@@ -125,7 +125,7 @@ def _tree(scene: Floats, rng: np.random.Generator, x: float, foot: float, height
 
 
 def _ball(scene: Floats, rng: np.random.Generator, x: float, foot: float, height: float, texture: Floats) -> None:
-    """A ball with diffuse shading and a highlight above its cast shadow."""
+    """Draw a ball with diffuse shading and a highlight above its cast shadow."""
     radius, shadow = 0.5 * height, _disc(0.0, 0.0, 0.5 * height)
     _paint(scene, [shadow * [1.2, 0.3] + [x + 0.4 * radius, foot]], np.full(3, 0.03, np.float32), opacity=0.6)
     y_grid, x_grid = np.ogrid[: scene.shape[0], : scene.shape[1]]
@@ -137,7 +137,7 @@ def _ball(scene: Floats, rng: np.random.Generator, x: float, foot: float, height
 
 
 def _board(scene: Floats, rng: np.random.Generator, x: float, foot: float, height: float, texture: Floats) -> None:
-    """A turned board with stripes across it."""
+    """Draw a rotated board with stripes across it."""
     angle, across = rng.uniform(0, np.pi), np.linspace(-0.5, 0.5, 2 * int(rng.integers(2, 8)) + 1)
     turn = height * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre, grain = np.array([x, foot - 0.5 * height]), (1 + 0.08 * texture)[..., None]
@@ -147,7 +147,7 @@ def _board(scene: Floats, rng: np.random.Generator, x: float, foot: float, heigh
 
 
 def _paint(scene: Floats, polygons: Sequence[NDArray[np.float64]], colour: Floats, opacity: float = 1.0) -> None:
-    """Blend colour[3] or [H, W, 3] over the area that float64[N, 2] polygons cover; in place."""
+    """Blend colour[3] or [H, W, 3] into the area covered by float64[N, 2] polygons, in place."""
     size_px = scene.shape[0]
     if not polygons:
         return
@@ -205,7 +205,7 @@ def camera(scene: Floats, rng: np.random.Generator) -> Pixels:
     row, column = rng.integers(0, 2, 2)
     for channel, (dy, dx) in ((0, (0, 0)), (1, (0, 1)), (1, (1, 0)), (2, (1, 1))):
         mask[(row + dy) % 2 :: 2, (column + dx) % 2 :: 2, channel] = 1
-    # Normalised convolution: the mean of the known neighbours, also at the border; known pixels keep their value.
+    # Normalised convolution: the weighted mean of the known neighbours, also at the border; known pixels stay.
     guess = _filter(mosaic * mask, BLUR) / _filter(mask, BLUR)
     balance = rng.uniform(0.94, 1.06, 3).astype(np.float32) / sensitivity
     linear = np.clip(np.where(mask > 0, mosaic, guess) * balance, 0, 1)
@@ -217,9 +217,9 @@ def camera(scene: Floats, rng: np.random.Generator) -> Pixels:
 def upsampling_decoder(image_uint8: Pixels, rng: np.random.Generator) -> Pixels:
     """Rebuild a photograph as a generator would: encode at 1/2 or 1/4 size, up-sample with a decoder, add fine detail.
 
-    Each stage is a stride-2 transposed convolution, the first of two with a skip connection; the weights are one
-    family's, jittered for each call. The detail is noise that goes through the decoder as the image does, as strong
-    as it takes to give the fake the photograph's Laplacian energy: no class is the blurred one.
+    Each stage is a stride-2 transposed convolution, the first of two with a skip connection; all calls share one
+    family's weights, with jitter per call. The detail is noise that passes through the same decoder, scaled so that
+    the fake has the photograph's Laplacian energy: neither class is blurrier.
     image_uint8: uint8[H, W, 3], H, W >= 4. rng: consumed.
     Returns uint8[H, W, 3]; the phase of the up-sampling grid is fixed at the top-left corner.
     """
@@ -236,7 +236,7 @@ def upsampling_decoder(image_uint8: Pixels, rng: np.random.Generator) -> Pixels:
     low = low @ (mix / mix.sum(axis=1, keepdims=True)).T.astype(np.float32)
     plain = _transposed(low + FEATURE_BIAS, kernel) - FEATURE_BIAS
     wanted = _halve(_laplacian(photo) ** 2)
-    # Detail is strongest where the photograph had it; the cap keeps hard edges from turning into heaps of noise.
+    # Detail is strongest where the photograph has detail; the cap prevents strong noise at hard edges.
     local = _filter(_filter(np.minimum(wanted, 4 * wanted.mean()), BLUR), BLUR)
     grain = rng.standard_normal((*low.shape[:2], 1), np.float32) + 0.4 * rng.standard_normal(low.shape, np.float32)
     detail = _transposed(grain * np.sqrt(local), kernel)
@@ -250,7 +250,7 @@ def _transposed(low: Floats, kernel: NDArray[np.float64]) -> Floats:
     height, width = low.shape[:2]
     padded, high = np.pad(low, ((1, 1), (1, 1), (0, 0)), mode="edge"), np.zeros((2 * height, 2 * width, 3), np.float32)
     for i, j in np.ndindex(4, 4):
-        # Tap i carries input row r to output row 2r + i - 1; output phase (i + 1) % 2 starts at row first - 1.
+        # Tap i maps input row r to output row 2r + i - 1; output phase (i + 1) % 2 starts at row first - 1.
         first, left = 2 - (i + 1) // 2, 2 - (j + 1) // 2
         source = padded[first : first + height, left : left + width]
         high[(i + 1) % 2 :: 2, (j + 1) % 2 :: 2] += kernel[i, j].astype(np.float32) * source
@@ -258,20 +258,20 @@ def _transposed(low: Floats, kernel: NDArray[np.float64]) -> Floats:
 
 
 def _halve(image: Floats) -> Floats:
-    """Anti-aliased x1/2: [2H, 2W, C] to [H, W, C], the mean of 2x2 px."""
+    """Downscale by 2 with anti-aliasing: [2H, 2W, C] to [H, W, C], the mean of 2x2 px."""
     total: Floats = image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]
     return total / np.float32(4)
 
 
 def _laplacian(image: Floats) -> Floats:
-    """Of the luma: [H, W, 3] to [H, W, 1]; the border repeats."""
+    """Laplacian of the luma: [H, W, 3] to [H, W, 1]; the border is replicated."""
     grey = np.pad((image @ LUMA)[..., 0], 1, mode="edge")
     around: Floats = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     return around[..., None]
 
 
 def _filter(image: Floats, taps: Sequence[float] | NDArray[np.float64]) -> Floats:
-    """The three taps along both axes of [H, W, C]; the border repeats."""
+    """Filter [H, W, C] with three taps along both axes; the border is replicated."""
     before, at, after = np.asarray(taps, np.float32)
     rows = np.pad(image, ((1, 1), (0, 0), (0, 0)), mode="edge")
     rows = before * rows[:-2] + at * rows[1:-1] + after * rows[2:]
@@ -285,7 +285,7 @@ def _quantise(image: Floats) -> Pixels:
 
 
 def make_pair(scene: int, *, seed: int, size_px: int = 256) -> tuple[bytes, bytes]:
-    """The real and the fake image of one scene as JPEG bytes, a pure function of the arguments.
+    """Make the real and the fake image of one scene as JPEG bytes; a pure function of the arguments.
 
     scene, seed: >= 0. Both images are H x W px, each side drawn from 7/8 to 10/8 of size_px.
     """
@@ -296,7 +296,7 @@ def make_pair(scene: int, *, seed: int, size_px: int = 256) -> tuple[bytes, byte
 
 
 def _jpeg(pixels: Pixels, rng: np.random.Generator) -> bytes:
-    """Quality and chroma sub-sampling (4:4:4 or 4:2:0) are drawn per image, alike for both classes."""
+    """Encode as JPEG; quality and chroma sub-sampling (4:4:4 or 4:2:0) are drawn per image, alike for both classes."""
     buffer = io.BytesIO()
     quality, subsampling = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1)), int(rng.choice([0, 2]))
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
@@ -315,8 +315,8 @@ def write_bucket(
     """Write <folder>/upsampler/{0_real,1_fake}/scene_00012.jpg for each scene id; returns the number of files written.
 
     scenes: distinct ids >= 0. Split by id, never by image: the two images of one id share their content.
-    size_px: nominal side, see `make_pair`. processes: 1 = in this process, else a pool of spawned ones.
-    progress: called with the number of scenes done so far. A file appears whole or not at all; an old one is replaced.
+    size_px: nominal side, see `make_pair`. processes: 1 = in this process, else a pool of spawned processes.
+    progress: called with the number of scenes done so far. Files are written atomically and replace old ones.
     """
     ids = [int(scene) for scene in scenes]
     distinct, lowest = len(set(ids)), min(ids, default=0)
@@ -328,7 +328,7 @@ def write_bucket(
     for name in CLASS_FOLDERS:
         (folder / GENERATOR / name).mkdir(parents=True, exist_ok=True)
     work = functools.partial(_write_pair, folder=folder / GENERATOR, seed=seed, size_px=size_px)
-    # The pool starts its processes at the first task, so that with one process none is started.
+    # The pool starts its processes at the first task: with `processes` = 1 it starts none.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done, _ in enumerate(map(work, ids) if processes == 1 else pool.map(work, ids, chunksize=4), start=1):
             if progress is not None:

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file to manifest rows: a list of images (`uri`), or images that it stores (`bytes`, `image`, …)."""
+"""Convert a Parquet file to manifest rows: a list of images (`uri`), or stored images (`bytes`, `image`, …)."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,41 +16,41 @@ from nsnet.errors import SourceError
 
 LABELS: Final = ("label", "generator", "split")
 GENERATORS: Final = ("generator", "model_name")
-"""Columns that name the generator; the first that is there."""
+"""Columns that name the generator; the first that exists is used."""
 IMAGES: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "image_data", "img")
-"""Columns that hold images, as bytes or as `datasets` stores them (struct of bytes and path); the first one counts."""
+"""Columns of images, as bytes or as `datasets` stores them (struct of bytes and path); the first is used."""
 KEYS: Final = ("image", *FACTS, *LABELS)
-"""What `--column` gives a name."""
+"""Keys of `--column KEY=NAME`."""
 PLAIN: Final = (
     "null", "bool", "int", "uint", "half", "float", "double", "decimal", "string", "large_", "binary", "fixed",
 )  # fmt: skip
-"""How the names of types begin that labels and names may have."""
+"""Prefixes of the type names that columns of labels and names may have."""
 REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
-"""Columns of texts that repeat."""
+"""Columns whose texts may repeat."""
 MIN_ROW_BYTES: Final = 32
-"""Fewest bytes of a file for each image in it: a small file may hold a billion rows of nothing."""
+"""Minimum file size per stored image: a small file may declare a billion empty rows."""
 MIN_LISTED_BYTES: Final = 0.25
-"""Fewest bytes of a file for each image that it lists: names with a counter in them compress well."""
+"""Minimum file size per listed image: names with a counter compress well."""
 
 
 class NoImagesError(SourceError):
-    """A Parquet file that can be read, and is no container of images."""
+    """A readable Parquet file that holds no images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which column of a file holds what; None: none does."""
+    """The columns of a file by their role."""
 
     image: tuple[str, ...] | None
-    """Name of the column of stored images, and of the field in it where it is a struct."""
+    """Name of the column of stored images, and of its field if it is a struct; None: no such column."""
     own: dict[str, str]
-    """What is asked for (`FACTS`, `LABELS`) -> name of the column."""
+    """Key (`FACTS`, `LABELS`) -> name of its column."""
 
 
 def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Columns:
-    """The columns of a file. `named`: what `--column` says. Names are compared without case where that is unambiguous.
+    """Find the columns of a file. `named`: the `--column` options. Case is ignored if the result is unambiguous.
 
-    Raises `NoImagesError` where there is neither a list nor stored images.
+    Raises `NoImagesError` if the file has neither a list nor stored images.
     """
     wanted = dict(named)
     own = {what: column for what in (*FACTS, *LABELS) if (column := _column(uri, described, wanted.get(what, what)))}
@@ -59,17 +59,17 @@ def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Co
     image = None
     if "image" in wanted:
         image = _image(described, _column(uri, described, wanted["image"]))
-    elif "container" not in own:  # a split of stored images may carry what the images' table had
+    elif "container" not in own:  # a split of stored images may also have the images' columns
         image = next((one for name in IMAGES if (one := _image(described, _column(uri, described, name)))), None)
     if image is None and ("image" in wanted or "uri" not in own):
-        there = ", ".join(f"{name} ({kind})" for name, kind in sorted(described.columns.items()))
+        present = ", ".join(f"{name} ({kind})" for name, kind in sorted(described.columns.items()))
         raise NoImagesError(
-            f"{uri} has neither a `uri` column nor one of images ({', '.join(IMAGES)}; bytes, or as `datasets` stores "
-            f"them), only {there[:500]}: name it with --column image=NAME"
+            f"{uri} has neither a `uri` column nor an image column ({', '.join(IMAGES)}; bytes, or as `datasets` "
+            f"stores them), only {present[:500]}: name it with --column image=NAME"
         )
     is_list = "uri" in own and described.columns[own["uri"]].startswith(PLAIN)
     if is_list and image is not None and "image" not in wanted and image[0] != "bytes":
-        image = None  # a list that has thumbnails or the like beside
+        image = None  # a list with additional thumbnails
     return Columns(image=image, own=own)
 
 
@@ -78,18 +78,18 @@ def _first(uri: str, described: Described, names: tuple[str, ...]) -> str | None
 
 
 def _column(uri: str, described: Described, name: str) -> str | None:
-    """The column of a name, else the only one that differs from it in case."""
+    """The column with this name, else the only one that differs from it only in case."""
     if name in described.columns:
         return name
-    alike = [one for one in described.columns if one.lower() == name.lower()]
-    twice = name in described.doubled
-    if twice or len(alike) > 1:
-        say(f"warning: {uri}: several columns are called {name!r}: none of them is read")
-    return alike[0] if len(alike) == 1 and not twice else None
+    candidates = [one for one in described.columns if one.lower() == name.lower()]
+    is_doubled = name in described.doubled
+    if is_doubled or len(candidates) > 1:
+        say(f"warning: {uri}: several columns are called {name!r}: none of them is used")
+    return candidates[0] if len(candidates) == 1 and not is_doubled else None
 
 
 def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
-    """The column, and the field where it is a struct, if it holds images."""
+    """The column, and its field if it is a struct; None if it holds no images."""
     return None if column is None else described.images.get(column)
 
 
@@ -97,21 +97,21 @@ class Table:
     """A Parquet file as a part of a source."""
 
     def __init__(self, entry: Entry, named: Mapping[str, str], folder: Labels, classes: set[str]) -> None:
-        """`named`: what `--column` says; `folder`: what the folders say that it lies in.
+        """`named`: the `--column` options; `folder`: labels from the file's own folders.
 
-        `classes`: takes up the series of a file whose numbers are no labels.
+        `classes`: receives the series of a file whose numbers are not labels.
         """
         self.uri, self._entry, self._named, self._folder = entry.uri, entry, named, folder
         self._classes = classes
         self._numbers: str | None = None
-        """The series, where labels are numbers without a name."""
+        """The series, if labels are numbers without names."""
         self._warned_of_split = False
 
     def rows(self, strict: bool) -> Iterator[dict[str, Any]]:
         """Manifest rows. Raises `ContainerError` or `SourceError`.
 
-        `strict`: the file is the source itself. Else it lies among others, and no URI in it is believed, neither of a
-        list nor of stored images: whoever may put a file into a bucket could have anything read that this job may read.
+        `strict`: the file is the source itself. Otherwise it is one of many files, and no URI in it is trusted, of a
+        list or of stored images: anyone who can add a file to the bucket could make this job read anything that it may.
         """
         entry = self._entry
         with Container(self.uri, "parquet", entry.size_bytes, reading.reader(self.uri)) as container:
@@ -119,79 +119,80 @@ class Table:
             columns = find_columns(self.uri, described, self._named)
             stored = columns.image is not None
             if not stored and not strict:
-                raise NoImagesError(f"{self.uri} is a list of images: such are followed only where they are the source")
+                raise NoImagesError(f"{self.uri} is a list of images: a list is read only if it is the source itself")
             if described.rows * (MIN_ROW_BYTES if stored else MIN_LISTED_BYTES) > entry.size_bytes:
                 verb = "hold" if stored else "list"
                 raise SourceError(
-                    f"{self.uri} says that its {entry.size_bytes:,} bytes {verb} {described.rows:,} images: impossible"
+                    f"{self.uri} claims to {verb} {described.rows:,} images in {entry.size_bytes:,} bytes, which is "
+                    "impossible: write the file again"
                 )
-            asked = self._asked(described, columns)
-            labels = self._meanings(container, described, asked.get("label"))
-            found = container.rows(sorted({*asked.values()}), described.rows)
-            for number, values in enumerate(found):
-                given = {what: values[name] for what, name in asked.items()}
-                said = self._labels(given, labels)
+            key_columns = self._key_columns(described, columns)
+            labels = self._meanings(container, described, key_columns.get("label"))
+            value_rows = container.rows(sorted({*key_columns.values()}), described.rows)
+            for number, values in enumerate(value_rows):
+                row_values = {what: values[name] for what, name in key_columns.items()}
+                row_labels = self._labels(row_values, labels)
                 if columns.image is None:
-                    yield from_values(given, self.uri, number, **said)
+                    yield from_values(row_values, self.uri, number, **row_labels)
                     continue
-                name = given.get("uri")
+                name = row_values.get("uri")
                 uri = f"{self.uri}#{number}" if is_missing(name) or not strict else readable(str(name))
                 yield row(
                     uri, f"{entry.etag}-{number}", None, listed=True, modified_at=entry.modified_at,
-                    container=self.uri, position=number, column=columns.image[0], **said,
+                    container=self.uri, position=number, column=columns.image[0], **row_labels,
                 )  # fmt: skip
 
-    def _asked(self, described: Described, columns: Columns) -> dict[str, str]:
-        """The columns that are read. What is beside an image, and of no type that is read, does not cost the image."""
+    def _key_columns(self, described: Described, columns: Columns) -> dict[str, str]:
+        """Key -> column to read. Beside stored images, a column of an unsupported type is skipped with a warning."""
         if columns.image is None:
             return columns.own
-        asked = {what: name for what, name in columns.own.items() if what in ("uri", *LABELS)}
-        for what, name in list(asked.items()):
+        key_columns = {what: name for what, name in columns.own.items() if what in ("uri", *LABELS)}
+        for what, name in list(key_columns.items()):
             if not (kind := described.columns[name]).startswith(PLAIN):
-                say(f"warning: {self.uri}: its column `{name}` is of type {kind[:80]}, and is not read")
-                del asked[what]
-        return asked
+                say(f"warning: {self.uri}: its column `{name}` is of type {kind[:80]} and is not read")
+                del key_columns[what]
+        return key_columns
 
     def _meanings(self, container: Container, described: Described, column: str | None) -> Mapping[Any, int]:
-        """Value of the label column -> label; what it does not have is none."""
+        """Value of the label column -> label; other values have no label."""
         if column is None:
             return {}
         names = class_names({HUGGINGFACE: described.features}, column)
         values = container.distinct(column)
-        found = None if values is None else meanings(values, names)
-        if found is None:
+        column_labels = None if values is None else meanings(values, names)
+        if column_labels is None:
             say(
-                f"warning: {self.uri}: its column `{column}` holds other values than real and fake, or 0 and 1: it is "
-                "not taken for labels"
+                f"warning: {self.uri}: its column `{column}` holds other values than real and fake, or 0 and 1: they "
+                "are not used as labels"
             )
             self._classes.add(series(self.uri))
-        elif strange := without_label(values or (), found, names):
+        elif strange := without_label(values or (), column_labels, names):
             say(f"warning: {self.uri}: its labels {strange} are neither real nor fake: their images have no label")
         self._numbers = series(self.uri) if names is None else None
-        return found or {}
+        return column_labels or {}
 
-    def _labels(self, given: dict[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
-        """Label, generator and split of a row: its own, else what the folders of the file say."""
+    def _labels(self, row_values: dict[str, Any], labels: Mapping[Any, int]) -> dict[str, Any]:
+        """Label, generator and split of a row: from its columns, else from the file's folders."""
         own = {
-            "label": labels.get(given.get("label")),
-            "generator": text(given.get("generator")),
-            "split": self._split(text(given.get("split"))),
+            "label": labels.get(row_values.get("label")),
+            "generator": text(row_values.get("generator")),
+            "split": self._split(text(row_values.get("split"))),
         }
-        said = {
-            name: getattr(self._folder, name) if value is None and name not in given else value
+        merged = {
+            name: getattr(self._folder, name) if value is None and name not in row_values else value
             for name, value in own.items()
         }
-        own_labels = {"label", "generator"} & given.keys()  # what folders say together must not override them
-        is_number = own["label"] is not None and number(given["label"]) is not None
-        return said | {
+        own_labels = {"label", "generator"} & row_values.keys()  # the layout of all folders must not override them
+        is_number = own["label"] is not None and number(row_values["label"]) is not None
+        return merged | {
             "folder": None if own_labels else self._folder.folder,
             "series": self._numbers if is_number else None,
         }
 
     def _split(self, name: str | None) -> str | None:
-        """The split that a column says; of another word it is said once that it counts as none."""
-        found = SPLIT_FOLDERS.get((name or "").strip().lower())
-        if name is not None and found is None and not self._warned_of_split:
+        """The split named by a column's value; an unknown name counts as none, with one warning."""
+        split = SPLIT_FOLDERS.get((name or "").strip().lower())
+        if name is not None and split is None and not self._warned_of_split:
             self._warned_of_split = True
-            say(f"warning: {self.uri}: split {name[:40]!r} is none of {', '.join(SPLIT_FOLDERS)}, and counts as none")
-        return found
+            say(f"warning: {self.uri}: split {name[:40]!r} is none of {', '.join(SPLIT_FOLDERS)}: it counts as none")
+        return split

@@ -1,4 +1,4 @@
-"""Members of a WebDataset tar to manifest rows."""
+"""Convert the members of a WebDataset tar to manifest rows."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ SIDECARS: Final = frozenset(
     ".ten .tb .text .transcript .url .width"
     .split()
 )  # fmt: skip
-"""Endings by which webdataset's decoders know texts, numbers and Python objects."""
+"""Endings of texts, numbers and Python objects in webdataset's decoders."""
 
 
 def rows(
     entry: Entry, sidecars: frozenset[str], left_out: LeftOut, classes: set[str], folder: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Manifest rows of an uncompressed tar's images. Raises `ContainerError` for one that is damaged or cut off.
+    """Manifest rows of an uncompressed tar's images. Raises `ContainerError` if it is damaged or truncated.
 
-    `sidecars`: endings that are no images. `classes`: takes up the series of tars whose `.cls` members are no labels.
-    `folder`: that of the tar below the source, whose folders go on in the tar. `x.cls` beside `x.jpg` holds the label.
-    Of members of one name the last counts, as when the tar is unpacked.
+    `sidecars`: endings of files that are not images. `classes`: receives the series of tars whose `.cls` members are
+    not labels. `folder`: the tar's folder below the source, put before its members' paths. `x.cls` beside `x.jpg`
+    holds the label. Of members with the same name the last counts, as when unpacking.
     """
     with Container(entry.uri, "tar", entry.size_bytes, reading.reader(entry.uri)) as tar:
         members, behind = tar.members()
     if behind:
         left_out["data behind the end of a tar"] += 1
-        say(f"warning: {entry.uri}: {behind:,} bytes behind its end are no tar, and are not read")
+        say(f"warning: {entry.uri}: {behind:,} bytes after its end are not a tar and are not read")
     files = _files(members, left_out)
     labels = _Labels(entry.uri, [member for member in files if member.label is not None])
     if labels.are_classes:
@@ -52,20 +52,20 @@ def rows(
         elif ending not in IMAGE_ENDINGS and (stem in with_image or _key(stem) in with_image):
             left_out["beside an image of the same key in a tar"] += 1
         else:
-            said = labels_from_path(f"{folder}/{readable(member.name)}")
+            path_labels = labels_from_path(f"{folder}/{readable(member.name)}")
             is_known, label, is_number = labels.of(stem)
             if is_known:
-                said = said._replace(label=label, folder=None)
+                path_labels = path_labels._replace(label=label, folder=None)
             yield row(
                 f"{entry.uri}#{readable(member.name)}", entry.etag, member.size_bytes, listed=True,
-                modified_at=entry.modified_at, container=entry.uri, position=member.offset, **said._asdict(),
+                modified_at=entry.modified_at, container=entry.uri, position=member.offset, **path_labels._asdict(),
                 series=series(entry.uri) if is_number else None,
             )  # fmt: skip
 
 
 def _files(members: list[Member], left_out: LeftOut) -> list[Member]:
-    """Visible files, each name once; the others are counted."""
-    found: dict[str, Member] = {}
+    """Visible files, each name once; other members are counted in `left_out`."""
+    files: dict[str, Member] = {}
     for member in members:
         if member.kind == "folder":
             continue
@@ -76,36 +76,36 @@ def _files(members: list[Member], left_out: LeftOut) -> list[Member]:
         elif member.kind != "file":
             left_out["link or special file in a tar"] += 1
         else:
-            if found.pop(member.name, None) is not None:
+            if files.pop(member.name, None) is not None:
                 left_out["replaced by a later member of the same name in a tar"] += 1
-            found[member.name] = member
-    return list(found.values())
+            files[member.name] = member
+    return list(files.values())
 
 
 class _Labels:
-    """Labels of a tar's keys: by the whole stem of a name, else by its part before the first dot."""
+    """Labels of a tar's keys, by a name's whole stem, else by its part before the first dot."""
 
     def __init__(self, uri: str, members: list[Member]) -> None:
         values = meanings(member.label for member in members)
         self.are_classes = values is None
         if values is None:
-            say(f"warning: {uri}: its .cls members hold other numbers than 0 and 1: classes, and no labels")
+            say(f"warning: {uri}: its .cls members hold other numbers than 0 and 1: classes, not labels")
             members, values = [], {}
         elif strange := without_label((member.label for member in members), values):
-            say(f"warning: {uri}: its .cls members say {strange}: neither real nor fake, and no labels")
+            say(f"warning: {uri}: its .cls members hold {strange}: neither real nor fake, so not labels")
         self._by_stem = {
             _stem(member.name): (values.get(member.label), number(member.label) is not None) for member in members
         }
         self._by_key: dict[str, set[tuple[int | None, bool]]] = defaultdict(set)
-        for stem, said in self._by_stem.items():
-            self._by_key[_key(stem)].add(said)
+        for stem, stem_label in self._by_stem.items():
+            self._by_key[_key(stem)].add(stem_label)
 
     def of(self, stem: str) -> tuple[bool, int | None, bool]:
-        """Whether a `.cls` member is of an image, the label that it says, and whether it says it as a mere number."""
-        several = {self._by_stem[stem]} if stem in self._by_stem else self._by_key.get(_key(stem), set())
-        said = {label for label, _ in several}
-        label = said.pop() if len(said) == 1 else None  # contradictory ones are no label
-        return bool(several), label, any(is_number for _, is_number in several)
+        """Whether an image has a `.cls` member, the label in it, and whether that is a number."""
+        candidates = {self._by_stem[stem]} if stem in self._by_stem else self._by_key.get(_key(stem), set())
+        distinct = {label for label, _ in candidates}
+        label = distinct.pop() if len(distinct) == 1 else None  # contradictory labels give none
+        return bool(candidates), label, any(is_number for _, is_number in candidates)
 
 
 def _ending(name: str) -> str:

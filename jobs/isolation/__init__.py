@@ -1,5 +1,5 @@
-"""Child processes that parse what strangers wrote: they can be killed, crash or be taken over without harm.
+"""Confined child processes that parse untrusted files. If one crashes, hangs or is compromised, the job continues.
 
-Here: the parent's guard, the zygote that forks, what a child gives up, and the frames on its pipes. What the
-children do is elsewhere: decoding in `pipeline`, containers in `dataset`.
+`guard` is the parent's side, `zygote` forks the children, `sandbox` confines them, `frames` is the protocol on their
+pipes. What the children do is elsewhere: decoding in `pipeline`, containers in `dataset`.
 """

@@ -1,8 +1,8 @@
-"""Guarded children: processes that read what strangers wrote. If one crashes or hangs, one file is lost, not the job.
+"""Guarded children: processes that parse untrusted files. If one crashes or hangs, one file is lost, not the job.
 
-A child is forked from a `zygote`, which has imported what it needs, and is confined (`sandbox`): no files, no
-network, no other processes, an empty environment, bounded memory. It answers on a pipe, as `jobs.isolation.frames`
-says. Its time is what it computes, not what a busy machine lets it wait for (`Clock`).
+A child is forked from a `zygote`, which has already imported the modules that the child needs. It is confined
+(`sandbox`): no files, no network, no other processes, an empty environment, bounded memory. It answers on a pipe
+(`jobs.isolation.frames`). Its timeout counts CPU time, not time spent waiting for a busy CPU (`Clock`).
 """
 
 import contextlib
@@ -25,37 +25,37 @@ from jobs.isolation import frames
 from jobs.isolation.frames import header_length, parse
 
 START_SECONDS: Final = 120.0
-"""Longest start of a zygote, imports included, and of a child."""
+"""Timeout for starting a zygote, imports included, and for starting a child."""
 CLOSE_SECONDS: Final = 1.0
-"""After which a zygote that does not end by itself is killed."""
+"""A zygote that has not exited after this time is killed."""
 WALL_FACTOR: Final = 20.0
-"""The wall clock may show so many times the seconds that a child may compute: a busy machine lets it wait."""
-FIRST_LOOK_SECONDS: Final = 0.25
-"""After which a child's clock is looked at for the first time, where it may compute longer."""
+"""Wall-clock limit of a child as a multiple of its CPU limit: on a busy machine it waits for a CPU."""
+FIRST_CHECK_SECONDS: Final = 0.25
+"""Time until a child's CPU time is checked first, unless its limit is shorter."""
 MAX_WAIT_SECONDS: Final = 86_400.0
-"""What an endless wait is cut to: poll() counts milliseconds in 31 bits."""
+"""Upper limit of one poll(), which counts milliseconds in 31 bits."""
 PIPE_BYTES: Final = 1 << 20
-"""Size of the pipes: at the usual 64 KiB the two processes wait for each other many times per image."""
+"""Size of the pipes: at the default of 64 KiB the two processes wait for each other many times per image."""
 ENVIRONMENT: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""All that a zygote starts with. The C library keeps its memory between images: to be given the same pages again for
-each of them took a quarter of a child's time. One thread: a fork copies no others."""
+"""Environment of a zygote, with `INHERITED`. The C library keeps its memory between images: allocating the same pages
+again for each image took a quarter of a child's time. One thread, because a fork copies no other threads."""
 INHERITED: Final = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-"""Variables of the parent that say how libraries are found and used; no others reach a child."""
+"""The parent's variables that a zygote inherits: they control how libraries are found and run."""
 
 logger = logging.getLogger(__name__)
 
 
 class ChildTimeoutError(Exception):
-    """A child took longer than it may; the message says what it took."""
+    """A child exceeded a time limit; the message names the limit."""
 
 
 class Zygote:
-    """The process that children of one service are forked from; started on first use, ended with this one."""
+    """The process that forks the children of one service. It starts on first use and ends with this process."""
 
     def __init__(self, service: str) -> None:
         self._service = service
@@ -65,7 +65,7 @@ class Zygote:
         self._warned = False
 
     def fork(self, settings: dict[str, Any], memory_bytes: int) -> "Child":
-        """A child that serves with these settings. Raises `RuntimeError` where none can be started."""
+        """Fork a child that serves with these settings. Raises `RuntimeError` if no child can be started."""
         pipes = [os.pipe(), os.pipe()]
         (reading, requests), (answers, writing) = pipes
         try:
@@ -93,121 +93,121 @@ class Zygote:
         return child
 
     def end(self, pid: int) -> int:
-        """Kill a child; returns its exit code, -n for signal n. It may have ended before."""
+        """Kill a child, which may have ended already. Returns its exit code, -n for signal n."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                return -signal.SIGKILL  # the kernel has ended all its children with it
+                return -signal.SIGKILL  # the kernel killed all children when the zygote ended
             return int(self._ask(json.dumps({"end": pid}).encode(), [])["status"])
 
     def close(self) -> None:
-        """End the zygote, and its children with it."""
+        """End the zygote and its children."""
         with self._lock:
             self._close()
 
     def _ask(self, command: bytes, descriptors: list[int]) -> dict[str, Any]:
-        for last in (False, True):
+        for is_last in (False, True):
             try:
                 control = self._running()
                 socket.send_fds(control, [command], descriptors)
                 return parse(control.recv(1 << 16))
-            except (OSError, ValueError) as error:  # it was killed: another one takes its place
+            except (OSError, ValueError) as error:  # the zygote was killed: start another one
                 self._close()
-                if last or b'"end"' in command:
-                    raise RuntimeError(f"the process that guarded ones come from has ended: {error}") from error
-        raise AssertionError("the loop above only ends by itself")
+                if is_last or b'"end"' in command:
+                    raise RuntimeError(f"the parent of the guarded processes has ended: {error}") from error
+        raise AssertionError("unreachable: the second attempt returns or raises")
 
     def _running(self) -> socket.socket:
         if self._process is not None and self._control is not None:
             return self._control
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        given = {"path": _import_path(), "service": self._service, "control": theirs.fileno()}
+        own_socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = {"path": _import_path(), "service": self._service, "control": zygote_socket.fileno()}
         environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
         self._process = subprocess.Popen(
-            # -I: nothing is imported from the current folder, which may be the one with the images
-            [sys.executable, "-I", str(Path(__file__).with_name("zygote.py")), json.dumps(given)],
+            # -I: import nothing from the current folder, which may hold untrusted files
+            [sys.executable, "-I", str(Path(__file__).with_name("zygote.py")), json.dumps(arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # C decoders write pages about damaged files; errors come as answers
+            stderr=subprocess.DEVNULL,  # C decoders write many lines about damaged files; errors arrive as answers
             env=ENVIRONMENT | environment,
             cwd="/",
-            pass_fds=[theirs.fileno()],
+            pass_fds=[zygote_socket.fileno()],
         )
-        theirs.close()
-        self._control = ours
-        ours.settimeout(START_SECONDS)
+        zygote_socket.close()
+        self._control = own_socket
+        own_socket.settimeout(START_SECONDS)
         try:
-            if ours.recv(1 << 16):
-                return ours
+            if own_socket.recv(1 << 16):
+                return own_socket
         except OSError:
             pass
         code = self._close()
-        raise RuntimeError(f"the process that guarded ones come from could not be started (exit code {code})")
+        raise RuntimeError(f"the parent of the guarded processes could not be started (exit code {code})")
 
     def _close(self) -> int | None:
-        """End the process; returns its exit code, where it had ended by itself."""
+        """End the process. Returns its exit code; None if none was running."""
         process, control, self._process, self._control = self._process, self._control, None, None
         if control is not None:
             control.close()
         if process is None:
             return None
-        with contextlib.suppress(subprocess.TimeoutExpired):  # without its control socket it ends
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the zygote exits when its control socket closes
             return process.wait(CLOSE_SECONDS)
         process.kill()
         return process.wait()
 
 
 def _import_path() -> list[str]:
-    """Where modules are found, without the current folder."""
+    """Module search path without the current folder."""
     root = str(Path(__file__).resolve().parents[2])
     here = os.getcwd()
     return [root, *(path for path in sys.path if os.path.isabs(path) and path not in (root, here))]
 
 
 class Clock:
-    """How long a child may take for one answer: seconds that it computes, or does nothing though nothing holds it up.
+    """Time limit of a child for one answer: CPU time plus time asleep without using CPU.
 
-    Waiting for a processor does not count, up to a far later end by the wall clock.
+    Time spent waiting for a CPU or a disk does not count, up to a much larger wall-clock limit.
     """
 
     def __init__(self, pid: int, seconds: float, wall_seconds: float | None = None) -> None:
         self._pid, self.seconds = pid, seconds
         self.wall_seconds = WALL_FACTOR * seconds if wall_seconds is None else wall_seconds
-        self._begun = self._looked = time.monotonic()
+        self._started_at = self._checked_at = time.monotonic()
         self._computed_before, _ = self._computed = _computed(pid)
         self._idle = 0.0
 
     @property
     def computed(self) -> float:
-        """Seconds that the child has computed since the clock was started, as far as they were looked at."""
+        """CPU seconds of the child since the clock started."""
         return max(_computed(self._pid)[0], self._computed[0]) - self._computed_before
 
     def wait(self, pipe: int, event: int) -> None:
         """Wait until a pipe can be read or written, or is broken. Raises `ChildTimeoutError`."""
-        pause = min(self.seconds, FIRST_LOOK_SECONDS)
+        pause = min(self.seconds, FIRST_CHECK_SECONDS)
         while not _ready(pipe, pause, event):
             pause = max(0.01, self._left())
 
     def _left(self) -> float:
-        """Seconds until the next look. Raises `ChildTimeoutError` where none are left."""
+        """Seconds until the next check. Raises `ChildTimeoutError` if a limit is reached."""
         now, (computed, asleep) = time.monotonic(), _computed(self._pid)
         if asleep and computed == self._computed[0]:
-            self._idle += now - self._looked
-        self._looked, self._computed = now, (computed, asleep)
+            self._idle += now - self._checked_at
+        self._checked_at, self._computed = now, (computed, asleep)
         computing = computed - self._computed_before
         if computing + self._idle >= self.seconds:
-            kind = "of computing" if self._idle < computing else "without doing anything"
+            kind = "of CPU time" if self._idle < computing else "without activity"
             raise ChildTimeoutError(f"{self.seconds:g} s {kind}")
-        if now - self._begun >= self.wall_seconds:
-            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it could compute for {computing:.1f} s")
-        return min(self.seconds - computing - self._idle, self._begun + self.wall_seconds - now)
+        if now - self._started_at >= self.wall_seconds:
+            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it had a CPU for {computing:.1f} s")
+        return min(self.seconds - computing - self._idle, self._started_at + self.wall_seconds - now)
 
 
 def _computed(pid: int) -> tuple[float, bool]:
-    """Seconds that a process has computed, and whether it waits for anything else than a processor or a disk."""
+    """CPU seconds of a process, and whether it waits for something other than a CPU or a disk."""
     try:
-        # after the name, which may hold anything: state is the 3rd field, user and system time the 14th and 15th
+        # Split after the name, which may hold any character: field 3 is the state, 14 and 15 user and system time.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended: the pipe says so
+    except OSError:  # the process has ended: the caller sees its pipe break
         return 0.0, True
     return (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK"), state not in "RD"
 
@@ -220,11 +220,11 @@ class Child:
         self._zygote, self._requests, self._answers = zygote, requests, answers
         os.set_blocking(requests, False)
         for pipe in (requests, answers):
-            with contextlib.suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
+            with contextlib.suppress(OSError):  # the user's pipe memory quota is used up: slower, still correct
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def send(self, clock: Clock, header: dict[str, Any], payload: bytes = b"") -> None:
-        """Send a request. Raises `BrokenPipeError` where the child is gone, `ChildTimeoutError`."""
+        """Send a request. Raises `BrokenPipeError` if the child has ended, or `ChildTimeoutError`."""
         for data in (frames.frame(header), payload):
             view = memoryview(data)
             while view:
@@ -232,11 +232,11 @@ class Child:
                 view = view[os.write(self._requests, view) :]
 
     def receive(self, clock: Clock) -> dict[str, Any]:
-        """The header of an answer. Raises what `read` and `frames.parse` raise."""
+        """Read the header of an answer. Raises what `read` and `frames.parse` raise."""
         return parse(self.read(header_length(self.read(frames.LENGTH.size, clock)), clock))
 
     def read(self, length: int, clock: Clock) -> bytes:
-        """Bytes of an answer. Raises `EOFError` where the child is gone, `ChildTimeoutError`."""
+        """Read `length` bytes of an answer. Raises `EOFError` if the child has ended, or `ChildTimeoutError`."""
         parts = bytearray()
         while len(parts) < length:
             clock.wait(self._answers, select.POLLIN)
@@ -247,23 +247,23 @@ class Child:
         return bytes(parts)
 
     def is_quiet(self) -> bool:
-        """Whether it lives, as far as is known, and says nothing that it was not asked."""
+        """Whether the answer pipe is open and holds no unexpected bytes."""
         return not _ready(self._answers, 0.0, select.POLLIN)
 
     def end(self) -> int:
-        """Kill it; returns its exit code, -n for signal n. It may have ended before."""
+        """Kill the child, which may have ended already. Returns its exit code, -n for signal n."""
         os.close(self._requests)
         os.close(self._answers)
         return self._zygote.end(self.pid)
 
 
 def exit_reason(code: int) -> str:
-    """What an exit code means, for people."""
+    """An exit code as text: the signal's name, or the code."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _ready(pipe: int, seconds: float, event: int) -> bool:
-    """Wait until a pipe can be read or written, or is broken; False: it took longer than that."""
-    poll = select.poll()  # unlike select(), it takes descriptors above 1023
+    """Wait until a pipe can be read or written, or is broken. False: timeout."""
+    poll = select.poll()  # unlike select(), it accepts descriptors above 1023
     poll.register(pipe, event)
     return bool(poll.poll(math.ceil(1000 * min(max(0.0, seconds), MAX_WAIT_SECONDS))))

@@ -1,8 +1,8 @@
-"""What a process gives up before it reads what strangers wrote: files, network, other processes, memory without bound.
+"""Confine a process before it parses untrusted files: no files, no network, no other processes, bounded memory.
 
-The kernel's seccomp filter lets a process keep the calls that computing needs. All others fail with "operation not
-permitted": no file is opened, not even for reading, no socket is made, no program is started. Whatever a damaged image
-makes its decoder do, it can only compute, and answer on the pipes that are open already.
+A seccomp filter of the kernel allows only the system calls that computing needs. All others fail with "operation not
+permitted": the process can open no file, not even for reading, create no socket and start no program. A compromised
+decoder can only compute and write to pipes that are open already.
 """
 
 import errno
@@ -20,15 +20,15 @@ ALLOWED_CALLS: Final = (
     "sched_yield sched_getaffinity set_robust_list rseq membarrier arch_prctl set_tid_address"
     .split()
 )  # fmt: skip
-"""System calls that computing, threads and open pipes need; `read` and the like work on open descriptors only."""
+"""System calls that computing, threads and open pipes need; `read` and its kin work on open descriptors only."""
 CLONE_THREAD: Final = 0x00010000
 FCNTL_COMMANDS: Final = (fcntl.F_GETFD, fcntl.F_GETFL)
-"""Others make the kernel send any signal to any process of the same user (F_SETOWN, F_SETSIG)."""
+"""Other commands let the kernel send any signal to any process of the same user (F_SETOWN, F_SETSIG)."""
 MAX_DESCRIPTORS: Final = 16
 
 
 def limit(memory_bytes: int) -> None:
-    """Bound what this process may take: so much address space beside what it has, no new file, no core dump."""
+    """Limit this process: `memory_bytes` of address space beyond its current size, no file output, no core dump."""
     with open("/proc/self/statm", "rb") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     for kind, most in (
@@ -41,25 +41,25 @@ def limit(memory_bytes: int) -> None:
 
 
 def confine() -> str | None:
-    """Keep `ALLOWED_CALLS`, for good. Returns None, or why this machine cannot: the C library libseccomp is missing."""
+    """Permit only `ALLOWED_CALLS`, irrevocably. Returns None, or the reason for failure: libseccomp is missing."""
     try:
         import pyseccomp
     except (ImportError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
-    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))  # sets no_new_privs when it is loaded
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))  # load() sets no_new_privs
     for name in ALLOWED_CALLS:
         try:
             rules.add_rule(pyseccomp.ALLOW, name)
-        except (ValueError, OSError):  # no call of this processor's
+        except (ValueError, OSError):  # this architecture has no such call
             continue
     rules.add_rule(
         pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD)
     )  # fmt: skip
     for command in FCNTL_COMMANDS:
         rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, command))
-    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # whose arguments no filter sees: libraries then use clone
-    rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, pyseccomp.EQ, os.getpid()))  # abort() ends itself
-    rules.add_rule(  # its own limits may be read, not set
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # a filter cannot see its arguments; libraries use clone
+    rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, pyseccomp.EQ, os.getpid()))  # abort() needs it
+    rules.add_rule(  # the process may read its own limits, not set them
         pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, pyseccomp.EQ, 0), pyseccomp.Arg(2, pyseccomp.EQ, 0)
     )
     rules.load()

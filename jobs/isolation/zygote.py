@@ -1,17 +1,18 @@
-"""The process from which guarded children are forked: it has imported what they need, and reads nothing of strangers.
+"""The process that forks guarded children. It imports the modules that they need and reads no untrusted data.
 
     python -I zygote.py '{"path": […], "service": "jobs.pipeline.decoding", "control": 5}'
 
-A child is thus ready within milliseconds, with no import to wait for. `service` is a module with `preload()`, which
-imports all that is needed later (a child can open no file), and `serve(requests, answers, settings)`.
+A child is thus ready within milliseconds, without waiting for imports. `service` is a module with two functions:
+`preload()` imports everything that a child will need (a child can open no file), and
+`serve(requests, answers, settings)` runs in the child.
 
-Commands come as JSON on the control socket, each with an answer:
+Commands arrive as JSON on the control socket; each gets an answer:
 
     {"fork": settings, "memory_bytes": n}   with two descriptors, for requests and answers   ->  {"pid": n}
     {"end": pid}                            kill this child                                  ->  {"status": n}
 
-Children are reaped only on command, so that a process id that was given out is not used again before. At the end of the
-control socket, when the parent is gone, this process ends, and the kernel ends its children.
+Children are reaped only on command, so that the kernel does not reuse their process ids earlier. When the control
+socket closes because the parent has ended, this process exits, and the kernel kills its children.
 """
 
 import ctypes
@@ -28,12 +29,12 @@ MAX_COMMAND_BYTES: Final = 1 << 16
 
 
 def main() -> None:
-    """The loop over commands."""
-    given = json.loads(sys.argv[1])
-    sys.path[:] = given["path"]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all of its processes
-    control = socket.socket(fileno=given["control"])
-    service = importlib.import_module(given["service"])
+    """Execute commands until the control socket closes."""
+    arguments = json.loads(sys.argv[1])
+    sys.path[:] = arguments["path"]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all of its processes
+    control = socket.socket(fileno=arguments["control"])
+    service = importlib.import_module(arguments["service"])
     service.preload()
     control.send(json.dumps({"ready": True}).encode())
     while True:
@@ -58,7 +59,7 @@ def _fork(service: Any, command: dict[str, Any], descriptors: list[int], control
         return pid
     try:
         control.close()
-        # a child must not outlive the parent, not even inside a decoder that hangs
+        # a child must not outlive the zygote, even while its decoder hangs
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             _become_child(service, command, descriptors)
@@ -69,8 +70,8 @@ def _fork(service: Any, command: dict[str, Any], descriptors: list[int], control
 def _become_child(service: Any, command: dict[str, Any], descriptors: list[int]) -> None:
     from jobs.isolation import frames, sandbox
 
-    for descriptor, place in zip(descriptors, (0, 1), strict=True):
-        os.dup2(descriptor, place)
+    for descriptor, target in zip(descriptors, (0, 1), strict=True):
+        os.dup2(descriptor, target)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     requests, answers = os.fdopen(0, "rb"), os.fdopen(1, "wb")

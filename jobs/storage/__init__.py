@@ -1,4 +1,4 @@
-"""Bytes on disk and in object stores: addresses, listing, reading, writing, Parquet, and what errors of a store mean.
+"""Files on disk and in object stores: addresses, listing, reading, writing, Parquet, and classification of errors.
 
-The only package that opens a URI, and the only one that imports fsspec. What the bytes mean is not known here.
+This is the only package that opens a URI or imports fsspec. It does not know what the bytes mean.
 """

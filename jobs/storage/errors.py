@@ -1,4 +1,4 @@
-"""What an error of a store or of this machine means, what helps, and how long to wait before asking again."""
+"""Classify errors of stores and of this machine; say what helps, and how long to wait before a retry."""
 
 import asyncio
 import errno
@@ -23,23 +23,23 @@ from jobs.storage.redaction import without_secrets
 from nsnet.errors import FetchError, NsnetError, ObjectChangedError, ObjectDeniedError, ObjectMissingError
 
 ATTEMPTS: Final = 6
-"""How often an object is asked for before it counts as unreadable."""
+"""Requests for an object before it counts as unreadable."""
 FIRST_WAIT_SECONDS: Final = 0.25
 MAX_WAIT_SECONDS: Final = 10.0
 OUTAGE_SECONDS: Final = 120.0
-"""How long the store of the images may be away before a run stops."""
+"""Longest outage of the images' store before a run stops."""
 
 
 class Fault(Enum):
-    """Kinds of errors, by what helps."""
+    """Kinds of errors, by their remedy."""
 
     MISSING = "missing"
     CHANGED = "changed"
     DENIED = "denied"
     CREDENTIALS = "credentials"
-    """The keys are expired or wrong: new ones help, and nothing else can be read either."""
+    """The keys are expired or wrong: no object can be read until they are replaced."""
     TRANSIENT = "transient"
-    """Throttling, resets, cut and slow bodies, server errors: asking again helps."""
+    """Throttling, resets, truncated and slow bodies, server errors: a retry helps."""
     PERMANENT = "permanent"
 
 
@@ -56,46 +56,46 @@ TRANSIENT_ERRNO: Final = frozenset(
      errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE}
 )  # fmt: skip
 ADVICE: Final = {
-    errno.ENOSPC: "make room there, or choose another place (--out, TMPDIR; Ray's own files lie in /tmp/ray)",
-    errno.EDQUOT: "the quota is used up: make room, or choose another place (--out, TMPDIR)",
-    errno.EROFS: "it is mounted read-only: choose another place (--out, TMPDIR, HOME)",
+    errno.ENOSPC: "free some space, or choose another folder (--out, TMPDIR; Ray's own files are in /tmp/ray)",
+    errno.EDQUOT: "the quota is used up: free some space, or choose another folder (--out, TMPDIR)",
+    errno.EROFS: "it is mounted read-only: choose another folder (--out, TMPDIR, HOME)",
     errno.EFBIG: "the file system or `ulimit -f` allows no larger file",
-    errno.EMFILE: "too many files are open: raise `ulimit -n`, to 65536 for instance",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`, for example to 65536",
     errno.ENFILE: "too many files are open on this machine: raise fs.file-max",
-    errno.ENOMEM: "the machine is out of memory: end other programs, or take a larger one",
+    errno.ENOMEM: "the machine is out of memory: end other programs, or use a larger machine",
 }
-"""What helps where this machine cannot go on."""
+"""Advice for each error number of this machine that stops a run."""
 OUT_OF_MEMORY: Final = frozenset({"MemoryError", "ArrowMemoryError", "OutOfMemoryError", "OutOfMemoryException"})
-"""Names of classes, of torch, Ray and DuckDB too, none of which may be imported for this."""
+"""Class names, including those of torch, Ray and DuckDB, which are not imported just to test for them."""
 OUT_OF_DISK: Final = frozenset({"OutOfDiskError"})
 RAY_ERRORS: Final = frozenset({"ray.exceptions", "ray.data.exceptions"})
-"""Modules whose errors are the cluster's, but for `CARRIERS`."""
+"""Modules whose errors are failures of the cluster, except `CARRIERS`."""
 CARRIERS: Final = frozenset({"RayError", "RayTaskError", "UserCodeException", "UnserializableException"})
-"""Names of those that hold another error as a text: it may be a bug of this program."""
+"""Names of Ray's classes that wrap another error as text: it may be a bug of this program."""
 RAY_DATA_MARK: Final = "SystemException"
-"""Cause that Ray Data gives to errors of tasks and of Ray; it says nothing."""
+"""Cause that Ray Data adds to errors of tasks and of Ray; it has no information."""
 
 
 class ChangedError(Exception):
-    """The object that was sent is not the version that was asked for."""
+    """The store returned another version of the object than requested."""
 
 
 class CutError(Exception):
-    """The body ended before its announced length."""
+    """The body ended before its declared length."""
 
 
 def kind(error: BaseException) -> Fault:
-    """What an error of botocore, aiohttp or the operating system means."""
+    """Classify an error of botocore, aiohttp or the operating system."""
     if isinstance(error, ChangedError):
         return Fault.CHANGED
-    answer = error.__cause__ if isinstance(error, OSError) else error  # s3fs makes an OSError of it, and loses a part
+    answer = error.__cause__ if isinstance(error, OSError) else error  # s3fs's OSError omits details of its cause
     if isinstance(answer, ClientError):
         return _kind_of_answer(answer.response)
     if isinstance(error, NoCredentialsError | CredentialRetrievalError):
         return Fault.CREDENTIALS
     if isinstance(error, ParamValidationError):
         return Fault.PERMANENT
-    # botocore's other errors are about connections and unreadable answers
+    # botocore's other errors concern connections and unreadable answers
     if isinstance(error, CutError | HTTPClientError | BotoCoreError | aiohttp.ClientError | asyncio.TimeoutError):
         return Fault.TRANSIENT
     if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -112,7 +112,7 @@ def kind(error: BaseException) -> Fault:
 def _kind_of_answer(response: Any) -> Fault:
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    if code in CREDENTIAL_CODES or code == "400":  # S3 tells of expired keys so where an answer has no body (HEAD)
+    if code in CREDENTIAL_CODES or code == "400":  # S3 reports expired keys as 400 if the answer has no body (HEAD)
         return Fault.CREDENTIALS
     if code in THROTTLING_CODES or status in (408, 429) or status >= 500:
         return Fault.TRANSIENT
@@ -124,14 +124,14 @@ def _kind_of_answer(response: Any) -> Fault:
 
 
 def wait_seconds(attempt: int) -> float:
-    """How long to wait after the `attempt`-th failure (1, 2, …): doubling, with full jitter, so that many workers do
-    not come back at the same moment.
+    """Seconds to wait after failure number `attempt` (1, 2, …): exponential back-off with full jitter, so that many
+    workers do not retry at the same moment.
     """
     return random.uniform(0.0, min(MAX_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
 
 
 def own_words(error: BaseException) -> str:
-    """An error's message, without what Ray Data appends to it about attempts."""
+    """An error's message without the text about attempts that Ray Data appends."""
     return re.split(r"\n?Failed to [^\n]*attempts \(total backoff", str(error), maxsplit=1)[0]
 
 
@@ -144,23 +144,23 @@ def reason(error: BaseException) -> str:
 
 
 def fetch_error(error: Exception, requests: int) -> FetchError:
-    """The error of an image whose bytes could not be had with so many requests."""
+    """The error of an image that could not be fetched after `requests` requests."""
     fault = kind(error)
-    message = reason(error) if requests == 1 else f"{reason(error)} (asked {requests} times)"
-    which = {
+    message = reason(error) if requests == 1 else f"{reason(error)} (after {requests} requests)"
+    error_class = {
         Fault.MISSING: ObjectMissingError,
         Fault.CHANGED: ObjectChangedError,
         Fault.DENIED: ObjectDeniedError,
     }.get(fault, FetchError)
-    result = which(message)
+    result = error_class(message)
     result.requests = requests
     result.may_be_outage = fault in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
     return result
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What was raised in the first place, of an error that Ray carried from a task or an actor to this process."""
-    for _ in range(20):  # a chain of causes may be a circle
+    """The original error behind one that Ray passed on from a task or an actor."""
+    for _ in range(20):  # a chain of causes may be circular
         inner = getattr(error, "cause", None)
         if not isinstance(inner, BaseException) and type(error).__module__.partition(".")[0] == "ray":
             inner = error.__cause__
@@ -171,23 +171,21 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line about what happened to a store or to this machine, and what helps; None: it is a bug of this program."""
+    """One line that names the failure of a store or of this machine and its remedy; None: a bug of this program."""
     error = root_cause(error)
     name = type(error).__name__
     if isinstance(error, NsnetError):
         return own_words(error)
     if name in OUT_OF_MEMORY or isinstance(error, MemoryError):
-        return (
-            f"{_detail(error)}: out of memory; end other programs, or take a larger machine or a smaller --batch-size"
-        )
+        return f"{_detail(error)}: out of memory; end other programs, or use a larger machine or a smaller --batch-size"
     if isinstance(error, RecursionError):
-        return f"{_detail(error)}: something in a file is nested too deeply ({_last_line(error)})"
+        return f"{_detail(error)}: data in a file are nested too deeply ({_last_line(error)})"
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return f"{_detail(error)} Set HOME to a folder that can be written"
+        return f"{_detail(error)} Set HOME to a writable folder"
     if code := errno.ENOSPC if name in OUT_OF_DISK else _errno(error):
         return f"{_detail(error)}; {ADVICE[code]}"
     if "No usable temporary directory" in str(error):
-        return f"{_detail(error)}; set TMPDIR to a folder that can be written"
+        return f"{_detail(error)}; set TMPDIR to a writable folder"
     if type(error).__module__ in RAY_ERRORS and name not in CARRIERS and not getattr(error, "actor_init_failed", False):
         return f"the cluster failed: {reason(error)}"
     if kind(error) in (Fault.TRANSIENT, Fault.DENIED, Fault.CREDENTIALS) or isinstance(error, ClientError):
@@ -196,7 +194,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The number in `ADVICE` of an error, by its words where a library (DuckDB, safetensors, torch) keeps no number."""
+    """An error's key in `ADVICE`; found by its text if a library (DuckDB, safetensors, torch) drops the errno."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in ADVICE else None
     text = str(error)
@@ -204,7 +202,7 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _detail(error: BaseException) -> str:
-    """`file: reason` where the system said so, else class and message."""
+    """`file: reason` if the system gave both, else class and message."""
     if not isinstance(error, OSError) or not error.strerror:
         return reason(error)
     file = file_of(error)
@@ -212,12 +210,12 @@ def _detail(error: BaseException) -> str:
 
 
 def file_of(error: OSError) -> str | None:
-    """The file that an error of the system names. Ray Data puts its words on attempts into the same place."""
+    """The file that an OS error names, or None. Ray Data may write a text about attempts into the same field."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     return None if not name or "\n" in name else name
 
 
 def _last_line(error: BaseException) -> str:
-    """Where an error was raised, the innermost line of this program."""
+    """The innermost line of this program in an error's traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/jobs/" in frame.filename]
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "no line is known"
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown line"

@@ -1,4 +1,4 @@
-"""Clients of stores: fsspec for local disks and S3, and pyarrow's view of the same client.
+"""Clients of stores: fsspec for local disks and S3, and a pyarrow wrapper of the same client.
 
 S3's endpoint and keys come from the usual AWS variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...).
 """
@@ -16,20 +16,20 @@ from jobs.storage.uris import bucket_and_key, is_local
 from nsnet.errors import UsageError
 
 LISTING_THREADS: Final = 16
-"""Folders or prefixes that are listed at a time."""
+"""Folders or prefixes listed in parallel."""
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
-"""Longest silence of a store in the middle of an answer."""
+"""Longest pause of a store within an answer."""
 REFRESH_SECONDS: Final = 30.0
-"""Least time between two looks for new credentials."""
+"""Shortest time between two reloads of credentials."""
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """fsspec filesystem and the path in it."""
+    """The fsspec filesystem of a URI, and the path in it."""
     if is_local(uri):
         return fsspec.filesystem("file"), uri
     _check_endpoint()
-    # Listings are not cached: what another process wrote must be seen.
+    # Listings are not cached: files of other processes must be visible.
     settings = {
         "connect_timeout": CONNECT_SECONDS,
         "read_timeout": READ_SECONDS,
@@ -40,17 +40,17 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _check_endpoint() -> None:
-    """S3 signs its requests: a user in its address is a mistake, and clients quote the address in their errors."""
+    """Raise `UsageError` if S3's endpoint holds a user: S3 needs none, and clients quote the address in errors."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if holds_secrets(os.environ.get(name, "")):
             raise UsageError(
-                f"{name} is {shown(os.environ[name])}: it must hold no user or password, as in "
-                "https://host:9000. Give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"{name} is {shown(os.environ[name])}: it must not contain a user or password (example: "
+                "https://host:9000); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow filesystem and the path in it, over the same client."""
+    """The pyarrow filesystem of a URI, over the same client, and the path in it."""
     system, path = filesystem(uri)
     if is_local(uri):
         return pyarrow.fs.LocalFileSystem(), path
@@ -58,12 +58,12 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def make_folder(path: str) -> None:
-    """Make a local folder and those above it."""
+    """Create a local folder and its parents."""
     os.makedirs(path, exist_ok=True)
 
 
 def list_page(uri: str, prefix: str, size: int, timeout: float | None = None, **following: Any) -> dict[str, Any]:
-    """One answer of S3's listing. fsspec's own walk loses keys with an empty part, such as `a//b`."""
+    """One page of S3's listing. fsspec's own walk loses keys with an empty part, such as `a//b`."""
     system, _ = filesystem(uri)
     return cast(
         dict[str, Any],
@@ -78,7 +78,7 @@ _refreshed_at = float("-inf")
 
 
 def refresh_credentials(uri: str) -> None:
-    """Look for new credentials where they come from: they expire in the middle of long runs."""
+    """Reload credentials from their source: they may expire during a long run."""
     global _refreshed_at
     with _refreshing:
         if not is_local(uri) and time.monotonic() - _refreshed_at > REFRESH_SECONDS:

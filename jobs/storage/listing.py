@@ -1,4 +1,4 @@
-"""What lies below a folder or prefix, listed by many threads; one object as an entry."""
+"""List the objects below a folder or prefix with many threads; describe one object as an entry."""
 
 import os
 import queue
@@ -15,9 +15,9 @@ from jobs.storage.left_out import LeftOut
 from jobs.storage.uris import bucket_and_key, is_local, prefix_below
 
 LISTING_PAGE: Final = 1000
-"""Objects asked for at a time, the most that S3 gives."""
+"""Objects per request, S3's maximum."""
 FAN_OUT: Final = 64
-"""Most sub-prefixes of an S3 prefix that are listed each by itself: one request per tiny folder would be slower than
+"""Maximum sub-prefixes of an S3 prefix that are listed separately: one request per tiny folder would be slower than
 one request per thousand keys."""
 FAN_OUT_LEVELS: Final = 3
 
@@ -29,29 +29,29 @@ class Entry:
     uri: str
     size_bytes: int
     etag: str
-    """The store's version of the content: S3's ETag; on disks, size and time of change."""
+    """Version of the content: S3's ETag; on disks, size and modification time."""
     modified_at: datetime
-    """The store's time of the last change."""
+    """Modification time by the store's clock."""
 
 
 def exists(uri: str) -> bool:
-    """Whether an object or folder is there."""
+    """Whether an object or folder exists."""
     system, path = filesystem(uri)
     return bool(system.exists(path))
 
 
 def is_folder(uri: str) -> bool:
-    """Whether a URI is a folder or prefix with something below it."""
+    """Whether a URI is a local folder, or a prefix with at least one object."""
     if is_local(uri):
         return os.path.isdir(uri)
     return bool(list_page(uri, prefix_below(uri), 1).get("Contents"))
 
 
 def list_files(uri: str, left_out: LeftOut | None = None) -> Iterator[Entry]:
-    """All objects below a folder or prefix, recursively, as they come, in no order; many folders are listed at a time.
+    """All objects below a folder or prefix, recursively, in no order; many folders are listed in parallel.
 
-    What cannot be listed is counted in `left_out` by reason, else an error: to take an unreadable folder for an empty
-    one would be worse. Links to folders are not followed: they may form circles.
+    What cannot be listed is counted in `left_out` by reason. Without `left_out` it is an error: an unreadable folder
+    must not look like an empty one. Links to folders are not followed: they may form circles.
     """
     if is_local(uri):
         counting = threading.Lock()
@@ -63,7 +63,7 @@ def list_files(uri: str, left_out: LeftOut | None = None) -> Iterator[Entry]:
                         left_out[reason] += 1
                     else:
                         left_out.add_unread(reason, f"{path}: {error.strerror}")
-            elif error is not None and not isinstance(error, FileNotFoundError):  # gone since it was listed
+            elif error is not None and not isinstance(error, FileNotFoundError):  # missing: removed since the listing
                 raise error
 
         yield from _walk(uri, lambda folder: _list_disk(folder, leave_out))
@@ -73,39 +73,39 @@ def list_files(uri: str, left_out: LeftOut | None = None) -> Iterator[Entry]:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Names directly below a folder or prefix, each kind sorted."""
+    """Names directly below a folder or prefix; each list is sorted."""
 
     folders: list[str]
     files: list[str]
     others: list[str]
-    """Links and special files of disks."""
+    """Links and special files on disks."""
 
 
 def names_below(uri: str) -> Names:
-    """What lies directly below a folder or prefix; nothing where there is none."""
-    found = Names(folders=[], files=[], others=[])
+    """Names directly below a folder or prefix; empty if it does not exist."""
+    result = Names(folders=[], files=[], others=[])
     if is_local(uri):
         with os.scandir(uri) if os.path.isdir(uri) else nullcontext(()) as items:
             for item in items:
                 is_folder, is_file = item.is_dir(follow_symlinks=False), item.is_file(follow_symlinks=False)
-                (found.folders if is_folder else found.files if is_file else found.others).append(item.name)
+                (result.folders if is_folder else result.files if is_file else result.others).append(item.name)
     else:
         prefix = prefix_below(uri)
         for page in _pages(uri, prefix, Delimiter="/"):
-            found.folders.extend(item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", []))
-            found.files.extend(item["Key"][len(prefix) :] for item in page.get("Contents", []))
-    for names in (found.folders, found.files, found.others):
+            result.folders.extend(item["Prefix"][len(prefix) : -1] for item in page.get("CommonPrefixes", []))
+            result.files.extend(item["Key"][len(prefix) :] for item in page.get("Contents", []))
+    for names in (result.folders, result.files, result.others):
         names[:] = sorted(filter(None, names))  # an S3 prefix may be an object itself: a marker without a name
-    return found
+    return result
 
 
 def subfolders(uri: str) -> list[str]:
-    """Names of the folders directly below a folder or prefix, sorted; links to folders are none."""
+    """Names of the folders directly below a folder or prefix, sorted, without links to folders."""
     return names_below(uri).folders
 
 
 def _walk(root: Any, listing: Callable[[Any], Iterator[tuple[list[Entry], list[Any]]]]) -> Iterator[Entry]:
-    """Entries below `root`. `listing(folder)` gives pages: entries, and further folders to list.
+    """Entries below `root`. `listing(folder)` yields pages: entries, and further folders to list.
 
     Threads run ahead of the consumer by a bounded number of pages.
     """
@@ -125,7 +125,7 @@ def _walk(root: Any, listing: Callable[[Any], Iterator[tuple[list[Entry], list[A
             for entries, further in listing(folder):
                 if stop.is_set():
                     return
-                put((entries, len(further)))  # before they are begun: the count must not fall to 0 meanwhile
+                put((entries, len(further)))  # before they are submitted: the count must not fall to 0 early
                 for item in further:
                     pool.submit(work, item)
             put(([], -1))
@@ -172,7 +172,7 @@ def _list_s3(uri: str, prefix: str, level: int) -> Iterator[tuple[list[Entry], l
 
 
 def _pages(uri: str, prefix: str, **settings: Any) -> Iterator[dict[str, Any]]:
-    """All answers of S3's listing of a prefix."""
+    """All pages of S3's listing of a prefix."""
     page = list_page(uri, prefix, LISTING_PAGE, **settings)
     yield page
     while "NextContinuationToken" in page:
@@ -204,13 +204,13 @@ def _list_disk(folder: str, leave_out: Callable[..., None]) -> Iterator[tuple[li
 
 
 def describe_local(path: str, stat: os.stat_result) -> Entry:
-    """A file on disk as an entry."""
+    """Describe a file on disk as an entry."""
     changed = datetime.fromtimestamp(stat.st_mtime, UTC)
     return Entry(uri=path, size_bytes=stat.st_size, etag=f"{stat.st_size:x}-{stat.st_mtime_ns:x}", modified_at=changed)
 
 
 def describe(uri: str) -> Entry:
-    """One object as an entry; `FileNotFoundError` if it is not there."""
+    """Describe one object as an entry. Raises `FileNotFoundError`."""
     if is_local(uri):
         return describe_local(uri, os.stat(uri))
     system, path = filesystem(uri)

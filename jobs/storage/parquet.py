@@ -1,4 +1,4 @@
-"""Parquet on storage, read and written as a stream of batches."""
+"""Read and write Parquet files on storage as streams of batches."""
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,27 +17,27 @@ BATCH_ROWS: Final = 8192
 GROUP_ROWS: Final = 65_536
 """Rows of a row group."""
 MAX_WHOLE_BYTES: Final = 2**26
-"""Files up to this size are read without a buffer, for which pyarrow takes what the header of a page claims: 2 GB."""
+"""Files up to this size are read without a buffer: pyarrow would allocate what a page header claims, up to 2 GB."""
 READERS: Final = 8
-"""Files that are read at a time."""
+"""Files read in parallel."""
 WRITERS: Final = 8
-"""Files that are written at a time."""
+"""Files written in parallel."""
 
 
 @contextmanager
 def opened(uri: str) -> Iterator[ParquetFile]:
-    """A file on storage. Raises what the store raises, and a `pa.ArrowException` where it is damaged."""
+    """Open a file on storage. Raises what the store raises, and a `pa.ArrowException` if the file is damaged."""
     try:
         with reading.open_file(uri) as source:
             yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # the store's: a missing file, no permission
-        raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's own, for a damaged page, names no file
+            raise  # an error of the store: missing file, no permission
+        raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's error for a damaged page names no file
 
 
 def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, as batches of exactly this schema; `optional` ones are null where it lacks them.
+    """Read columns of a file as batches of exactly this schema; missing `optional` columns are null.
 
     Raises `KeyError` for a missing column, `ColumnTypeError` for an extension type.
     """
@@ -51,12 +51,12 @@ def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Ite
                 for field in columns
             ]
             whole = pa.RecordBatch.from_arrays(arrays, schema=columns)
-            whole.validate(full=True)  # texts are UTF-8, among others
+            whole.validate(full=True)  # checks, for example, that texts are UTF-8
             yield whole
 
 
 def dataset(files: Sequence[str], columns: pa.Schema) -> pads.Dataset:
-    """Files as an Arrow dataset of this schema, for readers outside; a column that a file lacks is null.
+    """An Arrow dataset of files with this schema, for external readers; a column that a file lacks is null.
 
     Raises `ColumnTypeError` for an extension type in one of these columns.
     """
@@ -72,13 +72,13 @@ def dataset(files: Sequence[str], columns: pa.Schema) -> pads.Dataset:
 
 
 def read_small(files: Sequence[str], columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """As `read`, of many small files, several at a time, in their order."""
+    """As `read`, for many small files; several are read in parallel, the order is kept."""
 
     def whole(uri: str) -> list[pa.RecordBatch]:
         return list(read(uri, columns, optional=optional))
 
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(files), READERS):  # no further ahead than this: memory is bounded
+        for start in range(0, len(files), READERS):  # reads no further ahead, to bound memory
             for batches in pool.map(whole, files[start : start + READERS]):
                 yield from batches
 
@@ -97,7 +97,7 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
 
 
 def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> int:
-    """Write small files of so many rows each, several at a time; returns the number of rows in all."""
+    """Write small files of `rows` rows each, several in parallel; returns the total number of rows."""
     count = files = 0
     with ThreadPoolExecutor(WRITERS) as pool:
         pending: deque[Future[int]] = deque()
@@ -106,12 +106,12 @@ def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str
             files += 1
             if len(pending) > 2 * WRITERS:
                 count += pending.popleft().result()
-        count += sum(written.result() for written in pending)
+        count += sum(result.result() for result in pending)
     return count
 
 
 def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows as batches of exactly so many, the last one aside."""
+    """The same rows in batches of exactly `rows` rows; the last batch may be smaller."""
     rest: pa.Table | None = None
     for batch in batches:
         table = pa.Table.from_batches([batch])
@@ -124,11 +124,11 @@ def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Recor
 
 
 def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Row groups: small batches put together."""
+    """Merge small batches into row groups."""
     group: list[pa.RecordBatch] = []
     for batch in batches:
         group.append(batch.select(schema.names).cast(schema))
-        if sum(one.num_rows for one in group) >= GROUP_ROWS:
+        if sum(item.num_rows for item in group) >= GROUP_ROWS:
             yield pa.Table.from_batches(group)
             group = []
     if group:

@@ -1,10 +1,10 @@
-"""A Parquet file that others wrote, read without believing what its writer says of Arrow.
+"""Read an untrusted Parquet file without applying the Arrow schema that it carries.
 
-A Parquet file may carry its writer's Arrow schema beside its own. With it, columns become extension types, and some of
-these run code: importing `ray.data` registers `ray.data.arrow_pickled_object`, whose values are unpickled when they
-become Python objects. Here the Arrow schema is hidden from pyarrow before the file is opened, so that all columns have
-the plain types that Parquet itself knows, whatever is registered in the process. It is used for one thing only: a
-column of an extension type is refused by its name, before a value is read.
+A Parquet file may carry its writer's Arrow schema beside its own. That schema can turn columns into extension types,
+and some of these run code: importing `ray.data` registers `ray.data.arrow_pickled_object`, whose values are unpickled
+when they become Python objects. This module hides the Arrow schema from pyarrow before opening the file, so that all
+columns have Parquet's own plain types, whatever types the process has registered. The Arrow schema serves one purpose:
+a column of an extension type is refused, by the type's name, before a value is read.
 """
 
 import base64
@@ -21,12 +21,12 @@ from nsnet.errors import SourceError
 MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 64 * 2**20
 BUFFER_BYTES: Final = 2**20
-"""Read at a time of a column: pages come as they are needed, so that memory does not grow with the row group."""
+"""Bytes of a column read at a time: pages are read on demand, so that memory does not grow with the row group."""
 WRITERS_SCHEMA: Final = b"ARROW:schema"
 HIDDEN_SCHEMA: Final = b"ARROW-schema"
 EXTENSION: Final = b"ARROW:extension:name"
 HIDDEN_EXTENSION: Final = b"ARROW-extension-name"
-"""Equally long names under which Arrow does not look for them."""
+"""Replacement names of equal length, which Arrow ignores."""
 PLAIN: Final = (
     pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal,
     pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
@@ -35,7 +35,7 @@ PLAIN: Final = (
 
 
 class ColumnTypeError(SourceError):
-    """A column that is read has a type that is not accepted."""
+    """A requested column has an unsupported type."""
 
 
 class ParquetFile:
@@ -48,11 +48,11 @@ class ParquetFile:
         repeated: Collection[str] = (),
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
-        """`source`: the open file, which this object reads from and does not close. `name`: what people know it by.
+        """`source`: the open file, which this object reads and does not close. `name`: the file's name for messages.
 
-        `repeated`: columns of which those that hold texts or bytes are read as dictionaries, so that a value which
-        repeats a million times takes memory once. `buffer_bytes`: as `BUFFER_BYTES`; 0: a column's part is read as a
-        whole, which is never more than the file has, whatever the headers of its pages say.
+        `repeated`: of these columns, those of texts or bytes are read as dictionaries, so that a value that repeats a
+        million times is stored once. `buffer_bytes`: as `BUFFER_BYTES`; 0: a column chunk is read as a whole, which
+        never exceeds the file's size, whatever its page headers claim.
         """
         self.name = name
         self.size_bytes = source.size()
@@ -61,8 +61,8 @@ class ParquetFile:
         metadata = pq.read_metadata(pa.BufferReader(MAGIC + hidden + struct.pack("<I", len(hidden)) + MAGIC))
         self._metadata = metadata
         groups = self.group_rows()
-        if sum(groups) != self.rows or min(groups, default=0) < 0:  # listed would be one number, and stored another
-            raise pa.ArrowInvalid(f"it says that it has {self.rows:,} rows, and that its groups have {sum(groups):,}")
+        if sum(groups) != self.rows or min(groups, default=0) < 0:  # the listing and the stored rows would differ
+            raise pa.ArrowInvalid(f"it declares {self.rows:,} rows, but its row groups declare {sum(groups):,}")
         leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
         texts = [leaf.path for leaf in leaves if leaf.path in repeated and leaf.physical_type == "BYTE_ARRAY"]
         self._file = pq.ParquetFile(
@@ -71,12 +71,12 @@ class ParquetFile:
         self.schema: pa.Schema = self._file.schema_arrow
         """Plain types of all columns."""
         self.key_value = {key: value for key, value in (metadata.metadata or {}).items() if key != HIDDEN_SCHEMA}
-        """What writers say of the file besides, such as `huggingface`."""
+        """Other metadata of writers, such as `huggingface`."""
         self._extensions = _extensions((metadata.metadata or {}).get(HIDDEN_SCHEMA, b""))
 
     @property
     def rows(self) -> int:
-        """Number of rows that the file says it has."""
+        """Number of rows that the file declares."""
         return int(self._metadata.num_rows)
 
     def group_rows(self) -> list[int]:
@@ -91,24 +91,24 @@ class ParquetFile:
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not any(is_such(kind) for is_such in PLAIN):
                 raise ColumnTypeError(
-                    f"{self.name}: the column `{column}` is of type {kind}; texts, bytes, numbers and booleans are read"
+                    f"{self.name}: column `{column}` has type {kind}; use texts, bytes, numbers or booleans"
                 )
 
     def check(self, columns: Sequence[str]) -> None:
         """Raise `ColumnTypeError` if one of these columns is an extension type, or holds one."""
         for column in columns:
-            if (found := self._extensions.get(column)) is not None:
+            if (extension := self._extensions.get(column)) is not None:
                 raise ColumnTypeError(
-                    f"{self.name}: the column `{column}` has the extension type {found}, which is not read, since such "
-                    "types can run code: write it again with a plain type"
+                    f"{self.name}: column `{column}` has the extension type {extension}, which is not read because "
+                    "such types can run code: rewrite it with a plain type"
                 )
 
     def batches(
         self, columns: Sequence[str], *, batch_rows: int, groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Some columns as batches of at most so many rows; `groups`: of these row groups only.
+        """Read columns as batches of at most `batch_rows` rows; `groups`: only these row groups.
 
-        Raises `ColumnTypeError` before anything is read.
+        Raises `ColumnTypeError` before any value is read.
         """
         self.check(columns)
         chosen = range(self._metadata.num_row_groups) if groups is None else groups
@@ -118,29 +118,29 @@ class ParquetFile:
 
 
 def _footer(source: pa.NativeFile, size_bytes: int) -> bytes:
-    """The file's metadata as it stands at its end."""
+    """Read the metadata at the file's end."""
     if size_bytes < 12:
-        raise pa.ArrowInvalid(f"{size_bytes} bytes are too few for a Parquet file")
+        raise pa.ArrowInvalid(f"it has {size_bytes} bytes; a Parquet file has at least 12")
     source.seek(size_bytes - 8)
     length, magic = struct.unpack("<I4s", source.read(8))
     if magic != MAGIC:
-        raise pa.ArrowInvalid("it does not end as a Parquet file does")
+        raise pa.ArrowInvalid("it does not end with Parquet's magic bytes")
     if length > min(MAX_FOOTER_BYTES, size_bytes - 12):
-        raise pa.ArrowInvalid(f"its metadata are said to have {length:,} bytes; the limit is {MAX_FOOTER_BYTES:,}")
+        raise pa.ArrowInvalid(f"it declares {length:,} bytes of metadata; the limit is {MAX_FOOTER_BYTES:,}")
     source.seek(size_bytes - 8 - length)
     footer: bytes = source.read(length)
     return footer
 
 
 def _extensions(encoded: bytes) -> dict[str, str]:
-    """Column -> name of the extension type that it is, or the first that it holds."""
+    """Column -> name of its extension type, or of the first one nested in it."""
     try:
         decoded = base64.b64decode(encoded, validate=True)
         schema = pa.ipc.read_schema(pa.py_buffer(decoded.replace(EXTENSION, HIDDEN_EXTENSION)))
-    except (binascii.Error, ValueError, OSError, EOFError):  # it is not used for anything else
+    except (binascii.Error, ValueError, OSError, EOFError):  # the Arrow schema serves no other purpose
         return {}
-    found = ((field.name, _extension(field)) for field in schema)
-    return {column: name for column, name in found if name is not None}
+    extensions = ((field.name, _extension(field)) for field in schema)
+    return {column: name for column, name in extensions if name is not None}
 
 
 def _extension(field: pa.Field) -> str | None:
@@ -152,4 +152,4 @@ def _extension(field: pa.Field) -> str | None:
     inner = [kind.field(number) for number in range(kind.num_fields)]
     if pa.types.is_dictionary(kind):
         inner = [pa.field("", kind.value_type)]
-    return next((found for one in inner if (found := _extension(one)) is not None), None)
+    return next((extension for child in inner if (extension := _extension(child)) is not None), None)

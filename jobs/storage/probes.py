@@ -1,4 +1,4 @@
-"""Whether a store answers, and whether an output can be written: asked before the work, and during an outage."""
+"""Probe whether a store answers and whether an output can be written, before the work and during an outage."""
 
 import os
 from pathlib import Path
@@ -12,22 +12,22 @@ from jobs.storage.uris import bucket_and_key, failure_domain, is_local
 from nsnet.errors import StorageError, UsageError
 
 PROBE_TIMEOUT_SECONDS: Final = 10.0
-"""Longest wait, retries included, for the first answer of a store."""
+"""Timeout for the first answer of a store, retries included."""
 
 
 def reachable(uri: str) -> None:
-    """Raise `StorageError`, in one line, unless the bucket of a URI answers."""
+    """Raise a one-line `StorageError` unless the bucket of a URI answers."""
     if is_local(uri):
         return
     bucket, prefix = bucket_and_key(uri)
     try:
-        # One object of this prefix: a bucket may be huge, and a policy may allow no more than the prefix.
+        # List one object of this prefix: a bucket may be huge, and a policy may allow access to this prefix only.
         list_page(uri, prefix, 1, timeout=PROBE_TIMEOUT_SECONDS)
     except FileNotFoundError as error:
         raise StorageError(f"the bucket s3://{bucket} does not exist") from error
     except UsageError:
         raise
-    except Exception as error:  # botocore, aiohttp and OS errors share no base
+    except Exception as error:  # botocore, aiohttp and OS errors have no common base
         endpoint = without_secrets(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
         raise StorageError(
             f"the bucket s3://{bucket} at {endpoint} cannot be reached: {errors.reason(error)}"
@@ -35,9 +35,9 @@ def reachable(uri: str) -> None:
 
 
 def store_is_up(uri: str, source: str | None) -> bool:
-    """Whether the store of an object answers, whatever it says of the object itself.
+    """Whether the store of an object answers, with any result for the object itself.
 
-    A disk answers if the source is there and holds anything: where it is no longer mounted, an empty folder may stand.
+    A disk is up if the source exists and is not empty: an unmounted disk may leave an empty folder.
     """
     try:
         if not is_local(uri):
@@ -47,27 +47,27 @@ def store_is_up(uri: str, source: str | None) -> bool:
                 return next(items, None) is not None
         elif source and is_local(source):
             os.stat(source)
-    except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+    except Exception as error:  # botocore, aiohttp and OS errors have no common base; `errors.kind` classifies them
         fault = errors.kind(error)
         if fault is Fault.CREDENTIALS:
             refresh_credentials(uri)
-        if fault is Fault.MISSING:  # a bucket that a manifest names may be gone for ever, the source's own may not
+        if fault is Fault.MISSING:  # a manifest may name a bucket that was removed; the source's own bucket must exist
             return not is_local(uri) and source is not None and failure_domain(uri) != failure_domain(source)
         return fault not in (Fault.TRANSIENT, Fault.CREDENTIALS)
     return True
 
 
 def check_output(uri: str) -> None:
-    """Raise `StorageError` or `UsageError` where nothing could be written: before the work, not after it."""
+    """Raise `StorageError` or `UsageError` if the output cannot be written, before any work is done."""
     reachable(uri)
     if is_local(uri):
         try:
-            there = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
+            existing = next(path for path in (Path(uri), *Path(uri).parents) if path.exists())
         except OSError as error:  # a name that is too long, a link to itself
             raise UsageError(f"{uri} cannot be a folder: {error.strerror}") from error
-        if not there.is_dir():
-            raise UsageError(f"{uri} cannot be a folder: {there} is a file")
-        if os.statvfs(there).f_flag & os.ST_RDONLY:
-            raise StorageError(f"{uri} cannot be written: {there} is mounted read-only; choose another --out")
-        if not os.access(there, os.W_OK):
-            raise StorageError(f"{uri} cannot be written: {there} does not allow it")
+        if not existing.is_dir():
+            raise UsageError(f"{uri} cannot be a folder: {existing} is a file")
+        if os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise StorageError(f"{uri} cannot be written: {existing} is mounted read-only; choose another --out")
+        if not os.access(existing, os.W_OK):
+            raise StorageError(f"{uri} cannot be written: {existing} is not writable; choose another --out")

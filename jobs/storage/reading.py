@@ -1,4 +1,4 @@
-"""Reading objects, with retries: bytes, ranges, JSON of ours, files for pyarrow and for libraries that want a path."""
+"""Read objects with retries: bytes, ranges, JSON of this program, files for pyarrow, copies for other libraries."""
 
 import asyncio
 import errno
@@ -27,16 +27,16 @@ from nsnet.errors import FetchError, ImageError, StorageError, UsageError
 from nsnet.files import open_regular
 
 MIN_BYTES_PER_SECOND: Final = 256 * 1024
-"""A body that comes more slowly than this, after `READ_SECONDS`, is asked for again."""
+"""A body that arrives more slowly than this, after `READ_SECONDS`, is requested again."""
 MAX_JSON_BYTES: Final = 64 * 2**20
-"""Largest JSON file of ours: one that names the files of a billion rows."""
+"""Largest JSON file of this program: one that names the files of a billion rows."""
 MAX_JSON_DEPTH: Final = 32
 RESTORE: Final = "restore it from a copy, or remove it if nothing needs it"
-"""What to do about a damaged file, unless its reader knows better."""
+"""Default remedy for a damaged file."""
 
 
 def open_file(uri: str) -> pa.NativeFile:
-    """A file for pyarrow to read: its own way through fsspec takes a store that is throttling for a missing file."""
+    """Open a file for pyarrow. pyarrow's own fsspec handler reports throttling as FileNotFoundError."""
     system, path = filesystem(uri)
     return pa.PythonFile(open_regular(path) if is_local(uri) else system.open(path, "rb"), mode="r")
 
@@ -47,20 +47,20 @@ class Fetched:
 
     data: bytes
     requests: int
-    """How many requests it took."""
+    """Number of requests, retries included."""
 
 
 def fetch(uri: str, start: int = 0, length: int | None = None, etag: str | None = None) -> Fetched:
-    """The bytes of an object, or a range of them, asked for again with back-off where that helps.
+    """Fetch an object or a range of it; transient errors are retried with back-off.
 
-    `etag`: the version that must come. Raises a `FetchError`.
+    `etag`: the version required. Raises a `FetchError`.
     """
     return with_retries(lambda: _read(uri, start, length, etag), uri)
 
 
 def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
-    """What `read` gives of a URI: bytes, and how often the client asked again by itself. Repeated with back-off where
-    that helps; raises a `FetchError`, or an error of the image as it is.
+    """Call `read`, which returns bytes of a URI and the client's own number of retries; retry transient errors with
+    back-off. Raises a `FetchError`; passes on an `ImageError` or `UsageError`.
     """
     requests = 0
     while True:
@@ -70,7 +70,7 @@ def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
             return Fetched(data=data, requests=requests + retries)
         except (ImageError, UsageError):
             raise
-        except Exception as error:  # botocore, aiohttp and OS errors share no base; `faults` knows them all
+        except Exception as error:  # botocore, aiohttp and OS errors have no common base; `errors.kind` classifies them
             fault = errors.kind(error)
             requests += _retries(getattr(error, "response", None))
             if fault is Fault.CREDENTIALS:
@@ -83,7 +83,7 @@ def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
 
 
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """The bytes of an object, or a range of them, with retries. Raises what the store raises."""
+    """Read an object or a range of it, with retries. Raises what the store raises."""
     try:
         return fetch(uri, start, length).data
     except FetchError as error:
@@ -95,14 +95,14 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
 
 
 def reader(uri: str) -> Callable[[int, int], bytes]:
-    """A function of (offset, length) that gives bytes of an object; raises what `read_bytes` raises."""
+    """A function (offset, length) -> bytes of an object, which raises what `read_bytes` raises."""
     return lambda offset, length: read_bytes(uri, offset, length)
 
 
 def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
-    """One attempt: the bytes, and how often botocore asked again by itself."""
+    """One attempt: the bytes, and the number of botocore's own retries."""
     if length == 0:
-        return b"", 0  # S3 knows no empty range, and would send everything
+        return b"", 0  # S3 has no empty range and would send everything
     if not is_local(uri):
         system, _ = filesystem(uri)
         return cast(tuple[bytes, int], fsspec.asyn.sync(system.loop, _get_object, system, uri, start, length, etag))
@@ -110,8 +110,8 @@ def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[b
         if etag and describe_local(uri, os.fstat(file.fileno())).etag != etag:
             raise errors.ChangedError("it was changed since it was listed")
         file.seek(start)
-        left = max(0, os.fstat(file.fileno()).st_size - start)  # of a file that grows meanwhile, what it had
-        return file.read(left if length is None else length), 0
+        bytes_left = max(0, os.fstat(file.fileno()).st_size - start)  # of a growing file, only the bytes present now
+        return file.read(bytes_left if length is None else length), 0
 
 
 async def _get_object(system: Any, uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
@@ -120,9 +120,9 @@ async def _get_object(system: Any, uri: str, start: int, length: int | None, eta
     client = await system.get_s3(bucket)
     last = "" if length is None else start + length - 1
     part = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
-    patience = READ_SECONDS + (length or 0) / MIN_BYTES_PER_SECOND
+    timeout_seconds = READ_SECONDS + (length or 0) / MIN_BYTES_PER_SECOND
     try:
-        async with asyncio.timeout(patience if length is not None else None):
+        async with asyncio.timeout(timeout_seconds if length is not None else None):
             answer = await client.get_object(Bucket=bucket, Key=key, **part)
             if etag and etag_of(answer) != etag:
                 answer["Body"].close()
@@ -134,20 +134,20 @@ async def _get_object(system: Any, uri: str, start: int, length: int | None, eta
             raise
         if etag and (now := etag_of(await client.head_object(Bucket=bucket, Key=key))) != etag:
             raise errors.ChangedError(f"it was replaced since it was listed (ETag {now}, not {etag})") from None
-        return b"", _retries(error.response)  # as on a disk: there is nothing from there on
+        return b"", _retries(error.response)  # as on a disk: no bytes beyond the end
     if len(data) != answer["ContentLength"]:
-        raise errors.CutError(f"{len(data)} of {answer['ContentLength']} bytes came")
+        raise errors.CutError(f"received {len(data)} of {answer['ContentLength']} bytes")
     return data, _retries(answer)
 
 
 def _retries(answer: Any) -> int:
-    """How often botocore asked again before this answer."""
+    """Number of botocore's retries before this answer."""
     return int(((answer or {}).get("ResponseMetadata") or {}).get("RetryAttempts", 0))
 
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A file as one of this machine, for libraries that want a path."""
+    """A local path of a file, for libraries that need a path; a remote file is copied."""
     if is_local(uri):
         yield Path(uri)
         return
@@ -158,9 +158,9 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 
 def read_json(uri: str, fields: Mapping[str, type] | None = None, remedy: str = RESTORE) -> Any:
-    """The value of a JSON file; with `fields`, an object that has these, each of its type.
+    """Read a JSON file; with `fields`, it must be an object with these fields of these types.
 
-    Raises `FileNotFoundError`, and `StorageError` with the file, the reason and the `remedy` where it is damaged.
+    Raises `FileNotFoundError`; if the file is damaged, `StorageError` with the file, the reason and the `remedy`.
     """
     try:
         data = read_bytes(uri, 0, MAX_JSON_BYTES + 1)
@@ -179,19 +179,19 @@ def read_json(uri: str, fields: Mapping[str, type] | None = None, remedy: str = 
             if type(value[name]) is not kind:
                 raise ValueError(f"its {name} is a {type(value[name]).__name__} instead of a {kind.__name__}")
     except RecursionError as error:
-        raise damaged(uri, f"it is nested deeper than {MAX_JSON_DEPTH}", remedy) from error
+        raise damaged(uri, f"it is nested deeper than {MAX_JSON_DEPTH} levels", remedy) from error
     except ValueError as error:
         raise damaged(uri, str(error), remedy) from error
     return value
 
 
 def damaged(uri: str, reason: str, remedy: str = RESTORE) -> StorageError:
-    """The error of a file of ours that is not as this program wrote it."""
+    """The error for a file of this program whose content is not valid."""
     return StorageError(f"{uri} is damaged ({reason[:200]}): {remedy}")
 
 
 def _check_depth(value: Any) -> None:
-    """Raise `RecursionError` where lists and objects lie deeper in each other than this program writes any."""
+    """Raise `RecursionError` if lists and objects are nested deeper than `MAX_JSON_DEPTH`."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH + 1):
         below = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]

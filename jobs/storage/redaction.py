@@ -1,6 +1,6 @@
-"""What a person, a log or a record may see of a text that came from an argument, the environment or an error.
+"""Remove secrets from texts that came from an argument, the environment or an error.
 
-Every place where text leaves the program calls `without_secrets`: the console, rows, records, logs and tracebacks.
+All output of the program passes through `without_secrets`: the console, rows, records, logs and tracebacks.
 """
 
 import logging
@@ -13,32 +13,32 @@ from typing import Final
 from urllib.parse import unquote
 
 HIDDEN: Final = "***"
-REFUSED: Final = "holds a user, a password or a signature, which no address may"
-"""What is wrong with an address that `holds_secrets`."""
+REFUSED: Final = "holds a user, a password or a signature, which is not allowed in an address"
+"""Error text for an address that `holds_secrets`."""
 MIN_SECRET_LENGTH: Final = 8
-"""Fewest letters of a secret variable's value: to hide every `test` or `token` would spoil messages."""
+"""Shortest value of a secret variable that is hidden: hiding every `test` or `token` would spoil messages."""
 
 SECRET_NAME: Final = re.compile(
     r"(SECRET|SECRET_KEY|SECRET_ACCESS_KEY|ACCESS_KEY_ID|TOKEN|PASSWORD|PASSWD|API_KEY|PRIVATE_KEY)$", re.IGNORECASE
 )
-"""Environment variables whose value is a secret; names such as `…_TOKEN_PATH` hold none."""
+"""Names of environment variables whose value is a secret, unlike `…_TOKEN_PATH`."""
 
 USER_OF_URL: Final = re.compile(
     r"""(?<=://)(?:[^/\s'"<>@:]{0,200}:(?!\d{1,5}(?:[/?#\s]|$))[^\s'"<>]{0,999}@|[^/\s'"<>]{0,999}@)"""
 )
-"""`user:password@` after a scheme. A password may hold `/` and `@`, as S3's do; a port is no password. All repetitions
-are bounded: an error may quote what a stranger wrote."""
+"""`user:password@` after a scheme. A password may contain `/` and `@`, as S3's do; a port is not a password. All
+repetitions are bounded, because an error may quote untrusted text."""
 USER_OF_HOST: Final = re.compile(
     r"""(?<![\w.-])[^\s/:@'"<>=,()\[\]]{1,200}:(?!//|\d+[/:])[^\s'"<>]{1,999}@(?=[\w\[*])"""
 )
 """`user:password@` without a scheme."""
 ENCODED_USER: Final = re.compile(r"(?<=%3A%2F%2F)[^\s/&'\"<>]{1,999}%40", re.IGNORECASE)
-"""`user:password@` of an address that is a parameter of another one."""
+"""`user:password@` in an address that is a URL-encoded parameter of another address."""
 BREAKS: Final = re.compile(r"""[\s'"<>]""")
-"""Where an address ends that stands in a text."""
+"""Characters that end an address within a text."""
 SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://")
 USER: Final = re.compile(r"[^/]*:(?!\d{1,5}$)")
-"""How the part before the first `/` of an address begins that names a user, and not only host and port."""
+"""Start of an address's part before the first `/` if it names a user, not only host and port."""
 QUERY: Final = re.compile(r"""(https?://[^\s'"<>?]{0,999})\?[^\s'"<>]*""", re.IGNORECASE)
 PARAMETER: Final = re.compile(
     r"""(?:(?<![A-Za-z0-9/])|(?<=%3F)|(?<=%26))"""
@@ -54,10 +54,10 @@ HEADER: Final = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """A text with `***` in the place of passwords and keys.
+    """Replace passwords and keys in a text by `***`.
 
-    That is: users and passwords of addresses (with a scheme or without), queries of http addresses, parameters that
-    sign a request, bearer tokens, and the values of secret variables of this process, wherever they stand.
+    These are: users and passwords of addresses (with a scheme or without), queries of http addresses, parameters that
+    sign a request, bearer tokens, and the values of this process's secret variables.
     """
     for secret in _secrets(tuple(os.environ.items())):
         text = text.replace(secret, HIDDEN)
@@ -69,13 +69,13 @@ def without_secrets(text: str) -> str:
 
 
 def shown(address: str) -> str:
-    """An address for people. Alone, unlike in a text, its password may hold anything."""
-    return without_secrets(_whole(address) if holds_secrets(address) else address)
+    """An address without secrets, for messages. Its password may contain any character, unlike one within a text."""
+    return without_secrets(_decoded(address) if holds_secrets(address) else address)
 
 
-def _whole(address: str) -> str:
-    """An address as its password is meant. Only before its path is `%3A` the sign of one: paths may be names of pages,
-    such as `https%3A%2F%2Fexample.com%2Fa.jpg%3Fid%3D1`.
+def _decoded(address: str) -> str:
+    """Decode the part of an address that may hold a password. `%3A` marks a password only before the path: a path may
+    be an encoded page name, such as `https%3A%2F%2Fexample.com%2Fa.jpg%3Fid%3D1`.
     """
     if "://" not in address:
         decoded = unquote(address)
@@ -88,33 +88,33 @@ def _whole(address: str) -> str:
 
 
 def holds_secrets(uri: str) -> bool:
-    """Whether an address holds a user, a password or a signature. A path that begins with `/`, `.` or `~` does not."""
+    """Whether an address holds a user, a password or a signature; never for a path that begins with `/`, `.` or `~`."""
     if uri.startswith(("/", ".", "~")):
         return False
-    whole = _whole(uri)
-    if "://" not in whole:
+    decoded = _decoded(uri)
+    if "://" not in decoded:
         return USER_OF_HOST.match(uri) is not None
     return (
-        USER_OF_URL.search(whole) is not None
+        USER_OF_URL.search(decoded) is not None
         or QUERY.match(uri) is not None
         or ("?" in uri and PARAMETER.search(uri.partition("?")[2]) is not None)
     )
 
 
-@lru_cache(maxsize=1)  # a million bad rows ask for the same
+@lru_cache(maxsize=1)  # a million bad rows need the same list
 def _secrets(environment: tuple[tuple[str, str], ...]) -> list[str]:
-    """Secret values of the environment, the longest first: one may hold another."""
-    found: set[str] = set()
+    """Secret values of the environment, longest first, because one may contain another."""
+    secrets: set[str] = set()
     for name, value in environment:
         if SECRET_NAME.search(name):
-            found.add(value.strip())
+            secrets.add(value.strip())
         elif "@" in value:
-            found.update(_passwords(value))
-    return sorted((value for value in found if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+            secrets.update(_passwords(value))
+    return sorted((value for value in secrets if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
 
 
 def _passwords(value: str) -> Iterator[str]:
-    """The password of an address such as a proxy's, as it is written and as it is meant."""
+    """The password of an address such as a proxy's, as written and URL-decoded."""
     user, separator, _ = value.rpartition("@")
     password = user.rpartition("://")[2].partition(":")[2]
     if separator and password and not re.search(r"\s", password):
@@ -123,7 +123,7 @@ def _passwords(value: str) -> Iterator[str]:
 
 
 class SecretsFilter(logging.Filter):
-    """Takes secrets out of what a handler logs: messages, arguments and tracebacks."""
+    """Removes secrets from a handler's log records: messages, arguments and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = without_secrets(record.getMessage()), None
@@ -133,10 +133,10 @@ class SecretsFilter(logging.Filter):
 
 
 def guard_logs(*names: str | None) -> None:
-    """Let no secret through the handlers of these loggers; None is the root."""
+    """Remove secrets in all handlers of these loggers; None is the root logger."""
     for name in names:
         for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(known, SecretsFilter) for known in handler.filters):
+            if not any(isinstance(existing, SecretsFilter) for existing in handler.filters):
                 handler.addFilter(SecretsFilter())
 
 

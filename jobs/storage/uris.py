@@ -1,4 +1,4 @@
-"""Addresses of files and objects: local paths and `s3://`; nothing is opened here."""
+"""Parse and check addresses of files and objects: local paths and `s3://`. Opens nothing."""
 
 import os
 from typing import Final, Self
@@ -12,10 +12,9 @@ SCHEMES: Final = ("file", "s3")
 class Uri(str):
     """An absolute address: `s3://bucket/key`, or the absolute path of a local file.
 
-    Made where a command or a row of a manifest gives an address; from there on it travels as this value, and nothing
-    resolves it again. It is the text that is recorded and hashed into ids. Raises `UsageError` for other schemes, for
-    no place at all, for what is not UTF-8, and for an address with a password or a signature: it would be printed and
-    recorded.
+    A command or a manifest row's address becomes a `Uri` once and is never resolved again. This text is recorded and
+    hashed into ids. Raises `UsageError` for other schemes, an empty address, text that is not UTF-8, and an address
+    with a password or a signature, which would be printed and recorded.
     """
 
     __slots__ = ()
@@ -29,29 +28,26 @@ class Uri(str):
 
 
 def located(uri: str) -> str:
-    """The absolute address of what is only read here and recorded nowhere: a local file may have any name."""
+    """The absolute address of a file that is only read, not recorded, so that a local name need not be UTF-8."""
     if holds_secrets(uri):
-        raise UsageError(
-            f"{shown(uri)} {REFUSED}. Give keys in "
-            "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by a role"
-        )
+        raise UsageError(f"{shown(uri)} {REFUSED}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role")
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in SCHEMES:
         raise UsageError(f"{uri}: only local paths and s3:// are supported, not {scheme}://")
     if not (rest if separator else uri) or (separator and scheme == "s3" and rest.startswith("/")):
-        raise UsageError(f"{uri!r} names no place: give a path, or s3:// and a bucket")
+        raise UsageError(f"{uri!r} names no file or bucket: give a path, or s3:// and a bucket")
     if separator and scheme == "s3":
         return uri.rstrip("/")
     return os.path.abspath(rest if separator else os.path.expanduser(uri))
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI lies on a disk of this machine."""
+    """Whether a URI is a local path."""
     return "://" not in uri
 
 
 def model_path(path: str) -> Uri:
-    """The absolute path of weights given on the command line; they must be local, on every node."""
+    """The absolute path of model weights from the command line; every node must have them locally."""
     uri = Uri(path)
     if not is_local(uri):
         raise UsageError(f"{uri}: weights must be a local path that every node has")
@@ -59,7 +55,7 @@ def model_path(path: str) -> Uri:
 
 
 def join(uri: str, *parts: str) -> Uri:
-    """A URI below another, which must be absolute."""
+    """Append path parts to an absolute URI."""
     return str.__new__(Uri, "/".join([uri.rstrip("/"), *parts]))
 
 
@@ -69,7 +65,7 @@ def arrow_path(uri: str) -> str:
 
 
 def failure_domain(uri: str) -> str:
-    """What may be away as a whole: the bucket of a URI; "" for this machine's disks."""
+    """Failure domain of a URI: its bucket, or "" for local disks."""
     return "" if is_local(uri) else bucket_and_key(uri)[0]
 
 

@@ -1,4 +1,4 @@
-"""Writing whole objects: a reader sees all of one or nothing."""
+"""Write objects atomically: a reader sees the whole object or none."""
 
 import email.utils
 import json
@@ -19,7 +19,7 @@ from jobs.storage.uris import bucket_and_key, is_local, join
 
 @contextmanager
 def naming(uri: str) -> Iterator[None]:
-    """Errors of the system in the body name this file: what fails while writing (a full disk) names none by itself."""
+    """Add this file's name to OS errors of the body: errors while writing, such as a full disk, name no file."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def naming(uri: str) -> Iterator[None]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write an object whole: a reader sees all of it or nothing."""
+    """Write an object atomically: a reader sees the whole object or none."""
     system, path = filesystem(uri)
     if not is_local(uri):
         system.pipe_file(path, data)
@@ -38,10 +38,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def _write_partial(path: str, data: bytes) -> str:
-    """Write a file beside its place, down to the disk: a machine may lose its power."""
+    """Write and fsync a temporary file beside `path`, so that it survives a power failure; returns its path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    with _whole(partial), open(partial, "wb") as file:
+    with _removed_on_error(partial), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -49,8 +49,8 @@ def _write_partial(path: str, data: bytes) -> str:
 
 
 @contextmanager
-def _whole(partial: str) -> Iterator[None]:
-    """What the body could not finish is removed: on a full disk it would take the room that is left."""
+def _removed_on_error(partial: str) -> Iterator[None]:
+    """Remove the file if the body fails: on a full disk it would use the remaining space."""
     try:
         with naming(partial):
             yield
@@ -61,10 +61,9 @@ def _whole(partial: str) -> Iterator[None]:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Write an object only where there is none; False: there is one already. Of several creators one succeeds.
+    """Write an object only if it does not exist; False: it exists already. Exactly one of several writers succeeds.
 
-    S3: conditional put. Disks: a hard link to a written file, which exists whole or not at all; where there are no
-    hard links, exclusive create.
+    S3: conditional put. Disks: a hard link to a complete file, which is atomic; without hard links, exclusive create.
     """
     if not is_local(uri):
         system, path = filesystem(uri)
@@ -77,8 +76,8 @@ def create(uri: str, data: bytes) -> bool:
             status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if status not in (409, 412):
                 raise
-            # an answer that was lost on its way makes the client ask again: then it meets its own object
-            return status == 412 and _same(uri, data)
+            # if an answer is lost, the client's retry finds its own object
+            return status == 412 and _has_content(uri, data)
     partial = _write_partial(uri, data)
     try:
         os.link(partial, uri)
@@ -93,15 +92,15 @@ def create(uri: str, data: bytes) -> bool:
 
 def _create_exclusively(path: str, data: bytes) -> bool:
     try:
-        file = open(path, "xb")  # noqa: SIM115 - what was there before must not be removed below
+        file = open(path, "xb")  # noqa: SIM115 - a file that existed before must not be removed below
     except FileExistsError:
         return False
-    with _whole(path), file:
+    with _removed_on_error(path), file:
         file.write(data)
     return True
 
 
-def _same(uri: str, data: bytes) -> bool:
+def _has_content(uri: str, data: bytes) -> bool:
     try:
         return read_bytes(uri) == data
     except FileNotFoundError:
@@ -109,7 +108,7 @@ def _same(uri: str, data: bytes) -> bool:
 
 
 def age_seconds(uri: str) -> float:
-    """Seconds since an object was written, by the clock of its store. Raises `FileNotFoundError`."""
+    """Seconds since an object was written, by its store's clock. Raises `FileNotFoundError`."""
     if is_local(uri):
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(uri), prefix=".now-") as probe:
             return os.stat(probe.name).st_mtime - os.stat(uri).st_mtime
@@ -120,7 +119,7 @@ def age_seconds(uri: str) -> float:
 
 
 def remove_file(uri: str) -> None:
-    """Remove an object that this program made for its own use; harmless where there is none."""
+    """Remove an object that this program made for its own use; does nothing if it does not exist."""
     system, path = filesystem(uri)
     try:
         system.rm_file(path)
@@ -129,14 +128,14 @@ def remove_file(uri: str) -> None:
 
 
 def upload_file(path: Path, uri: str) -> None:
-    """Copy a local file to a URI: a reader sees all of it or nothing."""
+    """Copy a local file to a URI atomically: a reader sees the whole file or none."""
     system, target = filesystem(uri)
     if not is_local(uri):
         system.put_file(str(path), target)
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
-    with _whole(partial):
+    with _removed_on_error(partial):
         shutil.copyfile(path, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
@@ -144,17 +143,17 @@ def upload_file(path: Path, uri: str) -> None:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Write JSON whole."""
+    """Write a JSON file atomically."""
     write_bytes(uri, encode_json(value))
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as `write_json` writes it; half a surrogate pair, which somebody's JSON may hold, stays an escape."""
+    """Encode JSON as `write_json` writes it; a lone surrogate, which foreign JSON may contain, stays an escape."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> None:
-    """Copy a local folder to a URI, the file named `last` after all others: it marks the copy as whole."""
+    """Copy a local folder to a URI; the file named `last` is written last and marks the copy as complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.name == last):
         write_bytes(join(uri, path.relative_to(folder).as_posix()), path.read_bytes())

@@ -49,7 +49,7 @@ def test_no_address_and_local_are_not_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("host", ["a..b", ".", "x" * 100])
 def test_name_that_no_host_can_have_is_said(host: str) -> None:
-    assert f"{host} is no host name" in complaint(f"ray://{host}:6379")
+    assert f"{host} is not a host name" in complaint(f"ray://{host}:6379")
 
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
@@ -66,7 +66,7 @@ def test_port_that_says_nothing_is_given_up(silent: str) -> None:
 
 
 def test_name_that_nobody_knows_is_said() -> None:
-    assert "the name nobody.invalid is not known" in complaint("ray://nobody.invalid:6379")
+    assert "the host name nobody.invalid is unknown" in complaint("ray://nobody.invalid:6379")
 
 
 def test_name_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +85,8 @@ def test_name_server_that_does_not_answer_is_given_up(monkeypatch: pytest.Monkey
     ("answer", "reason"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is a web server"),
-        (b"220 mail\r\n", "no Ray cluster"),
-        (b"", "no Ray cluster"),
+        (b"220 mail\r\n", "is not a Ray cluster"),
+        (b"", "is not a Ray cluster"),
     ],
 )
 def test_server_of_another_kind_is_named(answer: bytes, reason: str) -> None:
@@ -128,12 +128,12 @@ def test_auto_without_any_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("http://head:8265", "is where Ray takes jobs (`ray job submit --address http://head:8265"),
-        ("https://head", "is where Ray takes jobs"),
+        ("http://head:8265", "is the address for Ray jobs (`ray job submit --address http://head:8265"),
+        ("https://head", "is the address for Ray jobs"),
         ("redis://head:6379", "give host:port, ray://host:port, auto or local"),
-        ("head", "names no port"),
-        ("ray://head:port", "names no port"),
-        ("ray://me:s3cret@head:10001", "ray://***@head:10001: a cluster's address holds no user"),
+        ("head", "has no valid port"),
+        ("ray://head:port", "has no valid port"),
+        ("ray://me:s3cret@head:10001", "ray://***@head:10001: an address must not contain a user"),
     ],
 )
 def test_address_of_another_kind_is_refused(given: str, reason: str) -> None:

@@ -94,9 +94,9 @@ def test_uv_makes_no_environments_for_workers_unless_asked(
     if asked is None:
         monkeypatch.delenv(resources.UV_HOOK)
     monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
-    resources._leave_uv_alone()
+    resources._disable_uv_hook()
     assert worker._maybe_modify_runtime_env({}, False) == ({"py_executable": "uv run python"} if asked else {})
-    assert ("uv run: workers use this environment as it is" in capsys.readouterr().err) == (asked is None)
+    assert ("uv run: workers use this environment unchanged" in capsys.readouterr().err) == (asked is None)
 
 
 class StubbornRay:

@@ -124,14 +124,15 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, images: str, 
         "absent": "there is no folder or prefix",
         "empty": "holds no images",
         "texts": r"holds no images \(1: \.txt is no image\)",
-        "text.parquet": "is no whole Parquet file",
-        "urls.parquet": "neither a `uri` column nor one of images",
-        "pictures/0_real/0.png": "see nsnet predict",
+        "text.parquet": "is not a complete Parquet file",
+        "urls.parquet": "neither a `uri` column nor an image column",
+        "pictures/0_real/0.png": "use nsnet predict",
     }
     for name, reason in expected.items():
         out = str(tmp_path / "out" / name.partition("/")[0])
         assert re.search(reason, complaint(command, str(tmp_path / name), *given, "--out", out)), name
-    for source, reason in (("gs://bucket/x", "not gs://"), ("", "names no place"), ("s3://", "names no place")):
+    nowhere = "names no file or bucket"
+    for source, reason in (("gs://bucket/x", "not gs://"), ("", nowhere), ("s3://", nowhere)):
         assert reason in complaint(command, source, *given, "--out", str(tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("manifest.parquet"))
 
@@ -142,10 +143,10 @@ def test_output_that_cannot_be_is_refused(command: str, bundle: str, images: str
     (tmp_path / "file").write_text("")
     for out, reason in {
         "gs://bucket/x": "not gs://",
-        "": "names no place",
+        "": "names no file or bucket",
         str(tmp_path / "file"): "is a file",
         str(tmp_path / "file" / "deeper" / "out"): "is a file",
-        f"{images}/out": "lies inside the source",
+        f"{images}/out": "is inside the source",
     }.items():
         assert reason in complaint(command, images, *given, "--out", out)
 
@@ -421,7 +422,7 @@ def test_home_that_is_not_known_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cli.group, "invoke", fail)
     code, _, err = run_command("score")
     assert code == 1 and err.splitlines() == [
-        "error: RuntimeError: Could not determine home directory. Set HOME to a folder that can be written"
+        "error: RuntimeError: Could not determine home directory. Set HOME to a writable folder"
     ]
 
 

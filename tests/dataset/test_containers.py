@@ -73,7 +73,7 @@ LIES: list[tuple[str, list[Any]]] = [
 
 @pytest.mark.parametrize(("asked", "answers"), LIES, ids=str)
 def test_answer_that_makes_no_sense_costs_the_container_alone(asked: str, answers: list[Any]) -> None:
-    with lied_to(*answers) as container, pytest.raises(ContainerError, match="^x: its reader's answer makes no sense$"):
+    with lied_to(*answers) as container, pytest.raises(ContainerError, match="^x: its reader sent an invalid answer$"):
         ASKED[asked](container)
 
 
@@ -87,7 +87,7 @@ def test_time_of_a_request_grows_with_the_file_and_its_rows(
     size_bytes: int, rows: int, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Clock, "computed", containers.SECONDS + 1)
-    error = "reading it took longer than 60 s of computing" if ends else "rows, and has 1"
+    error = "reading it took longer than 60 s of CPU time" if ends else "rows, but has 1"
     container = lied_to({"values": [["a"]]} | END, size_bytes=size_bytes)
     with container, pytest.raises(ContainerError, match=error):
         list(container.rows(["a"], rows))

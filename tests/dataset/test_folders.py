@@ -141,7 +141,7 @@ def test_too_many_folders_below_a_label_are_no_generators_and_that_is_said(label
     assert len({generator for _, generator, _ in few.values()}) == MAX_GENERATORS + 1
     folders = {labels_from_path(path, SOURCE).folder or "" for path in [*paths, "real/1.png"]}
     (remark,) = recognise(folders, SOURCE).remarks
-    assert remark == "the 201 folders below labels are too many for generators: none is taken for one"
+    assert remark == "the 201 folders below labels are too many for generators: none counts as a generator"
 
 
 # Hive partitions.

@@ -163,7 +163,7 @@ def test_missing_source_is_said_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_output_inside_the_source_is_refused(images: str, tmp_path: Path) -> None:
     for place in (f"{images}/out/m.parquet", f"{images}/m.parquet"):
-        with pytest.raises(UsageError, match="--out lies inside the source"):
+        with pytest.raises(UsageError, match="--out is inside the source"):
             write_manifest(images, place)
     assert len(rows_of(images)) == 9
     write_manifest(images, f"{images}-out/m.parquet")  # beside it, with the same beginning
@@ -510,7 +510,7 @@ def test_image_listed_with_both_labels_has_none_and_that_is_said(
         ("/d", 1, "d", None),
     ]
     assert written.labels == {None: 1, 1: 2, 0: 1} and written.left_out == {"listed twice": 3}
-    assert "1 images are listed twice with labels that contradict each other and have none" in capsys.readouterr().err
+    assert "1 images are listed twice with contradictory labels: they have no label" in capsys.readouterr().err
 
 
 def test_contradiction_counts_once_for_all_forms_and_before_a_limit(
@@ -640,7 +640,7 @@ def test_source_of_nothing_but_containers_that_cannot_be_read_says_so(tmp_path: 
     with pytest.raises(SourceError) as caught:
         write_manifest(source, f"{tmp_path}/manifest.parquet")
     message = str(caught.value)
-    assert f"{source} holds no images (2: .tar that cannot be read), as far as it can be read; not read: " in message
+    assert f"{source} holds no images (2: .tar that cannot be read) in its readable part; not read: " in message
     assert f"{source}/0.tar" in message and f"{source}/1.tar" in message
 
 

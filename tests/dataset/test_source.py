@@ -175,7 +175,7 @@ def test_fetch_reads_one_byte_more_than_allowed(place: str) -> None:
 )  # fmt: skip
 def test_file_that_people_take_for_a_source_is_named_as_what_it_is(name: str, said: str, tmp_path: Path) -> None:
     put(str(tmp_path), {name: b"x"})
-    with pytest.raises(SourceError, match=f"no source: it is .*{said}"):
+    with pytest.raises(SourceError, match=f"not a source: it is .*{said}"):
         Source(str(tmp_path / name)).check()
 
 
@@ -186,7 +186,7 @@ def test_missing_source_is_said(place: str) -> None:
             Source(f"{place}/{name}").check()
         with pytest.raises(SourceError, match=message):
             next(Source(f"{place}/{name}").rows())
-    with pytest.raises(SourceError, match="is a file that is no source: .* see nsnet predict"):
+    with pytest.raises(SourceError, match="is a file that is not a source: .* use nsnet predict"):
         Source(f"{place}/a.jpg").check()
 
 
@@ -287,7 +287,7 @@ def test_row_with_another_content_hash_fails_and_says_which(value: Any, tmp_path
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b"], "content_hash": [None, value]})})
     first, second = problems(rows_of(tmp_path / "m.parquet"))
     assert first is None and second is not None
-    assert second.startswith("row 1 of the manifest: content_hash ") and "no SHA-256 of 64 hexadecimal" in second
+    assert second.startswith("row 1 of the manifest: content_hash ") and "is not a SHA-256 of 64 hexadecimal" in second
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
@@ -384,7 +384,7 @@ def test_relative_manifest_is_found_from_the_current_folder(tmp_path: Path, monk
 
 def test_manifest_without_a_column_of_images_is_refused(place: str) -> None:
     put(place, {"m.parquet": parquet_bytes({"url": ["a"], "label": [1]})})
-    message = r"m\.parquet has neither a `uri` column nor one of images .*, only label \(int64\), url \(string\)"
+    message = r"m\.parquet has neither a `uri` column nor an image column .*, only label \(int64\), url \(string\)"
     with pytest.raises(SourceError, match=message):
         rows_of(f"{place}/m.parquet")
 
@@ -441,7 +441,7 @@ def test_hostile_tar_does_not_stop_the_rest(header: bytes, tmp_path: Path) -> No
     source = Source(str(tmp_path))
     assert f"{tmp_path}/a.jpg" in {row["uri"] for row in source.rows()}
     assert source.left_out == {".tar that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.tar is no whole, uncompressed tar"):
+    with pytest.raises(SourceError, match=r"b\.tar is not a complete, uncompressed tar"):
         rows_of(tmp_path / "b.tar")
 
 
@@ -485,7 +485,7 @@ def test_hostile_parquet_does_not_stop_the_rest(content: Callable[[], bytes], tm
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".parquet that cannot be read": 1}
-    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: the column| is no whole Parquet file| says that)"):
+    with pytest.raises(SourceError, match=r"b\.parquet(: a text|: column| is not a complete Parquet file| claims to)"):
         rows_of(tmp_path / "b.parquet")
 
 
@@ -597,7 +597,7 @@ def test_row_of_a_size_that_is_no_number_of_bytes_fails(value: Any, tmp_path: Pa
     column = pa.array([value], pa.decimal128(30) if value == 2**64 else None)
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a"], "size_bytes": column})})
     (problem,) = problems(rows_of(tmp_path / "m.parquet"))
-    assert problem is not None and "is no number of bytes" in problem
+    assert problem is not None and "is not a number of bytes" in problem
 
 
 def test_size_may_be_a_whole_float_or_nothing(tmp_path: Path) -> None:
@@ -612,7 +612,7 @@ def test_bad_row_of_a_manifest_fails_alone(tmp_path: Path) -> None:
     found = problems(rows)
     assert [problem is None for problem in found] == [True, *[False] * 6]
     assert rows[1]["uri"] == f"{tmp_path}/m.parquet#1" and found[1] == "row 1 of the manifest: it has no uri"
-    assert "holds a user, a password or a signature, which no address may" in str(found[2])
+    assert "holds a user, a password or a signature, which is not allowed in an address" in str(found[2])
     assert "only local paths and s3:// are supported, not gs://" in str(found[4])
     assert not any(secret in str(row) for row in rows for secret in ("user:pw", "token=abc"))
     identities(rows)
@@ -646,7 +646,7 @@ def test_file_that_is_no_parquet_is_refused(place: str) -> None:
     whole = parquet_bytes({"uri": ["a"]})
     for content in (b"", b"text", whole[:-20], bytes(5000)):
         put(place, {"m.parquet": content})
-        with pytest.raises(SourceError, match=r"m\.parquet is no whole Parquet file"):
+        with pytest.raises(SourceError, match=r"m\.parquet is not a complete Parquet file"):
             rows_of(f"{place}/m.parquet")
 
 
@@ -759,7 +759,7 @@ def test_tar_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     # in a header, in a body, between two members, and before the end mark
     for length in (100, 600, 1536, 1700, 2100, 2560, 3584 - 1, 3584):
         put(str(tmp_path), {"x.tar": whole[:length]})
-        with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+        with pytest.raises(SourceError, match=r"x\.tar is not a complete, uncompressed tar"):
             rows_of(tmp_path / "x.tar")
 
 
@@ -767,7 +767,7 @@ def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
     whole = bytearray(tar_bytes({"a.jpg": bytes(10), "b.jpg": bytes(10), "c.jpg": bytes(10)}))
     whole[1024 + 20] ^= 0xFF
     put(str(tmp_path), {"x.tar": bytes(whole)})
-    with pytest.raises(SourceError, match="damaged or cut off at byte 1,024"):
+    with pytest.raises(SourceError, match="damaged or truncated at byte 1,024"):
         rows_of(tmp_path / "x.tar")
 
 
@@ -776,7 +776,7 @@ def test_tar_with_a_damaged_header_is_refused(tmp_path: Path) -> None:
 )
 def test_other_content_or_compressed_tar_is_refused(content: bytes, place: str) -> None:
     put(place, {"x.tar": content})
-    with pytest.raises(SourceError, match=r"x\.tar is no whole, uncompressed tar"):
+    with pytest.raises(SourceError, match=r"x\.tar is not a complete, uncompressed tar"):
         rows_of(f"{place}/x.tar")
 
 

@@ -88,7 +88,7 @@ def test_tars_one_after_the_other_are_read_on(padding: int, tmp_path: Path) -> N
 def test_what_is_no_tar_behind_the_end_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, left_out = listed(tmp_path, tar_bytes({"a.jpg": b"x"}) + b"\x01" + os.urandom(4999))
     assert names(rows) == ["a.jpg"] and left_out == {"data behind the end of a tar": 1}
-    assert "5,000 bytes behind its end are no tar" in capsys.readouterr().err
+    assert "5,000 bytes after its end are not a tar" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_hidden(tmp_path: Path) -> None:
@@ -144,7 +144,8 @@ def test_size_that_a_header_claims_is_not_believed(size: int, kind: bytes, tmp_p
     source = Source(str(tmp_path))
     assert [row["uri"] for row in source.rows()] == [f"{tmp_path}/a.jpg"]
     assert source.left_out == {".tar that cannot be read": 1} and source.left_out.unread == 1
-    assert f"{tmp_path}/b.tar is no whole, uncompressed tar: ValueError: it has a header of" in source.left_out.named[0]
+    reason = "is not a complete, uncompressed tar: ValueError: it has a header of"
+    assert f"{tmp_path}/b.tar {reason}" in source.left_out.named[0]
 
 
 def test_large_header_in_a_large_file_is_not_read(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ FETCH_ERRORS: list[tuple[Exception, type[FetchError], bool]] = [
 def test_error_becomes_that_of_a_image(error: Exception, kind: type[FetchError], may_be_outage: bool) -> None:
     made = fetch_error(error, 3)
     assert type(made) is kind and made.may_be_outage is may_be_outage
-    assert made.requests == 3 and "(asked 3 times)" in str(made) and type(error).__name__ in str(made)
+    assert made.requests == 3 and "(after 3 requests)" in str(made) and type(error).__name__ in str(made)
     assert "asked" not in str(fetch_error(error, 1))
     assert made.stage == "fetch"
 
@@ -243,7 +243,7 @@ def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, imag
     assert type(caught.value) is FetchError and caught.value.may_be_outage
     # botocore makes at most four of each, and aiohttp some of each of those
     assert ATTEMPTS <= caught.value.requests <= proxy.requests("GET ") <= 12 * ATTEMPTS
-    assert f"(asked {caught.value.requests} times)" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"(after {caught.value.requests} requests)" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.s3
@@ -519,8 +519,8 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (full("/out/a"), "/out/a: No space left on device; make room there"),
-        (full(), "OSError: No space left on device; make room"),
+        (full("/out/a"), "/out/a: No space left on device; free some space there"),
+        (full(), "OSError: No space left on device; free some space"),
         (full("/out/a", errno.EROFS), "/out/a: Read-only file system; it is mounted read-only"),
         (full("/out/a", errno.EMFILE), "/out/a: Too many open files; too many files are open: raise `ulimit -n`"),
         (full("/out/a", errno.EFBIG), "/out/a: File too large; the file system or `ulimit -f`"),
@@ -540,7 +540,7 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
         ),
         (
             RecursionError("maximum recursion depth"),
-            "RecursionError: maximum recursion depth: something in a file is nes",
+            "RecursionError: maximum recursion depth: data in a file are nes",
         ),
         (UsageError("--out is wrong"), "--out is wrong"),
         (ObjectLostError("0a", "", ""), "the cluster failed: ObjectLostError: Failed to retrieve object 0a"),

@@ -80,7 +80,7 @@ def test_other_scheme_is_refused(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["", "s3://", "s3:///key", "file://"])
 def test_uri_of_no_place_is_refused(uri: str) -> None:
-    with pytest.raises(UsageError, match="names no place"):
+    with pytest.raises(UsageError, match="names no file or bucket"):
         Uri(uri)
 
 
@@ -678,7 +678,7 @@ def test_endpoint_with_a_password_is_refused(
     monkeypatch.setenv(name, endpoint)
     shown = endpoint.replace("somebody:a-s3cret", "***")
     for attempt in (probes.reachable, listing.list_files, reading.fetch):
-        with pytest.raises(UsageError, match=re.escape(f"{name} is {shown}: it must hold no user or password")):
+        with pytest.raises(UsageError, match=re.escape(f"{name} is {shown}: it must not contain a user or password")):
             list(attempt("s3://bucket/x") or ())  # type: ignore[operator]
 
 

@@ -318,7 +318,7 @@ def test_classes_of_something_else_are_refused_by_name(
         ({"status": ["ok"] * 4}, "the status 'ok' is neither scored nor failed"),
         ({"prob_fake": ["high"] * 4}, "prob_fake 'high' is not a number"),
         ({"verdict": ["maybe"] * 4}, "4 scored rows have a verdict other than real, uncertain, fake"),
-        ({"prob_fake": [[0.5]] * 4}, "the column `prob_fake` is of type list"),
+        ({"prob_fake": [[0.5]] * 4}, "column `prob_fake` has type list"),
     ],
 )
 def test_values_that_are_no_verdicts_are_named(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
