@@ -143,7 +143,7 @@ def test_identity_is_that_of_weights_configuration_and_calibration(
             replace(detector.calibration, uncertain_margin=0.01),
         ]
     ):
-        other = models.as_if_trained().with_calibration(calibration)
+        other = models.as_if_trained().set_calibration(calibration)
         ids.add(other.save(tmp_path / f"calibration{i}", captioner=captioner).detector_id)
     assert len(ids) == 4
     longer = replace(models.FROZEN, captioner=replace(models.FROZEN.captioner, max_new_tokens=7))

@@ -565,9 +565,9 @@ def test_probability_is_the_sigmoid_of_logit_over_temperature(saved: Path) -> No
         assert verdict.prob_fake == pytest.approx(1 / (1 + math.exp(-scored(verdict).logit / 0.5)), abs=1e-12)  # type: ignore[operator]
     probabilities = sorted(v.prob_fake for v in detector.predict(images))  # type: ignore[type-var]
     between = (probabilities[2] + probabilities[3]) / 2
-    detector.with_calibration(Calibration(temperature=0.5, threshold=between))
+    detector.set_calibration(Calibration(temperature=0.5, threshold=between))
     assert sorted(str(v.verdict) for v in detector.predict(images)) == ["fake"] * 3 + ["real"] * 3
-    detector.with_calibration(Calibration(temperature=0.5, threshold=between, uncertain_margin=0.999))
+    detector.set_calibration(Calibration(temperature=0.5, threshold=between, uncertain_margin=0.999))
     assert {v.verdict for v in detector.predict(images)} == {"uncertain"}
 
 

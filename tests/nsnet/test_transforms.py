@@ -543,15 +543,7 @@ def drawn(name: str, config: AugmentationConfig) -> list[float | None]:
 
 
 def test_nothing_is_drawn_by_default() -> None:
-    assert not AugmentationConfig().active
     assert all(draw(AugmentationConfig(), seed) == () for seed in range(200))
-
-
-@pytest.mark.parametrize("name", AUGMENTED)
-def test_configuration_is_active_where_something_can_be_drawn(name: str) -> None:
-    assert only(name, ALL).active and changed(AugmentationConfig(), **{f"{name}_share": 0.01}).active
-    assert HALF.active
-    assert not AugmentationConfig(blur_share=1.0, blur_range=(0.0, 0.0)).active
 
 
 @pytest.mark.parametrize("turn", range(4))
