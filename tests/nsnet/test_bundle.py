@@ -113,7 +113,7 @@ def test_card_states_identity_threshold_and_training(saved: Path) -> None:
     description = bundle.read(saved)
     assert f"`{description.detector_id}`" in card and "| temperature, threshold | 0.5, 0.4 (fitted on 10" in card
     assert json.dumps(TRAINING, indent=2, ensure_ascii=False) in card
-    assert "trained from random weights" in card and "captions mean nothing" in card and "no proof" in card
+    assert "trained from random weights" in card and "captions without meaning" in card and "not proof" in card
 
 
 def test_card_of_named_weights_claims_no_random_ones() -> None:

@@ -112,5 +112,5 @@ def test_new_tensors_may_take_what_the_weights_justify(tmp_path: Path) -> None:
         lambda: torch.zeros((2**20, 2**20), dtype=torch.float64),
         lambda: torch.eye(2**20),
     ):
-        with pytest.raises(NsnetError, match="which its files of weights cannot fill"), ModelSize([tmp_path]):
+        with pytest.raises(NsnetError, match="the limit for its weight files"), ModelSize([tmp_path]):
             build()

@@ -313,7 +313,7 @@ def test_basis_that_leaves_no_null_space_is_refused(count: int, rule: dict[str, 
 def test_rank_that_the_captions_do_not_span_is_refused(rank: int) -> None:
     spectrum = StreamingSVD(32).update(randn(5, 32)).spectrum()
     assert spectrum.basis(rank=5).shape == (32, 5)
-    with pytest.raises(NullSpaceError, match=f"rank {rank} was asked for; .* span 5 of 32 .* ranks 1 to 5"):
+    with pytest.raises(NullSpaceError, match=f"rank {rank} is not possible: .* span 5 of 32 .* ranks 1 to 5"):
         spectrum.basis(rank=rank)
 
 
