@@ -444,7 +444,7 @@ def test_transformers_clip_is_named_as_such(suffix: str, tmp_path: Path) -> None
     with pytest.raises(WeightsError, match="transformers' CLIPModel .* open_clip_model.safetensors of the same model"):
         clip.load_clip(SMALL, path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(WeightsError, match="transformers' format: give .* in open_clip's") as caught:
+    with pytest.raises(WeightsError, match="transformers' format; give .* in open_clip's") as caught:
         clip.find_weights(SMALL, tmp_path)
     models.one_line(caught.value)
 
