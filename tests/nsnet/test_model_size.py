@@ -86,7 +86,7 @@ def test_size_that_the_weights_cannot_fill_is_refused(name: str, keys: str, valu
 def test_mosaic_of_another_size_than_the_image_tower_takes_is_refused(copied: Path) -> None:
     edited(copied / "detector.json", "config.patches.mosaic_px", 64_000)
     seal(copied)
-    with pytest.raises(BundleError, match="does not fit its configuration: the mosaic has 64000 px"):
+    with pytest.raises(BundleError, match="does not fit its configuration: mosaic_px is 64000"):
         Detector.load(copied)
 
 
