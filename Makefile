@@ -1,4 +1,4 @@
-# Everything runs inside .venv, which `make setup` makes and keeps up to date with requirements.lock.
+# Everything runs inside .venv, which `make setup` creates and updates from requirements.lock.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -11,11 +11,11 @@ KILLS ?= 24
 
 help:
 	@echo "make setup   install into $(VENV)"
-	@echo "make demo    draw pictures, train, score, evaluate into OUT=$(OUT)"
-	@echo "make test    all tests, in two processes: test-unit, without Ray, S3 and the real sizes; test-rest, with them"
-	@echo "make test-faults   kill -9 of everything KILLS=$(KILLS) times, bad networks, poisoned pictures"
-	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; a minute of them is in make test"
-	@echo "make golden  compute tests/golden/*.json anew: losses and verdicts that only a change of the method may move"
+	@echo "make demo    draw images, train, score, evaluate into OUT=$(OUT)"
+	@echo "make test    run tests in two processes: test-unit, without Ray, S3 and the real sizes; test-rest, with them"
+	@echo "make test-faults   kill -9 of every kind of process KILLS=$(KILLS) times, network faults, hostile images"
+	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test runs one minute of them"
+	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
 	@echo "make check   ruff, mypy, import rules"
 
 setup: $(STAMP)
@@ -34,7 +34,7 @@ test: setup
 	$(RUN) -m tests.support.swift
 	$(MAKE) --no-print-directory --jobs 2 test-unit test-rest
 
-# KILLS of drivers, actors, workers and nodes; `make test` kills two.
+# KILLS: number of kills of drivers, actors, workers and nodes; `make test` uses two.
 test-faults: setup
 	$(RUN) -m tests.support.swift
 	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0
@@ -45,11 +45,11 @@ test-unit: setup
 test-rest: setup
 	$(RUN) -m pytest -m "cluster or s3 or real_sizes"
 
-# One case again: python -m tests.fuzz KIND:NUMBER
+# To repeat one case: python -m tests.fuzz KIND:NUMBER
 fuzz: setup
 	$(RUN) -m tests.fuzz
 
-# After a change that is meant to move the numbers; any other leaves these files as they are.
+# Only after a change that is meant to change the numbers; other changes must not change these files.
 golden: setup
 	$(RUN) -m tests.golden
 
@@ -63,7 +63,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Exact versions for every platform; no index address goes into the file.
+# Pin exact versions for every platform, without an index address in the file.
 lock:
 	$(VENV)/bin/uv pip compile --quiet --universal --extra dev --no-header --no-annotate --no-emit-index-url \
 		--python-version 3.11 -o requirements.lock pyproject.toml

@@ -1,10 +1,10 @@
-"""AIGIBench's size: 144,000 images through the whole pipeline with `tiny`, on one machine.
+"""Scores 144,000 images, the size of AIGIBench, with `tiny` through the whole pipeline on one machine.
 
     python -m benchmarks.aigibench_size --work /tmp/aigibench
 
-Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and scores them without taking repeated bytes over,
-so that each is fetched, decoded, captioned and scored. Says whether all rows came, how much the driver's memory grew
-between a tenth and the end, and how the last tenth's speed compares with the first's.
+Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and scores them without reusing verdicts for equal
+bytes, so that each is fetched, decoded, captioned and scored. Reports whether all rows were published, how much the
+driver's memory grew between a tenth of the run and its end, and the speed of the last tenth relative to the first.
 """
 
 from pathlib import Path
@@ -36,18 +36,18 @@ def main() -> None:
         "aigibench_size",
         [
             f"{options.count:,} hard links to {options.distinct:,} JPEGs, long sides {measure.SIDES_PX} px, `tiny`, "
-            "nothing taken over.",
+            "nothing reused.",
             "",
             "| | |",
             "|---|---|",
             f"| rows published | {record['rows']:,}, failed {record['counts']['status'].get('failed', 0)} |",
-            f"| seconds in all, until the first image | {record['seconds']:.0f}, {first.seconds:.0f} |",
+            f"| seconds in total, until the first image | {record['seconds']:.0f}, {first.seconds:.0f} |",
             f"| images/s: whole run, first tenth, last tenth | {speed_all:.1f}, {speed_first:.1f}, {speed_last:.1f} |",
             f"| last tenth / first tenth | {speed_last / speed_first:.3f} |",
             f"| driver at {early.scored:,} images | {early.driver_bytes / 2**20:.0f} MiB |",
             f"| driver at the end | {end.driver_bytes / 2**20:.0f} MiB |",
-            f"| driver's most, plan and publication included | {watched.driver_peak_bytes / 2**20:.0f} MiB |",
-            f"| end / a tenth | {end.driver_bytes / early.driver_bytes:.3f} |",
+            f"| driver's peak, including plan and publication | {watched.driver_peak_bytes / 2**20:.0f} MiB |",
+            f"| driver's memory: end / a tenth | {end.driver_bytes / early.driver_bytes:.3f} |",
             "",
             *measure.profile(watched),
             "",

@@ -1,10 +1,10 @@
-"""The semantic basis of 144,000 captions, as a stream, against one decomposition of them all.
+"""Compares the streamed semantic basis of 144,000 captions with one decomposition of all of them.
 
     python -m benchmarks.basis --work /tmp/basis
 
-Writes captions' features of 768 dimensions as `nsnet caption` publishes them, and computes their basis by Ray, from a
-third of so many, from all, and from three times as many, each in a process of its own. Says how much memory that took,
-and the largest angle between the streamed basis and that of one SVD, for several ranks.
+Writes caption features of 768 dimensions as `nsnet caption` publishes them, and computes their basis with Ray from a
+third of the captions, from all, and from three times as many, each in a separate process. Reports the memory used, and
+the largest angle between the streamed basis and that of one SVD, for several ranks.
 """
 
 import json
@@ -41,7 +41,7 @@ np.savez(out, values=found.singular_values.numpy(), directions=found.directions.
 
 
 def features(start: int, rows: int) -> npt.NDArray[np.float32]:
-    """Captions of a few topics, far from the origin, with noise in all directions: as CLIP's text features lie."""
+    """Draw features like CLIP's text features: a few topics, far from the origin, with noise in all directions."""
     world = np.random.default_rng(0)
     topics, centre = world.normal(size=(TOPICS, DIM)), 3.0 * world.normal(size=DIM)
     dice = np.random.default_rng([1, start])
@@ -50,7 +50,7 @@ def features(start: int, rows: int) -> npt.NDArray[np.float32]:
 
 
 def write(folder: Path, count: int) -> list[str]:
-    """Published captions: files of so many rows, and the ids of all."""
+    """Write published captions in files of `FILE_ROWS` rows, and the ids of all; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     files = []
@@ -62,30 +62,30 @@ def write(folder: Path, count: int) -> list[str]:
             lists = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * DIM, pa.int32()), values)
             ids = pa.array([f"{i:032x}" for i in range(start, start + rows)])
             pq.write_table(pa.table([ids, lists.cast(columns.field(1).type)], schema=columns), path)
-    everyone = pa.table({"image_id": [f"{i:032x}" for i in range(count)]})
-    pq.write_table(everyone, folder.parent / "ids.parquet")
+    all_ids = pa.table({"image_id": [f"{i:032x}" for i in range(count)]})
+    pq.write_table(all_ids, folder.parent / "ids.parquet")
     return files
 
 
 class Cost(NamedTuple):
-    """Of a basis from so many captions."""
+    """Time and memory of computing a basis."""
 
     seconds: float
     driver: int
-    """Most bytes that the driver holds for itself."""
+    """Peak of the driver's own bytes."""
     everything: int
-    """Likewise of all processes together."""
+    """Peak of the own bytes of all processes together."""
 
 
 def streamed(files: list[str], count: int, out: Path) -> Cost:
-    """Compute the basis of the first captions."""
+    """Compute the basis of the first `count` captions in a separate process."""
     command = [sys.executable, "-c", CODE, json.dumps(files), str(count), str(out)]
     process = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.PIPE, text=True)
     with measure.PeakMemory(process.pid, with_children=True) as memory:
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     if process.returncode != 0:
-        raise RuntimeError(f"the basis ended with {process.returncode}")
-    return Cost(json.loads(told.splitlines()[-1])["seconds"], memory.peak_own, memory.peak_of_all)
+        raise RuntimeError(f"the process for the basis failed with exit code {process.returncode}: see its output")
+    return Cost(json.loads(output.splitlines()[-1])["seconds"], memory.peak_own, memory.peak_of_all)
 
 
 def angle(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
@@ -102,30 +102,31 @@ def main() -> None:
     count, work = options.count, options.work
     counts = (count // 3, count, 3 * count)
     files = write(work / "captions", counts[-1])
-    costs = [streamed(files[: -(-some // FILE_ROWS)], some, work / f"{some}.npz") for some in counts]
+    costs = [streamed(files[: -(-size // FILE_ROWS)], size, work / f"{size}.npz") for size in counts]
     started = time.monotonic()
     everything = np.concatenate(
         [features(start, min(FILE_ROWS, count - start)) for start in range(0, count, FILE_ROWS)]
     )
     _, values, directions = np.linalg.svd(everything.astype(np.float64), full_matrices=False)
-    once = time.monotonic() - started
-    found = np.load(work / f"{count}.npz", allow_pickle=False)
-    error = np.abs(found["values"] / values - 1.0).max()
-    angles = [f"| {rank} | {angle(directions[:rank].T, found['directions'][:rank].T):.1e} |" for rank in RANKS]
+    svd_seconds = time.monotonic() - started
+    streamed_basis = np.load(work / f"{count}.npz", allow_pickle=False)
+    error = np.abs(streamed_basis["values"] / values - 1.0).max()
+    angles = [f"| {rank} | {angle(directions[:rank].T, streamed_basis['directions'][:rank].T):.1e} |" for rank in RANKS]
     measure.write_result(
         options.results,
         "basis",
         [
             f"Captions of {DIM} dimensions in files of {FILE_ROWS:,}.",
             "",
-            f"| captions | {' | '.join(f'{some:,}' for some in counts)} |",
+            f"| captions | {' | '.join(f'{size:,}' for size in counts)} |",
             "|---|---|---|---|",
             f"| seconds | {' | '.join(f'{cost.seconds:.1f}' for cost in costs)} |",
-            f"| driver's most memory, MiB | {' | '.join(f'{cost.driver / 2**20:.0f}' for cost in costs)} |",
-            f"| of all processes, MiB | {' | '.join(f'{cost.everything / 2**20:.0f}' for cost in costs)} |",
+            f"| driver's peak memory, MiB | {' | '.join(f'{cost.driver / 2**20:.0f}' for cost in costs)} |",
+            f"| peak memory of all processes, MiB | {' | '.join(f'{cost.everything / 2**20:.0f}' for cost in costs)} |",
             "",
-            f"One SVD of {count:,} in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {once:.1f} s. Largest "
-            f"relative difference of a singular value: {error:.1e}. Largest principal angle between the two bases:",
+            f"One SVD of {count:,} in memory, {everything.nbytes * 2 / 2**20:.0f} MiB as fp64: {svd_seconds:.1f} s. "
+            f"Largest relative difference of a singular value: {error:.1e}. Largest principal angle between the two "
+            "bases:",
             "",
             "| rank | radians |",
             "|---|---|",

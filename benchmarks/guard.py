@@ -1,10 +1,10 @@
-"""What the guard costs: images prepared in child processes that may crash, against the same without them.
+"""Measures the cost of the guard: prepares images in guarded child processes and, for comparison, without them.
 
     python -m benchmarks.guard --work /tmp/guard
 
-All do the same images in turn, round by round: processes as they are, processes that keep their memory as the guard's
-children do, and the guard. Twice as many processes as cores, as where Ray's tasks decode: what counts is the work, not
-that a process waits for its child. With the captioner's side of `tiny` and of BLIP.
+Prepares the same images in turn, round by round, with plain processes, with processes that keep their memory as the
+guard's children do, and with the guard. Uses twice as many processes as cores, like Ray's decoding tasks, so that the
+result measures the work and not the wait of a process for its child. Runs with the thumbnail sizes of `tiny` and BLIP.
 """
 
 import multiprocessing
@@ -35,32 +35,34 @@ def main() -> None:
     paths = measure.write_jpegs(Path(options.work) / "distinct", options.count)
     lines = [
         f"{options.count} JPEGs, long sides {measure.SIDES_PX} px, {WORKERS} processes, {options.rounds} rounds of all "
-        "in turn after one that is not counted. Images a second (medians), and the guard's time over the other's.",
+        "in turn after one warm-up round. Images/s (medians), and the guard's time divided by the other's.",
         "",
-        "| thumbnail | plain | keeps its memory | guard | over plain: min, median, max | over what keeps its memory |",
+        "| thumbnail | plain | keeps its memory | guard | guard / plain: min, median, max | guard / keeps its memory |",
         "|---|---|---|---|---|---|",
     ]
     context = multiprocessing.get_context("spawn")
     for name, side in THUMBNAILS_PX.items():
         with context.Pool(WORKERS) as plain:
-            seconds(plain, without_guard, paths, side)  # all have started, before the next ones' environment
+            seconds(plain, without_guard, paths, side)  # starts all its processes before the environment changes
             os.environ.update(ENVIRONMENT)
             with context.Pool(WORKERS) as keeping, context.Pool(WORKERS) as guarded:
-                ways = ((plain, without_guard), (keeping, without_guard), (guarded, with_guard))
-                rounds = [[seconds(*way, paths, side) for way in ways] for _ in range(options.rounds + 1)][1:]
+                variants = ((plain, without_guard), (keeping, without_guard), (guarded, with_guard))
+                rounds = [[seconds(*variant, paths, side) for variant in variants] for _ in range(options.rounds + 1)][
+                    1:
+                ]
             for variable in ENVIRONMENT:
                 del os.environ[variable]
         speeds = [f"{options.count / statistics.median(times):.0f}" for times in zip(*rounds, strict=True)]
         ratios = [sorted(times[2] / times[i] for times in rounds) for i in (0, 1)]
-        told = [f"{ratio[0]:.3f}, {statistics.median(ratio):.3f}, {ratio[-1]:.3f}" for ratio in ratios]
-        lines.append(f"| {name}, {side} px | {' | '.join(speeds + told)} |")
+        spreads = [f"{ratio[0]:.3f}, {statistics.median(ratio):.3f}, {ratio[-1]:.3f}" for ratio in ratios]
+        lines.append(f"| {name}, {side} px | {' | '.join(speeds + spreads)} |")
     measure.write_result(options.results, "guard", lines)
 
 
-def seconds(pool: Pool, way: Any, paths: Sequence[Path], side: int) -> float:
-    """Seconds that the processes of a pool take for all images, one each at a time."""
+def seconds(pool: Pool, task: Any, paths: Sequence[Path], side: int) -> float:
+    """Seconds that the processes of a pool take for all images."""
     started = time.perf_counter()
-    for _ in pool.imap_unordered(way, [(path, side) for path in paths], chunksize=8):
+    for _ in pool.imap_unordered(task, [(path, side) for path in paths], chunksize=8):
         pass
     return time.perf_counter() - started
 

@@ -1,11 +1,10 @@
-"""AIGIBench's size, the input side of training: one epoch over 144,000 images as a training process is given them.
+"""Measures the input side of training: one epoch over 144,000 images, the size of AIGIBench.
 
     python -m benchmarks.ingest --work /tmp/ingest
 
-Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and goes through one epoch of shuffled, augmented
-batches for `tiny`, without a network behind it: what is timed is fetching, decoding, augmenting, choosing patches, and
-the way to the training process. Beside it, in the same run, two plain processes that do the same work on images of
-the same sizes, without Ray.
+Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and reads one epoch of shuffled, augmented batches
+for `tiny`, without training a network. This times fetching, decoding, augmenting, selecting patches, and the transfer
+to the training process. For comparison, plain processes do the same work without Ray on images of the same sizes.
 """
 
 import os
@@ -36,7 +35,7 @@ CONFIG = PreparationConfig(patches=recipes.TINY.detector.patches)
 
 
 def split_of(source: Path) -> Examples:
-    """All images, for training."""
+    """Put all images of a source into the training split."""
     rows = [
         {**dict.fromkeys(SPLIT.names), **row, "label": i % 2, "split": "train", "group": i}
         for i, row in enumerate(Source(str(source)).rows())
@@ -45,27 +44,27 @@ def split_of(source: Path) -> Examples:
 
 
 def plain(paths: list[str]) -> int:
-    """The same work on some images in this process."""
+    """Do the same work for some images in this process; returns their number."""
     for path in paths:
         seed = image_seed(0, 0, path)
         chain = transforms.to_text(transforms.draw(AUGMENTATION, seed))
-        done = prepare(Path(path).read_bytes(), CONFIG, chain, transform_seed(path, seed))
-        assemble_mosaic(done.patches, seed)
+        prepared = prepare(Path(path).read_bytes(), CONFIG, chain, transform_seed(path, seed))
+        assemble_mosaic(prepared.patches, seed)
     return len(paths)
 
 
 def plain_speed(images: list[Path], processes: int) -> float:
-    """Images a second by plain processes."""
+    """Images per second of plain processes."""
     chunks = [[str(path) for path in images[i::8]] for i in range(8)]
     with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(plain, [chunk[:8] for chunk in chunks]))  # imports
+        list(pool.map(plain, [chunk[:8] for chunk in chunks]))  # warm-up: imports
         started = time.monotonic()
-        done = sum(pool.map(plain, chunks))
-    return done / (time.monotonic() - started)
+        count = sum(pool.map(plain, chunks))
+    return count / (time.monotonic() - started)
 
 
 def mib(size: int) -> str:
-    """Bytes as MiB."""
+    """Format bytes as MiB."""
     return f"{size / 2**20:.0f}"
 
 
@@ -116,14 +115,14 @@ def main() -> None:
             "",
             "| | |",
             "|---|---|",
-            f"| images that came, that failed | {count:,}, {failed} |",
+            f"| images received, failed | {count:,}, {failed} |",
             f"| seconds until the first batch | {marks[0][0]:.0f} |",
-            f"| images/s from there: whole epoch, first tenth, last tenth | {whole:.1f}, {speed(0.0, 0.1):.1f}, "
+            f"| images/s after that: whole epoch, first tenth, last tenth | {whole:.1f}, {speed(0.0, 0.1):.1f}, "
             f"{speed(0.9, 1.0):.1f} |",
             f"| images/s of {cores} plain processes, before and after | {before:.1f}, {after:.1f} |",
             f"| stream / plain | {2 * whole / (before + after):.2f} |",
             f"| MiB of the training process at a tenth, at the end | {mib(at(0.1)[2])}, {mib(marks[-1][2])} |",
-            f"| MiB of all processes, each for itself, likewise | {mib(at(0.1)[3])}, {mib(marks[-1][3])} |",
+            f"| unshared MiB of all processes, at a tenth, at the end | {mib(at(0.1)[3])}, {mib(marks[-1][3])} |",
         ],
     )
 

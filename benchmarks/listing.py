@@ -1,9 +1,9 @@
-"""Listing and planning: time and memory of what comes before the first image.
+"""Measures the time and memory of listing and planning, which precede the first image.
 
     python -m benchmarks.listing --work /tmp/listing
 
-200,000 files on disk, 20,000 objects on S3 (the tests' Swift server on this machine), and a plan against 10 million
-published rows, each in a process of its own.
+Lists 200,000 files on disk and 20,000 objects on S3 (the tests' Swift server on this machine), and plans against 10
+million published rows, each in a separate process.
 """
 
 import multiprocessing
@@ -33,20 +33,20 @@ def main() -> None:
     arguments.add_argument("--published", type=int, default=10_000_000)
     options = arguments.parse_args()
     work: Path = options.work
-    lines = ["| what | seconds | a second | memory, peak |", "|---|---|---|---|"]
+    lines = ["| case | seconds | entries/s | peak memory |", "|---|---|---|---|"]
     lines += [alone(on_disk, work, options.files), alone(on_s3, work, options.objects)]
     lines.append(alone(against_history, work, options.published))
     measure.write_result(options.results, "listing", lines)
 
 
 def alone(benchmark: Callable[..., str], *arguments: Any) -> str:
-    """Run one in a fresh process: memory is then its own."""
+    """Run one benchmark in a new process, so that its memory is measured separately."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return str(pool.apply(benchmark, arguments))
 
 
 def planned(name: str, source: str, place: str, published: Iterable[pa.RecordBatch] = ()) -> str:
-    """Plan a source; returns a line of the table."""
+    """Plan a source and return a line of the table."""
     with measure.PeakMemory() as memory:
         started = time.monotonic()
         plan = write_manifest(source, uris.join(place, "manifest.parquet"), published=published)
@@ -56,7 +56,7 @@ def planned(name: str, source: str, place: str, published: Iterable[pa.RecordBat
 
 
 def on_disk(work: Path, files: int) -> str:
-    """Many small files, a thousand in a folder."""
+    """Plan many small files, a thousand per folder."""
     folder = work / f"files-{files}"
     for i in range(files):
         if i % 1000 == 0:
@@ -68,7 +68,7 @@ def on_disk(work: Path, files: int) -> str:
 
 
 def on_s3(work: Path, objects: int) -> str:
-    """Many small objects, a thousand in a prefix."""
+    """Plan many small objects, a thousand per prefix."""
     from concurrent.futures import ThreadPoolExecutor
 
     from tests.support.swift import SwiftServer
@@ -86,7 +86,7 @@ def on_s3(work: Path, objects: int) -> str:
 
 
 def against_history(work: Path, published: int) -> str:
-    """A source of a tenth of what was published, of which all but a hundredth is known."""
+    """Plan a source of a tenth as many rows as were published, of which all but a hundredth are known."""
     out = work / f"history-{published}"
     if not catalog.runs(str(out)):
         _publish(out, published)
@@ -98,11 +98,13 @@ def against_history(work: Path, published: int) -> str:
     parquet.write(table.to_batches(), table.schema, str(source))
     del table, names, etags
     done = catalog.published(str(out), schema.DONE, detector_id="d")
-    return planned(f"{count:,} rows of a manifest against {published:,} published", str(source), str(work / "p"), done)
+    return planned(
+        f"{count:,} rows of a manifest against {published:,} published rows", str(source), str(work / "p"), done
+    )
 
 
 def _publish(out: Path, rows: int) -> None:
-    """A published run of so many rows, without their images."""
+    """Write a published run of this many rows, without their images."""
     from jobs.dataset.manifest import image_id
 
     run = publication.Run(out=str(out))

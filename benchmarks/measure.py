@@ -1,4 +1,4 @@
-"""What the benchmarks share: images, `nsnet score` watched from outside, and result files."""
+"""Provides what the benchmarks share: test images, monitoring of `nsnet score`, and result files."""
 
 import argparse
 import contextlib
@@ -20,15 +20,15 @@ from PIL import Image
 
 ROOT: Final = Path(__file__).parents[1]
 SIDES_PX: Final = (224, 256, 320, 384, 512, 640, 768, 1024)
-"""Sides of the generated images, all equally often; the other side is 3/4 of it."""
+"""Long sides of the generated images, all equally often; the short side is 3/4 of the long one."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of a run at a moment."""
+    """State of a run at one time."""
 
     seconds: float
-    """Since the run's start."""
+    """Seconds since the run's start."""
     prepared: int
     captioned: int
     scored: int
@@ -37,14 +37,14 @@ class Sample:
 
 
 def hardware() -> str:
-    """One line about this machine."""
+    """Describe this machine in one line."""
     memory = psutil.virtual_memory().total / 2**30
     gpus = "a GPU" if Path("/dev/nvidia0").exists() else "no GPU"
     return f"{os.cpu_count()} cores, {memory:.0f} GiB, {gpus}, {platform.system()}, Python {platform.python_version()}"
 
 
 def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Smooth random images with noise, of mixed sizes, as JPEG of quality 90."""
+    """Write smooth random images with noise, of mixed sizes, as JPEG of quality 90."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:06d}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
@@ -61,18 +61,18 @@ def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
 
 
 def link(images: Sequence[Path], folder: Path, count: int) -> None:
-    """`count` hard links to the images, a thousand in a folder."""
+    """Create `count` hard links to the images, a thousand per folder."""
     for i in range(count):
-        place = folder / f"{i // 1000:04d}"
+        subfolder = folder / f"{i // 1000:04d}"
         if i % 1000 == 0:
-            place.mkdir(parents=True, exist_ok=True)
-        target = place / f"{i:06d}.jpg"
+            subfolder.mkdir(parents=True, exist_ok=True)
+        target = subfolder / f"{i:06d}.jpg"
         if not target.exists():
             os.link(images[i % len(images)], target)
 
 
 def tiny_bundle(folder: Path) -> Path:
-    """The `tiny` recipe with random weights, as a bundle."""
+    """Write the `tiny` recipe with random weights as a bundle, if it does not exist."""
     from nsnet import recipes
     from nsnet.detector import Detector
 
@@ -83,18 +83,18 @@ def tiny_bundle(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Watched:
-    """A run of `nsnet score`, as it looked from outside."""
+    """Measurements of a run of `nsnet score`, taken by another process."""
 
     samples: list[Sample]
     lines: list[str]
     driver_peak_bytes: int
-    """The most resident memory of the driver, looked at ten times a second from the plan to the record."""
+    """Peak resident memory of the driver, sampled ten times per second from the plan to the record."""
     cpu_seconds: dict[str, tuple[float, float]]
-    """Kind of process -> CPU seconds until the first scored image, and from there to the end."""
+    """Kind of process -> CPU seconds until the first scored image, and from then to the end."""
 
 
 def score(arguments: Sequence[str]) -> Watched:
-    """Run `nsnet score` and watch it. Raises `RuntimeError` when it fails."""
+    """Run `nsnet score` and measure it. Raises `RuntimeError` if it fails."""
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.score", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -103,8 +103,8 @@ def score(arguments: Sequence[str]) -> Watched:
     memory_of_driver.__enter__()
     samples: list[Sample] = []
     lines: list[str] = []
-    started_up: dict[int, float] = {}
-    spent: dict[int, tuple[str, float]] = {}
+    startup_seconds: dict[int, float] = {}
+    cpu_seconds: dict[int, tuple[str, float]] = {}
     assert process.stderr is not None
     for line in process.stderr:
         lines.append(line.rstrip("\n"))
@@ -117,18 +117,21 @@ def score(arguments: Sequence[str]) -> Watched:
             memory = psutil.Process(process.pid).memory_info().rss
             samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
             for pid, (kind, seconds) in _cpu_seconds(process.pid).items():
-                spent[pid] = (spent[pid][0] if kind == KINDS["ray::"] and pid in spent else kind, seconds)
+                cpu_seconds[pid] = (
+                    cpu_seconds[pid][0] if kind == KINDS["ray::"] and pid in cpu_seconds else kind,
+                    seconds,
+                )
             if scored == 0:
-                started_up = {pid: seconds for pid, (_, seconds) in spent.items()}
+                startup_seconds = {pid: seconds for pid, (_, seconds) in cpu_seconds.items()}
     code = process.wait()
     memory_of_driver.__exit__()
     if code != 0:
-        raise RuntimeError(f"nsnet score ended with {code}")
+        raise RuntimeError(f"nsnet score failed with exit code {code}: see its output")
     by_kind: dict[str, tuple[float, float]] = {}
-    for pid, (kind, seconds) in spent.items():
+    for pid, (kind, seconds) in cpu_seconds.items():
         before, after = by_kind.get(kind, (0.0, 0.0))
-        first = started_up.get(pid, 0.0)
-        by_kind[kind] = (before + first, after + seconds - first)
+        startup = startup_seconds.get(pid, 0.0)
+        by_kind[kind] = (before + startup, after + seconds - startup)
     return Watched(samples, lines, memory_of_driver.peak, by_kind)
 
 
@@ -143,48 +146,50 @@ KINDS: Final = {
     "gcs_server": "GCS",
     "jobs.score": "driver",
 }
-"""What a command line holds -> kind of process, the first that fits."""
+"""Part of a command line -> kind of process; the first match counts."""
 
 
 def _cpu_seconds(pid: int) -> dict[int, tuple[str, float]]:
-    """Process id -> kind, CPU seconds so far; a worker has the name of what it last did."""
-    found = {}
+    """Process id -> kind and CPU seconds so far; a worker's name is that of its last task."""
+    processes = {}
     driver = psutil.Process(pid)
     for process in [driver, *driver.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
             line, times = " ".join(process.cmdline()), process.cpu_times()
             kind = next((kind for part, kind in KINDS.items() if part in line), "Ray's other processes")
-            found[process.pid] = (kind, times.user + times.system)
-    return found
+            processes[process.pid] = (kind, times.user + times.system)
+    return processes
 
 
 def profile(watched: Watched) -> list[str]:
-    """A table of where the CPU seconds went."""
+    """Return a table of the CPU seconds by kind of process."""
     last, first = watched.samples[-1], next(sample for sample in reversed(watched.samples) if sample.scored == 0)
     total = sum(after for _, after in watched.cpu_seconds.values())
     rows = sorted(watched.cpu_seconds.items(), key=lambda item: -item[1][1])
     return [
-        "| process | CPU s until the first image | CPU s from there | ms an image | share |",
+        "| process | CPU s until the first image | CPU s after that | ms per image | share |",
         "|---|---|---|---|---|",
         *(
             f"| {kind} | {before:.0f} | {after:.0f} | {1000 * after / last.scored:.2f} | {after / total:.0%} |"
             for kind, (before, after) in rows
         ),
-        f"| no process | | {(last.seconds - first.seconds) * (os.cpu_count() or 1) - total:.0f} | | |",
+        f"| idle | | {(last.seconds - first.seconds) * (os.cpu_count() or 1) - total:.0f} | | |",
     ]
 
 
 def at(samples: Sequence[Sample], scored: int) -> Sample:
-    """The first sample with so many scored images."""
+    """Return the first sample with at least this many scored images."""
     return next(sample for sample in samples if sample.scored >= scored)
 
 
 class PeakMemory:
-    """Largest resident memory of a process (None: this one) while a block runs, looked at ten times a second."""
+    """Peak resident memory of a process (None: this one) during a block, sampled ten times per second."""
 
     def __init__(self, pid: int | None = None, *, with_children: bool = False) -> None:
-        """`with_children`: also that of all its processes together, what they share left out (`peak_of_all`); without
-        what it shares, that of the process itself is `peak_own`."""
+        """`with_children`: also measure the unshared memory of the process and its descendants (`peak_of_all`).
+
+        `peak_own` is the peak of the process's own unshared memory.
+        """
         self._process = psutil.Process(pid)
         self._with_children = with_children
         self.peak_of_all = self.peak_own = 0
@@ -211,12 +216,12 @@ class PeakMemory:
 
     @property
     def text(self) -> str:
-        """Peak, and how much of it came in the block."""
-        return f"{self.peak / 2**20:.0f} MiB, of which {(self.peak - self.before) / 2**20:.0f} MiB came by this step"
+        """Format the peak, and the increase since the start of the block."""
+        return f"{self.peak / 2**20:.0f} MiB, of which {(self.peak - self.before) / 2**20:.0f} MiB by this step"
 
 
 def own_memory(pid: int) -> int:
-    """Bytes that a process and its descendants hold each for itself."""
+    """Bytes of unshared memory of a process and its descendants."""
     total = 0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
@@ -226,19 +231,21 @@ def own_memory(pid: int) -> int:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options of all benchmarks."""
+    """Return a parser with the options of all benchmarks."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="Folder for images and output, on one disk.")
-    arguments.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="Where results go.")
+    arguments.add_argument(
+        "--work", type=Path, required=True, help="Folder for images and output, on one disk (hard links)."
+    )
+    arguments.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="Folder for results.")
     return arguments
 
 
-def write_result(folder: Path, what: str, text: Iterator[str] | Sequence[str]) -> Path:
-    """Write `<what>_<hardware>_<yyyymmdd>.md`."""
+def write_result(folder: Path, name: str, text: Iterator[str] | Sequence[str]) -> Path:
+    """Write `<name>_<hardware>_<yyyymmdd>.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{what}_{os.cpu_count()}cores_{datetime.now(UTC):%Y%m%d}.md"
+    path = folder / f"{name}_{os.cpu_count()}cores_{datetime.now(UTC):%Y%m%d}.md"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = [f"# {what}", "", f"{hardware()}. Commit {commit.strip()}, {datetime.now(UTC):%Y-%m-%d}.", "", *text]
+    lines = [f"# {name}", "", f"{hardware()}. Commit {commit.strip()}, {datetime.now(UTC):%Y-%m-%d}.", "", *text]
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return path

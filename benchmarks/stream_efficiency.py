@@ -1,12 +1,12 @@
-"""Stream efficiency: `nsnet score` against a plain pool of two processes that call the same functions.
+"""Compares `nsnet score` with a plain pool of two processes that call the same functions (stream efficiency).
 
     python -m benchmarks.stream_efficiency --work /tmp/efficiency
 
-The pool's processes fetch, hash, decode, caption and score their half of the images in a loop, in batches of 32, with
-one thread each and no Ray; their clocks start when the models are loaded. They also time each stage, which gives the
-work of the stream: between its first scored image and its end it did some preparing, captioning and scoring, which
-would have taken the pool so many seconds. That, over the seconds that the stream took, is its efficiency, start-up
-apart. Pool and stream run one after the other, several rounds, in one command.
+The pool's processes fetch, hash, decode, caption and score half of the images each, in batches of 32, with one thread
+and without Ray; their clocks start when the models are loaded. They also time each stage. From these times follows how
+many seconds the pool would need for the preparing, captioning and scoring that the stream did between its first scored
+image and its end. The efficiency without start-up is this number divided by the seconds of the stream. Pool and stream
+run one after the other, for several rounds.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ STAGES: Final = ("prepare", "caption", "score")
 def pool_worker(
     paths: Sequence[str], bundle: str, ready: "multiprocessing.Queue[object]", go: object, done: object
 ) -> None:
-    """One process of the plain pool; puts its seconds per stage and in all."""
+    """Run one process of the plain pool; puts its seconds per stage into `done`."""
     import numpy as np
     import torch
 
@@ -51,8 +51,8 @@ def pool_worker(
             data = Path(path).read_bytes()
             hashlib.sha256(data).hexdigest()
             prepared.append(prepare(data, config))
-        mosaics = np.stack([assemble_mosaic(one.patches, SCORING_SEED) for one in prepared])
-        thumbnails = np.stack([one.thumbnail for one in prepared])
+        mosaics = np.stack([assemble_mosaic(image.patches, SCORING_SEED) for image in prepared])
+        thumbnails = np.stack([image.thumbnail for image in prepared])
         spent["prepare"] -= clock - (clock := time.perf_counter())
         captions = captioner.caption(thumbnails)
         spent["caption"] -= clock - (clock := time.perf_counter())
@@ -62,7 +62,7 @@ def pool_worker(
 
 
 def pool(paths: Sequence[str], bundle: Path) -> tuple[float, dict[str, float]]:
-    """Seconds that two processes took for all images, and seconds per image of each stage."""
+    """Run the pool; returns its seconds for all images, and the seconds per image of each stage."""
     context = multiprocessing.get_context("spawn")
     ready, done, go = context.Queue(), context.Queue(), context.Event()
     workers = [
@@ -78,7 +78,7 @@ def pool(paths: Sequence[str], bundle: Path) -> tuple[float, dict[str, float]]:
     seconds = time.perf_counter() - started
     for worker in workers:
         worker.join()
-    return seconds, {stage: sum(one[stage] for one in spent) / len(paths) for stage in STAGES}
+    return seconds, {stage: sum(times[stage] for times in spent) / len(paths) for stage in STAGES}
 
 
 def main() -> None:
@@ -99,12 +99,12 @@ def main() -> None:
         out = work / f"out-{os.getpid()}-{number}"
         watched = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse"])
         first, end = measure.at(watched.samples, 1), measure.at(watched.samples, options.count)
-        left = {
+        remaining = {
             "prepare": options.count - first.prepared,
             "caption": options.count - first.captioned,
             "score": options.count - first.scored,
         }
-        work_seconds = sum(left[name] * stage[name] for name in STAGES) / 2.0  # two processes
+        work_seconds = sum(remaining[name] * stage[name] for name in STAGES) / 2.0  # two processes
         stream_seconds = end.seconds - first.seconds
         whole = (options.count / end.seconds) / (options.count / pool_seconds)
         rows.append((pool_seconds, stage, first, end, work_seconds / stream_seconds, whole))
@@ -113,10 +113,10 @@ def main() -> None:
         "stream_efficiency",
         [
             f"{options.count:,} JPEGs ({options.distinct:,} distinct, long sides {measure.SIDES_PX} px), `tiny`, "
-            "nothing taken over; a plain pool of two processes before each stream.",
+            "nothing reused; a plain pool of two processes before each stream.",
             "",
-            "| round | pool, images/s | ms an image: prepare, caption, score | stream: first image at, end at |"
-            " efficiency, start-up apart | with start-up |",
+            "| round | pool, images/s | ms per image: prepare, caption, score | stream: first image at, end at |"
+            " efficiency without start-up | with start-up |",
             "|---|---|---|---|---|---|",
             *(
                 f"| {i} | {options.count / seconds:.1f} | "
@@ -125,7 +125,7 @@ def main() -> None:
                 for i, (seconds, stage, first, end, efficiency, whole) in enumerate(rows)
             ),
             "",
-            "Where the last stream's CPU seconds went, start-up included:",
+            "CPU seconds of the last stream, including start-up:",
             "",
             *measure.profile(watched),
         ],

@@ -1,19 +1,19 @@
-"""A trained detector on disk: a folder of JSON, safetensors and a model card. Nothing in it is ever unpickled.
+"""Reads and writes detector bundles: folders of JSON, safetensors and a model card. Nothing in one is ever unpickled.
 
     detector.json            version, configuration, calibration, training record, SHA-256 of every file and of itself
     MODEL_CARD.md
     network.safetensors      mapper, head, semantic basis
     lora/                    the adapters in peft's format
-    clip/                    CLIP in open_clip's format, only where it has no public source or was trained itself
-    captioner/               BLIP in transformers' format, only where it has no public source
+    clip/                    CLIP in open_clip's format, only if it has no public source or the whole tower was trained
+    captioner/               BLIP in transformers' format, only if it has no public source
 
-`detector.json` is written last: a folder without it is no bundle. A file that it does not list is refused, since a
-loader might prefer it to a listed one; the card is for people to edit, and hidden files are nobody's business. What the
-JSON files may say is in `model_settings`.
+`detector.json` is written last: a folder without it is not a bundle. A file that it does not list is refused, because a
+loader might prefer it to a listed one. The card may be edited, and hidden files are ignored. `model_settings` defines
+the content that the JSON files may have.
 
-The `detector_id` covers configuration, calibration, CLIP and every file, and is computed anew when a bundle is read. In
-version 1 it covered weights and word lists alone: such a bundle is read by that rule, keeps its id, and `note` says so.
-The seal is a hash, no signature: it finds damage, and a stranger can compute it.
+The `detector_id` covers configuration, calibration, CLIP and every file; `read` recomputes and compares it. In version
+1 it covered no files but weights and word lists: such a bundle is checked by that rule, keeps its id, and `note` warns.
+The seal is a hash, not a signature: it detects damage, but anyone can compute it.
 """
 
 import hashlib
@@ -54,34 +54,34 @@ class Description:
     training: dict[str, Any]
     """Data, split, settings and validation numbers; {} for an untrained detector."""
     clip_digest: str
-    """`Clip.digest` of the base weights, so that others are not taken for them."""
+    """`Clip.digest` of the base weights; other weights are refused."""
     files: dict[str, str]
     """Path in the bundle -> SHA-256."""
     format_version: int = FORMAT_VERSION
 
     @property
     def note(self) -> str:
-        """What a person should know of a bundle of an older version, as one line; "" for the present one."""
+        """A one-line warning about a bundle of an older version; "" for the current one."""
         if self.format_version == FORMAT_VERSION:
             return ""
         return (
-            f"detector {self.detector_id} is a bundle of format version {self.format_version}, whose id does not cover "
-            f"the settings beside its weights; `nsnet calibrate` writes it again in version {FORMAT_VERSION}"
+            f"detector {self.detector_id} is a bundle of format version {self.format_version}: its id does not cover "
+            f"the JSON files beside its weights; run `nsnet calibrate` to write it in version {FORMAT_VERSION}"
         )
 
 
 def seal(
     folder: Path, *, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any], clip_digest: str
 ) -> Description:
-    """Write the model card and, last, `detector.json` over the files that lie in the folder.
+    """Write the model card and then `detector.json`, which lists the files of the folder.
 
-    Raises `BundleError` for what `read` would refuse.
+    Raises `BundleError` for files that `read` would refuse.
     """
     members = _members(folder)
-    if strange := [name for name in members if member(name) is None]:
+    if unknown := [name for name in members if member(name) is None]:
         raise BundleError(
             f"a bundle holds only {NETWORK} and the known files of {', '.join(model_files.FOLDERS)}; found "
-            f"{', '.join(strange[:9])}"
+            f"{', '.join(unknown[:9])}"
         )
     files = {name: _checked_digest(folder, name) for name in members}
     description = Description(
@@ -95,20 +95,20 @@ def seal(
     card = model_card(description.detector_id, config, calibration, description.training)
     (folder / CARD).write_text(card, encoding="utf-8")
     partial = folder / f".{DESCRIPTION}.partial"
-    values = json.loads(json.dumps(vars(description)))  # as `read` will see it
+    values = json.loads(json.dumps(vars(description)))  # the same types as in `read`
     partial.write_text(json.dumps({**values, "sha256": _seal_of(values)}, indent=2) + "\n")
     os.replace(partial, folder / DESCRIPTION)
     return description
 
 
 def read(folder: Path) -> Description:
-    """Read and verify a bundle. Raises `BundleError`: missing, of another version, or damaged, and in which file.
+    """Read and verify a bundle. Raises `BundleError` if it is missing, damaged or of another version; names the file.
 
-    Every file is compared with its recorded digest, and every JSON with what it may say, before a library sees any.
+    The digest of every file and the content of every JSON file are checked before a library opens any of them.
     """
     path = folder / DESCRIPTION
     try:
-        return _verified(folder, _described(path))
+        return _verified(folder, _read_sealed(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing") from error
     except OSError as error:
@@ -117,8 +117,8 @@ def read(folder: Path) -> Description:
         raise BundleError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """The content of `detector.json`, as it was sealed."""
+def _read_sealed(path: Path) -> dict[str, Any]:
+    """Return the content of `detector.json` after checking its version and its hash."""
     values = json.loads(read_regular(path, MAX_DESCRIPTION_BYTES))
     version = values["format_version"]
     if version not in (1, FORMAT_VERSION):
@@ -132,7 +132,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _verified(folder: Path, values: dict[str, Any]) -> Description:
-    """The description, whose files are those that lie there."""
+    """Return the description after checking its types, its id and every file of the bundle."""
     description, path = Description(**values), folder / DESCRIPTION
     kinds = {"detector_id": str, "clip_digest": str, "config": dict, "training": dict, "files": dict}
     for name, kind in {**kinds, "format_version": int}.items():
@@ -155,18 +155,20 @@ def _verified(folder: Path, values: dict[str, Any]) -> Description:
         description.files,
     ):
         raise BundleError(f"{path} is damaged: its detector_id is not that of its content")
-    if strange := [name for name in _members(folder) if name not in description.files]:
-        raise BundleError(f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(strange[:9])}")
+    if unlisted := [name for name in _members(folder) if name not in description.files]:
+        raise BundleError(
+            f"the bundle {folder} holds files that {DESCRIPTION} does not list: {', '.join(unlisted[:9])}"
+        )
     return description
 
 
 def member(name: str) -> Content | None:
-    """What a file of a bundle may hold; None: it has no place in one, as pickled weights, code, or a path out of it."""
+    """The content that a file of a bundle may have; None if it is not allowed (pickled weights, code, path outside)."""
     return _NETWORK if name == NETWORK else model_files.bundled(name)
 
 
 def _checked_digest(folder: Path, name: str, expected: str = "") -> str:
-    """SHA-256 of a file of a bundle; JSON that has the expected one is checked. Raises `BundleError`."""
+    """SHA-256 of a file of a bundle; the content of JSON is checked if the digest is as expected. `BundleError`."""
     content = cast(Content, member(name))
     try:
         path = model_files.inside(folder, name)
@@ -186,28 +188,28 @@ def _checked_digest(folder: Path, name: str, expected: str = "") -> str:
 
 
 def captioner_of(folder: Path) -> Path | None:
-    """The captioner inside a bundle, if it holds one."""
-    own = folder / CAPTIONER
-    return own if own.is_dir() else None
+    """The folder of the captioner inside a bundle; None if the bundle has none."""
+    captioner = folder / CAPTIONER
+    return captioner if captioner.is_dir() else None
 
 
 def _identity(
     version: int, config: dict[str, Any], calibration: dict[str, Any], clip_digest: str, files: dict[str, str]
 ) -> str:
-    """The `detector_id` by the rule of a format version."""
-    decisive = (".safetensors", ".txt") if version == 1 else ("",)
-    covered = [[name, digest] for name, digest in sorted(files.items()) if name.endswith(decisive)]
+    """Compute the `detector_id` by the rule of a format version."""
+    endings = (".safetensors", ".txt") if version == 1 else ("",)
+    covered = [[name, digest] for name, digest in sorted(files.items()) if name.endswith(endings)]
     content = json.dumps([config, calibration, clip_digest, covered], sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _members(folder: Path) -> list[str]:
-    """Paths in the bundle, sorted, of all but real folders, the description, the card and hidden files.
+    """Sorted paths of everything in the bundle except real folders, the description, the card and hidden files.
 
-    A FIFO or a link to a folder is none of a bundle's files: a loader that opened one would wait, or read elsewhere.
+    A FIFO or a link to a folder is included, so that it is refused: a loader would wait for it or read another folder.
     """
-    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    names = [path.relative_to(folder).as_posix() for path in found]
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(folder).as_posix() for path in paths]
     return [name for name in names if name not in (DESCRIPTION, CARD) and not f"/{name}".count("/.")]
 
 

@@ -1,4 +1,4 @@
-"""Temperature, threshold and uncertain band, fitted on validation only and stored with the detector.
+"""Fits temperature, threshold and uncertain band on validation images; they are stored with the detector.
 
 Dimensions: n validation images.
 """
@@ -30,7 +30,7 @@ SETTINGS: Final[dict[Rule, tuple[str, ...]]] = {
     "fpr": ("fpr",),
     "cost": ("false_alarm_cost", "miss_cost", "base_rate"),
 }
-"""What each rule heeds, beside the uncertain share."""
+"""Settings that each rule uses, besides the uncertain share."""
 
 NUMBER: Final = "[0-9.e+-]+"
 PATTERN: Final = re.compile(
@@ -39,27 +39,27 @@ PATTERN: Final = re.compile(
     f"(, *uncertain=(?P<uncertain_share>{NUMBER}%?))?"
 )
 SYNTAX: Final = (
-    "give accuracy, fpr=1% or cost=10:1@0.01 (a false alarm costs 10, a miss 1, 0.01 of the images are fake), and "
-    "after it ,uncertain=5% if that share is to be called uncertain"
+    "give accuracy, fpr=1% or cost=10:1@0.01 (a false alarm costs 10, a miss 1, 0.01 of the images are fake); append "
+    ",uncertain=5% to call that share uncertain"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """What a threshold is chosen for. `str` of it is what `parse` reads."""
+    """The aim by which a threshold is chosen. `str` writes the form that `parse` reads."""
 
     rule: Rule = "accuracy"
     """accuracy: most correct verdicts. fpr: most fakes found within a limit of false alarms. cost: least mean cost."""
     fpr: float = 0.01
-    """Largest share of reals called fake, in [0, 1). Like the next three, only its rule may set it."""
+    """Largest share of reals called fake, in [0, 1). This and the next three may be set only for their own rule."""
     false_alarm_cost: float = 1.0
     """Cost of a real called fake, > 0, in the unit of `miss_cost`."""
     miss_cost: float = 1.0
     """Cost of a fake called real, > 0."""
     base_rate: float = 0.5
-    """Share of fakes expected in use, in (0, 1); that of the validation images may be another."""
+    """Share of fakes expected in use, in (0, 1); it may differ from the share in the validation images."""
     uncertain_share: float = 0.0
-    """Share of validation images, those nearest to the threshold, that are called uncertain, in [0, 1)."""
+    """Share of the validation images that is called uncertain, in [0, 1): those nearest to the threshold."""
 
     def __post_init__(self) -> None:
         if self.rule not in SETTINGS:
@@ -75,24 +75,26 @@ class OperatingPoint:
                 "need 0 ≤ fpr < 1, finite costs > 0, 0 < base_rate < 1, 0 ≤ uncertain_share < 1, got "
                 f"{self.fpr}, {costs}, {self.base_rate}, {self.uncertain_share}"
             )
-        heeded = {"rule", "uncertain_share", *SETTINGS[self.rule]}
+        used = {"rule", "uncertain_share", *SETTINGS[self.rule]}
         for field in fields(self):
-            if field.name not in heeded and (value := getattr(self, field.name)) != field.default:
-                raise ConfigError(f"the rule {self.rule} of an operating point heeds no {field.name}, got {value}")
+            if field.name not in used and (value := getattr(self, field.name)) != field.default:
+                raise ConfigError(
+                    f"an operating point with rule {self.rule} does not use {field.name}, got {value}: leave it out"
+                )
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the command line: `accuracy`, `fpr=1%`, `cost=10:1@0.01` (false alarm : miss @ base rate).
+        """Parse a command-line value: `accuracy`, `fpr=1%`, `cost=10:1@0.01` (false alarm : miss @ base rate).
 
         `,uncertain=5%` may follow; a share is a number or a percentage. Raises `ConfigError`.
         """
-        found = PATTERN.fullmatch(text.strip())
-        if found is None:
-            raise ConfigError(f"{text!r} is no operating point: {SYNTAX}")
+        match = PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ConfigError(f"{text!r} is not an operating point: {SYNTAX}")
         try:
-            given = {name: _number(value) for name, value in found.groupdict().items() if value is not None}
+            given = {name: _number(value) for name, value in match.groupdict().items() if value is not None}
         except ValueError:
-            raise ConfigError(f"{text!r} is no operating point: {SYNTAX}") from None
+            raise ConfigError(f"{text!r} is not an operating point: {SYNTAX}") from None
         rule: Rule = "fpr" if "fpr" in given else "cost" if "miss_cost" in given else "accuracy"
         return cls(rule=rule, **given)
 
@@ -107,27 +109,27 @@ MOST_CORRECT: Final = OperatingPoint()
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How a logit becomes a probability and a verdict: p = σ(logit / T), fake where p ≥ threshold."""
+    """Maps a logit to a probability and a verdict: p = σ(logit / T), fake if p ≥ threshold."""
 
     temperature: float = 1.0
     """T > 0."""
     threshold: float = 0.5
-    """Probability from which an image is called fake, in (0, 1)."""
+    """Smallest probability at which an image is called fake, in (0, 1)."""
     uncertain_margin: float = 0.0
     """Images closer than this to the threshold, in probability, are called uncertain."""
     fitted_on: int = 0
     """Number of validation images; 0: not fitted."""
     point: OperatingPoint = MOST_CORRECT
-    """What the threshold and the margin were chosen for."""
+    """The aim by which threshold and margin were chosen."""
     validation_fpr: float | None = None
-    """Share of the validation reals at or above the threshold, uncertain ones too; None: not fitted."""
+    """Share of the validation reals at or above the threshold, including uncertain ones; None: not fitted."""
     validation_fpr_upper: float | None = None
-    """Upper end of the one-sided 95 % interval of the FPR that `validation_fpr` is an estimate of (Clopper and
-    Pearson 1934). Above `point.fpr`, that limit is kept on validation but not verified: there were too few reals."""
+    """Upper end of the one-sided 95 % interval of the FPR that `validation_fpr` estimates (Clopper and Pearson 1934).
+    If it is above `point.fpr`, validation meets that limit but has too few reals to verify it."""
     validation_tpr: float | None = None
-    """Share of the validation fakes at or above the threshold, uncertain ones too; None: not fitted."""
+    """Share of the validation fakes at or above the threshold, including uncertain ones; None: not fitted."""
     version: int = 1
-    """Raised by one each time a detector is calibrated anew."""
+    """Increases by one each time a detector is calibrated."""
 
     def __post_init__(self) -> None:
         if (
@@ -161,7 +163,7 @@ def fit(
 ) -> Calibration:
     """Fit on validation labels (n,) and logits (n,): T by least cross-entropy, threshold and margin by the point.
 
-    Without both classes nothing can be fitted: the default comes back, with `fitted_on` 0.
+    If a class is missing, nothing can be fitted: returns the default, with `fitted_on` 0.
     """
     y, s = check(labels, logits)
     if not 0 < y.sum() < len(y):
@@ -169,7 +171,7 @@ def fit(
     temperature = _temperature(y, s)
     probability = Calibration(temperature=temperature).probability(s)
     threshold = _threshold(y, probability, point)
-    false_alarms, found = (int((probability[y == label] >= threshold).sum()) for label in (0, 1))
+    false_alarms, hits = (int((probability[y == label] >= threshold).sum()) for label in (0, 1))
     fakes, reals = int(y.sum()), int((1 - y).sum())
     return Calibration(
         temperature=temperature,
@@ -179,25 +181,25 @@ def fit(
         point=point,
         validation_fpr=false_alarms / reals,
         validation_fpr_upper=rate_upper(false_alarms, reals),
-        validation_tpr=found / fakes,
+        validation_tpr=hits / fakes,
         version=version,
     )
 
 
-def rate_upper(count: int, of: int, confidence: float = 0.95) -> float:
-    """One-sided upper bound of a rate of which `count` in `of` were seen: 0 in 100 leave it up to 3.0 %.
+def rate_upper(count: int, total: int, confidence: float = 0.95) -> float:
+    """One-sided upper bound of a rate that was observed as `count` in `total`; for 0 in 100 it is 3.0 %.
 
-    Clopper and Pearson (1934): the quantile of Beta(count + 1, of − count). It stays a bound where the threshold was
-    chosen to leave `count` of these very reals above it, for the share above the next of them has this distribution.
+    Clopper and Pearson (1934): the quantile of Beta(count + 1, total − count). The bound also holds if the threshold
+    was chosen so that `count` of these reals lie above it: the share above the next real has this distribution.
     """
-    return float(betaincinv(count + 1, of - count, confidence)) if count < of else 1.0
+    return float(betaincinv(count + 1, total - count, confidence)) if count < total else 1.0
 
 
 def _temperature(y: npt.NDArray[np.int64], s: Array) -> float:
-    """T of least cross-entropy.
+    """Find the T of least cross-entropy.
 
-    The targets are Platt's (1999), slightly inside 0 and 1: a validation set that the detector separates without an
-    error is no proof that it never errs, and would drive T to 0.
+    The targets are Platt's (1999), slightly inside 0 and 1: otherwise a validation set that the detector separates
+    without error would drive T to 0.
     """
     fakes, reals = int(y.sum()), int((1 - y).sum())
     target = np.where(y == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
@@ -210,14 +212,15 @@ def _temperature(y: npt.NDArray[np.int64], s: Array) -> float:
 
 
 def _threshold(y: npt.NDArray[np.int64], probability: Array, point: OperatingPoint) -> float:
-    """The middle of a gap between probabilities: of the lowest that keeps the FPR, else of the widest of the best.
+    """Return the middle of a gap between probabilities.
 
-    Where reals are saturated at probability 1 no threshold keeps them out: the highest one is taken.
+    `fpr`: the lowest gap that keeps the FPR; other rules: the widest of the gaps with the least loss. If reals have
+    probability 1, no threshold excludes them: returns the highest one.
     """
     edges = np.unique(np.concatenate([[0.0], probability, [1.0]]))
     low, high = edges[:-1], edges[1:]
     middles = (low + high) / 2.0
-    # between neighbours in fp64 there is no middle: the upper one is a threshold as well, but for 1 itself
+    # neighbours in fp64 have no number between them: use the upper one, unless it is 1
     thresholds = np.minimum(np.where(middles > low, middles, high), BELOW_1)
     reals, fakes = np.sort(probability[y == 0]), np.sort(probability[y == 1])
     false_alarms = len(reals) - np.searchsorted(reals, thresholds)
@@ -234,12 +237,12 @@ def _threshold(y: npt.NDArray[np.int64], probability: Array, point: OperatingPoi
 
 
 def _margin(probability: Array, threshold: float, share: float) -> float:
-    """Margin with the share of the images strictly inside it, or fewer where several are equally far: 0 for none."""
+    """Return the margin that contains this share of the images, or fewer if distances tie; 0 if it contains none."""
     distance = np.sort(np.abs(probability - threshold))
     count = int(share * len(distance) + 1e-9)
     return min(float(distance[count]), BELOW_1) if count else 0.0
 
 
 def _number(text: str) -> float:
-    """A number, or a percentage; `ValueError` for what is neither."""
+    """Parse a number or a percentage; `ValueError` for anything else."""
     return float(text[:-1]) / 100.0 if text.endswith("%") else float(text)

@@ -1,8 +1,8 @@
-"""Captions by BLIP (arXiv 2201.12086) through transformers: unconditional, batched, greedy.
+"""Captions images with BLIP (arXiv 2201.12086) through transformers: unconditional, batched, greedy.
 
 Dimensions: B images, S thumbnail side in pixels.
 
-The captioner sees pixels only: file names and paths never reach a model.
+The captioner receives pixels only, no file names or paths.
 """
 
 import hashlib
@@ -32,14 +32,15 @@ NEEDED_FILES: Final = (
     ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     ("tokenizer.json", "vocab.txt"),
 )
-"""What a captioner's folder must hold, each with its alternatives. Without words transformers makes up a tokenizer."""
+"""Files that a captioner's folder must hold, each with its alternatives. Without a vocabulary transformers would
+silently build a default tokenizer."""
 MAX_TOKENS: Final = 512
-"""Longest caption that may be asked for: what BLIP's text decoder has positions for."""
+"""Largest `max_new_tokens`: the number of positions of BLIP's text decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerConfig:
-    """Which captioner, and how it is asked."""
+    """Selects a captioner and its generation settings."""
 
     model: str | None = "Salesforce/blip-image-captioning-base"
     """Hub repository of a BLIP model in transformers' format; None: a tiny BLIP with seeded random weights."""
@@ -61,32 +62,35 @@ class CaptionerConfig:
 
 
 def find_captioner(config: CaptionerConfig, folder: Path | None = None) -> Path | None:
-    """The transformers folder to load from: as given, or the hub's; None: the tiny BLIP. Nothing is loaded yet.
+    """Return the transformers folder to load: the given one, or the hub's; None for the tiny BLIP. Loads nothing.
 
-    Only what is pinned is ever downloaded: a bundle, which strangers may have made, names a repository too. Others must
-    be in the cache already. Raises `WeightsError` with the command that fetches what is missing.
+    Downloads only pinned repositories, because a bundle from a stranger can name any repository; others must already be
+    in the cache. Raises `WeightsError` with the command that downloads the missing files.
     """
     if folder is not None:
         if missing := _missing_files(folder):
-            raise WeightsError(f"--captioner {folder} is no transformers BLIP folder: {', '.join(missing)} missing")
+            raise WeightsError(
+                f"--captioner {folder} is not a transformers BLIP folder: {', '.join(missing)} missing; give a folder "
+                "that holds them"
+            )
         return folder
     if config.model is None:
         return None
     model, revision = config.model, config.revision or PINNED_REVISIONS.get(config.model)
 
     def download(local_files_only: bool) -> Path:
-        import huggingface_hub  # slow to import, and needed only for weights by name
+        import huggingface_hub  # slow to import; needed only for weights by name
 
         # at the pinned commit the weights are a .bin: transformers opens it with weights_only=True
         patterns = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
-        found = Path(
+        snapshot = Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
             )
         )
-        if missing := _missing_files(found):
+        if missing := _missing_files(snapshot):
             raise FileNotFoundError(f"{', '.join(missing)} missing")
-        return found
+        return snapshot
 
     return hub.fetch(
         download, model, revision, probe="config.json", wanted="", option="--captioner with a transformers folder",
@@ -102,11 +106,11 @@ class Captioner:
     """A BLIP captioner on one device; build it with `load`."""
 
     def __init__(self, folder: Path, config: CaptionerConfig, device: str = "cpu") -> None:
-        """Load from a transformers folder. Raises `WeightsError` when it does not hold a whole BLIP."""
+        """Load from a transformers folder. Raises `WeightsError` if it does not hold a complete BLIP."""
         from transformers import AutoTokenizer, BlipForConditionalGeneration  # seconds to import
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar per model load would bury the job's own progress
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar per model load would hide the job's progress
         self.config = config
         self.device = torch.device(device)
         self.thumbnail_px = thumbnail_px(folder)
@@ -122,18 +126,18 @@ class Captioner:
             raise
         except pickle.UnpicklingError as error:
             raise WeightsError(
-                f"no BLIP could be loaded from {folder}: its weights hold more than tensors, or are damaged; for "
-                "safety only tensors are read"
+                f"cannot load BLIP from {folder}: its weights are damaged or hold other objects than tensors, which "
+                "are refused for safety"
             ) from error
-        except Exception as error:  # a damaged file makes transformers raise almost anything
+        except Exception as error:  # for a damaged file transformers raises many kinds of exceptions
             raise WeightsError(
-                f"no BLIP could be loaded from {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                f"cannot load BLIP from {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
         positions = model.config.text_config.max_position_embeddings
         if config.max_new_tokens > positions:
             raise WeightsError(
-                f"the captioner in {folder} has positions for {positions} tokens, fewer than max_new_tokens, "
-                f"{config.max_new_tokens}: lower it, or take another captioner"
+                f"the captioner in {folder} has positions for {positions} tokens, fewer than max_new_tokens "
+                f"({config.max_new_tokens}): lower max_new_tokens, or use another captioner"
             )
         if report["missing_keys"]:
             raise WeightsError(f"{folder} lacks {len(report['missing_keys'])} weights of a BLIP captioner")
@@ -143,10 +147,10 @@ class Captioner:
 
     @classmethod
     def load(cls, config: CaptionerConfig, folder: Path | None = None, device: str = "cpu") -> Self:
-        """Load the configured captioner; `folder` replaces the hub's."""
-        found = find_captioner(config, folder)
-        if found is not None:
-            return cls(found, config, device)
+        """Load the configured captioner; a `folder` is used instead of the hub."""
+        source = find_captioner(config, folder)
+        if source is not None:
+            return cls(source, config, device)
         import tempfile
 
         with tempfile.TemporaryDirectory() as scratch:
@@ -155,7 +159,7 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, thumbnails: npt.NDArray[np.uint8]) -> list[str | None]:
-        """Captions of thumbnails (B, S, S, 3) uint8, S = `thumbnail_px`; None where the model gave no word."""
+        """Caption thumbnails (B, S, S, 3) uint8, S = `thumbnail_px`; None where the caption is empty."""
         if thumbnails.ndim != 4 or thumbnails.shape[1:] != (self.thumbnail_px, self.thumbnail_px, 3):
             raise ValueError(
                 f"thumbnails must be (B, {self.thumbnail_px}, {self.thumbnail_px}, 3), got {thumbnails.shape}"
@@ -170,7 +174,7 @@ class Captioner:
     def save(self, folder: Path) -> None:
         """Write the captioner as a transformers folder."""
         self.model.save_pretrained(folder)
-        for name in ("config.json", "generation_config.json"):  # equal captioners are equal files for any transformers
+        for name in ("config.json", "generation_config.json"):  # equal files from every version of transformers
             described = json.loads((folder / name).read_text())
             kept = {key: value for key, value in described.items() if key != "transformers_version"}
             (folder / name).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
@@ -180,7 +184,7 @@ class Captioner:
 
 
 def thumbnail_px(folder: Path | None) -> int:
-    """Side S of the thumbnails that the captioner in `folder` wants; None: the tiny one. Reads no weights."""
+    """Side S of the thumbnails that the captioner in `folder` takes; None: the tiny BLIP. Reads no weights."""
     if folder is None:
         return TINY_SIDE_PX
     try:
@@ -196,15 +200,15 @@ def thumbnail_px(folder: Path | None) -> int:
 def captioner_id(config: CaptionerConfig, folder: Path | None) -> str:
     """Identity of a captioner, 16 hexadecimal digits: equal ids give an image equal captions. Loads no weights.
 
-    `folder`: its transformers folder, None for the tiny one. About 1 s per GB.
+    `folder`: its transformers folder; None for the tiny BLIP. Takes about 1 s per GB.
     """
     if folder is None:
-        what: Any = ["tiny", config.seed]
+        source: Any = ["tiny", config.seed]
     else:
-        read = (".json", ".txt", ".safetensors", ".bin")
-        files = [path for path in sorted(folder.iterdir()) if path.suffix in read and path.is_file()]
-        what = [[path.name, file_digest(path)] for path in files]
-    return hashlib.sha256(json.dumps([what, config.max_new_tokens]).encode()).hexdigest()[:16]
+        endings = (".json", ".txt", ".safetensors", ".bin")
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in endings and path.is_file()]
+        source = [[path.name, file_digest(path)] for path in files]
+    return hashlib.sha256(json.dumps([source, config.max_new_tokens]).encode()).hexdigest()[:16]
 
 
 def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +224,7 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _processing(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How the captioner's images are prepared, and the file that says it: transformers 5 keeps it in another."""
+    """Return the file and settings of the captioner's image processor; transformers 5 uses another file than 4."""
     try:
         if (folder / "processor_config.json").exists():
             processor = model_files.read_json(folder, "captioner", "processor_config.json")
@@ -240,13 +244,13 @@ TINY_WORDS: Final = tuple(
     "standing sitting lying running flying floating growing shining"
     .split()
 )  # fmt: skip
-"""The whole vocabulary of the tiny BLIP: its captions are words, and mean nothing."""
+"""The whole vocabulary of the tiny BLIP, whose captions have no meaning."""
 
 
 def save_tiny_captioner(folder: Path, seed: int) -> None:
     """Write a tiny BLIP (about 0.2 million seeded random weights) as a transformers folder.
 
-    It stands in for the real one where no weights can be had: same architecture, same files, captions without meaning.
+    It replaces the real one where no weights are available: same architecture and files, captions without meaning.
     """
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_logging
@@ -257,8 +261,8 @@ def save_tiny_captioner(folder: Path, seed: int) -> None:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, bos_token="[DEC]")
     width = {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 32, "num_attention_heads": 4}
-    # A spread of the weights well above transformers' default keeps the scores of two words apart by far more than
-    # rounding: otherwise a caption could depend on the batch it was computed in.
+    # Weights spread far more than by transformers' default: the scores of two words then differ by far more than
+    # rounding. Otherwise a caption could depend on its batch.
     text: dict[str, Any] = {
         **width, "encoder_hidden_size": 64, "vocab_size": len(vocabulary), "num_hidden_layers": 2,
         "max_position_embeddings": 32, "initializer_range": 0.3, "bos_token_id": 5, "pad_token_id": 0,
@@ -270,7 +274,7 @@ def save_tiny_captioner(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
-        # never an empty caption: the end of the text and the other special tokens cannot win
+        # special tokens, such as the end of text, are never chosen: no caption is empty
         bias = dict(model.named_parameters())["text_decoder.cls.predictions.bias"]
         with torch.no_grad():
             bias[: len(special)] = -1e4

@@ -1,6 +1,6 @@
-"""The model card of a bundle, in Markdown, filled from what is known of its training.
+"""Writes the model card of a bundle, in Markdown, from the record of its training.
 
-Everything that comes from data, such as the names of generators, is escaped: the card is a page that people open.
+Text from data, such as the names of generators, is escaped, because the card is opened in browsers.
 """
 
 import html
@@ -9,14 +9,14 @@ import re
 from typing import Any, Final
 
 SHOWN: Final = {"acc": "acc", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
-"""Metrics of the card -> their names for people."""
+"""Metrics of the card -> displayed names."""
 MAX_NAME_LETTERS: Final = 60
 MAX_TEXT_LETTERS: Final = 400
 UNDEFINED: Final = "undefined"
 
 
 def model_card(detector_id: str, config: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any]) -> str:
-    """The card. `training`: the record of a training (`result.json`), of an import, or {}."""
+    """Return the card. `training`: the record of a training (`result.json`) or of an import, or {}."""
     parts = [
         f"# AI-generated image detector `{detector_id}`",
         _method(config),
@@ -47,11 +47,11 @@ def _parts(config: dict[str, Any], calibration: dict[str, Any]) -> str:
     clip, captioner, projection = config["clip"], config["captioner"], config["projection"]
     captions = {"per_sample", "rank_k"} & {projection["kind"]}
     rows = [
-        ("image and text towers", f"{clip['model']}, weights {clip['pretrained'] or 'from seeded random ones'}"),
+        ("image and text towers", f"{clip['model']}, weights {clip['pretrained'] or 'seeded random'}"),
         ("projection", _projection(config)),
         (
             "captioner",
-            (captioner["model"] or "tiny BLIP with random weights: its captions mean nothing") if captions else "none",
+            (captioner["model"] or "tiny BLIP with random weights, captions without meaning") if captions else "none",
         ),
         (
             "temperature, threshold",
@@ -81,33 +81,33 @@ def _projection(config: dict[str, Any]) -> str:
 def _point(calibration: dict[str, Any]) -> str:
     point = calibration.get("point") or {"rule": "accuracy"}
     if point["rule"] == "fpr":
-        said = f"at most {point['fpr']:.3%} of real images called fake"
+        aim = f"at most {point['fpr']:.3%} of real images called fake"
     elif point["rule"] == "cost":
-        said = (
+        aim = (
             f"a false alarm costs {point['false_alarm_cost']:g}, a miss {point['miss_cost']:g}, at "
             f"{point['base_rate']:.2%} fakes"
         )
     else:
-        said = "most correct verdicts"
+        aim = "most correct verdicts"
     band = f", uncertain within ±{calibration['uncertain_margin']:.3g}" if calibration["uncertain_margin"] else ""
-    return f"{said}{band}; version {calibration.get('version', 1)}"
+    return f"{aim}{band}; version {calibration.get('version', 1)}"
 
 
 def _limits(config: dict[str, Any], training: dict[str, Any]) -> str:
     lines = [
-        "This detector was trained from random weights: it knows the artefacts of its training images, nothing more."
+        "This detector was trained from random weights: it knows only the artefacts of its training images."
         if config["clip"]["pretrained"] is None
-        else "Generators that were not in the training data are found less often than those that were."
+        else "Fakes by generators that are not in the training data are found less often than fakes by those that are."
     ]
     if training.get("leave_out"):
-        lines.append(f"No image of {_text(training['leave_out'])} was trained on: it stands for a new generator.")
+        lines.append(f"Training used no image of {_text(training['leave_out'])}: it represents a new generator.")
     if training.get("leaking"):
         lines.append(
-            f"{training['leaking']} images of validation and test are near-duplicates of images that were trained "
-            "on or chosen by, as the source splits them: their numbers flatter."
+            f"In the splits of the source, {training['leaking']} images of validation and test are near-duplicates of "
+            "images used for training or for selection: the numbers are too optimistic."
         )
     lines.append(
-        "A verdict is a probability with errors in both directions: it is no proof, and nobody should be judged by it "
+        "A verdict is a probability with errors in both directions. It is not proof: do not judge a person by it "
         "alone. Where fakes are rare, most alarms are false: read the true positive rate at 1 % false positives."
     )
     return "\n".join(lines)
@@ -130,10 +130,10 @@ def _data(training: dict[str, Any]) -> str:
 
 
 def _notes(training: dict[str, Any], part: str) -> str:
-    """What must be known to read the numbers of a part."""
+    """Remarks that are needed to read the numbers of a part."""
     note = ""
     if part == "validation":
-        note += "The threshold was chosen on these images: accuracies flatter.\n\n"
+        note += "The threshold was chosen on these images: accuracies are too optimistic.\n\n"
     if "calibrated_from" in training:
         note += f"Accuracies are at the threshold of detector {_text(str(training['calibrated_from']))}.\n\n"
     return note
@@ -156,17 +156,17 @@ def _numbers(compared: dict[str, Any]) -> str:
     return _table(["generator", "real", "fake", *SHOWN.values()], rows)
 
 
-def _value(found: Any) -> float | None:
-    value: float | None = found["value"] if isinstance(found, dict) else found
+def _value(number: Any) -> float | None:
+    value: float | None = number["value"] if isinstance(number, dict) else number
     return value
 
 
-def _cell(found: Any) -> str:
-    value = _value(found)
+def _cell(number: Any) -> str:
+    value = _value(number)
     if value is None:
         return UNDEFINED
-    if isinstance(found, dict) and found.get("low") is not None:
-        return f"{value:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    if isinstance(number, dict) and number.get("low") is not None:
+        return f"{value:.3f} ({number['low']:.3f} to {number['high']:.3f})"
     return f"{value:.3f}"
 
 
@@ -176,16 +176,16 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def _text(name: str, longest: int = MAX_NAME_LETTERS) -> str:
-    """A name that may be hostile, as text of a Markdown table: no markup, no link, no new line."""
+    """Escape a name that may be hostile for a Markdown table: no markup, no link, no line break."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in name)
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     shown = html.escape(shown, quote=False)
     escaped = re.sub(r"([\\`*_\[\]|~#!$:]|(?<=www)\.)", r"\\\1", shown, flags=re.IGNORECASE)
-    return re.sub("@+", r"`\g<0>`", escaped)  # GitHub makes links of addresses, escaped or not
+    return re.sub("@+", r"`\g<0>`", escaped)  # GitHub turns addresses into links even if they are escaped
 
 
 def _fenced(text: str) -> str:
-    """Text as a block of code whose end the text cannot hold, and in which every letter shows itself."""
+    """Format text as a code block with a fence that the text does not contain; unprintable letters are escaped."""
     shown = "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
     fence = "`" * max(3, max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
     return f"{fence}json\n{shown}\n{fence}"

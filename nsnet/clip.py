@@ -1,14 +1,14 @@
-"""CLIP towers from open_clip, with LoRA from peft on q, k, v of the image tower.
+"""Builds, loads and saves CLIP towers from open_clip, with LoRA from peft on q, k, v of the image tower.
 
 Dimensions: B images or texts, M image side in pixels, D embedding, T tokens in a block, E block width.
 
-open_clip keeps q, k, v in one fused matrix, which a LoRA adapter cannot target separately; peft's own wrapper for
-`nn.MultiheadAttention` merges and unmerges its weights at every forward. So for training the fused projection is split
-into three linears with the same weights (`split_attention`), and for inference the adapters are merged and the three
-are fused back (`merge_lora`): inference runs open_clip's own modules.
+open_clip keeps q, k, v in one fused matrix, whose parts LoRA adapters cannot target; peft's own wrapper for
+`nn.MultiheadAttention` merges and unmerges its weights in every forward pass. Training therefore splits the fused
+projection into three linears with the same weights (`split_attention`). Inference merges the adapters and fuses the
+three linears again (`merge_lora`), so it runs open_clip's own modules.
 
-open_clip takes seconds to import (it brings torchvision): functions import it where they need it, so that a driver
-which only reads configurations does not wait for it.
+open_clip takes seconds to import (it imports torchvision): functions import it where they need it, so that a driver
+that only reads configurations does not wait for it.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469bb561bf468d76c1d73aa35156c922b"}
-"""Hub repository -> commit. Other repositories are taken at `main`, and the digest of their weights is recorded."""
+"""Hub repository -> commit. Other repositories are used at `main`; the digest of their weights is recorded."""
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 CONFIG_FILE: Final = "open_clip_config.json"
@@ -47,30 +47,30 @@ PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Which CLIP model, and where its weights come from."""
+    """Selects a CLIP model and its weights."""
 
     model: str = "ViT-L-14-quickgelu"
-    """open_clip's name of the architecture. OpenAI weights need a `-quickgelu` one: without, features are others."""
+    """open_clip's name of the architecture. OpenAI weights need a `-quickgelu` one, else their features differ."""
     pretrained: str | None = "openai"
     """open_clip's tag of the weights; None: seeded random weights."""
     architecture: dict[str, Any] | None = None
-    """open_clip model configuration that replaces the one of that name (`embed_dim`, `vision_cfg`, `text_cfg`)."""
+    """open_clip model configuration (`embed_dim`, `vision_cfg`, `text_cfg`) instead of the one of that name."""
     seed: int = 0
     """Seed of random weights."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "pretrained"):  # "hf-hub:…" and "local-dir:…" would have open_clip load what lies there
+        for name in ("model", "pretrained"):  # open_clip would load from "hf-hub:…" and "local-dir:…"
             if not re.fullmatch(r"[\w.-]+", getattr(self, name) or "none"):
                 raise ConfigError(f"{name} must be a name that open_clip knows, got {getattr(self, name)[:100]!r}")
         if self.architecture is not None and (
-            found := model_settings.complaint(self.architecture, model_settings.ARCHITECTURE)
+            reason := model_settings.complaint(self.architecture, model_settings.ARCHITECTURE)
         ):
-            raise ConfigError(f"architecture: {found[:400]}; it may neither fetch anything nor choose code")
+            raise ConfigError(f"architecture: {reason[:400]}; settings that download or select code are not allowed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapters of the image tower."""
+    """Settings of the image tower's adapters."""
 
     rank: int = 6
     """Rank R; 0: no adapters."""
@@ -105,7 +105,7 @@ class SplitAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         if need_weights:
-            raise NotImplementedError("attention weights are not kept")
+            raise NotImplementedError("attention weights are not available")
         q, k, v = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projected in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
@@ -114,10 +114,10 @@ class SplitAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
     def fuse(self) -> nn.MultiheadAttention:
-        """The stock module with the same weights."""
+        """Return the original kind of module with the same weights."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         weight = self.q_proj.weight
-        fused = nn.MultiheadAttention(  # on "meta": random weights would cost seconds and disturb other random numbers
+        fused = nn.MultiheadAttention(  # on "meta": initialising takes seconds and uses random numbers
             weight.shape[1], self.num_heads, bias=self.q_proj.bias is not None, batch_first=True,
             device="meta", dtype=weight.dtype,
         ).to_empty(device=weight.device)  # fmt: skip
@@ -143,7 +143,7 @@ class SplitQkv(nn.Module):
         return torch.cat([self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)], dim=-1)
 
     def fuse(self) -> nn.Linear:
-        """The stock linear with the same weights."""
+        """Return one fused linear with the same weights."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         bias = torch.cat([part.bias.detach() for part in parts]) if self.q_proj.bias is not None else None
         return _linear(torch.cat([part.weight.detach() for part in parts]), bias)
@@ -160,7 +160,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _attention_slots(visual: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[tuple[nn.Module, str]]:
     """(parent, attribute) of the self-attention projections of every block; pooling layers are not blocks.
 
-    EVA blocks, which keep the biases of q and v beside `qkv` and read its weight themselves, are left out.
+    EVA blocks are left out: they keep the biases of q and v outside `qkv` and read its weight directly.
     """
     return [
         (parent, name)
@@ -175,30 +175,30 @@ def _attention_slots(visual: nn.Module, kinds: tuple[type[nn.Module], ...]) -> l
 
 
 def split_attention(visual: nn.Module) -> int:
-    """Replace the fused q, k, v projections of an image tower, in place; features stay equal. Number replaced."""
+    """Split the fused q, k, v projections of an image tower, in place; features stay equal. Returns their number."""
     slots = _attention_slots(visual, (nn.MultiheadAttention, nn.Linear))
     for parent, name in slots:
         fused = getattr(parent, name)
         setattr(parent, name, SplitQkv(fused) if isinstance(fused, nn.Linear) else SplitAttention(fused))
     if not slots:
         raise ConfigError(
-            f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block it can split"
+            f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block that can be split"
         )
     return len(slots)
 
 
 def fuse_attention(visual: nn.Module) -> None:
-    """Undo `split_attention`, in place, keeping the present weights."""
+    """Undo `split_attention`, in place, with the current weights."""
     for parent, name in _attention_slots(visual, (SplitAttention, SplitQkv)):
         setattr(parent, name, getattr(parent, name).fuse())
 
 
 def add_lora(visual: nn.Module, settings: LoraSettings) -> "PeftModel":
-    """Freeze an image tower and put adapters on q, k, v of each block. B starts at zero: features stay equal.
+    """Freeze an image tower and add adapters to q, k, v of each block. B starts at zero: features stay equal.
 
     The paper's ViT-L/14 at rank 6: 24 blocks × 3 × 2 × 6 × 1024 = 884,736 trainable parameters.
     """
-    from peft import LoraConfig, get_peft_model  # seconds to import, and not needed for the text tower
+    from peft import LoraConfig, get_peft_model  # takes seconds to import; not needed for the text tower
 
     split_attention(visual)
     lora = LoraConfig(
@@ -212,14 +212,15 @@ def add_lora(visual: nn.Module, settings: LoraSettings) -> "PeftModel":
 
 
 def has_lora(visual: nn.Module) -> "TypeGuard[PeftModel]":
-    """Whether an image tower carries adapters."""
+    """Whether an image tower has adapters."""
     return hasattr(visual, "peft_config")
 
 
 def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
-    """Put saved adapters (peft's format) on an image tower. Raises `WeightsError`.
+    """Add saved adapters (peft's format) to an image tower. Raises `WeightsError`.
 
-    peft reads nothing itself: its settings choose classes to import and models to fetch, and here three numbers do.
+    peft does not read the files: its settings can name classes to import and models to download. Only three numbers
+    of them are used.
     """
     from peft import set_peft_model_state_dict
 
@@ -240,13 +241,13 @@ def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
 
 
 def lora_settings(adapted: "PeftModel") -> tuple[int, float]:
-    """Rank and alpha of the adapters that an image tower carries."""
-    found = cast(Any, adapted.peft_config["default"])
-    return int(found.r), float(found.lora_alpha)
+    """Rank and alpha of the adapters of an image tower."""
+    lora = cast(Any, adapted.peft_config["default"])
+    return int(lora.r), float(lora.lora_alpha)
 
 
 def save_lora(adapted: "PeftModel", folder: Path) -> None:
-    """Write the adapters in peft's format; equal adapters give equal files, whichever release of peft wrote them."""
+    """Write the adapters in peft's format; equal adapters give equal files with every release of peft."""
     adapted.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     described = json.loads((folder / ADAPTER_CONFIG).read_text())
@@ -256,14 +257,14 @@ def save_lora(adapted: "PeftModel", folder: Path) -> None:
 
 
 def merge_lora(visual: "PeftModel") -> nn.Module:
-    """Add the adapters into the weights and return open_clip's own image tower."""
+    """Merge the adapters into the weights and return open_clip's own image tower."""
     merged = cast(nn.Module, visual.merge_and_unload())
     fuse_attention(merged)
     return merged
 
 
 class Clip:
-    """An open_clip model with its tokenizer and the facts read from it."""
+    """An open_clip model with its tokenizer, input size, normalisation and embedding size."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: ClipConfig) -> None:
         import open_clip
@@ -290,13 +291,13 @@ class Clip:
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """Features of captions by the frozen text tower -> (B, D) fp32, not normalised."""
+        """Encode captions with the frozen text tower -> (B, D) fp32, not normalised."""
         device = next(self.model.parameters()).device
         tokens = self.tokenizer(list(captions)).to(device)
         return cast(Tensor, cast(Any, self.model).encode_text(tokens)).float()
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and values of all weights: tells equal weights whatever file they came from."""
+        """SHA-256 over names, shapes and values of all weights; independent of the file they came from."""
         return weights_digest(self.model.state_dict())
 
     def save(self, folder: Path) -> None:
@@ -318,12 +319,12 @@ class Clip:
 def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
     import open_clip
 
-    found = config.architecture or getattr(clip.model, "nsnet_architecture", None)
-    if found is None:
-        found = open_clip.get_model_config(config.model)
-    if found is None:
-        raise ConfigError(f"open_clip knows no model {config.model!r}")
-    return dict(found)
+    architecture = config.architecture or getattr(clip.model, "nsnet_architecture", None)
+    if architecture is None:
+        architecture = open_clip.get_model_config(config.model)
+    if architecture is None:
+        raise ConfigError(f"open_clip has no model {config.model!r}")
+    return dict(architecture)
 
 
 def known_models() -> list[str]:
@@ -337,14 +338,14 @@ def activation_fits(model: str, tag: str) -> bool:
     """Whether weights were trained with the activation of an architecture (quick_gelu or not); else features differ."""
     import open_clip
 
-    wanted = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
-    return bool(wanted) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
+    trained_with = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
+    return bool(trained_with) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
 
 
 def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None:
-    """The file or folder to load weights from: as given, or from the hub's cache or the hub; None: seeded random.
+    """Return the file or folder of the weights: the given one, or from the hub or its cache; None: seeded random.
 
-    Raises `WeightsError` with the command that fetches what is missing. Nothing is loaded yet.
+    Raises `WeightsError` with the command that downloads missing weights. Loads nothing.
     """
     import open_clip
 
@@ -352,10 +353,10 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
         if not weights.exists():
             raise WeightsError(f"--clip-weights {weights} does not exist")
         if weights.is_dir() and not (weights / CONFIG_FILE).is_file():
-            theirs = "transformers' format: " if (weights / "config.json").is_file() else ""
+            its_format = "it has transformers' format; " if (weights / "config.json").is_file() else ""
             raise WeightsError(
-                f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format); {theirs}give a "
-                f"folder or file in open_clip's, such as the {WEIGHTS_FILE} of the same model on the hub"
+                f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format); {its_format}give a "
+                f"folder or file in open_clip's format, such as the {WEIGHTS_FILE} of the same model on the hub"
             )
         return weights
     if config.pretrained is None:
@@ -367,7 +368,7 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
     if not activation_fits(config.model, config.pretrained):
         raise ConfigError(
             f"the weights {config.pretrained!r} and the architecture {config.model} differ in their activation "
-            f"(quick_gelu): features would silently be others; choose the model with or without '-quickgelu'"
+            f"(quick_gelu), which would change the features; choose the model with or without '-quickgelu'"
         )
     repository, _, filename = str(source.get("hf_hub") or "").rpartition("/")  # "owner/name/" or "owner/name/file"
     if not repository:
@@ -375,31 +376,31 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
             f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass "
             "--clip-weights"
         )
-    revision, wanted = PINNED_REVISIONS.get(repository), filename or WEIGHTS_FILE
+    revision, file = PINNED_REVISIONS.get(repository), filename or WEIGHTS_FILE
 
     def download(local_files_only: bool) -> Path:
-        import huggingface_hub  # slow to import, and needed only for weights by name
+        import huggingface_hub  # slow to import; needed only for weights by name
 
         return Path(
-            huggingface_hub.hf_hub_download(repository, wanted, revision=revision, local_files_only=local_files_only)
+            huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=local_files_only)
         )
 
-    return hub.fetch(download, repository, revision, probe=wanted, wanted=wanted, option="--clip-weights with the file")
+    return hub.fetch(download, repository, revision, probe=file, wanted=file, option="--clip-weights with the file")
 
 
 def text_tower_id(config: ClipConfig, weights: Path | None) -> str:
     """Identity of a frozen text tower, 16 hexadecimal digits: equal ids give a caption equal features.
 
-    `weights`: what `find_weights` found. Loads nothing; about 1 s per GB.
+    `weights`: the result of `find_weights`. Loads nothing; takes about 1 s per GB.
     """
     files = sorted(path for path in weights.iterdir() if path.is_file()) if weights and weights.is_dir() else [weights]
-    read = [[path.name, file_digest(path)] for path in files if path is not None]
-    what = [config.model, config.architecture, read or config.seed]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    digests = [[path.name, file_digest(path)] for path in files if path is not None]
+    identity = [config.model, config.architecture, digests or config.seed]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
-    """Build the towers on the CPU in fp32 with the weights that `find_weights` names, or seeded random ones."""
+    """Build the towers on the CPU in fp32, with the weights from `find_weights` or seeded random ones."""
     import open_clip
 
     try:
@@ -420,7 +421,7 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
                     open_clip.load_checkpoint(model, str(weights))
                 context = config.architecture.get("text_cfg", {}).get("context_length")
                 return Clip(model, open_clip.get_tokenizer("ViT-B-32", context_length=context), config)
-            # a file does not say how its model wants images normalised; the name of its weights does (SigLIP: 0.5)
+            # a file does not contain the normalisation of images; the tag of its weights determines it (SigLIP: 0.5)
             named = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
             model = open_clip.create_model(
                 config.model,
@@ -433,17 +434,17 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
         raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"CLIP {config.model} could not be built from {weights}: the file holds more than tensors, or is damaged; "
-            "for safety only tensors are read"
+            f"cannot build CLIP {config.model} from {weights}: the file is damaged or holds other objects than "
+            "tensors, which are refused for safety"
         ) from error
-    except Exception as error:  # a damaged file makes torch, safetensors and open_clip raise almost anything
+    except Exception as error:  # for a damaged file torch, safetensors and open_clip raise many kinds of exceptions
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         if "vision_model." in str(error):
             message = (
-                "it holds weights of transformers' CLIPModel or SiglipModel; give those in open_clip's format, such as "
-                f"the {WEIGHTS_FILE} of the same model on the hub"
+                "it holds weights of transformers' CLIPModel or SiglipModel; give weights in open_clip's format, such "
+                f"as the {WEIGHTS_FILE} of the same model on the hub"
             )
-        raise WeightsError(f"CLIP {config.model} could not be built from {weights or 'a seed'}: {message}") from error
+        raise WeightsError(f"cannot build CLIP {config.model} from {weights or 'a seed'}: {message}") from error
 
 
 def _load_folder(folder: Path, config: ClipConfig) -> Clip:
@@ -454,5 +455,5 @@ def _load_folder(folder: Path, config: ClipConfig) -> Clip:
     model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True)
     model.nsnet_architecture = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
     own_tokenizer = model.nsnet_architecture["text_cfg"].get("hf_tokenizer_name")
-    closed = {"trust_remote_code": False, "local_files_only": True} if own_tokenizer else {}
-    return Clip(model, open_clip.get_tokenizer(name, **closed), config)
+    restrictions = {"trust_remote_code": False, "local_files_only": True} if own_tokenizer else {}
+    return Clip(model, open_clip.get_tokenizer(name, **restrictions), config)

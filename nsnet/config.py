@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown or missing setting is an error, never a guess."""
+"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A nested dataclass as JSON-ready dictionaries."""
+    """Convert a nested dataclass to JSON-ready dictionaries."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
-    """Build a dataclass from `to_dict`'s output. Raises `ConfigError` with the place of what does not fit."""
+    """Build a dataclass from the output of `to_dict`. Raises `ConfigError` with the path of an invalid setting."""
     where = where or kind.__name__
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
@@ -57,19 +57,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def override(config: T, name: str, value: str) -> T:
-    """The same dataclass with one setting replaced: `name` such as `lora.rank`, `value` as JSON, or a bare word.
+    """Return a copy with one setting replaced: `name` such as `lora.rank`, `value` as JSON or a bare word.
 
-    Raises `ConfigError` where there is no such setting, or the value does not fit it.
+    Raises `ConfigError` if the setting does not exist or the value is invalid.
     """
     values = to_dict(config)
-    place: Any = values
+    section: Any = values
     path = name.split(".")
     for part in path[:-1]:
-        place = place.get(part) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or path[-1] not in place:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or path[-1] not in section:
         raise ConfigError(f"{type(config).__name__} has no setting {name!r}; it has {', '.join(sorted(values))}")
     try:
-        place[path[-1]] = json.loads(value)
+        section[path[-1]] = json.loads(value)
     except ValueError:
-        place[path[-1]] = value
+        section[path[-1]] = value
     return from_dict(type(config), values)

@@ -1,6 +1,6 @@
-"""Decoders in place of five of Pillow's own, which take seconds for each megapixel or more.
+"""Replaces five of Pillow's decoders, which take seconds or more per megapixel.
 
-Pillow still reads the headers, and hands the decoders what it read there (`args`). N pixels, C channels.
+Pillow still reads the headers and passes their values to the decoders (`args`).
 """
 
 import re
@@ -13,31 +13,31 @@ from PIL import Image, ImageFile
 
 PIXELS_AT_ONCE: Final = 1 << 20
 MAX_COMMENTS: Final = 1_000
-"""Most comments among the digits of a portable map; nobody writes them there."""
+"""Most comments among the digits of a portable map, where comments are unusual."""
 WHITESPACE: Final = b" \t\n\v\f\r"
 
 
 class _Decoder(ImageFile.PyDecoder):
-    """Reads the whole file from where its pixels begin."""
+    """Reads the whole file, starting at its pixels."""
 
     _pulls_fd = True
 
     def decode(self, buffer: Any) -> tuple[int, int]:
-        """Decode everything at once; -1: no more is needed."""
+        """Decode everything at once; returns -1, which means that no more data is needed."""
         assert self.fd is not None
         self.fill(self.fd.read(), self.state.xsize, self.state.ysize)
         return -1, 0
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """Decode `data` and set the image. Raises `ValueError` or `IndexError` where it is damaged."""
+        """Decode `data` and set the image. Raises `ValueError` or `IndexError` if it is damaged."""
         raise NotImplementedError
 
 
 class DdsMasks(_Decoder):
-    """Uncompressed DirectDraw surfaces: each channel is what its mask leaves of a pixel's bits, scaled to 8 bits."""
+    """Uncompressed DirectDraw surfaces: a channel is the bits of a pixel under its mask, scaled to 8 bits."""
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """Masks are applied to `PIXELS_AT_ONCE` pixels at a time."""
+        """Apply the masks to `PIXELS_AT_ONCE` pixels at a time."""
         bits, masks = self.args
         size = bits // 8
         stored = np.frombuffer(data, np.uint8, width * height * size).reshape(-1, size)
@@ -50,16 +50,16 @@ class DdsMasks(_Decoder):
             for channel, mask in enumerate(masks):
                 if mask:
                     shift = (mask & -mask).bit_length() - 1
-                    share = (numbers & np.uint32(mask)) >> np.uint32(shift)
-                    channels[start : start + len(block), channel] = share / (mask >> shift) * 255
+                    levels = (numbers & np.uint32(mask)) >> np.uint32(shift)
+                    channels[start : start + len(block), channel] = levels / (mask >> shift) * 255
         self.set_as_raw(channels.tobytes())
 
 
 class PortableMap(_Decoder):
-    """Binary portable maps whose greatest sample is not that of 8 or 16 bits."""
+    """Binary portable maps whose maximum sample is neither 255 nor 65535."""
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """Samples of more than 8 bits are big-endian; those of colours become 8 bits, those of grey 16."""
+        """Decode samples, big-endian above 8 bits; colours become 8 bits, grey 16 bits."""
         top = self.args[-1]
         count = width * height * Image.getmodebands(self.mode)
         samples = np.frombuffer(data, np.uint8 if top < 256 else ">u2", count)
@@ -74,33 +74,33 @@ class PortableMap(_Decoder):
 
 
 class PlainPortableMap(PortableMap):
-    """Portable maps in digits."""
+    """Portable maps in ASCII digits."""
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """Comments reach from # to the end of their line."""
+        """Decode decimal samples; comments reach from # to the end of the line."""
         if data.count(b"#") > MAX_COMMENTS:
             raise ValueError(f"a portable map with more than {MAX_COMMENTS:,} comments among its digits")
         text = re.sub(rb"#[^\r\n]*", b" ", data) if b"#" in data else data
         if text.translate(None, b"0123456789" + WHITESPACE):
-            raise ValueError("a portable map in digits holds something else")
+            raise ValueError("a portable map in digits holds other characters")
         count = width * height * Image.getmodebands(self.mode)
         if self.mode == "1":
             ink = np.frombuffer(text.translate(None, WHITESPACE), np.uint8)[:count] - ord("0")
             if len(ink) < count or ink.max(initial=0) > 1:
-                raise ValueError("a bitmap in digits is cut, or holds other digits than 0 and 1")
+                raise ValueError("a bitmap in digits is truncated, or holds other digits than 0 and 1")
             self.set_as_raw(((1 - ink) * np.uint8(255)).tobytes(), "1;8")
             return
-        samples = np.fromstring(text, np.int64, sep=" ")[:count]  # with a count it gives memory that nobody wrote
+        samples = np.fromstring(text, np.int64, sep=" ")[:count]  # with a count, the rest would be uninitialised
         if len(samples) < count or samples.max(initial=0) > self.args[-1] or samples.min(initial=0) < 0:
-            raise ValueError("a portable map in digits is cut, or holds samples above its greatest")
+            raise ValueError("a portable map in digits is truncated, or holds samples above its maximum")
         self.set_scaled(samples, self.args[-1])
 
 
 class RunLengths(_Decoder):
-    """Bitmaps of 4 or 8 bits in runs: what they skip has the first colour of the palette."""
+    """Run-length coded bitmaps of 4 or 8 bits; skipped pixels have the first colour of the palette."""
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """Commands are two bytes: a run, or zero and an end of line, an end, a jump, or a count of pixels as stored."""
+        """Decode two-byte commands: a run, or 0 and an end of line, end of image, jump, or count of literal pixels."""
         nibbles = self.args[1]
         pairs = [(value >> 4, value & 15) if nibbles else (value, value) for value in range(256)]
         runs = [bytes(pair) * 128 for pair in pairs]
@@ -115,7 +115,7 @@ class RunLengths(_Decoder):
                 count, length = value, (value + 1) // 2 if nibbles else value
                 run = data[at : at + length]
                 if len(run) < length:
-                    raise ValueError("a run-length coded bitmap is cut")
+                    raise ValueError("a run-length coded bitmap is truncated")
                 at += length + length % 2
                 if nibbles:
                     run = bytes(level for byte in run for level in pairs[byte])
@@ -137,10 +137,10 @@ class RunLengths(_Decoder):
 
 
 class QuiteOk(_Decoder):
-    """QOI (qoiformat.org): pixels as differences, from an index of 64, or repeated."""
+    """QOI (qoiformat.org): pixels are stored as values, as differences, as entries of an index of 64, or as runs."""
 
     def fill(self, data: bytes, width: int, height: int) -> None:
-        """A pixel is one number, red in its lowest byte, alpha in its highest."""
+        """Decode to one number per pixel, with red in the lowest byte and alpha in the highest."""
         index, out = [0] * 64, array("I", bytes(4 * width * height))
         red, green, blue, alpha = 0, 0, 0, 255
         pixel, at, place, count = 0xFF000000, 0, 0, width * height
@@ -183,7 +183,7 @@ class QuiteOk(_Decoder):
 
 
 def register() -> None:
-    """Put these decoders in the place of Pillow's, for the whole process."""
+    """Replace Pillow's decoders with these, for the whole process."""
     for name, decoder in (
         ("dds_rgb", DdsMasks),
         ("ppm", PortableMap),

@@ -1,4 +1,4 @@
-"""The detector: composes captioner, CLIP, mapper, projection, head and calibration.
+"""Defines the detector, which composes captioner, CLIP, mapper, projection, head and calibration.
 
 Dimensions: B images, M mosaic side, D embedding.
 """
@@ -55,7 +55,7 @@ from nsnet.preparation import PreparationConfig, Prepared
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """Everything that defines a detector but its weights."""
+    """Everything that defines a detector, except its weights."""
 
     clip: ClipConfig = field(default_factory=ClipConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
@@ -66,12 +66,12 @@ class DetectorConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train_backbone: bool = False
-    """Train the whole image tower, not only its adapters: for towers that start from random weights."""
+    """Train the whole image tower, not only its adapters; used if the tower starts from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is said of one image. An image that failed has `status` failed, the error, and no verdict."""
+    """The result for one image. A failed image has `status` failed and the error, but no verdict."""
 
     status: Literal["scored", "failed"]
     verdict: Label | None = None
@@ -79,11 +79,11 @@ class Verdict:
     """Calibrated P(fake), in [0, 1]."""
     logit: float | None = None
     threshold: float | None = None
-    """`prob_fake` from which the verdict is fake."""
+    """Smallest `prob_fake` with the verdict fake."""
     caption: str | None = None
-    """What the captioner saw: the semantics that were removed."""
+    """The caption, whose semantics the projection removed."""
     residual_energy: float | None = None
-    """‖ũ‖/‖u‖, the share of the image feature that the projection left."""
+    """‖ũ‖/‖u‖, the share of the image feature that remains after the projection."""
     width: int | None = None
     height: int | None = None
     format: str | None = None
@@ -94,7 +94,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the network says of a batch; arrays (B,) fp64."""
+    """Results for a batch; arrays (B,) fp64."""
 
     logit: npt.NDArray[np.float64]
     prob_fake: npt.NDArray[np.float64]
@@ -103,7 +103,7 @@ class Scores:
 
 
 class Detector:
-    """A detector on one device. `load` one that was trained, or `build` one to train."""
+    """A detector on one device. `load` reads a trained one; `build` makes one to train."""
 
     def __init__(
         self,
@@ -125,14 +125,14 @@ class Detector:
 
     @property
     def detector_id(self) -> str | None:
-        """Identity of the bundle that this detector was loaded from; None for one that was built."""
+        """Identity of the bundle that this detector was loaded from; None for a built detector."""
         return self.description.detector_id if self.description else None
 
     @classmethod
     def build(cls, config: DetectorConfig, clip_weights: Path | None = None, *, seed: int = 0) -> Self:
-        """A detector to train: adapters at zero, mapper and head at random by the seed, no captioner.
+        """Build a detector to train: adapters at zero, seeded random mapper and head, no captioner.
 
-        Raises `WeightsError` or `ConfigError` when weights, architecture and configuration do not fit.
+        Raises `WeightsError` or `ConfigError` if weights, architecture and configuration do not fit each other.
         """
         clip = load_clip(config.clip, find_weights(config.clip, clip_weights))
         _check_mosaic(config, clip)
@@ -155,9 +155,9 @@ class Detector:
     ) -> Self:
         """Load a bundle for inference: adapters merged, everything frozen.
 
-        `clip_weights`, `captioner`: local paths that replace the hub's; `captioner=False` leaves it out (no `predict`).
-        A detector that judges without captions has no captioner.
-        Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or others).
+        `clip_weights`, `captioner`: local paths instead of the hub; `captioner=False` loads none (no `predict`). If the
+        detector needs no captions, no captioner is loaded.
+        Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or different).
         """
         folder = Path(path)
         description = bundle.read(folder)
@@ -166,10 +166,10 @@ class Detector:
             calibration = from_dict(Calibration, description.calibration)
         except ConfigError as error:
             raise BundleError(f"the bundle {folder} is of another version: {error}") from error
-        own = folder / bundle.CLIP
-        weights = own if own.is_dir() else find_weights(config.clip, clip_weights)
+        bundled = folder / bundle.CLIP
+        weights = bundled if bundled.is_dir() else find_weights(config.clip, clip_weights)
         if weights is None:
-            raise BundleError(f"the bundle {folder} lacks {bundle.CLIP}/, and names no weights of CLIP in its place")
+            raise BundleError(f"the bundle {folder} lacks {bundle.CLIP}/ and does not name CLIP weights instead")
         clip = load_clip(config.clip, weights)
         if clip.digest() != description.clip_digest:
             raise WeightsError(
@@ -179,24 +179,26 @@ class Detector:
         try:
             _check_mosaic(config, clip)
             size = ModelSize([weights, folder / bundle.LORA, folder / bundle.NETWORK])
-            with torch.random.fork_rng(devices=[]), size:  # modules start at random; the caller's numbers are not ours
+            with torch.random.fork_rng(devices=[]), size:  # modules draw random weights; the caller's generator is kept
                 if (folder / bundle.LORA).is_dir():
                     adapted = load_lora(clip.visual, folder / bundle.LORA)
                     if lora_settings(adapted) != (config.lora.rank, config.lora.alpha):
                         raise BundleError("the settings of its adapters are not those of detector.json")
                     clip.visual = merge_lora(adapted)
                 network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
-            missing = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
+            mismatch = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError, NsnetError) as error:
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"the bundle {folder} does not fit its configuration: {reason}") from error
-        strange = [name for name in missing.missing_keys if not name.startswith("visual.")] + missing.unexpected_keys
-        if strange:
-            raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(strange)}")
-        speaker = None
+        names = [name for name in mismatch.missing_keys if not name.startswith("visual.")] + mismatch.unexpected_keys
+        if names:
+            raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(names)}")
+        loaded_captioner = None
         if captioner is not False and config.projection.needs_captions:
-            speaker = Captioner.load(config.captioner, captioner or bundle.captioner_of(folder), device)
-        loaded = cls(config, clip, network, captioner=speaker, calibration=calibration, description=description)
+            loaded_captioner = Captioner.load(config.captioner, captioner or bundle.captioner_of(folder), device)
+        loaded = cls(
+            config, clip, network, captioner=loaded_captioner, calibration=calibration, description=description
+        )
         loaded.network.requires_grad_(False).eval()
         return loaded.to(device)
 
@@ -214,13 +216,13 @@ class Detector:
         captioner: Path | None = None,
         training: dict[str, Any] | None = None,
     ) -> bundle.Description:
-        """Write a bundle; the folder must not exist yet. `captioner`: transformers folder to put inside.
+        """Write a bundle to a folder that is empty or does not exist. `captioner`: transformers folder to include.
 
-        A pretrained, frozen CLIP is referred to by name and digest; a CLIP of random or trained weights is put inside.
+        A pretrained, frozen CLIP is recorded by name and digest; a CLIP with random or trained weights is included.
         """
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise BundleError(f"{folder} exists and is not empty; choose another place for the detector")
+            raise BundleError(f"{folder} exists and is not empty; choose another folder for the detector")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             partial = Path(scratch) / "bundle"
@@ -236,7 +238,7 @@ class Detector:
                 digest = clip.digest()
                 if self.config.train_backbone or self.config.clip.pretrained is None:
                     clip.save(partial / bundle.CLIP)
-            if captioner is not None:  # loaded and written again: what is public as a pickle becomes safetensors
+            if captioner is not None:  # loaded and saved: pickled weights become safetensors
                 Captioner(captioner, self.config.captioner).save(partial / bundle.CAPTIONER)
             description = bundle.seal(
                 partial,
@@ -245,7 +247,7 @@ class Detector:
                 training=training or {},
                 clip_digest=digest,
             )
-            for path in (partial, *partial.rglob("*")):  # safetensors and tempfile write for the owner alone
+            for path in (partial, *partial.rglob("*")):  # safetensors and tempfile allow access to the owner only
                 path.chmod(0o755 if path.is_dir() else 0o644)
             if folder.exists():
                 folder.rmdir()
@@ -254,7 +256,7 @@ class Detector:
 
     @contextmanager
     def _base_towers(self) -> Iterator[Clip]:
-        """CLIP in open_clip's own modules, with the base weights of the image tower (adapters left out)."""
+        """Yield CLIP in open_clip's own modules, with the base weights of the image tower and without adapters."""
         adapted = self.network.visual
         if not has_lora(adapted):
             yield self.clip
@@ -272,7 +274,7 @@ class Detector:
             self.clip.visual = split
 
     def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
-        """How images are prepared for this detector."""
+        """Return the settings by which images are prepared for this detector."""
         self._check_captioner()
         return PreparationConfig(
             thumbnail_px=self.captioner.thumbnail_px if self.captioner is not None else 0,
@@ -288,15 +290,15 @@ class Detector:
     def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Scores:
         """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32, without dropout.
 
-        None is for a detector that judges without captions.
+        `captions` may be None if the detector needs none.
         """
-        self.network.eval()  # a detector that was built comes ready for training
+        self.network.eval()  # a built detector is in training mode
         text_features = None
         if self.config.projection.needs_captions:
             if captions is None:
-                raise ConfigError("this detector cannot judge an image without its caption")
+                raise ConfigError("this detector needs a caption for each image")
             text_features = self.clip.encode_text(captions).to(self.device)
-        out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # a copy: batches may be read-only
+        out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # copied: batches may be read-only
         logit = out.logit.double().cpu().numpy()
         prob_fake = self.calibration.probability(logit)
         return Scores(
@@ -313,12 +315,12 @@ class Detector:
         batch_size: int = 8,
         limits: DecodeLimits | None = None,
     ) -> list[Verdict]:
-        """Verdicts of images, in their order; a bad one is a failed row.
+        """Return the verdicts of images, in their order; a bad image gets a failed verdict.
 
         images: paths, bytes of files, Pillow images, uint8 arrays (RGB (H, W, 3) or grey (H, W)), binary files. Raises
         `TypeError` or `ValueError` for anything else, before any image is read.
 
-        Decodes in this process: for files from strangers use `nsnet predict`, which guards against decoders that crash.
+        Decodes in this process: for files from strangers use `nsnet predict`, which isolates crashing decoders.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -332,7 +334,7 @@ class Detector:
         return verdicts
 
     def predict_prepared(self, images: Sequence[Prepared | ImageError]) -> list[Verdict]:
-        """Verdicts of prepared images, as one batch; errors become failed verdicts in their place."""
+        """Return the verdicts of prepared images, scored as one batch; an error becomes a failed verdict."""
         self._check_captioner()
         verdicts = [failed_verdict(image) if isinstance(image, ImageError) else None for image in images]
         good = [(i, image) for i, image in enumerate(images) if isinstance(image, Prepared)]
@@ -341,7 +343,7 @@ class Detector:
             captions = self.captioner.caption(np.stack([image.thumbnail for _, image in good]))
             for (i, _), caption in zip(good, captions, strict=True):
                 if caption is None:
-                    verdicts[i] = failed_verdict(CaptionError("the captioner gave no word"))
+                    verdicts[i] = failed_verdict(CaptionError("the captioner returned an empty caption"))
             good = [(i, image) for i, image in good if verdicts[i] is None]
             captions = [caption for caption in captions if caption is not None]
         if good:
@@ -363,27 +365,27 @@ class Detector:
                 )
         return cast(list[Verdict], verdicts)
 
-    def with_calibration(self, calibration: Calibration) -> Self:
-        """Set the calibration; returns the same detector."""
+    def set_calibration(self, calibration: Calibration) -> Self:
+        """Replace the calibration; returns this detector."""
         self.calibration = calibration
         return self
 
 
 def failed_verdict(error: ImageError) -> Verdict:
-    """The verdict of an image that failed."""
+    """Return the verdict of an image that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
 
 
 def _check_mosaic(config: DetectorConfig, clip: Clip) -> None:
     if clip.image_px != config.patches.mosaic_px:
         raise ConfigError(
-            f"the mosaic has {config.patches.mosaic_px} px, {config.clip.model} takes {clip.image_px} px: set "
+            f"mosaic_px is {config.patches.mosaic_px}, but {config.clip.model} takes {clip.image_px} px: set "
             f"mosaic_px to {clip.image_px}"
         )
 
 
 def config_of(description: bundle.Description) -> DetectorConfig:
-    """The configuration of a bundle that was read. Raises `BundleError` where it is of another version."""
+    """Return the configuration of a bundle. Raises `BundleError` if it is of another version."""
     try:
         return from_dict(DetectorConfig, description.config)
     except ConfigError as error:

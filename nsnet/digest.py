@@ -1,4 +1,4 @@
-"""Identity of files, and of weights: equal weights have one digest, whatever file they came from."""
+"""Computes digests of files and of weights; equal weights have equal digests in every file format."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nsnet.files import open_regular
 
-if TYPE_CHECKING:  # reading a bundle must not wait for torch
+if TYPE_CHECKING:  # bundles are read without importing torch
     from torch import Tensor
 
 
@@ -18,7 +18,7 @@ def file_digest(path: Path) -> str:
 
 
 def weights_digest(state: Mapping[str, "Tensor"]) -> str:
-    """SHA-256 (hexadecimal) over names, shapes and values, as fp32, of a model's state; about 1 s per GB."""
+    """SHA-256 (hexadecimal) over names, shapes and values (as fp32) of a model's state; takes about 1 s per GB."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -1,11 +1,11 @@
-"""Near-duplicates: a hash of what an image looks like, and groups of images whose hashes are close.
+"""Finds near-duplicates: computes perceptual hashes and groups images whose hashes are close.
 
 Dimensions: H, W image sides; n images; m distinct hashes.
 
-An image of several names, sizes and compressions must lie in one split, or the test measures memory. The hash follows
-pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): which of the lowest
-frequencies of a small grey copy are strong. Re-encoding hardly changes that; a copy that is mirrored, turned or cropped
-by more than some 2 % of its sides is not found.
+All copies of an image, with other names, sizes or compressions, must be in one split, or the test measures memory. The
+hash follows pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): its bits mark
+the strong ones among the lowest frequencies of a small grey copy. Re-encoding changes few bits; a copy that is
+mirrored, rotated or cropped by more than about 2 % of its sides is not found.
 """
 
 import re
@@ -22,61 +22,60 @@ Indices = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 DISTANCE: Final = 4
-"""Bits in which the hashes of near-duplicates differ at most.
+"""Largest number of bits in which the hashes of near-duplicates differ.
 
-Measured on 484 images (photographs, art, GAN, diffusion): all of their copies as JPEG 95, 75 and 50, and at 0.5, 0.75
-and 2 times the size, lie within 2 bits; as JPEG 30 all but one do (8); cropped to 0.98 of their sides, 95 % lie within
-4 and all within 8. None of the 116,886 pairs of different images lies within 12. Of 565 million pairs of crops from
-different images, many of them sky or wall, 4 lie within 4 bits, 7 within 6 and 37 within 8: a wider distance would
-find a few crops more and tie more strangers together. Half of the bits are set, so distances are even.
+Measured on 484 images (photographs, art, GAN, diffusion): all copies as JPEG 95, 75 and 50, and at 0.5, 0.75 and 2
+times the size, are within 2 bits; as JPEG 30 all but one (8); cropped to 0.98 of their sides, 95 % are within 4 and all
+within 8. None of the 116,886 pairs of different images is within 12. Of 565 million pairs of crops from different
+images, many of them sky or wall, 4 are within 4 bits, 7 within 6 and 37 within 8: a larger distance would find a few
+more crops and join more unrelated images. Half of the bits are set, so distances are even.
 """
 
 BITS: Final = 64
 SIDE: Final = 32
 """Side of the grey copy, in cells."""
 ROWS: Final = 512
-"""Of a taller image every second, third, … row is read, so many at least: 16 rows a cell tell its mean, and the time
-grows with the width only."""
+"""Least number of rows that are read: of a taller image, only every second, third, … row. 16 rows per cell are enough
+for its mean, and the time then grows with the width only."""
 
 MIN_CONTRAST: Final = 4.0
-"""Least mean distance of the cells from their median, in grey levels. Below, the image is plain, or plain but for a
-small thing in it: then the hash tells where the thing is, and in the same corner all things are alike. The plainest of
-564 whole images has 6.6."""
+"""Least mean distance of the cells from their median, in grey levels. Below it, the image is plain, possibly with one
+small object: the hash then encodes only the object's position. The plainest of 564 whole images has 6.6."""
 MIN_DETAIL: Final = 2.0
 """Least median distance of the coefficients from the threshold of the bits, in grey levels (orthonormal transform).
-Below, as for a gradient, half of the bits are rounding: re-encoding changes a coefficient by 0.3 to 2."""
+Below it, as for a gradient, half of the bits are noise: re-encoding changes a coefficient by 0.3 to 2."""
 DECIMALS: Final = 3
-"""Coefficients are rounded, for the last digits differ between processors: those that are 0 must be 0 everywhere."""
+"""Decimals to which coefficients are rounded: further digits differ between processors, and 0 must be 0 on all."""
 
 HASH: Final = re.compile(rf"[0-9a-fA-F]{{{BITS // 4}}}")
 
 SORT_NANOSECONDS: Final = 150.0
 PAIR_NANOSECONDS: Final = 10.0
-"""Cost of sorting a hash and of comparing two, from which the number of bands is chosen; they change no result."""
+"""Costs of sorting a hash and of comparing two. They determine the number of bands, not the result."""
 
 
 def _lowest_frequencies() -> npt.NDArray[np.int64]:
-    """(2, 64): down and right frequency of the coefficients, by their sum; the constant one is left out."""
-    every = [(down, right) for down in range(SIDE) for right in range(SIDE) if down + right > 0]
-    every.sort(key=lambda at: (at[0] + at[1], abs(at[0] - at[1]), at))
-    return np.array(every[:BITS]).T
+    """(2, 64): vertical and horizontal frequency of the coefficients, by their sum, without the constant one."""
+    frequencies = [(down, right) for down in range(SIDE) for right in range(SIDE) if down + right > 0]
+    frequencies.sort(key=lambda pair: (pair[0] + pair[1], abs(pair[0] - pair[1]), pair))
+    return np.array(frequencies[:BITS]).T
 
 
 FREQUENCIES: Final = _lowest_frequencies()
 WAVES: Final = np.cos(pi / SIDE * np.outer(np.arange(FREQUENCIES.max() + 1), np.arange(SIDE) + 0.5)) * (2 / SIDE) ** 0.5
 WAVES[0] *= 0.5**0.5
-"""(11, 32): the rows of the orthonormal DCT-II that are needed. SciPy's takes half a second to import."""
+"""(11, 32): the needed rows of the orthonormal DCT-II. SciPy's DCT takes half a second to import."""
 
 
 def perceptual_hash(pixels_hwc: npt.NDArray[np.uint8]) -> str | None:
-    """Hash of an (H, W, 3) uint8 image: 64 bits as 16 hexadecimal digits; None where it is too plain for one.
+    """Hash an (H, W, 3) uint8 image: 64 bits as 16 hexadecimal digits; None if the image is too plain.
 
-    Bit i: coefficient i of the DCT-II of the image at 32 × 32 grey cells is above the median of the 64.
+    Bit i is set if coefficient i of the DCT-II of the image, at 32 × 32 grey cells, is above the median of the 64.
     """
     if pixels_hwc.ndim != 3 or pixels_hwc.shape[2] != 3 or pixels_hwc.dtype != np.uint8 or 0 in pixels_hwc.shape:
         raise ValueError(f"pixels must be (H, W, 3) uint8 with H, W ≥ 1, got {pixels_hwc.shape} {pixels_hwc.dtype}")
-    # Whole blocks are averaged, down to 64 cells a side or more, and these by a triangle: by a box, too, sizes that 32
-    # does not divide would shift the cells, and 1 in 20 copies of another size by 4 bits or more.
+    # Reduce by whole blocks to at least 64 cells per side, then with a triangle filter. With a box filter there too,
+    # sizes that 32 does not divide would shift the cells and change 4 or more bits in 1 of 20 resized copies.
     thinned = pixels_hwc[:: max(1, len(pixels_hwc) // ROWS)]
     small = Image.fromarray(thinned).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     cells = np.asarray(small.convert("L"), dtype=np.float64)
@@ -92,11 +91,11 @@ def perceptual_hash(pixels_hwc: npt.NDArray[np.uint8]) -> str | None:
 def near_duplicate_groups(
     content_hashes: Sequence[str], perceptual_hashes: Sequence[str | None], distance: int = DISTANCE
 ) -> Indices:
-    """Group of each image -> (n,) int64: the smallest row of its group.
+    """Return the group of each image -> (n,) int64: the smallest row of its group.
 
-    Two images are in one group when their content hashes are equal, when their perceptual hashes differ in at most
-    `distance` bits, or when a chain of such pairs leads from one to the other. Exact; `ValueError` where lengths differ
-    or a hash is not 16 hexadecimal digits. Memory grows with n, not with the number of pairs.
+    Two images are in one group if their content hashes are equal, if their perceptual hashes differ in at most
+    `distance` bits, or if a chain of such pairs connects them. The result is exact. Raises `ValueError` if lengths
+    differ or a hash is not 16 hexadecimal digits. Memory grows with n, not with the number of pairs.
     """
     if len(content_hashes) != len(perceptual_hashes):
         raise ValueError(f"{len(content_hashes)} content hashes and {len(perceptual_hashes)} perceptual hashes")
@@ -105,8 +104,8 @@ def near_duplicate_groups(
     n = len(content_hashes)
     parents = np.arange(n)
     first_of: dict[str, int] = {}
-    same = (first_of.setdefault(content, row) for row, content in enumerate(content_hashes))
-    _join(parents, parents.copy(), np.fromiter(same, np.int64, n))
+    first_rows = (first_of.setdefault(content, row) for row, content in enumerate(content_hashes))
+    _join(parents, parents.copy(), np.fromiter(first_rows, np.int64, n))
     hashed = np.array([row for row, value in enumerate(perceptual_hashes) if value is not None], np.int64)
     values = _parse([value for value in perceptual_hashes if value is not None])
     distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
@@ -117,7 +116,7 @@ def near_duplicate_groups(
 
 
 def _parse(hexadecimal: Sequence[str]) -> Hashes:
-    """16 hexadecimal digits each -> (m,) uint64."""
+    """Parse hashes of 16 hexadecimal digits -> (m,) uint64."""
     wrong = next((text for text in hexadecimal if not HASH.fullmatch(text)), None)
     if wrong is not None:
         raise ValueError(f"a perceptual hash must be {BITS // 4} hexadecimal digits, got {wrong!r}")
@@ -125,10 +124,10 @@ def _parse(hexadecimal: Sequence[str]) -> Hashes:
 
 
 def _near_pairs(hashes: Hashes, distance: int) -> Iterator[tuple[Indices, Indices]]:
-    """Every pair of the (m,) distinct hashes within the distance, at least once, in pieces of at most m pairs.
+    """Yield every pair of the (m,) distinct hashes within the distance, at least once, in blocks of at most m pairs.
 
-    The bits are dealt into distance + k bands: d differing bits spoil at most d bands, so that k are equal. For each
-    choice of k bands the hashes are sorted by these, and neighbours with the same value are compared.
+    The bits are divided into distance + k bands: d differing bits change at most d bands, so at least k bands are
+    equal. For each choice of k bands, the hashes are sorted by them and those with equal values are compared.
     """
     if distance == 0 or len(hashes) < 2:
         return
@@ -148,7 +147,7 @@ def _near_pairs(hashes: Hashes, distance: int) -> Iterator[tuple[Indices, Indice
 
 
 def _masks(count: int, distance: int) -> list[np.uint64]:
-    """Bits that are compared at a time: for each choice of k of distance + k bands, with the k that costs least."""
+    """Bit masks of each choice of k of distance + k bands, for the k of least cost."""
 
     def cost(k: int) -> float:
         pairs_per_hash = count / float(2 ** (BITS * k / (distance + k)))
@@ -156,7 +155,7 @@ def _masks(count: int, distance: int) -> list[np.uint64]:
 
     equal = min(range(1, min(8, BITS - distance) + 1), key=cost)
     bands = distance + equal
-    # Bits of neighbouring frequencies go to different bands: their signs depend on each other.
+    # Bits of neighbouring frequencies are correlated: put them into different bands.
     values = [sum(1 << bit for bit in range(band, BITS, bands)) for band in range(bands)]
     return [np.uint64(sum(chosen)) for chosen in combinations(values, equal)]
 
@@ -165,22 +164,22 @@ def _masks(count: int, distance: int) -> list[np.uint64]:
 
 
 def _join(parents: Indices, one: Indices, other: Indices) -> None:
-    """Unite the groups of one[i] and other[i]."""
+    """Merge the groups of one[i] and other[i]."""
     while True:
         roots = _roots(parents, one), _roots(parents, other)
-        apart = roots[0] != roots[1]
-        if not apart.any():
+        separate = roots[0] != roots[1]
+        if not separate.any():
             return
-        one, other = roots[0][apart], roots[1][apart]
-        # A root that is joined to several keeps the smallest; the next pass joins the rest.
+        one, other = roots[0][separate], roots[1][separate]
+        # A root with several partners gets the smallest as its parent; the next pass joins the others.
         np.minimum.at(parents, np.maximum(one, other), np.minimum(one, other))
 
 
 def _roots(parents: Indices, rows: Indices) -> Indices:
-    """Root of each row, the smallest row of its group. Each step shortens the way for the next, so they are few."""
+    """Root of each row: the smallest row of its group. Each step shortens the paths, so few steps are needed."""
     while True:
-        above = parents[rows]
-        beyond = parents[above]
-        if np.array_equal(above, beyond):
-            return above
-        parents[rows] = beyond
+        parent = parents[rows]
+        grandparent = parents[parent]
+        if np.array_equal(parent, grandparent):
+            return parent
+        parents[rows] = grandparent

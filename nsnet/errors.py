@@ -1,9 +1,9 @@
-"""The exceptions a caller may meet.
+"""Defines the exceptions that a caller may see.
 
 NsnetError
-├── UsageError              the request cannot be carried out as asked (exit code 2)
+├── UsageError              the request cannot be carried out (exit code 2)
 │   ├── ConfigError         a setting is out of its range, or settings contradict each other
-│   ├── SourceError         no source, an empty source, a source without the labels that are needed
+│   ├── SourceError         no source, an empty source, a source without the needed labels
 │   ├── WeightsError        pretrained weights are missing, or do not fit the architecture
 │   ├── BundleError         a detector bundle is missing, damaged or of another version
 │   └── NullSpaceError      the requested semantic basis leaves no null space
@@ -12,29 +12,29 @@ NsnetError
 ├── LockedError             another run holds the lock of an output (exit code 4)
 └── ImageError              one image failed; jobs turn it into a failed row
     ├── ImageEmptyError         no bytes
-    ├── ImageTooLargeError      over the limit of bytes or pixels
+    ├── ImageTooLargeError      more bytes or pixels than the limit
     ├── ImageUnidentifiedError  no supported image format
     ├── ImageCorruptError       the format is known, the data is damaged
-    ├── ImageTimeoutError       over the limit of seconds
-    ├── ImageBudgetError        slow, and the run has no time left for slow images
+    ├── ImageTimeoutError       more seconds than the limit
+    ├── ImageBudgetError        slow, and the run's time for slow images is used up
     ├── DecoderCrashError       the decoder's process died
     ├── FetchError              the bytes could not be read from storage
-    │   ├── ObjectMissingError      gone since it was listed
+    │   ├── ObjectMissingError      deleted since it was listed
     │   ├── ObjectChangedError      replaced since it was listed
-    │   └── ObjectDeniedError       the store does not allow reading it
-    ├── CaptionError            the captioner gave no caption
-    └── ScoreError              the network gave no finite number
+    │   └── ObjectDeniedError       the store denies reading it
+    ├── CaptionError            the captioner returned no caption
+    └── ScoreError              the network returned no finite number
 """
 
 
 class NsnetError(Exception):
-    """Base of everything raised on purpose. The message is one line that a person can act on."""
+    """Base of all exceptions that are raised on purpose. The message is one line and states what to do."""
 
     exit_code = 1
 
 
 class UsageError(NsnetError):
-    """The request cannot be carried out as asked."""
+    """The request cannot be carried out."""
 
     exit_code = 2
 
@@ -44,7 +44,7 @@ class ConfigError(UsageError):
 
 
 class SourceError(UsageError):
-    """No source, an empty source, or a source without the labels that are needed."""
+    """No source, an empty source, or a source without the needed labels."""
 
 
 class WeightsError(UsageError):
@@ -79,7 +79,7 @@ class ImageError(NsnetError):
     stage = "decode"
     """Stage in which it failed: fetch, decode, caption or score."""
     requests = 0
-    """How often the store was asked for it."""
+    """Number of requests to the store for this image."""
 
 
 class ImageEmptyError(ImageError):
@@ -87,11 +87,11 @@ class ImageEmptyError(ImageError):
 
 
 class ImageTooLargeError(ImageError):
-    """Over the limit of bytes or pixels."""
+    """The image has more bytes or pixels than the limit."""
 
 
 class ImageUnidentifiedError(ImageError):
-    """The bytes are no supported image format."""
+    """The bytes are not in a supported image format."""
 
 
 class ImageCorruptError(ImageError):
@@ -103,7 +103,7 @@ class ImageTimeoutError(ImageError):
 
 
 class ImageBudgetError(ImageError):
-    """Decoding is slow, and the run has spent what it may on slow images."""
+    """Decoding is slow, and the run's time for slow images is used up."""
 
 
 class DecoderCrashError(ImageError):
@@ -116,11 +116,11 @@ class FetchError(ImageError):
     stage = "fetch"
     requests = 1
     may_be_outage = False
-    """Whether the store may be to blame, rather than this object."""
+    """Whether the cause may be the store, not this object."""
 
 
 class ObjectMissingError(FetchError):
-    """The object is gone since it was listed."""
+    """The object was deleted since it was listed."""
 
 
 class ObjectChangedError(FetchError):
@@ -128,16 +128,16 @@ class ObjectChangedError(FetchError):
 
 
 class ObjectDeniedError(FetchError):
-    """The store does not allow reading this object."""
+    """The store denies reading this object."""
 
 
 class CaptionError(ImageError):
-    """The captioner gave no caption."""
+    """The captioner returned no caption."""
 
     stage = "caption"
 
 
 class ScoreError(ImageError):
-    """The network gave no finite number."""
+    """The network returned no finite number."""
 
     stage = "score"

@@ -1,4 +1,4 @@
-"""Files of others, opened so that none of them can hang the reader, and read to an end."""
+"""Opens and reads files from strangers, with no wait for a FIFO or device and with a limit of bytes."""
 
 import errno
 import io
@@ -11,11 +11,11 @@ CHUNK_BYTES: Final = 1 << 20
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """A regular file for reading. Raises `OSError`, at once, for a folder, FIFO, socket or device in its place.
+    """Open a regular file for reading. Raises `OSError` without waiting if it is a folder, FIFO, socket or device.
 
-    Links are followed: where they may not lead is for the caller to say.
+    Follows links; the caller must check where they lead.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)  # a FIFO's open would wait
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)  # else opening a FIFO blocks
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -29,9 +29,9 @@ def open_regular(path: str | Path) -> io.BufferedReader:
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises `OSError`, as `open_regular` does, or because it is over `max_bytes`."""
+    """Read a regular file. Raises `OSError` as `open_regular` does, or if the file is larger than `max_bytes`."""
     chunks: list[bytes] = []
-    left = max_bytes + 1  # in pieces: a read of the whole bound would allocate it, and a size can grow or lie
+    left = max_bytes + 1  # read in chunks: one read would allocate the limit, and the reported size can be wrong
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= max_bytes:
             while left and (chunk := file.read(min(left, CHUNK_BYTES))):

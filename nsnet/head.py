@@ -1,4 +1,4 @@
-"""Projection head and classifier (eq. 17 and 19).
+"""Defines the projection head and the classifier (eq. 17 and 19).
 
 Dimensions: B images, D embedding, F head feature.
 """
@@ -18,7 +18,7 @@ class HeadConfig:
     """Kind and sizes of the projection head."""
 
     kind: Literal["mlp", "linear"] = "mlp"
-    """`mlp`: the paper's. `linear`: the logit straight from ũ, UniversalFakeDetect's probe (arXiv 2302.10174)."""
+    """`mlp`: the paper's. `linear`: the logit directly from ũ, UniversalFakeDetect's probe (arXiv 2302.10174)."""
     hidden_dim: int = 768
     """Width of the hidden layer."""
     feature_dim: int = 512
@@ -34,7 +34,7 @@ class HeadConfig:
 class ProjectionHead(nn.Module):
     """f = H(ũ)/‖H(ũ)‖ with a two-layer H, then logit = w·f + b: (B, D) -> f (B, F) unit length, logit (B,).
 
-    The logit comes from the unit-length f as in eq. 19; the published code took it from the un-normalised feature.
+    The logit is computed from the unit-length f (eq. 19); the published code uses the un-normalised feature.
     A linear head has no H: logit = w·ũ + b, and f = ũ/‖ũ‖ is (B, D).
     """
 
@@ -51,7 +51,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.layers(projected)
-        # the length in at least fp32, also under autocast
+        # compute the length in at least fp32, also under autocast
         features = functional.normalize(hidden if hidden.dtype == torch.float64 else hidden.float(), dim=1)
         logit: Tensor = self.classifier(features if len(self.layers) else projected).squeeze(1)
         return features, logit

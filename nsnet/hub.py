@@ -1,4 +1,4 @@
-"""Weights by name: from the hub's local cache, else from the hub, else an error that says how to fetch them."""
+"""Finds weights by name in the hub's local cache or downloads them; the error states how to download them."""
 
 import shlex
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Final
 from nsnet.errors import WeightsError
 
 TIMEOUT_SECONDS: Final = 5.0
-"""How long the hub may take to answer before it counts as out of reach."""
+"""Timeout of a request to the hub, after which it counts as unreachable."""
 
 
 def fetch(
@@ -21,11 +21,11 @@ def fetch(
     option: str,
     known: bool = True,
 ) -> Path:
-    """What `download(local_files_only)` gives: first asked of the cache, where an `OSError` means that it is not there.
+    """Return the path from `download(local_files_only)`: from the cache, or if that raises `OSError`, from the hub.
 
-    probe: a file of the repository, asked about before anything is downloaded. wanted: the file to be fetched, "" for
-    the whole repository. option: what takes a local path instead. known: whether it may be asked of the hub at all.
-    Raises `WeightsError`.
+    probe: a file of the repository, used to test the connection before a download. wanted: the file to download, "" for
+    the whole repository. option: the command-line option that takes a local path instead. known: whether downloading
+    from the hub is allowed. Raises `WeightsError`.
     """
     try:
         return download(True)
@@ -35,19 +35,20 @@ def fetch(
     command = shlex.join(["hf", "download", repository, *filter(None, [wanted]), *pin])
     if not known:
         raise WeightsError(
-            f"{repository}{f' at {revision}' if revision else ''} is not in the local cache, and this release fetches "
-            f"only models that it knows; if you trust it, run: {command} and copy its cache here, or pass {option}"
+            f"{repository}{f' at {revision}' if revision else ''} is not in the local cache, and this release "
+            f"downloads only models on its list; if you trust it, run: {command} and copy its cache here, or pass "
+            f"{option}"
         )
-    import huggingface_hub  # slow to import, and needed only for weights by name
+    import huggingface_hub  # slow to import; needed only for weights by name
 
     try:
-        # One short question first: without network the download would try again and again for minutes.
+        # First one short request: without a network the download would retry for minutes.
         url = huggingface_hub.hf_hub_url(repository, probe, revision=revision)
         huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
         return download(False)
-    except Exception as error:  # those of whichever HTTP library the hub's client is built on
+    except Exception as error:  # the exceptions depend on the HTTP library of the hub's client
         raise WeightsError(
-            f"{f'{wanted} of ' if wanted else ''}{repository} is not in the local cache and cannot be had from the hub "
-            f"({type(error).__name__}); on a machine with access run: {command} and copy its cache here, or pass "
-            f"{option}"
+            f"{f'{wanted} of ' if wanted else ''}{repository} is not in the local cache and cannot be downloaded from "
+            f"the hub ({type(error).__name__}); on a machine with access run: {command} and copy its cache here, or "
+            f"pass {option}"
         ) from error

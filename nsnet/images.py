@@ -1,12 +1,12 @@
-"""Bytes to an RGB array, safely.
+"""Decodes image files to RGB arrays, safely.
 
 Dimensions: H height, W width, C = 3 channels (sRGB order R, G, B), uint8.
 
-Hostile input is expected. A file goes through three hands: an inspector of its format reads the headers, bounds what
-decoding may cost and refuses by name what is not known to decode right (`jpeg`, `png`, `tiff`, `rasters`); Pillow
-decodes; `pixels` converts what it gives. Formats that start other programs (EPS) or carry no signature (TGA) are not
-tried, and whatever a decoder raises becomes an `ImageError`. A decoder that hangs or crashes the process cannot be
-stopped from inside it; jobs therefore decode in a guarded child process (`jobs.isolation.guard`).
+Input may be hostile. Decoding has three steps: an inspector for the format (`jpeg`, `png`, `tiff`, `rasters`) reads the
+headers, limits the cost of decoding and refuses, by name, layouts that are not known to decode correctly; Pillow
+decodes; `pixels` converts the result. Formats that start other programs (EPS) or have no signature (TGA) are not tried.
+Every exception of a decoder becomes an `ImageError`. A decoder that hangs or crashes cannot be stopped in the same
+process; jobs therefore decode in a guarded child process (`jobs.isolation.guard`).
 """
 
 import io
@@ -74,12 +74,12 @@ MODES: Final[dict[str, tuple[str, ...]]] = {
     "TIFF": ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "I;16B", "F"),
     "WEBP": ("RGB", "RGBA"),
 }
-"""Format -> Pillow's modes that are known to be converted right; what a format's layouts are, its inspector checks."""
+"""Format -> Pillow's modes that are known to convert correctly. The inspector checks the layouts of a format."""
 FORMATS: Final = tuple(name for name in MODES if name != "MPO")
-"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-image kin; HEIF
-is HEIC."""
+"""Pillow's names of the formats that are tried, by content and not by file name. JPEG includes MPO, its multi-image
+variant; HEIF is HEIC."""
 COUNTED: Final = ("GIF", "PNG", "PSD", "TIFF")
-"""Formats whose frames the inspector counts; Pillow knows those of others when it has opened them."""
+"""Formats whose frames the inspector counts; Pillow counts those of other formats when it opens a file."""
 NAMED: Final = {
     b"IIRO": "camera raw", b"IIRS": "camera raw", b"MMOR": "camera raw", b"IIU\0": "camera raw",
     b"FUJIFILMCCD-RAW": "camera raw", b"FOVb": "camera raw", b"\0MRM": "camera raw",
@@ -87,20 +87,20 @@ NAMED: Final = {
     b"\0\0\2\0\0\0\0\0": "Targa", b"\0\0\x0a\0\0\0\0\0": "Targa", b"\0\0\2\0": "cursor",
     b"%!PS": "PostScript", b"%PDF": "PDF", b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance", b"SIMPLE  =": "FITS",
 }  # fmt: skip
-"""What is not decoded, by how it begins."""
+"""First bytes -> name of a format that is not decoded."""
 MIN_BYTES: Final = 9
-"""Shorter files are signatures at most."""
+"""Shorter files hold at most a signature."""
 
 decoders.register()
 pillow_heif.register_heif_opener(thumbnails=False)
-pillow_heif.options.DECODE_THREADS = 1  # images are decoded in parallel, each by one thread
+pillow_heif.options.DECODE_THREADS = 1  # one thread per decoder; images are decoded in parallel
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 PLUGINS: Final = (
     BmpImagePlugin, DdsImagePlugin, GifImagePlugin, IcnsImagePlugin, IcoImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin,
     MpoImagePlugin, PcxImagePlugin, PngImagePlugin, PpmImagePlugin, PsdImagePlugin, QoiImagePlugin, SgiImagePlugin,
     TiffImagePlugin, WebPImagePlugin,
 )  # fmt: skip
-"""Imported for what they register; nothing is imported when an image is decoded."""
+"""Imported to register their formats, so that decoding imports nothing."""
 
 
 __all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_rgb", "preload", "thumbnail"]
@@ -108,18 +108,18 @@ __all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_r
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """An image as a viewer would show it: first frame, upright, on a white background."""
+    """An image as a viewer shows it: first frame, upright, on a white background."""
 
     pixels: npt.NDArray[np.uint8]
     """(H, W, 3) uint8."""
     format: str
     """Pillow's name of the format, from the content."""
     frames: int
-    """Number of frames or pages in the file, as far as they could be counted; only one is decoded."""
+    """Number of frames or pages that could be counted in the file; only one is decoded."""
     quality: int | None
     """Estimated quality of a JPEG on libjpeg's scale, 1 to 100; None for other formats."""
     remark: str | None = None
-    """What is wrong with a file that was decoded all the same."""
+    """Defect of a file that was decoded anyway; None: no defect."""
 
     @property
     def width(self) -> int:
@@ -148,7 +148,7 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(f"{len(data):,} bytes, the limit is {limits.max_bytes:,} (--max-bytes)")
     error: ImageError = _unidentified(data)
-    for name in _candidates(data):  # more than one where a signature does not tell: HEIC and AVIF, or a weak one
+    for name in _candidates(data):  # several if the signature is ambiguous: HEIC and AVIF, or a weak one
         try:
             return _decode_as(name, data, limits)
         except ImageTooLargeError:
@@ -171,23 +171,23 @@ def image_to_rgb(image: Image.Image, limits: DecodeLimits | None = None) -> npt.
 
 
 def preload() -> None:
-    """Decode one image of each format: whatever a library loads or opens on first use, it has when this returns.
+    """Decode one image of each format, so that libraries load and open now what they need on first use.
 
-    For processes that may open no file, socket or process afterwards. Takes a tenth of a second. Raises what
-    `decode_image` does where a library cannot decode its own format.
+    For processes that may not open files, sockets or processes afterwards. Takes a tenth of a second. Raises the errors
+    of `decode_image` if a library cannot decode its own format.
     """
     for _, data in samples.samples():
         decode_image(data)
 
 
 def thumbnail(array: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
-    """Resize (H, W, 3) uint8 to (side_px, side_px, 3) uint8, bicubic, aspect ratio not kept: what BLIP is shown."""
+    """Resize (H, W, 3) uint8 to (side_px, side_px, 3) uint8, bicubic, aspect ratio not kept: the input of BLIP."""
     image = Image.fromarray(array)
     return np.array(image.resize((side_px, side_px), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
 def _candidates(data: bytes) -> list[str]:
-    """The formats whose signature the file carries."""
+    """Formats whose signature the file has."""
     if len(data) < MIN_BYTES:
         return []
     return [name for name in FORMATS if (accepts := Image.OPEN[name][1]) is None or accepts(data[:16])]
@@ -202,19 +202,19 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
             quality = jpeg.quality(image)
             rgb = _rgb(image, inspected, limits)
             if name == "PNG" and _may_end_early(image) and png.ends_early(inspected.data):
-                raise ImageCorruptError("a PNG whose image data end before its last pixel")
+                raise ImageCorruptError("a PNG whose image data end before the last pixel")
             frames = inspected.frames if name in COUNTED else getattr(image, "n_frames", 1)
             image_format = image.format or name
             is_doubtful = inspected.remark is not None or (name == "JPEG" and jpeg.may_be_cut(image))
         if is_doubtful:
             with _open(name, jpeg.other_end(inspected.data)) as other:
                 if not np.array_equal(rgb, _rgb(other, inspected, limits)):
-                    raise ImageCorruptError("a JPEG that is cut in its image data")
+                    raise ImageCorruptError("a JPEG that is truncated in its image data")
     return DecodedImage(pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark)
 
 
 def _open(name: str, data: bytes) -> Image.Image:
-    """Let one plugin of Pillow read the headers: unlike `Image.open`, it tells why it cannot."""
+    """Read the headers with one plugin of Pillow; unlike `Image.open`, it raises the cause of a failure."""
     return Image.OPEN[name][0](io.BytesIO(data), "")
 
 
@@ -222,13 +222,15 @@ def _rgb(image: Image.Image, inspected: Inspected, limits: DecodeLimits) -> npt.
     image.load()
     image_format = image.format or ""
     if image.mode not in MODES.get(image_format, ()):
-        raise ImageCorruptError(f"a {image_format} of Pillow's mode {image.mode}, which is not known to decode right")
-    check_pixels(image.width, image.height, limits)  # an icon may be larger than its directory says
+        raise ImageCorruptError(
+            f"a {image_format} of Pillow's mode {image.mode}, which is not known to decode correctly"
+        )
+    check_pixels(image.width, image.height, limits)  # an icon may be larger than its directory states
     return pixels.to_rgb(image, inspected.box, inspected.full_scale)
 
 
 def _may_end_early(image: Image.Image) -> bool:
-    """Whether the last row is black, or the rows do not come in their order."""
+    """Whether the last row is black, or the rows are not stored in order (interlaced)."""
     last = image.crop((0, image.height - 1, image.width, image.height))
     return bool(image.info.get("interlace")) or last.getbbox(alpha_only=False) is None
 
@@ -237,16 +239,16 @@ def _unidentified(data: bytes) -> ImageUnidentifiedError:
     known = next((kind for start, kind in NAMED.items() if data.startswith(start)), None)
     if data[4:12] == b"ftypcrx ":
         known = "camera raw"
-    what = "not an image in a supported format" if known is None else f"a file of {known}, which is not decoded"
-    return ImageUnidentifiedError(f"{what} (first bytes {data[:8].hex(' ')}); supported: {', '.join(FORMATS)}")
+    content = "not an image in a supported format" if known is None else f"a {known} file, which is not decoded"
+    return ImageUnidentifiedError(f"{content} (first bytes {data[:8].hex(' ')}); supported: {', '.join(FORMATS)}")
 
 
 @contextmanager
 def _image_errors() -> Iterator[None]:
-    """Whatever Pillow raises inside becomes an `ImageError`, and its warnings are silent."""
+    """Convert Pillow's exceptions inside the block to `ImageError` and suppress its warnings."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata, which costs nothing; its bomb warning is about the limit set here.
+            # Pillow warns about unusual metadata, which is harmless, and about the limit of pixels that is set here.
             warnings.simplefilter("ignore")
             yield
     except ImageError:
@@ -260,7 +262,7 @@ def _image_errors() -> Iterator[None]:
 
 @contextmanager
 def _pillow_limit(max_pixels: int) -> Iterator[None]:
-    """Pillow's own limit of pixels, which also guards inner frames, where a larger one than its default is wanted."""
+    """Raise Pillow's own limit of pixels, which also covers inner frames, if `max_pixels` is larger."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max(before or 0, max_pixels)
     try:

@@ -1,4 +1,4 @@
-"""Images as callers of `Detector.predict` have them: what is no image at all is their mistake, and said at once."""
+"""Checks and reads the inputs of `Detector.predict`; an input that is not an image raises before any is read."""
 
 import errno
 from collections.abc import Iterable, Mapping
@@ -14,21 +14,21 @@ from nsnet.files import read_regular
 from nsnet.preparation import PreparationConfig, Prepared, prepare
 
 Input: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | BinaryIO
-"""A path, the content of a file, a Pillow image, uint8 RGB (H, W, 3) or grey (H, W), or an open binary file, which is
-read from its start."""
+"""A path, the content of a file, a Pillow image, a uint8 array (RGB (H, W, 3) or grey (H, W)), or an open binary file,
+which is read from its start."""
 
 KINDS: Final = "a path, bytes, a Pillow image, a uint8 array (H, W, 3) or (H, W), or a binary file"
 
 
 def checked(images: Iterable[Input]) -> list[Input]:
-    """Several images, none of them read yet.
+    """Return the inputs as a list, without reading them.
 
-    Raises `TypeError` or `ValueError` for what is no list, and for what is no image, with its place and type.
+    Raises `TypeError` or `ValueError` for a single image, or with the index and type of an input that is not an image.
     """
-    one = isinstance(images, str | bytes | Path | Image.Image) or hasattr(images, "read")
+    is_single = isinstance(images, str | bytes | Path | Image.Image) or hasattr(images, "read")
     if isinstance(images, np.ndarray):
-        one = images.ndim in (2, 3)
-    if one:
+        is_single = images.ndim in (2, 3)
+    if is_single:
         raise TypeError("predict takes a list of images; for one image: predict([image])")
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
         raise TypeError(f"predict takes a list of images, got {type(images).__name__}")
@@ -49,22 +49,22 @@ def _check(index: int, image: Any) -> None:
         return
     if callable(getattr(image, "read", None)):
         try:
-            nothing = image.read(0)
+            content = image.read(0)
         except (OSError, ValueError) as error:  # closed, or opened for writing
             raise ValueError(f"image {index} is a file that cannot be read: {error}") from error
-        if not isinstance(nothing, bytes):
-            raise TypeError(f"image {index} is a file opened as text; open it with mode 'rb'")
+        if not isinstance(content, bytes):
+            raise TypeError(f"image {index} is a file opened in text mode; open it with mode 'rb'")
         return
     raise TypeError(f"image {index} is of type {type(image).__name__}; predict takes {KINDS}")
 
 
 def try_prepare(image: Input, config: PreparationConfig) -> Prepared | ImageError:
-    """A checked image prepared for the models, or why it cannot be."""
+    """Prepare a checked image for the models; returns the error if that fails."""
     try:
         return prepare(_content(image, config.limits.max_bytes), config)
     except ImageError as error:
         return error
-    except Exception as error:  # an opened Pillow image is decoded only now, and raises whatever its decoder raises
+    except Exception as error:  # an opened Pillow image is decoded only now; its decoder can raise anything
         return ImageCorruptError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
@@ -77,7 +77,7 @@ def _content(image: Input, max_bytes: int) -> bytes | Image.Image:
     try:
         if isinstance(image, str | Path):
             return read_regular(image, max_bytes)
-        return _read(image, max_bytes + 1)  # one more: preparation says that it is too large
+        return _read(image, max_bytes + 1)  # one byte more than allowed: preparation then refuses it
     except (OSError, ValueError) as error:  # ValueError: a null character in the path, a closed file
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             raise ImageTooLargeError(f"{name}: more than the limit of {max_bytes:,} bytes") from error
@@ -85,8 +85,9 @@ def _content(image: Input, max_bytes: int) -> bytes | Image.Image:
 
 
 def _read(file: BinaryIO, max_bytes: int) -> bytes:
-    """A file from its start, where it can go back there: somebody may have looked into it before. Pipes and raw files
-    give less at a time than they are asked for.
+    """Read a file from its start, if it is seekable, since the caller may have read some of it.
+
+    Reads repeatedly: pipes and raw files return fewer bytes than requested.
     """
     if callable(getattr(file, "seekable", None)) and file.seekable():
         file.seek(0)

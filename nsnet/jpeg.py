@@ -1,4 +1,4 @@
-"""JPEG files before they are decoded: their process, their scans, a missing end marker, their quality.
+"""Inspects JPEG files before they are decoded: process, scans, a missing end marker, quality.
 
 Markers and processes: ITU-T T.81, annex B. Adobe's marker: Adobe technical note 5116, section 18.
 """
@@ -15,33 +15,33 @@ from nsnet.errors import ImageCorruptError, ImageTooLargeError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_SCANS: Final = 100
-"""Most scans of one JPEG. Cameras write 1, progressive encoders 10; 40 are the most that optimisers try."""
+"""Most scans of one JPEG. Cameras write 1, progressive encoders 10, optimisers at most 40."""
 MAX_SCANNED_PIXELS: Final = 16
 """Most pixels over all scans, in units of the pixel limit: each scan visits all blocks of its components."""
 MAX_SEGMENTS: Final = 10_000
-"""Most marker segments. 128 MiB of metadata are 2,048 of full length."""
+"""Most marker segments. 128 MiB of metadata fill 2,048 segments of full length."""
 MAX_JUNK_BYTES: Final = 64 * 1024
-"""Most bytes that belong to no segment before the first scan: Pillow skips them one by one."""
+"""Most bytes outside of segments before the first scan: Pillow skips them one by one."""
 MAX_METADATA_BYTES: Final = 1 << 20
-"""Metadata above this is left out before Pillow reads it, which takes time with the square of its length."""
+"""Above this size, metadata is removed before Pillow reads it, which takes time quadratic in its length."""
 
 SOI, EOI, SOS, DHT, DAC, APP1, APP14, COM = 0xD8, 0xD9, 0xDA, 0xC4, 0xCC, 0xE1, 0xEE, 0xFE
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, DAC}
 DECODED: Final = {0xC0: "baseline", 0xC1: "extended sequential", 0xC2: "progressive"}
 REFUSED: Final = {0xC3: "a lossless JPEG", 0xC9: "a JPEG with arithmetic coding", 0xCA: "a JPEG with arithmetic coding"}
 KEPT_METADATA: Final = (b"JFIF\0", b"Exif\0\0", b"Adobe", b"MPF\0")
-"""What a segment with metadata must begin with to be kept where there is too much of it."""
+"""First bytes of the metadata segments that are kept if there is too much metadata."""
 STANDALONE: Final = frozenset({0x01, SOI, *range(0xD0, 0xD8)})
 _MARKER: Final = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
-"""What ends entropy-coded data: a marker that is neither a stuffed zero nor a restart."""
+"""End of entropy-coded data: a marker that is neither a stuffed zero nor a restart."""
 _SCAN_OR_TABLE: Final = re.compile(rb"\xff[\xda\xc4]")
 TAILS: Final = (b"\0\0\xff\xd9", bytes((0xAA, *np.random.default_rng(0).integers(1, 255, 4096))) + b"\xff\xd9")
-"""Two ends for a file that has none. They begin with different bits: where the last scan is cut, the code it breaks
-off in means something else with each, as all that follows."""
+"""Two ends for a file without an end marker. They begin with different bits: if the last scan is truncated, its last
+code and all that follows decode differently with each."""
 
 
 class Segment(NamedTuple):
-    """One marker segment: its marker, where it begins, and the bytes after its length."""
+    """One marker segment: marker, offset, and the bytes after its length."""
 
     marker: int
     start: int
@@ -56,7 +56,7 @@ class _Frame(NamedTuple):
 
 
 def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Read the markers of a JPEG. Raises an `ImageError` where its process, scans or metadata are not decoded."""
+    """Read the markers of a JPEG. Raises an `ImageError` if its process, scans or metadata are not supported."""
     head, scan = _head(data)
     frame = _frame(head)
     check_pixels(frame.width, frame.height, limits)
@@ -67,18 +67,18 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
         _check_whole(data, scan, frame)
         return Inspected(data=kept + TAILS[0], remark="the end marker is missing")
     if frame.progressive:
-        _check_scans_are_there(data, scan, frame)
+        _check_no_scan_is_missing(data, scan, frame)
     return Inspected(data=kept)
 
 
 def may_be_cut(image: Image.Image) -> bool:
-    """Whether a loaded image ends in the grey that a decoder makes of missing data."""
+    """Whether a loaded image ends in the grey with which decoders fill missing data."""
     last = image.getpixel((image.width - 1, image.height - 1))
     return all(level in (127, 128) for level in (last if isinstance(last, tuple) else (last,)))
 
 
 def other_end(inspected: bytes) -> bytes:
-    """The same file with other bytes before its end marker: it decodes alike where no image data are missing."""
+    """Return the file with other bytes before its end marker: it decodes equally if no image data are missing."""
     if inspected.endswith(TAILS[0]):
         return inspected[: -len(TAILS[0])] + TAILS[1]
     _, scan = _head(inspected)
@@ -87,43 +87,43 @@ def other_end(inspected: bytes) -> bytes:
 
 
 def quality(image: Image.Image) -> int | None:
-    """Quality whose luminance table is nearest to the file's, by the sum of absolute differences; None where damaged.
+    """Quality whose luminance table is nearest to the file's, by the sum of absolute differences; None if damaged.
 
-    Exact for what libjpeg's scale wrote. Cameras and Photoshop have tables of their own: there it is the likest.
+    Exact for tables on libjpeg's scale. Cameras and Photoshop use their own tables: there it is an estimate.
     """
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return None
     try:
-        table = np.array(image.quantization[image.layer[0][3]])  # of the first component, which is the luminance
+        table = np.array(image.quantization[image.layer[0][3]])  # the first component is the luminance
         if table.shape != (64,) or table.min() < 1:
             return None
-        # The tables stop at 255, as baseline files do: what is above, in one of 16 bits, adds the same to all sums.
+        # The tables end at 255, as in baseline files; the excess of a 16-bit value adds the same to all sums.
         return 1 + int(np.abs(LUMINANCE_TABLES - table).sum(axis=1).argmin())
-    except Exception:  # no table of this name, no component, and whatever a later Pillow leaves out
+    except Exception:  # the table or component is missing, or a later Pillow lacks the attribute
         return None
 
 
 def _head(data: bytes) -> tuple[list[Segment], int]:
-    """The segments before the first scan, and where that scan begins."""
+    """Return the segments up to and with the first scan's header, and its offset."""
     segments: list[Segment] = []
     at, junk = 2, 0
     while True:
-        found = data.find(b"\xff", at)
-        if found < 0 or found + 4 > len(data):
-            raise ImageCorruptError("a JPEG that is cut before its image data")
-        junk += found - at
-        marker = data[found + 1]
+        start = data.find(b"\xff", at)
+        if start < 0 or start + 4 > len(data):
+            raise ImageCorruptError("a JPEG that is truncated before its image data")
+        junk += start - at
+        marker = data[start + 1]
         if marker in (0x00, 0xFF):
-            at = found + 1
+            at = start + 1
             junk += 1
         elif marker in STANDALONE:
-            at = found + 2
+            at = start + 2
         else:
-            length = int.from_bytes(data[found + 2 : found + 4], "big")
-            segments.append(Segment(marker, found, data[found + 4 : found + 2 + length]))
+            length = int.from_bytes(data[start + 2 : start + 4], "big")
+            segments.append(Segment(marker, start, data[start + 4 : start + 2 + length]))
             if marker == SOS:
-                return segments, found
-            at = found + 2 + max(length, 2)
+                return segments, start
+            at = start + 2 + max(length, 2)
         if junk > MAX_JUNK_BYTES or len(segments) > MAX_SEGMENTS:
             raise ImageCorruptError(
                 f"a JPEG with more than {MAX_JUNK_BYTES:,} bytes of junk or {MAX_SEGMENTS:,} segments before its image"
@@ -139,24 +139,24 @@ def _frame(head: list[Segment]) -> _Frame:
     if marker in REFUSED or marker not in DECODED:
         raise ImageCorruptError(f"{REFUSED.get(marker, 'a hierarchical JPEG')}, which is not decoded")
     if bits != 8:
-        raise ImageCorruptError(f"a JPEG of {bits} bits a sample; those of 8 bits are decoded")
+        raise ImageCorruptError(f"a JPEG of {bits} bits per sample; only 8 bits are decoded")
     if count not in (1, 3, 4):
-        raise ImageCorruptError(f"a JPEG of {count} components; those of 1, 3 or 4 are decoded")
+        raise ImageCorruptError(f"a JPEG of {count} components; only 1, 3 or 4 are decoded")
     if len(body) < 6 + 3 * count:
-        raise ImageCorruptError("a JPEG whose frame header is cut")
+        raise ImageCorruptError("a JPEG whose frame header is truncated")
     if count == 4 and not any(segment.marker == APP14 and segment.body.startswith(b"Adobe") for segment in head):
-        raise ImageCorruptError("a JPEG of 4 components without an Adobe marker: whether its inks are inverted is open")
+        raise ImageCorruptError("a JPEG of 4 components without an Adobe marker: its inks may or may not be inverted")
     components = tuple(body[6 + 3 * index] for index in range(count))
     width, height = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
     if not width or not height:
-        raise ImageCorruptError(f"a JPEG whose header says {width} × {height} px")
+        raise ImageCorruptError(f"a JPEG whose header states {width} × {height} px")
     return _Frame(marker == 0xC2, width, height, components)
 
 
 def _check_scans(data: bytes, first: Segment, frame: _Frame, limits: DecodeLimits) -> None:
-    """Bound the work that the scans make. Counting letters is fast and never counts too few."""
+    """Limit the number of scans. Counting marker bytes first is fast and never counts too few scans."""
     if not frame.progressive and first.body[:1] == bytes([len(frame.components)]):
-        return  # all is in the first scan, after which a decoder stops
+        return  # the first scan holds all components, and decoders stop after it
     most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS * limits.max_pixels // (frame.width * frame.height)))
     if sum(1 for _ in _SCAN_OR_TABLE.finditer(data, first.start)) <= most:
         return
@@ -168,10 +168,10 @@ def _check_scans(data: bytes, first: Segment, frame: _Frame, limits: DecodeLimit
 
 
 def _segments(data: bytes, scan: int) -> Iterator[Segment]:
-    """The segments from the first scan to the end marker, which is not among them but stops them."""
+    """Yield the segments from the first scan to the end marker."""
     at = scan
-    while (found := _MARKER.search(data, at)) is not None:
-        marker, start = found[1][0], found.end() - 2
+    while (match := _MARKER.search(data, at)) is not None:
+        marker, start = match[1][0], match.end() - 2
         if marker == EOI:
             yield Segment(EOI, start, b"")
             return
@@ -181,21 +181,21 @@ def _segments(data: bytes, scan: int) -> Iterator[Segment]:
 
 
 def _ends(data: bytes, scan: int) -> bool:
-    """Whether there is an end marker after the image; anything may follow it."""
+    """Whether an end marker follows the image; other bytes may follow it."""
     if data.rfind(b"\xff\xd9") < scan:
         return False
     return any(segment.marker == EOI for segment in _segments(data, scan))
 
 
 def _check_whole(data: bytes, scan: int, frame: _Frame) -> None:
-    """Raise where a JPEG without an end marker lacks whole scans: then more is missing than the marker."""
-    if data.endswith(b"\xff"):  # half of a marker, or of a byte of the image
-        raise ImageCorruptError("a JPEG that is cut within its last two bytes")
-    _check_scans_are_there(data, scan, frame)
+    """Raise if a JPEG without an end marker also lacks whole scans."""
+    if data.endswith(b"\xff"):  # the first byte of a marker or of a stuffed byte
+        raise ImageCorruptError("a JPEG that is truncated within its last two bytes")
+    _check_no_scan_is_missing(data, scan, frame)
 
 
-def _check_scans_are_there(data: bytes, scan: int, frame: _Frame) -> None:
-    """Raise where no scan has the last bit of a coefficient."""
+def _check_no_scan_is_missing(data: bytes, scan: int, frame: _Frame) -> None:
+    """Raise if the last bit of a coefficient is in no scan."""
     missing = {(component, index) for component in frame.components for index in range(64 if frame.progressive else 1)}
     for segment in _segments(data, scan):
         if segment.marker != SOS or not segment.body:
@@ -210,11 +210,11 @@ def _check_scans_are_there(data: bytes, scan: int, frame: _Frame) -> None:
             ids = segment.body[1 : 1 + 2 * count : 2]
             missing -= {(component, index) for component in ids for index in range(first, min(last, 63) + 1)}
     if missing:
-        raise ImageCorruptError("a JPEG that is cut: scans are missing")
+        raise ImageCorruptError("a JPEG that is truncated: scans are missing")
 
 
 def _without_metadata(data: bytes, head: list[Segment], scan: int) -> bytes:
-    """The JPEG with the first metadata segment of each kind that matters, and none of the others."""
+    """Return the JPEG with only the first metadata segment of each of `KEPT_METADATA`."""
     parts, seen = [data[:2]], set()
     for segment in head:
         if segment.marker >= 0xE0 and segment.marker != SOS:
@@ -228,7 +228,7 @@ def _without_metadata(data: bytes, head: list[Segment], scan: int) -> bytes:
 
 
 def _luminance_tables() -> npt.NDArray[np.int64]:
-    """(100, 64): quantisation of qualities 1 to 100, as libjpeg scales the standard's (ITU-T T.81, table K.1)."""
+    """(100, 64): quantisation of qualities 1 to 100, libjpeg's scaling of the standard's table (ITU-T T.81, K.1)."""
     standard = np.array([
         16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29,
         51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121,

@@ -1,4 +1,4 @@
-"""What one image may cost, and what is known of its file before a decoder sees it."""
+"""Defines the limits of decoding an image, and the result of inspecting its headers."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,21 +6,21 @@ from typing import Final
 from nsnet.errors import ConfigError, ImageTooLargeError
 
 MIN_SIDE_PX: Final = 32
-"""Patch selection replicates the edge of a shorter side up to this length; the pixel limit counts those pixels too."""
+"""Patch selection pads a shorter side to this length; the pixel limit includes the padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeLimits:
-    """What one image may cost."""
+    """Limits of decoding one image."""
 
     max_bytes: int = 128 * 2**20
     """Largest file, in bytes."""
     max_pixels: int = 120_000_000
-    """Largest width × height, in pixels: a 108-megapixel phone photograph passes."""
+    """Largest width × height, in pixels; enough for a 108-megapixel phone photograph."""
     max_seconds: float = 30.0
-    """Longest decoding time, in seconds; enforced where decoding runs in a guarded process."""
+    """Longest decoding time, in seconds; enforced only in a guarded process."""
     max_memory_bytes: int = 4 * 2**30
-    """Most address space a guarded decoding process may add to itself, in bytes."""
+    """Largest address space that a guarded decoding process may add, in bytes."""
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_seconds", "max_memory_bytes"):
@@ -30,22 +30,22 @@ class DecodeLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """A file whose headers were read and believed as far as this says."""
+    """Result of reading the headers of a file."""
 
     data: bytes
-    """What the decoder is given: the file, without the parts that could cost a good image, or the part that counts."""
+    """Input of the decoder: the file without parts that could make it fail, or only the part that is the image."""
     frames: int = 1
-    """Frames or pages in the file, as far as they were counted."""
+    """Number of frames or pages that were counted in the file."""
     remark: str | None = None
-    """What is wrong with a file that is decoded all the same."""
+    """Defect of a file that is decoded anyway; None: no defect."""
     box: tuple[int, int, int, int] | None = None
     """Left, top, right, bottom of the first frame, in pixels of the canvas; None: it covers the canvas."""
     full_scale: int | None = None
-    """The sample that is white, where samples have more than 8 bits and the file says it; None: it does not."""
+    """Sample value of white, if the file states it; None: it does not."""
 
 
 def check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
-    """Raise `ImageTooLargeError` where an image, its short sides widened to a patch, has more pixels than allowed."""
+    """Raise `ImageTooLargeError` if an image, with short sides padded to a patch, has more pixels than allowed."""
     padded = max(width, MIN_SIDE_PX) * max(height, MIN_SIDE_PX)
     if padded > limits.max_pixels:
         raise ImageTooLargeError(

@@ -1,9 +1,9 @@
-"""The objective L = γ L_ctr + α L_BCE + β L_align (eq. 18 to 21).
+"""Computes the objective L = γ L_ctr + α L_BCE + β L_align (eq. 18 to 21).
 
 Dimensions: B images of this process, G images of all processes (the global batch), F head feature, D embedding.
 
-Every loss is a mean over the global batch. A process of many sees only its own B rows, so it returns its share times
-the number of processes: the mean of those over processes, which is what DDP takes of the gradients, is the global loss.
+Every loss is a mean over the global batch. A process has only its own B rows, so it returns its share times the number
+of processes: the mean over processes, which DDP computes for the gradients, is then the global loss.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch.nn import functional
 from nsnet.errors import ConfigError
 
 MASKED: Final = -1e9
-"""Stands for −∞ in a masked logarithm of a sum: −∞ itself would give NaN gradients."""
+"""Replaces −∞ in a masked log-sum-exp, where −∞ would give NaN gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class LossConfig:
     temperature: float = 0.07
     """τ of the contrastive loss."""
     contrastive_weight: float = 1.0
-    """γ of the contrastive loss; the paper's is 1."""
+    """γ of the contrastive loss; 1 in the paper."""
     bce_weight: float = 0.2
     """α of the binary cross-entropy."""
     alignment_weight: float = 0.3
     """β of the alignment."""
     alignment_reduction: Literal["mean", "sum"] = "mean"
-    """Over D: `mean` is what the published numbers used, `sum` is eq. 20 to the letter, D times larger."""
+    """Over D: the published numbers used `mean`; `sum` is exactly eq. 20 and D times larger."""
 
     def __post_init__(self) -> None:
         weights = (self.contrastive_weight, self.bce_weight, self.alignment_weight)
@@ -47,13 +47,13 @@ class LossConfig:
 
 
 class Gather(Protocol):
-    """How a process sees the rows of all processes."""
+    """Collects the rows of all processes."""
 
     rank: int
     world_size: int
 
     def __call__(self, local: Tensor) -> Tensor:
-        """Concatenate (B, ...) of every process, in rank order -> (G, ...), with gradient to every process."""
+        """Concatenate (B, ...) of every process, in rank order -> (G, ...); gradients flow to every process."""
         ...
 
 
@@ -75,26 +75,26 @@ def supervised_contrastive(
 ) -> Tensor:
     """Supervised contrastive loss over f[B, F] (unit length), labels y[B] -> scalar (eq. 18; Khosla, arXiv 2004.11362).
 
-    For anchor i: −1/|P_i| Σ_{p∈P_i} log( exp(f_i·f_p/τ) / Σ_{j≠i} exp(f_i·f_j/τ) ), P_i all others of its label,
-    then the mean over anchors that have a positive; without any, 0. Positives and negatives come from all processes,
-    with gradient. `valid`[B] bool: rows that count (the rest is padding). Computed in at least fp32.
+    For anchor i: −1/|P_i| Σ_{p∈P_i} log( exp(f_i·f_p/τ) / Σ_{j≠i} exp(f_i·f_j/τ) ), where P_i are all other rows of its
+    label. Returns the mean over anchors with a positive, or 0 if there are none. Positives and negatives come from all
+    processes, with gradients. `valid`[B] bool: False marks padding. Computed in at least fp32.
     """
     with torch.autocast(f.device.type, enabled=False):
         f = f if f.dtype == torch.float64 else f.float()
         valid = torch.ones_like(y, dtype=torch.bool) if valid is None else valid
-        everyone, labels, counted = gather(f), gather(y), gather(valid)
+        all_features, labels, all_valid = gather(f), gather(y), gather(valid)
         anchor = gather.rank * len(f) + torch.arange(len(f), device=f.device)
-        itself = anchor[:, None] == torch.arange(len(everyone), device=f.device)[None, :]
-        similarity = f @ everyone.T / temperature
-        others = counted[None, :] & ~itself
+        itself = anchor[:, None] == torch.arange(len(all_features), device=f.device)[None, :]
+        similarity = f @ all_features.T / temperature
+        others = all_valid[None, :] & ~itself
         log_sum = torch.logsumexp(similarity.masked_fill(~others, MASKED), dim=1)
         positive = others & (y[:, None] == labels[None, :])
         positives = positive.sum(dim=1)
         per_anchor = -((similarity - log_sum[:, None]) * positive).sum(dim=1) / positives.clamp_min(1)
         usable = valid & (positives > 0)
-        # Every process knows all labels, so the number of usable anchors needs no further exchange.
-        of_label = (labels[:, None] == labels[None, :]) & counted[None, :]
-        total = (counted & (of_label.sum(dim=1) > 1)).sum().clamp_min(1)
+        # Every process has all labels, so it can count the usable anchors without communication.
+        same_label = (labels[:, None] == labels[None, :]) & all_valid[None, :]
+        total = (all_valid & (same_label.sum(dim=1) > 1)).sum().clamp_min(1)
         return (per_anchor * usable).sum() * gather.world_size / total
 
 
@@ -131,10 +131,10 @@ def objective(
     valid: Tensor | None = None,
     gather: Gather = SINGLE_PROCESS,
 ) -> Losses:
-    """L = γ L_ctr + α L_BCE + β L_align (eq. 21, where γ = 1).
+    """Compute L = γ L_ctr + α L_BCE + β L_align (eq. 21, where γ = 1).
 
-    Over f[B, F], logit[B], u[B, D], mapped v[B, D], labels y[B] in {0, 1}; v None: no mapper, no alignment. `valid`[B]
-    bool marks the rows that count; B must be the same on every process.
+    Inputs: f[B, F], logit[B], u[B, D], mapped v[B, D], labels y[B] in {0, 1}; v is None without a mapper, which omits
+    the alignment. `valid`[B] bool: False marks padding; B must be the same on every process.
     """
     with torch.autocast(f.device.type, enabled=False):
         u = u if u.dtype == torch.float64 else u.float()

@@ -1,4 +1,4 @@
-"""The semantic mapper (eq. 14): caption features to the semantic directions that are removed.
+"""Defines the semantic mapper (eq. 14): maps caption features to the semantic directions that are removed.
 
 Dimensions: B captions of this process, G of all processes (the global batch), D embedding, h hidden.
 """
@@ -17,9 +17,9 @@ class MapperConfig:
     """Size and dropout of the semantic mapper."""
 
     hidden_dim: int = 1024
-    """Width h of the hidden layer; 0: no mapper, the caption's own feature is removed."""
+    """Width h of the hidden layer; 0: no mapper, the caption feature itself is removed."""
     dropout: float = 0.1
-    """Dropout after the hidden activation, in [0, 1). The paper has none, its published code 0.1."""
+    """Dropout after the hidden activation, in [0, 1). The paper uses none, its published code 0.1."""
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 0 or not 0.0 <= self.dropout < 1.0:
@@ -28,20 +28,20 @@ class MapperConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RowsOfBatch:
-    """Which rows of a global batch a process is given, for random choices that must not depend on it."""
+    """The rows of a global batch that a process has; random choices depend on the row, not on the process."""
 
     seed: int
-    """Of the step; any whole number."""
+    """Seed of the step; any whole number."""
     first: int
-    """Number of its first row in the global batch."""
+    """Index of its first row in the global batch."""
     total: int
-    """G, padding included."""
+    """G, including padding."""
 
 
 class RowDropout(nn.Module):
-    """Dropout over (B, ..., h) whose mask belongs to a row's place in the global batch, not to who computes it.
+    """Dropout over (B, ..., h) whose mask depends on a row's index in the global batch, not on the process.
 
-    So the loss of a step does not depend on the number of processes, nor on how many rows go through at a time. Without
+    The loss of a step therefore depends neither on the number of processes nor on the size of micro-batches. Without
     `rows` it is plain dropout.
     """
 
@@ -53,7 +53,7 @@ class RowDropout(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or self.rows is None:
             return functional.dropout(hidden, self.p, self.training)
-        # drawn on the CPU, where the first rows of a longer draw are those of a shorter one
+        # drawn on the CPU, where the first rows do not depend on the number of rows
         generator = torch.Generator().manual_seed(self.rows.seed % 2**63)
         drawn = torch.rand((self.rows.total, *hidden.shape[1:]), generator=generator)
         kept = drawn[self.rows.first : self.rows.first + len(hidden)] >= self.p

@@ -1,11 +1,11 @@
-"""Metrics of a detector and their bootstrap intervals, in NumPy. Labels: real = 0, fake = 1; scores: higher means fake.
+"""Computes metrics of a detector and their bootstrap intervals. Labels: real = 0, fake = 1; scores: higher means fake.
 
 Dimensions: n images, S predictions of the same images (by detectors of several seeds), K bootstrap samples, d distinct
-scores. What is not defined (one class only, no image, no alarm) is None, never 0; in arrays of bootstrap values it is
-NaN, and left out. Scores that are not finite are an error: a metric over them would be an invention.
+scores. An undefined metric (one class only, no image, no alarm) is None, never 0; in arrays of bootstrap values it is
+NaN and is ignored. Scores that are not finite raise an error, because a metric over them has no meaning.
 
-Each formula is written once, for weighted images: weights of 1 give the metric, and whole numbers that say how often an
-image was drawn give the metric of a bootstrap sample. So the scores are sorted once for many samples.
+Each formula is written once, for weighted images: weights of 1 give the metric, and counts of how often each image was
+drawn give the metric of a bootstrap sample. The scores are therefore sorted once for many samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,20 +21,20 @@ Marks = npt.NDArray[np.bool_]
 BINS: Final = 15
 
 FPR_LIMITS: Final = {"tpr_at_fpr_1": 0.01, "tpr_at_fpr_01": 0.001}
-"""Metric -> largest share of reals that may be flagged."""
+"""Metric -> largest share of reals that may be flagged as fake."""
 
 BASE_RATES: Final = {"precision_at_10": 0.1, "precision_at_1": 0.01, "precision_at_01": 0.001}
-"""Metric -> share of fakes in the stream."""
+"""Metric -> assumed share of fakes in use."""
 
 METRICS: Final = ("acc", "real_acc", "fake_acc", "ap", "auroc", *FPR_LIMITS, "ece", *BASE_RATES)
-"""What `summary` and `bootstrap` give, in this order."""
+"""Metrics of `summary` and `bootstrap`, in this order."""
 
 CHUNK: Final = 2**18
-"""Weights that are held at once: 2 MiB, which stays in the cache (8 MiB take twice as long). It changes no result."""
+"""Number of weights in memory at a time: 2 MiB fit into the cache (8 MiB take twice as long). Results do not change."""
 
 
 def check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Labels, Array]:
-    """Labels (n,) in {0, 1} and finite scores (n,), as arrays; `ValueError` otherwise."""
+    """Return labels (n,) in {0, 1} and finite scores (n,) as arrays; raises `ValueError` otherwise."""
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if y.shape != s.shape or y.ndim != 1:
         raise ValueError(f"labels and scores must be (n,), got {y.shape} and {s.shape}")
@@ -43,15 +43,6 @@ def check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Labels, Array]:
     if not np.isfinite(s).all():
         raise ValueError(f"{int((~np.isfinite(s)).sum())} of {len(s)} scores are not finite")
     return y.astype(np.int64), s
-
-
-def accuracies(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, threshold: float = 0.5
-) -> tuple[float | None, float | None, float | None]:
-    """(acc, real_acc, fake_acc) with fake = score ≥ threshold."""
-    y, s = check(labels, scores)
-    acc, real_acc, fake_acc, _ = _rates(y, s >= threshold, np.ones(len(y)))
-    return _number(acc), _number(real_acc), _number(fake_acc)
 
 
 def average_precision(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float | None:
@@ -75,20 +66,20 @@ def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float | None:
 def tpr_at_fpr(labels: npt.ArrayLike, scores: npt.ArrayLike, fpr: float) -> float | None:
     """Largest share of fakes found by a threshold that flags at most this share of reals; None without both classes.
 
-    The threshold is chosen on the same reals, so that the TPR at this rate among other reals is lower: by little where
-    there are many times 1 / fpr reals. With fewer than 1 / fpr (1000 for 0.1 %) it is the TPR at no false alarm,
-    decided by the one real that scores highest: of normal scores two deviations apart, 100 reals give 0.33 in the mean
-    for a true 0.14.
+    The threshold is chosen on the same reals, so the TPR at this rate on other reals is lower; the difference is small
+    with many times 1 / fpr reals. With fewer than 1 / fpr (1000 for 0.1 %) it is the TPR without any false alarm, which
+    depends on the single highest-scoring real: for normal scores two deviations apart, 100 reals give 0.33 on average
+    where the true value is 0.14.
     """
     y, s = check(labels, scores)
     return float(_tpr_at(*_cumulative(y, s, np.ones(len(y))), fpr)) if _both(y) else None
 
 
 def precision_at_base_rate(labels: npt.ArrayLike, said_fake: npt.ArrayLike, base_rate: float) -> float | None:
-    """Share of right alarms in a stream of which the share b is fake: b·TPR / (b·TPR + (1 − b)·FPR).
+    """Share of correct alarms if the share b of all images is fake: b·TPR / (b·TPR + (1 − b)·FPR).
 
-    `said_fake` (n,), true where the verdict is fake. None without both classes, and without any alarm. Where none of R
-    reals raised an alarm this is 1, however rare fakes are: R reals cannot show an FPR far below 1 / R.
+    `said_fake` (n,), true where the verdict is fake. None without both classes, and without any alarm. If none of R
+    reals raised an alarm, the result is 1 for every b: R reals cannot measure an FPR far below 1 / R.
     """
     y, said = _check_said(labels, said_fake)
     if not 0.0 < base_rate < 1.0:
@@ -100,7 +91,7 @@ def precision_at_base_rate(labels: npt.ArrayLike, said_fake: npt.ArrayLike, base
 def reliability(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = BINS
 ) -> tuple[Array, Array, npt.NDArray[np.int64]]:
-    """(mean probability, share of fakes, images) of each equal-width bin of the probability that is not empty."""
+    """(mean probability, share of fakes, images) of each non-empty equal-width bin of the probability."""
     y, p = _check_probabilities(labels, probabilities)
     size, total, fakes = (_per_bin(p, values, np.ones(len(y)), bins) for values in (np.ones(len(y)), p, y))
     filled = size > 0
@@ -114,11 +105,11 @@ def expected_calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLi
 
 
 def summary(labels: npt.ArrayLike, probabilities: npt.ArrayLike, said_fake: npt.ArrayLike) -> dict[str, float | None]:
-    """Every one of `METRICS`, None where undefined.
+    """Compute all `METRICS`; None where undefined.
 
-    Labels (n,); probabilities and said_fake (n,), or (S, n) for the mean over S predictions of the same images. Those
-    for which a metric is undefined are left out of its mean. Accuracies and precisions are of `said_fake`, that is at
-    the detector's own threshold; the rest is of the probabilities.
+    Labels (n,); probabilities and said_fake (n,), or (S, n) for the mean over S predictions of the same images.
+    Predictions for which a metric is undefined are left out of its mean. Accuracies and precisions use `said_fake`,
+    that is the detector's own threshold; the other metrics use the probabilities.
     """
     y, p, said = _check_predictions(labels, probabilities, said_fake)
     return {name: _number(value) for name, value in _mean_values(y, p, said, np.ones(len(y))).items()}
@@ -132,45 +123,37 @@ def bootstrap(
     samples: int = 1000,
     seed: int | Sequence[int] = 0,
 ) -> dict[str, Array]:
-    """`summary` of K = `samples` bootstrap samples: metric -> (K,) values, NaN where a sample leaves it undefined.
+    """`summary` of K = `samples` bootstrap samples: metric -> (K,) values, NaN where it is undefined for a sample.
 
-    Arguments as for `summary`; each sample draws reals from the reals and fakes from the fakes, the same images for all
-    S predictions. The same labels, seed and samples draw the same images: values of two detectors may be subtracted.
+    Arguments as for `summary`. Each sample draws reals from the reals and fakes from the fakes, the same images for all
+    S predictions. Equal labels, seed and samples draw the same images: values of two detectors can be subtracted.
     """
     y, p, said = _check_predictions(labels, probabilities, said_fake)
     parts = [_mean_values(y, p, said, weights) for weights in resamples(y, samples=samples, seed=seed)]
     return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
 
 
-def macro_mean(groups: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """`bootstrap` of the unweighted mean over groups, from that of each; where undefined, a group is left out.
-
-    Give each group a seed of its own, such as (seed, its number): groups of one size would draw the same places.
-    """
-    return {name: _mean_defined([group[name] for group in groups]) for name in METRICS}
-
-
 def intervals(values: Mapping[str, Array], confidence: float = 0.95) -> dict[str, tuple[float, float] | None]:
-    """Percentile interval (low, high) of each metric of `bootstrap` or `macro_mean`; None where undefined.
+    """Percentile interval (low, high) of each metric of `bootstrap`; None where undefined.
 
-    No width means that all samples agree (no real was flagged, say), not that the metric is known exactly. The ECE of a
-    sample tends to be larger than that of its images, for drawing adds noise to each bin: of few images its interval
-    lies too high.
+    Zero width means that all samples agree (for example, no real was flagged), not that the metric is known exactly.
+    The ECE of a sample tends to be larger than that of all images, because drawing adds noise to each bin: with few
+    images its interval is too high.
     """
     tails = [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0]
-    found: dict[str, tuple[float, float] | None] = {}
+    bounds: dict[str, tuple[float, float] | None] = {}
     for name, value in values.items():
         defined = value[~np.isnan(value)]
         low, high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)
-        found[name] = (float(low), float(high)) if len(defined) else None
-    return found
+        bounds[name] = (float(low), float(high)) if len(defined) else None
+    return bounds
 
 
 def resamples(labels: npt.ArrayLike, *, samples: int, seed: int | Sequence[int] = 0) -> Iterator[Array]:
-    """Weights (k, n) of bootstrap samples, `samples` rows in all: how often each image was drawn, within its class."""
+    """Yield weights (k, n) of bootstrap samples, `samples` rows in total: how often each image was drawn."""
     y = np.asarray(labels)
     members = [np.flatnonzero(y == label) for label in (0, 1)]
-    streams = np.random.default_rng(seed).spawn(2)  # a stream per class: chunks of any size draw the same
+    streams = np.random.default_rng(seed).spawn(2)  # a stream per class: draws do not depend on the chunk size
     size = max(1, CHUNK // max(1, len(y)))
     for start in range(0, samples, size):
         k = min(size, samples - start)
@@ -186,7 +169,7 @@ def resamples(labels: npt.ArrayLike, *, samples: int, seed: int | Sequence[int] 
 
 
 def _mean_values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array]:
-    """Every metric, as the mean over the S predictions for which it is defined."""
+    """Compute every metric as the mean over the S predictions for which it is defined."""
     rows = [_values(y, p_row, said_row, weights) for p_row, said_row in zip(p, said, strict=True)]
     return {name: _mean_defined([row[name] for row in rows]) for name in METRICS}
 
@@ -206,12 +189,12 @@ def _values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array
 def _rates(y: Labels, said: Marks, weights: Array) -> tuple[Array, Array, Array, Array]:
     """(acc, real_acc, fake_acc, fpr); fake_acc is the TPR."""
     reals, fakes = weights @ (y == 0), weights @ (y == 1)
-    false_alarms, found = weights @ ((y == 0) & said), weights @ ((y == 1) & said)
+    false_alarms, hits = weights @ ((y == 0) & said), weights @ ((y == 1) & said)
     passed = reals - false_alarms
     return (
-        _ratio(passed + found, reals + fakes),
+        _ratio(passed + hits, reals + fakes),
         _ratio(passed, reals),
-        _ratio(found, fakes),
+        _ratio(hits, fakes),
         _ratio(false_alarms, reals),
     )
 
@@ -222,7 +205,7 @@ def _precision(tpr: Array, fpr: Array, base_rate: float) -> Array:
 
 
 def _cumulative(y: Labels, s: Array, weights: Array) -> tuple[Array, Array]:
-    """Fakes and reals at or above each distinct score, (..., d) each, from the highest score down; n ≥ 1."""
+    """Count fakes and reals at or above each distinct score, (..., d) each, from the highest score down; n ≥ 1."""
     order = np.argsort(-s, kind="stable")
     last_of_tie = np.append(np.flatnonzero(np.diff(s[order])), len(s) - 1)
     ranked = weights[..., order]
@@ -233,7 +216,7 @@ def _cumulative(y: Labels, s: Array, weights: Array) -> tuple[Array, Array]:
 
 def _average_precision(tp: Array, fp: Array) -> Array:
     recall = tp / tp[..., -1:]
-    precision = tp / np.maximum(tp + fp, 1.0)  # weights are whole: only 0/0 is changed, where no image was drawn
+    precision = tp / np.maximum(tp + fp, 1.0)  # weights are whole numbers: this changes only 0/0, if no image was drawn
     return np.asarray(np.sum(np.diff(recall, prepend=0.0) * precision, axis=-1))
 
 
@@ -256,21 +239,21 @@ def _calibration_error(y: Labels, p: Array, weights: Array, bins: int) -> Array:
 
 
 def _per_bin(p: Array, values: Labels | Array, weights: Array, bins: int) -> Array:
-    """Sums (..., bins) of values (n,) over the images of each bin of the probability."""
+    """Sum values (n,) over the images of each bin of the probability -> (..., bins)."""
     index = np.minimum((p * bins).astype(np.int64), bins - 1)
     inside = [np.flatnonzero(index == k) for k in range(bins)]
     return np.stack([np.asarray(weights[..., members] @ values[members]) for members in inside], axis=-1)
 
 
 def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Array:
-    """part / whole; NaN where the whole is 0 or NaN."""
+    """Divide part by whole; NaN where whole is 0 or NaN."""
     numerator, denominator = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     undefined = np.full(numerator.shape, np.nan)
     return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
 
 
 def _mean_defined(rows: Sequence[Array]) -> Array:
-    """Mean over rows of one shape, without those that are NaN; NaN where all are."""
+    """Mean over rows of one shape, ignoring NaN; NaN where all rows are NaN."""
     values = np.asarray(rows, dtype=np.float64)
     defined = ~np.isnan(values)
     return _ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
@@ -280,7 +263,7 @@ def _number(value: Array) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-# --- checks of what is given ------------------------------------------------------------------------------------------
+# --- checks of arguments ----------------------------------------------------------------------------------------------
 
 
 def _both(y: Labels) -> bool:
@@ -304,8 +287,8 @@ def _check_said(labels: npt.ArrayLike, said_fake: npt.ArrayLike) -> tuple[Labels
 def _check_predictions(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, said_fake: npt.ArrayLike
 ) -> tuple[Labels, Array, Marks]:
-    """Labels (n,), probabilities (S, n) and said_fake (S, n); `ValueError` where they do not fit."""
-    rows = [np.atleast_2d(np.asarray(given)) for given in (probabilities, said_fake)]
+    """Return labels (n,), probabilities (S, n) and said_fake (S, n); raises `ValueError` if they do not fit."""
+    rows = [np.atleast_2d(np.asarray(values)) for values in (probabilities, said_fake)]
     if rows[0].shape != rows[1].shape or rows[0].ndim != 2 or not len(rows[0]):
         raise ValueError(
             f"probabilities and said_fake must both be (n,) or (S, n), got {np.shape(probabilities)} and "

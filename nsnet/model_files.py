@@ -1,10 +1,10 @@
-"""Model folders that others made: what a library may see of them, checked before it opens any file.
+"""Checks model folders from strangers before a library opens any of their files.
 
-A folder of CLIP, of LoRA adapters or of a captioner holds JSON that says what to import, run, fetch and open. Each file
-that a library may see is known by its name, each setting in it by its key (`model_settings`). Libraries are given a
-private folder (`opened`) with just these files, as they were checked: neither a file beside them nor one that is put
-there in between is seen. Python code, and pickles in a bundle, are refused by name. Weights are too large to copy: who
-can write to a folder while it is loaded can change its tensors, but not what runs.
+A folder of CLIP, of LoRA adapters or of a captioner holds JSON that can tell a library to import, run, download and
+open things. Files are allowed by name, and settings in them by key (`model_settings`). Libraries get a private folder
+(`opened`) that holds only allowed files, as they were checked; files that are added later are not visible to them.
+Python code, and pickles in a bundle, are refused by name. Weights are too large to copy: a process that can write to
+the folder during loading can change the tensors, but not the code that runs.
 """
 
 import json
@@ -27,23 +27,23 @@ MAX_JSON_BYTES: Final = 2**20
 MAX_VOCABULARY_BYTES: Final = 2**27
 MAX_WEIGHTS_BYTES: Final = 2**36
 MAX_ENTRIES: Final = 1000
-"""More than this in a folder is no model."""
+"""Most entries of a model folder."""
 
 CODE: Final = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".pkl", ".pickle"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a file may hold."""
+    """The allowed content of a file."""
 
     rules: Mapping[str, Rule] | None = None
-    """Of a JSON object; None: no settings but data (words, tensors)."""
+    """Rules of a JSON object; None: the file holds data, not settings (words, tensors)."""
     max_bytes: int = MAX_JSON_BYTES
     tensors: bool = False
     for_libraries: bool = True
     """False: only this package reads it."""
     in_bundle: bool = True
-    """False: weights that may be pickled; libraries read nothing but tensors of them."""
+    """False: not allowed in a bundle (weights that may be pickled, of which libraries read only tensors)."""
 
 
 _WEIGHTS: Final = Content(tensors=True, max_bytes=MAX_WEIGHTS_BYTES)
@@ -77,16 +77,16 @@ FOLDERS: Final[dict[str, dict[str, Content]]] = {
         r"pytorch_model\.bin": _PICKLED,
     },
 }
-"""Kind of a folder -> its files, as patterns of their whole names."""
+"""Kind of a folder -> its files, as patterns of their full names."""
 
 
 def content_of(kind: str, name: str) -> Content | None:
-    """What a file of a folder may hold; None: it has no place there."""
+    """The allowed content of a file in a folder; None: the file is not allowed."""
     return next((content for pattern, content in FOLDERS[kind].items() if re.fullmatch(pattern, name)), None)
 
 
 def bundled(name: str) -> Content | None:
-    """The same for a path in a bundle, whose folders are named by their kinds."""
+    """The allowed content of a path in a bundle, whose folders are named by their kinds; None: not allowed."""
     parts = PurePosixPath(name).parts
     if "/".join(parts) != name or len(parts) != 2 or parts[0] not in FOLDERS:
         return None
@@ -95,14 +95,14 @@ def bundled(name: str) -> Content | None:
 
 
 def check(data: bytes, content: Content, place: str) -> Any:
-    """The JSON in a file, less what no library needs to see. Raises `WeightsError`: damage, or what is not allowed."""
+    """Return the JSON of a file without settings that no library needs. `WeightsError`: damaged or not allowed."""
     rules = content.rules or {}
     try:
         value = json.loads(data)
-        if found := settings.complaint(value, rules):
+        if reason := settings.complaint(value, rules):
             raise WeightsError(
-                f"{place} is refused: {found}; a model folder may neither run code nor fetch or open other files: "
-                "remove the setting, or save the model anew with the library that made it"
+                f"{place} is refused: {reason}; a model folder may neither run code nor fetch or open other files: "
+                "remove the setting, or save the model again with the library that made it"
             )
         return settings.shown(value, rules)
     except (ValueError, RecursionError) as error:
@@ -112,27 +112,27 @@ def check(data: bytes, content: Content, place: str) -> Any:
 
 
 def read_json(folder: Path, kind: str, name: str) -> Any:
-    """A checked JSON file of a model folder. Raises `OSError` or `WeightsError`."""
+    """Read and check a JSON file of a model folder. Raises `OSError` or `WeightsError`."""
     content = content_of(kind, name)
     assert content is not None
     return check(read_regular(inside(folder, name), content.max_bytes), content, str(folder / name))
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Where a file of a folder really lies. Raises `WeightsError` where that is another folder.
+    """Resolve the path of a file in a folder. Raises `WeightsError` if a link leads out of the folder.
 
-    The hub's cache keeps files in `blobs` beside `snapshots`, and links to them.
+    In the hub's cache, links from `snapshots` to its `blobs` are allowed.
     """
     root, path = folder.resolve(), (folder / name).resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(path.is_relative_to(allowed) for allowed in roots):
-        raise WeightsError(f"{folder / name} is a link out of its folder: put the file itself there")
+        raise WeightsError(f"{folder / name} is a link out of its folder: replace it with the file itself")
     return path
 
 
 @contextmanager
 def opened(folder: Path, kind: str) -> Iterator[Path]:
-    """A private folder with what a library may see of a model folder; weights are links to the files themselves.
+    """Yield a private folder with the allowed files of a model folder; weights are links to the original files.
 
     Raises `WeightsError` for a file or setting that is not allowed, or not readable.
     """

@@ -1,9 +1,9 @@
-"""The settings that a JSON file of a model folder may hold, file by file: an allow-list of keys and of their values.
+"""Defines the allowed settings of each JSON file of a model folder: an allow-list of keys and of their values.
 
-A library does what its JSON says: it imports classes (`auto_map`, `auto_mapping`, `tokenizer_class`), runs Python files
-(`trust_remote_code`), fetches from a hub (`hf_model_name`, `hf-hub:…`, `attn_implementation`), and opens paths
-(`vocab_file`, `bpe_path`, `weight_map`). So what is not known to be harmless is refused, by name, before a library
-reads the file. Beyond that, hardly a setting may read like a path, a URL or the name of a repository.
+JSON settings can make a library import classes (`auto_map`, `auto_mapping`, `tokenizer_class`), run Python files
+(`trust_remote_code`), download from a hub (`hf_model_name`, `hf-hub:…`, `attn_implementation`) and open paths
+(`vocab_file`, `bpe_path`, `weight_map`). Settings that are not known to be harmless are therefore refused, by name,
+before a library reads the file. Most values may also not look like a path, a URL or the name of a repository.
 """
 
 import math
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 Rule: TypeAlias = "Callable[[Any], bool] | Mapping[str, Rule]"
-"""What a value must satisfy, or the rules of an object's keys; others are refused."""
+"""A test of a value, or the rules of an object's keys; other keys are refused."""
 
 MAX_TEXT: Final = 256
 MAX_DEPTH: Final = 4
 
 
 def plain(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """A number, flag, name or null, or lists and objects of them: nothing that could be a path, URL or repository."""
+    """Allow a number, flag, name or null, or lists and objects of them, but no path, URL or repository."""
     if isinstance(value, list) and depth:
         return all(plain(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth:
@@ -30,42 +30,42 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> bool:
 
 
 def ignored(value: Any) -> bool:
-    """Where a file came from, or what nothing here uses: taken as it is, and shown to no library."""
+    """Allow any value and hide it from libraries: the origin of a file, or settings that are not used here."""
     return True
 
 
 def anything(value: Any) -> bool:
-    """Data to the one library that reads it, which knows neither paths nor classes."""
+    """Allow any value: the library that reads it treats it as data, without paths or classes."""
     return True
 
 
 def off(value: Any) -> bool:
-    """A feature that is not in use."""
+    """Allow only values that switch a feature off."""
     return value is None or value is False or value in ("", [], {}, ())
 
 
 def one_of(*allowed: Any) -> Callable[[Any], bool]:
-    """One of a few values, of the same type."""
+    """Allow one of these values, of the same type."""
     return lambda value: any(type(value) is type(known) and value == known for known in allowed)
 
 
 def text(pattern: str) -> Callable[[Any], bool]:
-    """Null or a text of this form."""
+    """Allow null or a text that matches the pattern."""
     return lambda value: value is None or (isinstance(value, str) and re.fullmatch(pattern, value) is not None)
 
 
 def number(value: Any) -> bool:
-    """A finite number."""
+    """Allow a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def channels(value: Any) -> bool:
-    """Null or a number for each of the three channels of an image."""
+    """Allow null or a number for each of the three channels of an image."""
     return value is None or (isinstance(value, list) and len(value) == 3 and all(map(number, value)))
 
 
 def token(value: Any) -> bool:
-    """A token of a tokenizer, or several: its text, with what is removed around it."""
+    """Allow one or several tokens of a tokenizer: a text, or an object with its text and flags."""
     if isinstance(value, list):
         return all(token(item) for item in value)
     if isinstance(value, dict):
@@ -78,7 +78,7 @@ def token(value: Any) -> bool:
 
 
 def tokens(value: Any) -> bool:
-    """Several tokens, by name or number, or as a list."""
+    """Allow tokens by name or number, or as a list."""
     return value is None or (all(map(token, value.values())) if isinstance(value, dict) else token(value))
 
 
@@ -92,7 +92,7 @@ TEXT_TOWERS: Final = (
     "bert-base-uncased", "facebook/nllb-200-distilled-1.3B", "facebook/nllb-200-distilled-600M", "google/mt5-base",
     "google/mt5-xl", "roberta-base", "xlm-roberta-base", "xlm-roberta-large",
 )  # fmt: skip
-"""Text towers that open_clip's own architectures take from transformers, which fetches their configuration by name."""
+"""Text towers of transformers that open_clip's own architectures use; their configuration is downloaded by name."""
 
 _BLOCKS: Final = _each(
     "width layers mlp_ratio ls_init_value final_ln_after_pool pool_type output_tokens act_kwargs norm_kwargs "
@@ -109,7 +109,7 @@ _TEXT: Final[dict[str, Rule]] = {
     **_BLOCKS,
     **_each("context_length vocab_size heads embed_cls pad_id eos_id no_causal_mask proj_bias proj_type"),
     **_each("hf_proj_type hf_pooler_type tokenizer_mode"),
-    "hf_tokenizer_name": text(r"\w[\w.-]*(/\w[\w.-]*)?"),  # open_clip looks in the folder itself
+    "hf_tokenizer_name": text(r"\w[\w.-]*(/\w[\w.-]*)?"),  # open_clip reads it from the folder
     "tokenizer_kwargs": {
         "clean": one_of("canonicalize", "lower", "whitespace"),
         "strip_sep_token": one_of(True, False),
@@ -120,7 +120,7 @@ ARCHITECTURE: Final[dict[str, Rule]] = {
     "vision_cfg": _VISION,
     "text_cfg": _TEXT,
 }
-"""open_clip's `model_cfg`, where it is a setting and fetches nothing."""
+"""open_clip's `model_cfg` as a setting of this package: it may not download anything."""
 
 OPEN_CLIP: Final[dict[str, Rule]] = {
     "model_cfg": {
@@ -228,7 +228,7 @@ TOKENIZERS: Final = tuple(
     )
     for speed in ("", "Fast")
 )  # fmt: skip
-"""Classes that turn a `tokenizer.json` or word list into tokens, and do nothing else."""
+"""Tokenizer classes that only use a `tokenizer.json` or word list."""
 
 _SPECIAL: Final[dict[str, Rule]] = {
     **_each("bos_token cls_token eos_token mask_token pad_token sep_token unk_token", token),
@@ -264,25 +264,25 @@ WEIGHTS_INDEX: Final[dict[str, Rule]] = {
 
 
 def complaint(value: Any, rules: Mapping[str, Rule], place: str = "") -> str:
-    """What in an object its rules do not allow, as the end of a sentence; "" where they allow all."""
+    """Describe the first setting that the rules do not allow, as part of a sentence; "" if all are allowed."""
     if not isinstance(value, dict):
         return f"{place or 'it'} must be an object"
     for key, part in value.items():
         name = f"{place}.{key}" if place else str(key)
         rule = rules.get(key)
         if rule is None:
-            return f"{name[:MAX_TEXT]!r} is not among the settings that are allowed there"
+            return f"{name[:MAX_TEXT]!r} is not an allowed setting"
         if isinstance(rule, Mapping):
-            found = "" if part is None else complaint(part, rule, name)
+            reason = "" if part is None else complaint(part, rule, name)
         else:
-            found = "" if rule(part) else f"{name!r} may not be {repr(part)[:80]}"
-        if found:
-            return found
+            reason = "" if rule(part) else f"{name!r} may not be {repr(part)[:80]}"
+        if reason:
+            return reason
     return ""
 
 
 def shown(value: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """An object without the settings that no library needs to see."""
+    """Return an object without the settings that are hidden from libraries (`ignored`)."""
     return {
         key: shown(part, rule) if isinstance(rule := rules[key], Mapping) and part is not None else part
         for key, part in value.items()

@@ -1,4 +1,4 @@
-"""The trainable network: image tower, mapper, projection, head.
+"""Defines the trainable network: image tower, mapper, projection, head.
 
 Dimensions: B images, M mosaic side, D embedding, F head feature, R rank of a global semantic basis, N captions of a
 bank.
@@ -19,20 +19,20 @@ from nsnet.nullspace import project_global, project_per_sample, project_rank_k
 
 BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SAME_CAPTION: Final = 1.0 - 1e-5
-"""Cosine from which two captions are one."""
+"""Smallest cosine at which two captions count as the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig:
-    """What is removed from the image feature."""
+    """Selects what is removed from the image feature."""
 
     kind: Literal["per_sample", "rank_k", "global", "none"] = "per_sample"
-    """`per_sample`: the mapped caption (eq. 16); `rank_k`: that and the nearest of a bank of captions, mapped as well;
+    """`per_sample`: the mapped caption (eq. 16); `rank_k`: that and its nearest captions of a bank, also mapped;
     `global`: a basis of many captions (eq. 15); `none`: nothing."""
     rank: int = 0
-    """R of the global basis, 0 as long as it was not computed; or number of directions of `rank_k`; else 0."""
+    """`global`: R of the basis, 0 before it is computed; `rank_k`: number of directions; else 0."""
     bank: int = 0
-    """N captions of `rank_k`'s bank, 0 as long as it was not made."""
+    """N captions of `rank_k`'s bank, 0 before it is made."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("per_sample", "rank_k", "global", "none"):
@@ -41,28 +41,28 @@ class ProjectionConfig:
         unwanted = (least is None and self.rank) or (self.kind != "rank_k" and self.bank)
         if self.rank < (least or 0) or self.bank < 0 or unwanted:
             raise ConfigError(
-                f"a global projection has a rank ≥ 1, rank_k one ≥ 2 and a bank, others none of them; got {self.kind}, "
-                f"rank {self.rank}, bank {self.bank}"
+                f"a global projection needs rank ≥ 1, rank_k needs rank ≥ 2 and a bank, other kinds allow neither; got "
+                f"{self.kind}, rank {self.rank}, bank {self.bank}"
             )
-        if 0 < self.bank < self.rank:  # an image's own caption may be among them
+        if 0 < self.bank < self.rank:  # the bank may contain the image's own caption
             raise ConfigError(
-                f"the {self.rank} directions of rank_k come from a bank of at least {self.rank} captions, got "
+                f"{self.rank} directions of rank_k need a bank of at least {self.rank} captions, got "
                 f"{self.bank}: choose fewer directions, or caption more images"
             )
 
     @property
     def needs_captions(self) -> bool:
-        """Whether an image cannot be judged without its caption."""
+        """Whether scoring an image needs its caption."""
         return self.kind in ("per_sample", "rank_k")
 
     @property
     def fitted(self) -> bool:
-        """Whether there is nothing left to be computed from captions: basis or bank."""
+        """Whether the basis or bank, if one is needed, has been computed from captions."""
         return {"global": self.rank, "rank_k": self.bank}.get(self.kind, 1) > 0
 
 
 class Features(NamedTuple):
-    """What the network computes for a batch."""
+    """The network's output for a batch."""
 
     logit: Tensor
     """(B,) before calibration."""
@@ -77,7 +77,7 @@ class Features(NamedTuple):
 
 
 class Network(nn.Module):
-    """Mosaics and caption features to logits. The frozen text tower is not part of it: its features are input."""
+    """Maps mosaics and caption features to logits. The frozen text tower is not part: its features are an input."""
 
     def __init__(
         self,
@@ -93,7 +93,8 @@ class Network(nn.Module):
         dim = clip.embed_dim
         if projection.rank >= dim:
             raise NullSpaceError(
-                f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: choose fewer"
+                f"removing {projection.rank} directions leaves nothing of an image feature with {dim} dimensions: "
+                f"choose at most {dim - 1}"
             )
         self.projection = projection
         self.visual = visual
@@ -107,9 +108,9 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Self:
-        """As every module; but batch norms of the image tower keep the statistics that they came with.
+        """Set the training mode, but keep batch norms of the image tower in evaluation mode.
 
-        Those of a batch would be others on every process, and in no checkpoint.
+        Statistics of a batch would differ between processes and are in no checkpoint.
         """
         super().train(mode)
         for module in self.visual.modules():
@@ -141,24 +142,24 @@ class Network(nn.Module):
         return Features(logit=logit, features=features, image=image, semantic=semantic, projected=projected)
 
     def _directions(self, text_features: Tensor) -> Tensor:
-        """Caption features (B, D) -> what is removed, before the mapper: (B, 1, D), or (B, k, D) with the nearest."""
+        """Caption features (B, D) -> directions to remove, before the mapper: (B, 1, D); rank_k: (B, k, D)."""
         own = text_features[:, None]
         if self.projection.kind == "per_sample":
             return own
         bank = cast(Tensor, self.caption_bank)
         similarity = normalize(text_features.float(), dim=1) @ normalize(bank.float(), dim=1).T
-        # an image's own caption may lie in the bank, and would add nothing
+        # skip the image's own caption, if the bank contains it: it adds nothing
         similarity = similarity.masked_fill(similarity > SAME_CAPTION, -torch.inf)
         nearest = similarity.topk(self.projection.rank - 1, dim=1).indices
         return torch.cat([own, bank[nearest].to(own.dtype)], dim=1)
 
     def heads_state(self) -> dict[str, Any]:
-        """The weights that are neither the image tower's nor its adapters': mapper, head, semantic basis, bank."""
+        """Return all weights except the image tower's and its adapters': mapper, head, semantic basis, bank."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("visual.")}
 
 
 def residual_energy(features: Features) -> Tensor:
-    """‖ũ‖/‖u‖ per image -> (B,). Near 0 the projection has removed everything and the verdict means nothing."""
+    """‖ũ‖/‖u‖ per image -> (B,). Near 0, the projection has removed everything and the verdict has no meaning."""
     before: Tensor = features.image.detach().float().norm(dim=1)
     after: Tensor = features.projected.detach().float().norm(dim=1)
     return after / before.clamp_min(1e-12)

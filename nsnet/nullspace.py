@@ -1,8 +1,9 @@
-"""Null-space projection: remove the semantic part of an image feature (eq. 15 and 16).
+"""Removes the semantic part of an image feature by null-space projection (eq. 15 and 16).
 
 Dimensions: B images, D embedding, n captions, R rank of the semantic subspace.
 
-Projections run in at least fp32, also under autocast: in bf16, ũ·v would be off by percents. No D×D matrix is formed.
+Projections run in at least fp32, also under autocast: in bf16, ũ·v has errors of several percent. No D×D matrix is
+formed.
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,17 @@ from torch import Tensor
 from nsnet.errors import ConfigError, NullSpaceError
 
 EPSILON: Final = 1e-8
-"""Smallest ‖v‖² that is divided by (paper, section V-9)."""
+"""Lower bound of ‖v‖² as a divisor (paper, section V-9)."""
 
 DEPENDENT: Final = 1e-5
-"""A direction whose part outside the earlier ones is shorter than this share of it adds nothing to the subspace."""
+"""A direction is dependent if its part outside the span of earlier directions is shorter than this share of it."""
 
 BLOCK_ROWS: Final = 8192
-"""Captions factorised at a time: bounds the memory of a large block."""
+"""Captions factorised at a time, which limits the memory for a large block."""
 
 
-def _exact(*tensors: Tensor) -> list[Tensor]:
-    """fp64 stays fp64; everything narrower becomes fp32."""
+def _at_least_fp32(*tensors: Tensor) -> list[Tensor]:
+    """Convert tensors to fp32, except fp64, which stays fp64."""
     return [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
 
 
@@ -36,7 +37,7 @@ def project_per_sample(u: Tensor, v: Tensor, eps: float = EPSILON) -> Tensor:
     if u.shape != v.shape or u.ndim != 2:
         raise ValueError(f"u and v must both be (B, D), got {tuple(u.shape)} and {tuple(v.shape)}")
     with torch.autocast(u.device.type, enabled=False):
-        u, v = _exact(u, v)
+        u, v = _at_least_fp32(u, v)
         along = (u * v).sum(dim=1, keepdim=True) / v.square().sum(dim=1, keepdim=True).clamp_min(eps)
         return u - along * v
 
@@ -44,13 +45,13 @@ def project_per_sample(u: Tensor, v: Tensor, eps: float = EPSILON) -> Tensor:
 def project_rank_k(u: Tensor, directions: Tensor) -> Tensor:
     """Remove from each row of u (B, D) the span of its own k directions (B, k, D) -> (B, D), fp32 (fp64 for fp64).
 
-    Beyond the paper: a small subspace per image (several captions, or the nearest caption directions). Gram-Schmidt,
-    each direction orthogonalised twice; zero and dependent directions are left out.
+    Not in the paper: a small subspace per image (several captions, or the nearest caption directions). Uses
+    Gram-Schmidt and orthogonalises each direction twice; ignores zero and dependent directions.
     """
     if u.ndim != 2 or directions.ndim != 3 or (directions.shape[0], directions.shape[2]) != tuple(u.shape):
         raise ValueError(f"need u (B, D), directions (B, k, D), got {tuple(u.shape)}, {tuple(directions.shape)}")
     with torch.autocast(u.device.type, enabled=False):
-        u, directions = _exact(u, directions)
+        u, directions = _at_least_fp32(u, directions)
         basis: list[Tensor] = []
         for k in range(directions.shape[1]):
             direction = directions[:, k]
@@ -59,7 +60,7 @@ def project_rank_k(u: Tensor, directions: Tensor) -> Tensor:
                 outside = outside - (outside * earlier).sum(dim=1, keepdim=True) * earlier
             squared = outside.square().sum(dim=1, keepdim=True)
             kept = squared > (DEPENDENT**2 * direction.square().sum(dim=1, keepdim=True)).clamp_min(EPSILON**2)
-            # the inner `where` keeps the square root's gradient finite for the directions that are left out
+            # the inner `where` keeps the gradient of the square root finite for ignored directions
             length = torch.where(kept, squared, torch.ones_like(squared)).sqrt()
             basis.append(torch.where(kept, outside / length, torch.zeros_like(outside)))
         for unit in basis:
@@ -75,20 +76,20 @@ def project_global(u: Tensor, semantic_basis: Tensor) -> Tensor:
     if u.ndim != 2 or semantic_basis.ndim != 2 or u.shape[1] != semantic_basis.shape[0]:
         raise ValueError(f"need u (B, D), W (D, R), got {tuple(u.shape)} and {tuple(semantic_basis.shape)}")
     with torch.autocast(u.device.type, enabled=False):
-        u, semantic_basis = _exact(u, semantic_basis)
+        u, semantic_basis = _at_least_fp32(u, semantic_basis)
         return u - (u @ semantic_basis) @ semantic_basis.T
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasisRule:
-    """How many directions of the captions' spectrum are semantic: exactly one of the three."""
+    """The rule for the number of semantic directions of the captions' spectrum: exactly one of the three."""
 
     rank: int | None = None
-    """So many."""
+    """This number of directions."""
     tau: float | None = None
-    """All with a singular value above tau times the largest (the paper: 1e-6)."""
+    """All directions with a singular value above tau times the largest (the paper: 1e-6)."""
     energy: float | None = None
-    """The fewest that hold this share of Σ σ²."""
+    """The fewest directions that hold this share of Σ σ²."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.rank, self.tau, self.energy) if value is not None]
@@ -100,13 +101,13 @@ class BasisRule:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A rule as `rank=64`, `tau=1e-6` or `energy=0.9`. Raises `ConfigError`."""
+        """Parse a rule such as `rank=64`, `tau=1e-6` or `energy=0.9`. Raises `ConfigError`."""
         name, _, value = text.partition("=")
         try:
             number: Any = int(value) if name == "rank" else float(value)
             return cls(**{name: number})
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{text!r} is no rule such as rank=64, tau=1e-6 or energy=0.9") from error
+            raise ConfigError(f"{text!r} is not a rule: give rank=64, tau=1e-6 or energy=0.9, for example") from error
 
     def __str__(self) -> str:
         return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
@@ -114,7 +115,7 @@ class BasisRule:
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticSpectrum:
-    """Right singular vectors and values of all captions seen; choose a basis from it."""
+    """Singular values and right singular vectors of all captions, from which `basis` chooses."""
 
     singular_values: Tensor
     """(min(n, D),) fp64, descending."""
@@ -122,9 +123,9 @@ class SemanticSpectrum:
     """(min(n, D), D) fp64, orthonormal rows, in the order of the values."""
 
     def basis(self, *, rank: int | None = None, tau: float | None = None, energy: float | None = None) -> Tensor:
-        """The semantic basis W (D, R) fp64, orthonormal columns, by exactly one rule, as in `BasisRule`.
+        """Return the semantic basis W (D, R) fp64, orthonormal columns, by exactly one rule, as in `BasisRule`.
 
-        `NullSpaceError` when nothing would be left of the image.
+        Raises `NullSpaceError` if the basis would leave nothing of the image feature.
         """
         if sum(rule is not None for rule in (rank, tau, energy)) != 1:
             raise ValueError("choose exactly one of rank, tau and energy")
@@ -142,31 +143,31 @@ class SemanticSpectrum:
         dim = self.directions.shape[1]
         if not 1 <= rank <= present or rank >= dim:
             raise NullSpaceError(
-                f"a semantic basis of rank {rank} was asked for; the captions span {present} of {dim} dimensions, so "
-                f"ranks 1 to {min(present, dim - 1)} are possible (a full-rank basis leaves no null space): set the "
+                f"a semantic basis of rank {rank} is not possible: the captions span {present} of {dim} dimensions, "
+                f"which allows ranks 1 to {min(present, dim - 1)} (a full-rank basis leaves no null space): set the "
                 "rank, or choose it by energy < 1"
             )
         return self.directions[:rank].T.contiguous()
 
 
 class StreamingSVD:
-    """Singular values and right singular vectors of any number of captions, D×D memory, mergeable over shards.
+    """Computes singular values and right singular vectors of any number of captions in D×D memory; shards can merge.
 
-    Holds only the triangular factor R of V = Q R: VᵀV = RᵀR, hence the same values and vectors (QR-merge of blocks).
+    Stores only the triangular factor R of V = Q R: VᵀV = RᵀR, so R has the same values and vectors (QR-merge).
     """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.count = 0
         self.triangle = torch.zeros(0, dim, dtype=torch.float64)
-        """R (≤ D, D) fp64: all that is kept of the captions."""
+        """R (≤ D, D) fp64, the only stored data of the captions."""
 
     @classmethod
     def from_triangle(cls, triangle: Tensor, count: int) -> Self:
-        """The state of another shard, from its `triangle` and `count`."""
-        found = cls(triangle.shape[1])
-        found.triangle, found.count = triangle.to("cpu", torch.float64), count
-        return found
+        """Rebuild the state of a shard from its `triangle` and `count`."""
+        svd = cls(triangle.shape[1])
+        svd.triangle, svd.count = triangle.to("cpu", torch.float64), count
+        return svd
 
     def update(self, captions: Tensor) -> Self:
         """Add a block of caption features (n, D), any floating dtype."""
@@ -179,13 +180,13 @@ class StreamingSVD:
         return self
 
     def merge(self, other: Self) -> Self:
-        """Add everything that another shard has seen."""
+        """Add all captions of another shard."""
         count = self.count + other.count
         self.update(other.triangle)
         self.count = count
         return self
 
     def spectrum(self) -> SemanticSpectrum:
-        """The spectrum of everything seen so far."""
+        """Compute the spectrum of all captions added so far."""
         _, values, directions = torch.linalg.svd(self.triangle, full_matrices=False)
         return SemanticSpectrum(singular_values=values, directions=directions)

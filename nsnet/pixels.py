@@ -1,4 +1,4 @@
-"""Pillow's images of any mode to upright RGB arrays of 8 bits on white.
+"""Converts Pillow images of any mode to upright 8-bit RGB arrays on a white background.
 
 Dimensions: H height, W width; sRGB order R, G, B.
 """
@@ -12,16 +12,16 @@ from PIL import Image
 from nsnet.errors import ImageCorruptError
 
 BACKGROUND: Final = (255, 255, 255)
-"""Transparent images are flattened on white: their hidden colours are not what a viewer sees."""
+"""Transparent images are flattened on white, because a viewer does not see their hidden colours."""
 ORIENTATION_TAG: Final = 0x0112
 TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""Orientation in EXIF -> what undoes it."""
+"""EXIF orientation -> operation that turns the image upright."""
 ROWS_AT_ONCE: Final = 64
-"""Rows that are scaled at a time: what is in the processor's cache is not fetched for each step again."""
+"""Rows that are scaled at a time, so that they stay in the processor's cache."""
 WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 """Formats whose 16-bit samples use all 16 bits."""
 
@@ -29,10 +29,10 @@ WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 def to_rgb(
     image: Image.Image, box: tuple[int, int, int, int] | None = None, full_scale: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """An (H, W, 3) uint8 array of a loaded image, upright, on white.
+    """Convert a loaded image to an (H, W, 3) uint8 array, upright, on white.
 
-    `box`: where the first frame lies in the canvas, which is white around it. `full_scale`: see `limits.Inspected`.
-    Raises `ImageCorruptError` where the range of its samples is not known.
+    `box`: the first frame's box in the canvas, which is white around it. `full_scale`: see `limits.Inspected`.
+    Raises `ImageCorruptError` if the range of its samples is not known.
     """
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -54,9 +54,9 @@ def to_rgb(
 
 
 def _flat(image: Image.Image, full_scale: int | None) -> Image.Image:
-    """RGB, on white where it is transparent."""
+    """Convert to RGB, with white behind transparent pixels."""
     if image.mode == "L" and full_scale is not None and full_scale < 255 and "transparency" in image.info:
-        image = image.copy()  # the file gives the transparent grey in its own levels, the pixels are in 256
+        image = image.copy()  # the transparent grey is in the file's levels, the pixels have 256
         image.info["transparency"] = image.info["transparency"] * (255 // full_scale)
     if image.has_transparency_data and not _alpha_is_unused(image):
         layer = image.convert("RGBA")
@@ -66,13 +66,13 @@ def _flat(image: Image.Image, full_scale: int | None) -> Image.Image:
 
 
 def _alpha_is_unused(image: Image.Image) -> bool:
-    """Whether the alpha of a bitmap is 0 everywhere: writers that know no alpha leave the byte empty."""
+    """Whether the alpha of a bitmap is 0 everywhere: writers without support for alpha write 0."""
     return image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation where it can be read; damaged EXIF is not a reason to lose an image."""
-    image.load()  # a TIFF turns itself upright then
+    """Return the EXIF orientation, or 1 if EXIF is damaged, which must not make the image fail."""
+    image.load()  # Pillow turns a TIFF upright when it loads it
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # EXIF parsers raise struct.error, SyntaxError, ValueError and more
@@ -85,21 +85,23 @@ def _to_8_bits(
 ) -> npt.NDArray[np.uint8]:
     """Scale an (H, W) array of more than 8 bits to uint8; Pillow's own conversion saturates it to white.
 
-    PNG, PGM, JPEG 2000 and HEIC (as pillow-heif gives it) use the whole range of 16 bits. A TIFF, or an array in
-    memory, may hold fewer bits in 16 or 32: there the range is the smallest of the usual depths that holds the
-    brightest sample. Floating point up to 1.0 is taken as [0, 1], above it as 8 or 16 bits if it reaches their upper
-    half. Samples below zero have no black, and are refused.
+    PNG, PGM, JPEG 2000 and HEIC (as decoded by pillow-heif) use the whole range of 16 bits. A TIFF, or an array in
+    memory, may hold fewer bits in 16 or 32: the range is then the smallest usual depth that holds the brightest sample.
+    Floating point up to 1.0 counts as [0, 1], above it as 8 or 16 bits if it reaches their upper half. Samples below
+    zero are refused, because black is not defined.
     """
     brightest, darkest = float(values.max(initial=0)), float(values.min(initial=0))
     if not np.isfinite(brightest) or not np.isfinite(darkest):
         raise ImageCorruptError("the samples hold NaN or infinity")
     if darkest < 0:
-        raise ImageCorruptError(f"the samples reach from {darkest:g} to {brightest:g}: which of them is black is open")
+        raise ImageCorruptError(f"the samples range from {darkest:g} to {brightest:g}: the value of black is unknown")
     if np.issubdtype(values.dtype, np.floating):
         tops = [1.0, *(top for top in (255.0, 65535.0) if brightest > top / 2)]
         full = next((top for top in tops if brightest <= top), 0.0)
         if not full:
-            raise ImageCorruptError(f"the samples are floating point up to {brightest:g}: which is white is open")
+            raise ImageCorruptError(
+                f"the samples are floating point up to {brightest:g}: the value of white is unknown"
+            )
     elif full_scale is not None and full_scale > 255:
         full = float(full_scale)
     else:

@@ -1,4 +1,4 @@
-"""Image bytes to what the models are fed: ranked patches and the captioner's thumbnail. One pass, no torch.
+"""Prepares images for the models: ranked patches and the captioner's thumbnail. One pass, without torch.
 
 Dimensions: K mosaic slots, N patch side in pixels, S thumbnail side in pixels.
 """
@@ -18,7 +18,7 @@ from nsnet.patches import PatchConfig, select_patches
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationConfig:
-    """What is made of an image."""
+    """Selects the products that are made from an image."""
 
     thumbnail_px: int = 0
     """Side S of the captioner's thumbnail, in pixels; 0: none is made."""
@@ -27,7 +27,7 @@ class PreparationConfig:
     fingerprint: bool = False
     """Compute the perceptual hash."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
-    """What one image may cost."""
+    """Limits of decoding one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class Prepared:
     """One image, ready for the models."""
 
     patches: npt.NDArray[np.uint8]
-    """(K, N, N, 3) uint8 in rank order, which `patches.assemble_mosaic` arranges; (0, 0, 0, 3): none are wanted."""
+    """(K, N, N, 3) uint8 in rank order, for `patches.assemble_mosaic`; (0, 0, 0, 3) if none are requested."""
     thumbnail: npt.NDArray[np.uint8]
-    """(S, S, 3) uint8; S = 0 where none is wanted."""
+    """(S, S, 3) uint8; S = 0 if none is requested."""
     width: int
     """Width and height in pixels of the file's image, before any transform."""
     height: int
@@ -46,30 +46,31 @@ class Prepared:
     quality: int | None = None
     """Estimated quality of a JPEG file, 1 to 100."""
     remark: str | None = None
-    """What is wrong with a file that was decoded all the same; None: nothing."""
+    """Defect of a file that was decoded anyway; None: no defect."""
     perceptual_hash: str | None = None
-    """64 bits as hexadecimal digits; None where it is not wanted or the image is too plain for one."""
+    """64 bits as hexadecimal digits; None if it is not requested or the image is too plain."""
 
 
 def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the patches and of the thumbnail that `prepare` gives."""
+    """Shapes of the patches and of the thumbnail from `prepare`."""
     patches = config.patches
-    chosen = (patches.slots, patches.patch_px, patches.patch_px, 3) if patches is not None else (0, 0, 0, 3)
-    return chosen, (config.thumbnail_px, config.thumbnail_px, 3)
+    patches_shape = (patches.slots, patches.patch_px, patches.patch_px, 3) if patches is not None else (0, 0, 0, 3)
+    return patches_shape, (config.thumbnail_px, config.thumbnail_px, 3)
 
 
 def preload(config: PreparationConfig) -> None:
-    """Decode one image of each format and prepare one: nothing is imported or opened by `prepare` afterwards."""
+    """Decode and prepare sample images, so that `prepare` imports and opens nothing afterwards."""
     images.preload()
-    shown = Image.effect_noise((256, 256), 64)
+    noise = Image.effect_noise((256, 256), 64)
     for transform in ("", "jpeg:90", "blur:1", "resize:0.5", "noise:2", "crop:0.9", "screenshot:0.75"):
-        prepare(shown, config, transform)
+        prepare(noise, config, transform)
 
 
 def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
     """Decode, transform, select patches, make the thumbnail. Raises an `ImageError`; see `images.decode_image`.
 
-    `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the image before it.
+    `transform`: a chain of `nsnet.transforms`, with random choices from `seed`. The returned width, height, quality,
+    remark and hash are those of the image before it.
     """
     if isinstance(given, Image.Image):
         quality = jpeg.quality(given)
@@ -81,7 +82,7 @@ def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: st
     if transform:
         chain = transforms.parse(transform)
         pixels = transforms.apply(pixels, chain, seed=seed, max_pixels=config.limits.max_pixels)
-        check_pixels(pixels.shape[1], pixels.shape[0], config.limits)  # patch selection widens thin strips
+        check_pixels(pixels.shape[1], pixels.shape[0], config.limits)  # patch selection pads short sides
     no_patches, no_thumbnail = (np.empty(shape, dtype=np.uint8) for shape in ((0, 0, 0, 3), (0, 0, 3)))
     return Prepared(
         patches=select_patches(pixels, config.patches) if config.patches is not None else no_patches,

@@ -1,6 +1,6 @@
-"""Every other format before it is decoded: its layout known to decode right, its cost justified by its bytes.
+"""Inspects files of all formats except JPEG, PNG and TIFF before they are decoded: their layout and their cost.
 
-Each function takes the file and the limits, and raises an `ImageError` with the name of what is not decoded.
+Each function takes the file and the limits, and raises an `ImageError` that names a layout which is not supported.
 """
 
 import re
@@ -13,42 +13,42 @@ from nsnet.errors import ImageCorruptError, ImageTooLargeError, ImageUnidentifie
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_SLOW_PIXELS: Final = 2048 * 2048
-"""Most pixels of formats that are decoded in Python, up to 1.2 s for a million."""
+"""Most pixels of formats that are decoded in Python, at up to 1.2 s per million pixels."""
 MAX_BLOCKS: Final = 100_000
-"""Most blocks of a GIF that are read, to its first image and for the count of its frames."""
+"""Most blocks of a GIF that are read to find its first frame and to count its frames."""
 MAX_ICONS: Final = 1_000
 MAX_PACKETS: Final = 10_000
-"""Most packets of a JPEG 2000 file, besides one for each `MIN_PACKET_PIXELS`."""
+"""Most packets of a JPEG 2000 file, in addition to one per `MIN_PACKET_PIXELS`."""
 MIN_PACKET_PIXELS: Final = 200
 
 
 def inspect_bmp(data: bytes, limits: DecodeLimits, start: int = 14) -> Inspected:
-    """BMP, and DIB where `start` is 0, which is a BMP without its file header."""
+    """Inspect a BMP, or with `start` 0 a DIB, which is a BMP without its file header."""
     width, height, bits, compression, colours = _bitmap(data, start)
     check_pixels(width, height, limits)
     if compression in (1, 2):
         _check_slow(width, height, "a run-length coded BMP")
     elif bits < 8 and bits not in (1, 4):
-        raise ImageCorruptError(f"a BMP of {bits} bits a pixel, which is not decoded")
+        raise ImageCorruptError(f"a BMP of {bits} bits per pixel, which is not decoded")
     elif bits in (4, 8) and colours and (colours <= 2 or bits == 4):
-        # Pillow takes a short grey palette for samples of another size
+        # Pillow misreads the size of samples if the palette is a short grey one
         palette = data[start + _u32(data, start) :][: colours * (3 if _u32(data, start) == 12 else 4)]
         if _is_grey_ramp(palette, colours, 3 if _u32(data, start) == 12 else 4):
-            raise ImageCorruptError(f"a BMP of {bits} bits a pixel with {colours} greys, which is not decoded")
+            raise ImageCorruptError(f"a BMP of {bits} bits per pixel with {colours} greys, which is not decoded")
     return Inspected(data=data)
 
 
 def inspect_dib(data: bytes, limits: DecodeLimits) -> Inspected:
-    """A BMP without its file header, whose signature is 4 bytes that many files begin with."""
+    """Inspect a BMP without its file header; its 4-byte signature also occurs in other files."""
     if len(data) < 16 or data[12:14] != b"\1\0" and data[8:10] != b"\1\0":
         raise ImageUnidentifiedError("not a bitmap")
     return inspect_bmp(data, limits, start=0)
 
 
 def inspect_dds(data: bytes, limits: DecodeLimits) -> Inspected:
-    """DirectDraw surfaces: one flat texture of colours, or of grey."""
+    """Inspect a DirectDraw surface: only one flat texture of colours or grey is allowed."""
     if len(data) < 128:
-        raise ImageCorruptError("a DDS that is cut in its header")
+        raise ImageCorruptError("a DDS that is truncated in its header")
     height, width = struct.unpack_from("<II", data, 12)
     check_pixels(width, height, limits)
     flags, code, bits = struct.unpack_from("<I4sI", data, 80)
@@ -57,8 +57,8 @@ def inspect_dds(data: bytes, limits: DecodeLimits) -> Inspected:
         raise ImageCorruptError("a DDS of several faces or slices, which is not decoded")
     if flags & 0x40:
         if bits not in (8, 16, 24, 32):
-            raise ImageCorruptError(f"a DDS of {bits} bits a pixel, which is not decoded")
-        _check_room(data, 128, width * height * bits // 8, "DDS")
+            raise ImageCorruptError(f"a DDS of {bits} bits per pixel, which is not decoded")
+        _check_size(data, 128, width * height * bits // 8, "DDS")
     elif flags & 4:
         kind = _u32(data, 128) if code == b"DX10" and len(data) >= 148 else 0
         if code == b"DX10" and (_u32(data, 132) != 3 or _u32(data, 136) & 4 or _u32(data, 140) != 1):
@@ -66,21 +66,21 @@ def inspect_dds(data: bytes, limits: DecodeLimits) -> Inspected:
         if code == b"DX10" and _u32(data, 144) & 7 == 2:
             raise ImageCorruptError("a DDS whose colours are multiplied by alpha, which is not decoded")
         if code in (b"ATI2", b"BC5U", b"BC5S") or kind in (82, 83, 84):
-            raise ImageCorruptError("a DDS of two channels (BC5), which is no image")
+            raise ImageCorruptError("a DDS of two channels (BC5), which is not decoded")
         if kind in (94, 95, 96):
             raise ImageCorruptError("a DDS of floating-point colours (BC6H), whose range is not known")
-        small = code in (b"DXT1", b"ATI1", b"BC4U") or kind in (70, 71, 72, 79, 80, 81)
-        blocks = -(-width // 4) * -(-height // 4) * (8 if small else 16)
-        flat = kind in (27, 28, 29)
+        has_small_blocks = code in (b"DXT1", b"ATI1", b"BC4U") or kind in (70, 71, 72, 79, 80, 81)
+        block_bytes = -(-width // 4) * -(-height // 4) * (8 if has_small_blocks else 16)
+        is_uncompressed = kind in (27, 28, 29)
         offset = 148 if code == b"DX10" else 128
-        _check_room(data, offset, width * height * 4 if flat else blocks, "DDS")
+        _check_size(data, offset, width * height * 4 if is_uncompressed else block_bytes, "DDS")
     return Inspected(data=data)
 
 
 def inspect_gif(data: bytes, limits: DecodeLimits) -> Inspected:
-    """GIF: the place of the first frame in the canvas, and a bounded count of frames."""
+    """Inspect a GIF: find the box of the first frame in the canvas and count frames, up to a limit of blocks."""
     if len(data) < 13:
-        raise ImageCorruptError("a GIF that is cut in its header")
+        raise ImageCorruptError("a GIF that is truncated in its header")
     width, height = struct.unpack_from("<HH", data, 6)
     check_pixels(width, height, limits)
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
@@ -107,11 +107,11 @@ def inspect_gif(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_heif(data: bytes, limits: DecodeLimits) -> Inspected:
-    """HEIF and AVIF: the size that a file tells is that of the part which it shows; all that it holds is decoded.
+    """Inspect a HEIF or AVIF: check the size of every coded image, since decoding covers more than the displayed part.
 
-    Every coded image, a tile or a whole, has an `ispe` box in the file's `meta` box: 4 bytes of version and flags,
-    then width and height. The letters are looked for everywhere, also within another find: boxes of any kind may be put
-    before one to hide it.
+    Every coded image, whether a tile or a whole image, has an `ispe` box in the file's `meta` box: 4 bytes of version
+    and flags, then width and height. The search covers all bytes and overlapping matches, because other boxes can hide
+    an `ispe` box.
     """
     at = 0
     while at + 8 <= len(data):
@@ -120,14 +120,14 @@ def inspect_heif(data: bytes, limits: DecodeLimits) -> Inspected:
             length = int.from_bytes(data[at + 8 : at + 16], "big")
         end = at + max(length, 8) if length else len(data)
         if kind == b"meta":
-            for size in re.finditer(rb"(?=ispe.{4}(.{4})(.{4}))", data[at:end], re.DOTALL):
-                check_pixels(int.from_bytes(size[1], "big"), int.from_bytes(size[2], "big"), limits)
+            for match in re.finditer(rb"(?=ispe.{4}(.{4})(.{4}))", data[at:end], re.DOTALL):
+                check_pixels(int.from_bytes(match[1], "big"), int.from_bytes(match[2], "big"), limits)
         at = end
     return Inspected(data=data)
 
 
 def inspect_icns(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Apple's icons: every one inside is bounded before the best is decoded."""
+    """Inspect an Apple icon file: check the size of every icon before the best one is decoded."""
     at, icons = 8, 0
     while at + 8 <= len(data):
         length = max(8, int.from_bytes(data[at + 4 : at + 8], "big"))
@@ -144,11 +144,11 @@ def inspect_icns(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_ico(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Windows' icons: the largest, of those the one with most colours, alone in a file of its own."""
+    """Inspect a Windows icon file: keep only the largest icon and, of equal sizes, the one with most colours."""
     count = min(int.from_bytes(data[4:6], "little"), MAX_ICONS)
     entries = [data[6 + 16 * index : 22 + 16 * index] for index in range(count)]
     if not entries or len(entries[-1]) < 16:
-        raise ImageCorruptError("an ICO that is cut in its directory")
+        raise ImageCorruptError("an ICO that is truncated in its directory")
     entry = max(entries, key=lambda entry: ((entry[0] or 256) * (entry[1] or 256), _u16(entry, 6)))
     length, offset = struct.unpack_from("<II", entry, 8)
     icon = data[offset : offset + length]
@@ -167,7 +167,7 @@ def inspect_ico(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
-    """JPEG 2000: one size and depth for all components, sRGB or grey (ISO 15444-1, annexes A and I)."""
+    """Inspect a JPEG 2000: one size and depth for all components, sRGB or grey (ISO 15444-1, annexes A and I)."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or start + 42 > len(data):
         raise ImageCorruptError("a JPEG 2000 file without its image data")
@@ -175,13 +175,13 @@ def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
     check_pixels(max(0, x1 - x0), max(0, y1 - y0), limits)
     components = [data[at : at + 3] for at in range(start + 42, start + 42 + 3 * min(count, 5), 3)]
     if count > 4 or not components or len(set(components)) > 1 or components[0][1:] != b"\1\1":
-        raise ImageCorruptError("a JPEG 2000 file whose components differ, are subsampled or more than 4")
+        raise ImageCorruptError("a JPEG 2000 file whose components differ, are subsampled or are more than 4")
     depth = (components[0][0] & 127) + 1
     if components[0][0] & 128 or not 8 <= depth <= 16:
         kind = "signed" if components[0][0] & 128 else "unsigned"
-        raise ImageCorruptError(f"a JPEG 2000 file of {depth} bits, {kind}; unsigned samples of 8 to 16 are decoded")
+        raise ImageCorruptError(f"a JPEG 2000 file of {depth} bits, {kind}; only unsigned 8 to 16 bits are decoded")
     if not tile_x or not tile_y:
-        raise ImageCorruptError("a JPEG 2000 file of tiles without a size")
+        raise ImageCorruptError("a JPEG 2000 file with tiles of size 0")
     tiles = -(-(x1 - tile_x0) // tile_x) * -(-(y1 - tile_y0) // tile_y)
     if tiles > 65_535:
         raise ImageTooLargeError("a JPEG 2000 file of more than 65,535 tiles")
@@ -189,19 +189,19 @@ def inspect_jpeg2000(data: bytes, limits: DecodeLimits) -> Inspected:
     space = data.find(b"colr", 0, start)
     code = int.from_bytes(data[space + 7 : space + 11], "big")
     if space >= 0 and data[space + 4] == 1 and code not in (16, 17):
-        raise ImageCorruptError(f"a JPEG 2000 file of colour space {code}; sRGB and grey are decoded")
+        raise ImageCorruptError(f"a JPEG 2000 file of colour space {code}; only sRGB and grey are decoded")
     return Inspected(data=data)
 
 
 def inspect_pcx(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Paintbrush files, run-length coded, with the line length that Pillow assumes."""
+    """Inspect a Paintbrush file: run-length coded, with the line length that Pillow assumes."""
     if len(data) < 128 or data[2] > 1 or data[3] not in (1, 2, 4, 8):
         raise ImageUnidentifiedError("not a PCX")
     left, top, right, bottom = struct.unpack_from("<4H", data, 4)
     check_pixels(max(0, right - left + 1), max(0, bottom - top + 1), limits)
     bits, planes, stride = data[3], data[65], _u16(data, 66)
-    least = ((right - left + 1) * bits + 7) // 8
-    if data[2] != 1 or stride not in (least, least + least % 2):
+    min_stride = ((right - left + 1) * bits + 7) // 8
+    if data[2] != 1 or stride not in (min_stride, min_stride + min_stride % 2):
         raise ImageCorruptError("a PCX without compression, or with padded lines, which is not decoded")
     if (bits, planes) == (1, 1) and data[16:22] not in (bytes(6), b"\0\0\0\xff\xff\xff"):
         raise ImageCorruptError("a PCX of two colours that are not black and white, which is not decoded")
@@ -209,19 +209,19 @@ def inspect_pcx(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_ppm(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Portable maps P1 to P6 and grey floating point; what Pillow adds for its own tests is refused."""
+    """Inspect a portable map: P1 to P6 and grey floating point; the variants of Pillow's own tests are refused."""
     gap = rb"(?:[ \t-\r]|#[^\r\n]*[\r\n])+"
     header = re.match(rb"(P[1-6]|Pf)" + gap + rb"(\d{1,10})" + gap + rb"(\d{1,10})[ \t-\r#]", data)
     if header is None:
-        raise ImageUnidentifiedError("not a portable map of a kind that is decoded")
+        raise ImageUnidentifiedError("not a portable map of a supported kind")
     check_pixels(int(header[2]), int(header[3]), limits)
     return Inspected(data=data)
 
 
 def inspect_psd(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Photoshop files: the merged image, which lies on white already; layers and resources are left out."""
+    """Inspect a Photoshop file: keep the merged image, which has a white background; remove layers and resources."""
     if len(data) < 30 or _u16(data, 4, ">") != 1:
-        raise ImageCorruptError("a Photoshop file of another version, or cut in its header")
+        raise ImageCorruptError("a Photoshop file of another version, or truncated in its header")
     channels, height, width, bits, mode = struct.unpack_from(">HIIHH", data, 12)
     check_pixels(width, height, limits)
     if bits != 8 or mode not in (1, 2, 3, 4, 8, 9):
@@ -235,7 +235,7 @@ def inspect_psd(data: bytes, limits: DecodeLimits) -> Inspected:
         at += 4 + length
     if len(sections[2]) >= 10:
         layers = abs(int.from_bytes(sections[2][8:10], "big", signed=True))
-    # three channels are read: a fourth is a selection, or the alpha of colours that are on white already
+    # keep three channels: a fourth is a selection, or the alpha of colours that already have a white background
     header = data[:12] + struct.pack(">H", 3) + data[14:26] if (mode, channels) == (3, 4) else data[:26]
     image = data[at:]
     if (mode, channels) == (3, 4) and image[:2] == b"\0\1":
@@ -244,9 +244,9 @@ def inspect_psd(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_qoi(data: bytes, limits: DecodeLimits) -> Inspected:
-    """QOI, whose decoder is written in Python."""
+    """Inspect a QOI, whose decoder is written in Python."""
     if len(data) < 14 or data[12] not in (3, 4):
-        raise ImageCorruptError("a QOI that is cut in its header, or of other than 3 or 4 channels")
+        raise ImageCorruptError("a QOI that is truncated in its header, or does not have 3 or 4 channels")
     width, height = struct.unpack_from(">II", data, 4)
     check_pixels(width, height, limits)
     _check_slow(width, height, "a QOI")
@@ -254,20 +254,20 @@ def inspect_qoi(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def inspect_sgi(data: bytes, limits: DecodeLimits) -> Inspected:
-    """SGI's images, of colours rather than indices."""
+    """Inspect an SGI image, whose samples must be colours, not indices."""
     if len(data) < 512:
-        raise ImageCorruptError("an SGI image that is cut in its header")
+        raise ImageCorruptError("an SGI image that is truncated in its header")
     width, height, channels = struct.unpack_from(">HHH", data, 6)
     check_pixels(width, height, limits)
     if _u32(data, 104, ">"):
         raise ImageCorruptError("an SGI image with a colour map, which is not decoded")
     if data[2] == 0:
-        _check_room(data, 512, width * height * channels * data[3], "SGI image")
+        _check_size(data, 512, width * height * channels * data[3], "SGI image")
     return Inspected(data=data)
 
 
 def inspect_webp(data: bytes, limits: DecodeLimits) -> Inspected:
-    """WebP: the place of an animation's first frame in its canvas."""
+    """Inspect a WebP: find the box of an animation's first frame in its canvas."""
     box, at = None, 12
     if data[12:16] == b"VP8X" and len(data) >= 30:
         check_pixels(1 + _u24(data, 24), 1 + _u24(data, 27), limits)
@@ -301,13 +301,13 @@ def _u32(data: bytes, at: int, order: str = "<") -> int:
 
 
 def _bitmap(data: bytes, start: int) -> tuple[int, int, int, int, int]:
-    """Width, height, bits, compression and colours of a bitmap header of any of its versions."""
+    """Width, height, bits, compression and colours from a bitmap header of any version."""
     size = int.from_bytes(data[start : start + 4], "little")
     if size == 12 and len(data) >= start + 12:
         width, height, _, bits = struct.unpack_from("<4H", data, start + 4)
         return width, height, bits, 0, 1 << bits if bits <= 8 else 0
     if size < 40 or len(data) < start + 40:
-        raise ImageCorruptError("a bitmap that is cut in its header, or whose header is of no known size")
+        raise ImageCorruptError("a bitmap whose header is truncated or has an unknown size")
     width, height, _, bits, compression = struct.unpack_from("<IiHHI", data, start + 4)
     colours = _u32(data, start + 32)
     return width, abs(height), bits, compression, colours or (1 << bits if bits <= 8 else 0)
@@ -318,18 +318,18 @@ def _is_grey_ramp(palette: bytes, colours: int, size: int) -> bool:
     return all(palette[size * at : size * at + 3] == bytes([level % 256] * 3) for at, level in enumerate(levels))
 
 
-def _check_slow(width: int, height: int, what: str) -> None:
+def _check_slow(width: int, height: int, kind: str) -> None:
     if width * height > MAX_SLOW_PIXELS:
-        raise ImageTooLargeError(f"{what} of {width} × {height} px; {MAX_SLOW_PIXELS:,} pixels are decoded")
+        raise ImageTooLargeError(f"{kind} of {width} × {height} px, the limit of its decoder is {MAX_SLOW_PIXELS:,} px")
 
 
-def _check_room(data: bytes, offset: int, needed: int, what: str) -> None:
+def _check_size(data: bytes, offset: int, needed: int, kind: str) -> None:
     if len(data) - offset < needed:
-        raise ImageCorruptError(f"a {what} that is cut: {len(data) - offset:,} of {needed:,} bytes of pixels are there")
+        raise ImageCorruptError(f"a truncated {kind}: it has {len(data) - offset:,} of {needed:,} bytes of pixels")
 
 
 def _check_coding(data: bytes, start: int, width: int, height: int, tiles: int, components: int) -> None:
-    """Refuse a JPEG 2000 of more packets than its pixels justify: each costs a decoder time, also an empty one."""
+    """Refuse a JPEG 2000 with too many packets for its pixels: even an empty packet costs decoding time."""
     at = start + 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0x90, 0xD9):
         length = int.from_bytes(data[at + 2 : at + 4], "big")

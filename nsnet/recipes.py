@@ -1,6 +1,4 @@
-"""Named, complete configurations: `tiny`, `vit-l-14`, or any model that open_clip can build, by its name; and the
-variants of each, which are compared with it.
-"""
+"""Defines complete configurations by name (`tiny`, `vit-l-14`, any open_clip model) and variants to compare."""
 
 import difflib
 from dataclasses import dataclass, replace
@@ -20,17 +18,17 @@ from nsnet.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A detector and how it is trained."""
+    """The configurations of a detector and of its training."""
 
     name: str
     detector: DetectorConfig
     training: TrainingConfig
     basis: BasisRule | None = None
-    """How the rank of a global projection is chosen, once the captions' spectrum is known."""
+    """Rule for the rank of a global projection, applied to the captions' spectrum."""
 
 
 VIT_L_14: Final = Recipe(name="vit-l-14", detector=DetectorConfig(), training=TrainingConfig())
-"""The paper's: OpenAI's CLIP ViT-L/14, BLIP base, LoRA rank 6."""
+"""The paper's configuration: OpenAI's CLIP ViT-L/14, BLIP base, LoRA rank 6."""
 
 TINY: Final = Recipe(
     name="tiny",
@@ -49,21 +47,20 @@ TINY: Final = Recipe(
         head=HeadConfig(hidden_dim=128, feature_dim=64),
         train_backbone=True,
     ),
-    # Found on five seeds: from random weights the contrastive loss is brittle. At 1e-3 for the tower, or with a short
-    # warm-up, some seeds fall back to chance after a perfect epoch (docs/log.md).
+    # Chosen on five seeds: with random initial weights, training with the contrastive loss is unstable. At 1e-3 for the
+    # tower, or with a short warm-up, some seeds drop to chance level after a perfect epoch (docs/log.md).
     training=TrainingConfig(epochs=10, batch_size=32, head_lr=1e-3, backbone_lr=3e-4, weight_decay=0.05, warmup=0.2),
 )
-"""The embedded default: CPU, seeded random weights, everything trainable. Its captions mean nothing."""
+"""The embedded default: CPU, seeded random weights, everything trainable. Its captions have no meaning."""
 
 _NAMED: Final = {recipe.name: recipe for recipe in (TINY, VIT_L_14)}
 
 
 def get(name: str) -> Recipe:
-    """A recipe by name, or for `MODEL` or `MODEL:TAG` of open_clip: that model with the paper's settings.
+    """Return a recipe by name; `MODEL` or `MODEL:TAG` of open_clip gives that model with the paper's settings.
 
-    The mosaic takes the model's input size; without a tag, the first that open_clip lists and whose
-    activation is the model's is taken.
-    Raises `ConfigError` for an unknown name.
+    The mosaic has the model's input size. Without a tag, the first tag in open_clip's list with the model's activation
+    is used. Raises `ConfigError` for an unknown name.
     """
     if name in _NAMED:
         return _NAMED[name]
@@ -72,12 +69,12 @@ def get(name: str) -> Recipe:
     model, _, tag = name.partition(":")
     config = open_clip.get_model_config(model) if model in known_models() else None
     if config is None:
-        close = difflib.get_close_matches(model, [*_NAMED, *known_models()], n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        similar = difflib.get_close_matches(model, [*_NAMED, *known_models()], n=3)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         raise ConfigError(f"unknown recipe {name!r}: choose {', '.join(_NAMED)} or an open_clip model name{hint}")
-    listed = open_clip.list_pretrained_tags_by_model(model)
-    # where none fits, `find_weights` says so; -quickgelu names are models of their own
-    tags = [one for one in listed if activation_fits(model, one)] or listed
+    all_tags = open_clip.list_pretrained_tags_by_model(model)
+    # if no tag fits, `find_weights` raises an error; -quickgelu names are separate models
+    tags = [known_tag for known_tag in all_tags if activation_fits(model, known_tag)] or all_tags
     side = config["vision_cfg"].get("image_size", 224)
     side = int(side[0] if isinstance(side, list | tuple) else side)
     return Recipe(
@@ -92,26 +89,26 @@ def get(name: str) -> Recipe:
 
 
 VARIANTS: Final = {
-    "advanced": "the mapped caption is removed, per sample; mapper, alignment (the recipe as it is)",
-    "original": "a global basis of raw captions is removed (NS-Net); original:RULE, such as original:rank=64",
+    "advanced": "removes the mapped caption of each image; mapper and alignment loss (the unchanged recipe)",
+    "original": "removes a global basis of raw captions (NS-Net); original:RULE, such as original:rank=64",
     "linear": "a linear probe on the frozen image tower, the middle of the image (UniversalFakeDetect)",
-    "rank-k": "the mapped caption and its nearest in a bank are removed; rank-k:K, default 4",
-    "no-projection": "nothing is removed",
-    "no-mapper": "the caption's own feature is removed, per sample",
+    "rank-k": "removes the mapped caption and its nearest in a bank; rank-k:K, default 4",
+    "no-projection": "removes nothing",
+    "no-mapper": "removes the unmapped caption feature of each image",
     "no-alignment": "advanced without the alignment loss",
-    "constant-caption": "advanced, every image with the same caption (a control: not for use)",
-    "shuffled-captions": "advanced, every image with another's caption (a control: not for use)",
+    "constant-caption": "advanced with the same caption for every image (a control: not for use)",
+    "shuffled-captions": "advanced with the caption of another image (a control: not for use)",
 }
-"""Name -> what it does."""
+"""Name -> description."""
 
 DEFAULT_RULE: Final = BasisRule(energy=0.9)
-"""Of `original`: the paper's tau = 1e-6 leaves no null space as soon as there are as many captions as dimensions."""
+"""Rule of `original`: the paper's tau = 1e-6 leaves no null space if there are as many captions as dimensions."""
 BANK: Final = 4096
-"""Captions in the bank of `rank-k`, at most."""
+"""Most captions in the bank of `rank-k`."""
 
 
 def variant(recipe: Recipe, name: str) -> Recipe:
-    """A variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` for an unknown one."""
+    """Return a variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` if it is unknown."""
     kind, colon, setting = name.partition(":")
     if kind not in VARIANTS or (colon and kind not in ("original", "rank-k")):
         raise ConfigError(f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE or rank-k:K")
@@ -149,10 +146,10 @@ def variant(recipe: Recipe, name: str) -> Recipe:
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise ConfigError(f"{text!r} is no number of directions, such as rank-k:4")
+        raise ConfigError(f"{text!r} is not a number of directions: give rank-k:4, for example")
     return int(text)
 
 
 def _patch_px(side: int) -> int:
-    """32 px where the input is a multiple of it, else the nearest size that divides it (336: 28, 378: 27 or 42)."""
+    """Return 32 px if it divides the input size, else the nearest size that does (336: 28, 378: 27)."""
     return min((n for n in range(8, side + 1) if side % n == 0), key=lambda n: (abs(n - 32), n))

@@ -1,4 +1,4 @@
-"""One tiny file of each format, from which a process learns to decode before it may open nothing more."""
+"""Provides one tiny file of each format, which a process decodes before it loses access to files."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ ENCODED: Final = {
         "AWYODqBpDOKZBbmw4AOGCEsjEzMLyNG5KYmg0BPSYFzPKvHXWnXV/ktH1N++5dR4AgBC4Ehm"
     ),
 }
-"""64 × 64 px of one colour, deflated: their encoders take a quarter of a second and start threads."""
+"""64 × 64 px of one colour, deflated; stored because their encoders take a quarter of a second and start threads."""
 
 SAVED: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
     ("RGB", "BMP", {}), ("RGBA", "DDS", {}), ("RGB", "DIB", {}), ("P", "GIF", {"save_all": True}), ("RGBA", "ICO", {}),
@@ -32,11 +32,11 @@ SAVED: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
     ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "TIFF", {"compression": "jpeg"}),
     ("RGB", "WEBP", {}), ("RGBA", "WEBP", {"lossless": True}),
 )  # fmt: skip
-"""Modes, formats and options of what Pillow's own encoders write."""
+"""Modes, formats and options of the samples that Pillow's encoders write."""
 
 
 def samples() -> Iterator[tuple[str, bytes]]:
-    """Format and bytes of each sample."""
+    """Yield format and bytes of each sample."""
     for name, text in ENCODED.items():
         yield name, zlib.decompress(base64.b64decode(text))
     for mode, name, options in SAVED:

@@ -1,7 +1,7 @@
-"""TIFF files before they are decoded: which page is the image, and whether its layout is known to decode right.
+"""Inspects TIFF files before they are decoded: selects the page and checks that its layout decodes correctly.
 
-Tags: TIFF 6.0, its supplements 1 and 2, DNG 1.7. Layouts that `_Layout` does not know are refused by name: Pillow opens
-many of them and shows something else.
+Tags: TIFF 6.0, its supplements 1 and 2, DNG 1.7. Layouts that `_Layout` does not support are refused by name: Pillow
+opens many of them and returns wrong pixels.
 """
 
 import re
@@ -14,12 +14,12 @@ from nsnet.errors import ImageCorruptError, ImageError, ImageTooLargeError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_PAGES: Final = 1_000
-"""Most directories that are read for the choice of a page."""
+"""Most directories that are read to select a page."""
 MAX_COUNTED_PAGES: Final = 100_000
 """Most directories that are counted."""
 MAX_TAGS: Final = 1_000
 MAX_STRIPS: Final = 100_000
-"""Most strips or tiles: each costs a decoder time, also where all lie in the same place."""
+"""Most strips or tiles: each costs decoding time, even if all have the same offset."""
 MAX_SCANS_PER_STRIP: Final = 20
 """Most JPEG scans per strip or tile, on average."""
 
@@ -33,14 +33,14 @@ INTEGERS: Final = frozenset({
     STRIP_BYTES, PLANAR, PREDICTOR, COLOUR_MAP, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES, INK_SET, EXTRA, FORMAT,
     SUBSAMPLING,
 })  # fmt: skip
-"""Tags that decide what the pixels are: of another type, each reader takes them for something else."""
+"""Tags that determine the pixels: if they have another type, readers interpret them differently."""
 RATIONAL, RATIONALS = 5, (COEFFICIENTS, BLACK_WHITE)
 
 PROGRESSIVE: Final = re.compile(rb"\xff\xc2\0[\x0b\x11\x14]\x08")
-"""How the header of a progressive JPEG of 8 bits and 1, 3 or 4 components begins."""
+"""Start of the header of a progressive JPEG of 8 bits and 1, 3 or 4 components."""
 
 TYPE_SIZES: Final = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
-"""Integer types of tags, as `struct` names them."""
+"""Integer types of tags -> their formats in `struct`."""
 REDUCED, MASK = 1, 4
 """Bits of NewSubfileType."""
 
@@ -56,8 +56,8 @@ EXTRAS: Final[dict[tuple[int, int], tuple[tuple[int, ...], ...]]] = {
     (3, 8): ((0,), (2,)),
     (5, 8): ((0,), (0, 0)),
 }
-"""Photometric interpretation and bits -> ExtraSamples: 0 is unspecified, 1 alpha that multiplies, 2 alpha. Corel writes
-999 for alpha. RGB of 4 samples without the tag has alpha as well."""
+"""Photometric interpretation and bits -> allowed ExtraSamples: 0 unspecified, 1 premultiplied alpha, 2 alpha. Corel
+writes 999 for alpha. RGB of 4 samples without the tag also has alpha."""
 COLOURS: Final = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 """Photometric interpretations that are decoded -> their samples."""
 UNCOMPRESSED, JPEG, CCITT, PREDICTED = 1, 7, (2, 3, 4), (5, 8, 32946, 34925, 50000)
@@ -67,37 +67,37 @@ COMPRESSIONS: Final = {
 }  # fmt: skip
 """Compressions that are decoded."""
 RAW_COMPRESSIONS: Final = frozenset({32767, 32769, 32770, 34713, 34892, 65000, 65535})
-"""Of Sony, Epson, Samsung, Nikon, lossy DNG, Kodak and Pentax."""
+"""Compressions of Sony, Epson, Samsung, Nikon, lossy DNG, Kodak and Pentax."""
 
 
 @dataclass
 class Directory:
-    """One image file directory: where it lies, and its tags of integer types; of fractions, both numbers of each."""
+    """One image file directory: its offset and its tags of integer types; fractions have two numbers each."""
 
     offset: int
     tags: dict[int, tuple[int, ...]] = field(default_factory=dict)
     odd_tags: list[int] = field(default_factory=list)
-    """Those of `INTEGERS` that have another type."""
+    """Tags of `INTEGERS` that have another type."""
     following: int = 0
 
     def one(self, tag: int, default: int) -> int:
-        """First value of a tag."""
+        """Return the first value of a tag."""
         values = self.tags.get(tag)
         return values[0] if values else default
 
     @property
     def is_reduced(self) -> bool:
-        """Whether it is a smaller version of another image, or a mask, by the new tag or the old one."""
+        """Whether it is a reduced version of another image, or a mask, by the new or the old tag."""
         return bool(self.one(SUBFILE, 0) & (REDUCED | MASK)) or self.one(OLD_SUBFILE, 1) == 2
 
     @property
     def is_mask(self) -> bool:
-        """Whether it says which part of another image is transparent."""
+        """Whether it is a transparency mask of another image."""
         return bool(self.one(SUBFILE, 0) & MASK) or self.one(PHOTOMETRIC, 1) == 4
 
     @property
     def is_raw(self) -> bool:
-        """Whether it holds what a sensor saw, or belongs to a file that does."""
+        """Whether it holds raw sensor data, or belongs to a file that does."""
         raw = self.one(PHOTOMETRIC, 1) in (32803, 34892) or self.one(COMPRESSION, 1) in RAW_COMPRESSIONS
         return raw or any(tag in self.tags for tag in (DNG, DNG_BACKWARD, CFA, CFA_SIZE))
 
@@ -114,7 +114,7 @@ class _Reader:
         self.data = data
         self.order = "<" if data[:2] == b"II" else ">"
         self.big = 43 in (data[2], data[3])
-        # Pillow takes a version in the other byte order for the one of big-endian files
+        # Pillow treats a version in the other byte order as that of big-endian files
         if data[:4] in (b"II\0*", b"MM*\0"):
             raise ImageCorruptError("a TIFF whose byte order and version contradict each other")
         if self.big and self.order == ">":
@@ -125,10 +125,10 @@ class _Reader:
         try:
             return int(struct.unpack_from(self.order + kind, self.data, at)[0])
         except struct.error as error:
-            raise ImageCorruptError("a TIFF that is cut in a directory") from error
+            raise ImageCorruptError("a TIFF that is truncated in a directory") from error
 
     def chain(self) -> Iterator[Directory]:
-        """The directories in their order, as far as they can be read, at most `MAX_PAGES`."""
+        """Yield the directories in order until one cannot be read, at most `MAX_PAGES`."""
         at, seen = self.first, set[int]()
         while at and at not in seen and len(seen) < MAX_PAGES:
             seen.add(at)
@@ -142,7 +142,7 @@ class _Reader:
             at = directory.following
 
     def count(self) -> int:
-        """Number of directories in the chain, as far as they can be followed."""
+        """Count the directories in the chain until one cannot be read."""
         size, skip, kind, link = (20, 8, "Q", "Q") if self.big else (12, 2, "H", "I")
         at, seen = self.first, set[int]()
         while at and at not in seen and len(seen) < MAX_COUNTED_PAGES:
@@ -155,11 +155,11 @@ class _Reader:
         return max(1, len(seen))
 
     def directory(self, at: int) -> Directory:
-        """The directory at an offset. Raises where it cannot be read, or has too many tags."""
+        """Read the directory at an offset. Raises an `ImageError` if it cannot be read or has too many tags."""
         size, skip, kind, link = (20, 8, "Q", "Q") if self.big else (12, 2, "H", "I")
         count = self._number(at, kind)
         if count > MAX_TAGS:
-            raise ImageTooLargeError(f"a TIFF with {count:,} tags in a directory; {MAX_TAGS:,} are read")
+            raise ImageTooLargeError(f"a TIFF with {count:,} tags in a directory, the limit is {MAX_TAGS:,}")
         directory = Directory(at, following=self._number(at + skip + size * count, link))
         for entry in range(at + skip, at + skip + size * count, size):
             tag, type_, length = struct.unpack_from(self.order + ("HHQ" if self.big else "HHI"), self.data, entry)
@@ -183,16 +183,16 @@ class _Reader:
         return struct.unpack_from(f"{self.order}{length}{kind}", self.data, at)
 
     def starting_at(self, offset: int) -> bytes:
-        """The file with another first directory."""
+        """Return the file with the directory at this offset as its first one."""
         at, kind = (8, "Q") if self.big else (4, "I")
         field_ = struct.pack(self.order + kind, offset)
         return self.data[:at] + field_ + self.data[at + len(field_) :]
 
 
 def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
-    """Choose the page that is the image. Raises an `ImageError` for camera raw and layouts that are not known right."""
+    """Select the page that is the image. Raises an `ImageError` for camera raw and for unsupported layouts."""
     reader = _Reader(data)
-    if data[8:10] == b"CR" or data[8:12] in (b"IIII", b"MMMM"):  # Canon and Phase One mark their files there
+    if data[8:10] == b"CR" or data[8:12] in (b"IIII", b"MMMM"):  # marks of Canon and Phase One
         raise ImageCorruptError("a camera raw file, which is not decoded")
     page = _page(reader)
     check_pixels(page.one(WIDTH, 0), page.one(HEIGHT, 0), limits)
@@ -204,14 +204,14 @@ def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
 
 
 def _page(reader: _Reader) -> Directory:
-    """The first page of full resolution where the first of all is one; else the largest of full resolution."""
+    """Return the first page if it has full resolution, else the largest page of full resolution."""
     chain = reader.chain()
     first = next(chain, None)
     if first is None:
         raise ImageCorruptError("a TIFF without a directory")
     inner = [directory for directory in _sub_directories(reader, first)]
     if first.is_raw or any(directory.is_raw for directory in inner):
-        raise ImageCorruptError("a camera raw file, which is not decoded; what it shows at first is a preview")
+        raise ImageCorruptError("a camera raw file, which is not decoded; its first image is only a preview")
     if not first.is_reduced and not first.is_mask:
         return first
     others = [*inner]
@@ -220,15 +220,15 @@ def _page(reader: _Reader) -> Directory:
         if len(others) > MAX_PAGES:
             break
     if any(page.is_raw for page in others):
-        raise ImageCorruptError("a camera raw file, which is not decoded; what it shows at first is a preview")
-    whole = [page for page in others if not page.is_reduced and not page.is_mask]
-    if whole:
-        return max(whole, key=lambda page: page.pixels)
+        raise ImageCorruptError("a camera raw file, which is not decoded; its first image is only a preview")
+    full_resolution = [page for page in others if not page.is_reduced and not page.is_mask]
+    if full_resolution:
+        return max(full_resolution, key=lambda page: page.pixels)
     if MAKE in first.tags:
         raise ImageCorruptError("a camera raw file of which only previews can be read")
     if first.is_mask or others:
         raise ImageCorruptError("a TIFF that holds only masks and images of reduced resolution")
-    return first  # a lonely page that calls itself reduced is the only image there is
+    return first  # a single page that is marked as reduced is the only image
 
 
 def _sub_directories(reader: _Reader, page: Directory) -> Iterator[Directory]:
@@ -241,7 +241,7 @@ def _sub_directories(reader: _Reader, page: Directory) -> Iterator[Directory]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """How the samples of a page lie, as far as the table needs it."""
+    """The layout of a page's samples."""
 
     photometric: int
     samples: int
@@ -249,9 +249,9 @@ class _Layout:
     sample_format: int
     extra: tuple[int, ...]
     planes: bool
-    """Each channel lies in a plane of its own."""
+    """Each channel is stored in a separate plane."""
     lone_plane: bool
-    """A single channel that says so, too, without compression: Pillow then forgets how its samples are made."""
+    """A single uncompressed channel is marked as planar, for which Pillow ignores the format of the samples."""
     compression: int
     little_endian: bool
 
@@ -264,22 +264,22 @@ class _Layout:
 
     @property
     def is_deep_grey(self) -> bool:
-        """Grey of more bits than 8, which is scaled here and not by Pillow."""
+        """Whether it is grey of more than 8 bits, which `pixels` scales instead of Pillow."""
         known = {(1, 16), (3, 32)} | ({(1, 12), (1, 32)} if self.little_endian else set())
         return (self.photometric, self.samples) == (1, 1) and (self.sample_format, self.bits) in known
 
     def refusal(self) -> str | None:
-        """Why the layout is not decoded; None: the tests compare it with samples read from the strips by hand."""
+        """The reason why the layout is not decoded; None: tests compare its pixels with samples read by hand."""
         colours = COLOURS.get(self.photometric)
         if self.compression not in COMPRESSIONS:
             return "this compression is not decoded"
         if colours is None:
             return "these colours are not decoded"
-        silent_alpha = (self.photometric, self.samples, self.extra) == (2, 4, ())
-        if self.samples != colours + len(self.extra) and not silent_alpha:
-            return f"its colours need {colours} samples, and {len(self.extra)} more are declared"
+        has_undeclared_alpha = (self.photometric, self.samples, self.extra) == (2, 4, ())
+        if self.samples != colours + len(self.extra) and not has_undeclared_alpha:
+            return f"its colours need {colours} samples and it declares {len(self.extra)} extra samples"
         if self.extra and self.extra not in EXTRAS.get((self.photometric, self.bits), ()):
-            return f"extra samples of the kinds {', '.join(map(str, self.extra))} are not decoded with these"
+            return f"extra samples of kind {', '.join(map(str, self.extra))} are not decoded in this layout"
         return self._refusal_of_grey() if self.is_deep_grey else self._refusal_of_levels()
 
     def _refusal_of_grey(self) -> str | None:
@@ -303,18 +303,18 @@ class _Layout:
 
 
 def _layout(page: Directory, data: bytes) -> int | None:
-    """Refuse what is not known to decode right; the sample that is white where the depth of a page says it."""
+    """Refuse a layout that is not known to decode correctly; returns the white sample if the depth determines it."""
     all_bits, formats = page.tags.get(BITS) or (1,), page.tags.get(FORMAT) or (1,)
     samples, compression = page.one(SAMPLES, 1), page.one(COMPRESSION, UNCOMPRESSED)
-    apart = page.one(PLANAR, 1) == 2
+    is_planar = page.one(PLANAR, 1) == 2
     layout = _Layout(
         photometric=page.one(PHOTOMETRIC, 0),
         samples=samples,
         bits=all_bits[0],
         sample_format=formats[0],
         extra=page.tags.get(EXTRA, ()),
-        planes=apart and samples > 1,
-        lone_plane=apart and samples == 1 and compression == UNCOMPRESSED,
+        planes=is_planar and samples > 1,
+        lone_plane=is_planar and samples == 1 and compression == UNCOMPRESSED,
         compression=compression,
         little_endian=data[:2] == b"II",
     )
@@ -329,46 +329,46 @@ def _layout(page: Directory, data: bytes) -> int | None:
 
 def _refusal_of_tags(page: Directory, layout: _Layout) -> str | None:
     if page.odd_tags:
-        return f"its tag {page.odd_tags[0]} is no whole number"
+        return f"its tag {page.odd_tags[0]} is not an integer"
     bilevel = layout.bits == 1 and not layout.planes and layout.compression in (UNCOMPRESSED, *CCITT)
     if page.one(FILL_ORDER, 1) != 1 and not bilevel:
         return "fill order 2 is decoded in images of one bit only"
     if layout.photometric == 6 and layout.compression != JPEG and page.tags.get(SUBSAMPLING, (2, 2)) != (1, 1):
-        return "YCbCr is decoded where it is not subsampled, or in JPEG"
+        return "YCbCr is decoded only without subsampling, or in JPEG"
     if layout.photometric == 5 and (page.one(INK_SET, 1) != 1 or page.one(DOT_RANGE, 0) != 0):
         return "other inks than CMYK, or inverted ones, are not decoded"
     if page.one(PREDICTOR, 1) != 1 and layout.compression not in PREDICTED:
         return "a predictor is decoded with LZW, Deflate, LZMA and Zstandard only"
     if PHOTOMETRIC not in page.tags and layout.compression not in CCITT:
-        return "its photometric interpretation is missing, so that it is open which sample is black"
+        return "its photometric interpretation is missing, so the value of black is unknown"
     if layout.photometric == 6 and layout.compression != JPEG and not _is_usual_ycbcr(page):
-        return "YCbCr is decoded in its full range, and with the coefficients of Rec. 601, only"
+        return "YCbCr is decoded only in its full range and with the coefficients of Rec. 601"
     palette = page.tags.get(COLOUR_MAP, ())
     if layout.photometric == 3 and 0 < max(palette, default=1) < 256:
-        return "a palette that is missing, or of 8 bits where the format has 16"
+        return "its palette is missing, or has 8 bits instead of 16"
     return None
 
 
 def _is_usual_ycbcr(page: Directory) -> bool:
-    """Whether YCbCr is as it is where no tag says how it is."""
+    """Whether the range and coefficients of YCbCr are the usual ones, which apply without tags."""
     for tag, usual in ((COEFFICIENTS, (0.299, 0.587, 0.114)), (BLACK_WHITE, (0, 255, 128, 255, 128, 255))):
         numbers = page.tags.get(tag, ())
-        said = [above / (below or 1) for above, below in zip(numbers[::2], numbers[1::2], strict=True)]
-        if said and (len(said) != len(usual) or any(abs(a - b) > 0.01 for a, b in zip(said, usual, strict=True))):
+        values = [above / (below or 1) for above, below in zip(numbers[::2], numbers[1::2], strict=True)]
+        if values and (len(values) != len(usual) or any(abs(a - b) > 0.01 for a, b in zip(values, usual, strict=True))):
             return False
     return True
 
 
 def _check_cost(page: Directory, data: bytes) -> None:
-    """Bound what a decoder does for each strip, and for each JPEG scan in them."""
+    """Limit the number of strips and of the JPEG scans in them."""
     offsets = page.tags.get(TILES) or page.tags.get(STRIPS, ())
     if len(offsets) > MAX_STRIPS:
         raise ImageTooLargeError(f"a TIFF of more than {MAX_STRIPS:,} strips or tiles")
     if page.one(COMPRESSION, UNCOMPRESSED) == JPEG:
         lengths = page.tags.get(TILE_BYTES) or page.tags.get(STRIP_BYTES, ())
         if sum(lengths) > len(data):
-            raise ImageTooLargeError("a TIFF whose JPEG strips lie in the same place")
+            raise ImageTooLargeError("a TIFF whose JPEG strips overlap")
         if PROGRESSIVE.search(data):
-            raise ImageCorruptError("a TIFF of progressive JPEG, which TIFF does not have")
+            raise ImageCorruptError("a TIFF of progressive JPEG, which TIFF does not allow")
         if data.count(b"\xff\xda") > MAX_SCANS_PER_STRIP * max(1, len(offsets)):
-            raise ImageTooLargeError(f"a TIFF with more than {MAX_SCANS_PER_STRIP} JPEG scans for each strip or tile")
+            raise ImageTooLargeError(f"a TIFF with more than {MAX_SCANS_PER_STRIP} JPEG scans per strip or tile")

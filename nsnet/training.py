@@ -1,4 +1,4 @@
-"""One process's part of training: parameter groups, schedule, optimisation step.
+"""Implements training in one process: parameter groups, schedule, optimisation step.
 
 Dimensions: B images of this process, G of all processes, M mosaic side, D embedding.
 """
@@ -20,41 +20,41 @@ from nsnet.transforms import AugmentationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a detector is trained."""
+    """Settings of training."""
 
     epochs: int = 2
     """Passes over the training images."""
     batch_size: int = 64
-    """Images per optimisation step, over all processes: they are each other's positives and negatives."""
+    """Images per optimisation step, over all processes; they are each other's positives and negatives."""
     head_lr: float = 2e-4
     """Highest learning rate of mapper and head."""
     backbone_lr: float = 1e-4
-    """Highest learning rate of the adapters, and of the image tower where it is trained."""
+    """Highest learning rate of the adapters, and of the image tower if it is trained."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only."""
     warmup: float = 0.05
-    """Share of the steps in which the rates rise; then they fall as a cosine to 0."""
+    """Share of the steps in which the rates increase; then they decrease as a cosine to 0."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     precision: str = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU."""
     micro_batch: int = 0
-    """Most images of a process that go through the network at a time; 0: all of its part. Fewer need less memory and a
-    forward pass more; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""
+    """Most images of a process in one forward pass; 0: all of its rows. Fewer images need less memory and one more
+    forward pass; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""
     activation_checkpointing: bool = False
-    """Compute the image tower's activations again in the backward pass instead of keeping them."""
+    """Recompute the image tower's activations in the backward pass instead of storing them."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """What happens to training images before their patches are chosen, anew in every epoch."""
+    """Random transforms of training images before patch selection, drawn again in every epoch."""
     captions: Literal["own", "constant", "shuffled"] = "own"
-    """Whose caption an image gets, in training and validation: the controls of an ablation."""
+    """Source of an image's caption in training and validation; the others are controls of an ablation."""
     validation_share: float = 0.15
-    """Share of a pool without a split that is kept for validation, in (0, 1)."""
+    """Share of a dataset without splits that is used for validation, in (0, 1)."""
     test_share: float = 0.15
-    """Share of such a pool that is kept for the test, in [0, 1)."""
+    """Share of such a dataset that is used for the test, in [0, 1)."""
     patience: int = 0
-    """Epochs without a better validation AP after which training stops; 0: never early."""
+    """Epochs without a better validation AP after which training stops; 0: no early stop."""
     checkpoint_steps: int = 200
-    """Steps between checkpoints inside an epoch; 0: only at its end."""
+    """Steps between checkpoints within an epoch; 0: only at its end."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
@@ -65,7 +65,7 @@ class TrainingConfig:
             raise ConfigError(f"need 0 ≤ warmup < 1, got {self.warmup}")
         if not 0.0 < self.validation_share < 1.0 or not 0.0 <= self.test_share < 1.0 - self.validation_share:
             raise ConfigError(
-                "need 0 < validation_share, 0 ≤ test_share and a rest for training, got "
+                "need validation_share > 0, test_share ≥ 0 and a sum below 1, got "
                 f"{self.validation_share:g} and {self.test_share:g}"
             )
         if min(self.micro_batch, self.patience, self.checkpoint_steps) < 0:
@@ -79,18 +79,18 @@ class TrainingConfig:
             raise ConfigError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
-        """The dtype of autocast on a device; None: fp32 throughout."""
+        """Return the dtype of autocast on a device; None: fp32 without autocast."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
         return torch.bfloat16 if bf16 else None
 
 
 class Batch(NamedTuple):
-    """One process's rows of a step."""
+    """The rows of a step in one process."""
 
     mosaics: Tensor
     """(B, M, M, 3) uint8."""
     text_features: Tensor | None
-    """(B, D) fp32; None where the network needs no captions."""
+    """(B, D) fp32; None if the network needs no captions."""
     labels: Tensor
     """(B,) int64: real = 0, fake = 1."""
     valid: Tensor
@@ -98,17 +98,20 @@ class Batch(NamedTuple):
 
 
 def use_activation_checkpointing(network: Network) -> None:
-    """Let the image tower compute its activations again in the backward pass. `ConfigError` where it cannot."""
-    switch = getattr(network.visual, "set_grad_checkpointing", None)
-    if switch is not None:
-        switch(True)
-    # open_clip's ResNets and some of timm's towers take the call, and go on without
+    """Make the image tower recompute activations in the backward pass. Raises `ConfigError` if it cannot."""
+    set_grad_checkpointing = getattr(network.visual, "set_grad_checkpointing", None)
+    if set_grad_checkpointing is not None:
+        set_grad_checkpointing(True)
+    # open_clip's ResNets and some of timm's towers accept the call and ignore it
     if not any(getattr(module, "grad_checkpointing", False) for module in network.visual.modules()):
-        raise ConfigError(f"{type(network.visual).__name__} has no activation checkpointing: leave it off")
+        raise ConfigError(
+            f"{type(network.visual).__name__} does not support activation checkpointing: set "
+            "activation_checkpointing=false"
+        )
 
 
 def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: separate rates for image tower and heads, decay on matrices only."""
+    """Build AdamW over the trainable parameters: separate rates for image tower and heads, decay on matrices only."""
     groups = []
     for is_backbone, lr in ((True, config.backbone_lr), (False, config.head_lr)):
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
@@ -125,7 +128,7 @@ def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Ada
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, total_steps: int) -> None:
-    """Linear warm-up, then a cosine to 0; `step` counts from 0."""
+    """Set the rate for a step, counted from 0: linear warm-up, then a cosine to 0."""
     warmup_steps = max(1, round(config.warmup * total_steps))
     if step < warmup_steps:
         factor = (step + 1) / warmup_steps
@@ -145,15 +148,15 @@ def training_step(
     gather: Gather = SINGLE_PROCESS,
     seed: int = 0,
 ) -> tuple[Losses, Tensor]:
-    """Forward, objective, backward, step. Returns the losses, detached, and the sum of ‖ũ‖/‖u‖ over valid rows.
+    """Forward, objective, backward, step. Returns the detached losses and the sum of ‖ũ‖/‖u‖ over valid rows.
 
-    Where the gradient is not finite no step is taken, and the total loss is NaN: the weights are those of before, and
-    the batch is the one to look at. `seed`: of the step's dropout, the same on every process.
+    If the gradient is not finite, the weights stay unchanged and the returned total loss is NaN, so that the caller can
+    report this batch. `seed`: seed of the step's dropout, the same on every process.
     """
     optimizer.zero_grad(set_to_none=True)
     size = len(batch.labels)
-    most = config.micro_batch or size
-    parts = [slice(start, min(start + most, size)) for start in range(0, size, most)]
+    micro_batch = config.micro_batch or size
+    parts = [slice(start, min(start + micro_batch, size)) for start in range(0, size, micro_batch)]
 
     def forward(part: slice) -> Features:
         return _forward(model, batch, part, config, RowsOfBatch(seed=seed, first=gather.rank * size + part.start,
@@ -181,11 +184,11 @@ def training_step(
 
 
 def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig, rows: RowsOfBatch) -> Features:
-    """The network on a part of a process's rows, with random choices that belong to the rows."""
+    """Apply the network to a part of a process's rows, with random choices that depend on the rows."""
     for module in model.modules():
         if isinstance(module, RowDropout):
             module.rows = rows
-    torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # what else is random: dropout of the adapters
+    torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters
     dtype = config.autocast_dtype(batch.mosaics.device)
     text_features = batch.text_features[part] if batch.text_features is not None else None
     with torch.autocast(batch.mosaics.device.type, dtype=dtype, enabled=dtype is not None):
@@ -194,22 +197,24 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
 
 
 def _in_parts(model: nn.Module, parts: list[slice], forward: Any, judge: Any) -> tuple[Features, Losses]:
-    """Gradients of the whole batch with the activations of one part at a time.
+    """Compute the gradients of the whole batch while storing the activations of one part at a time.
 
-    First all features without activations, of which the objective gives the gradients; then each part again, whose
-    features are sent these gradients.
+    First computes all features without storing activations, and the objective's gradients with respect to them; then
+    runs each part again and backpropagates these gradients from its features.
     """
     with torch.no_grad():
         outputs = [forward(part) for part in parts]
-    joined: list[Any] = [torch.cat(some) if some[0] is not None else None for some in zip(*outputs, strict=True)]
+    joined: list[Any] = [
+        torch.cat(tensors) if tensors[0] is not None else None for tensors in zip(*outputs, strict=True)
+    ]
     whole = Features(*joined)
     detached: list[Any] = [value.detach().requires_grad_() if value is not None else None for value in whole]
     leaves = Features(*detached)
     losses = judge(leaves)
     losses.total.backward()
     for i, part in enumerate(parts):
-        alone = getattr(model, "no_sync", contextlib.nullcontext) if i < len(parts) - 1 else contextlib.nullcontext
-        with alone():
+        no_sync = getattr(model, "no_sync", contextlib.nullcontext) if i < len(parts) - 1 else contextlib.nullcontext
+        with no_sync():
             pairs = [
                 (value, leaf.grad[part])
                 for value, leaf in zip(forward(part), leaves, strict=True)

@@ -1,10 +1,10 @@
-"""What happens to an image between its source and us: recompression, blur, scaling, noise, cropping, a screenshot.
+"""Transforms images: recompression, blur, scaling, noise, cropping, a screenshot.
 
 Dimensions: H, W image sides; σ a standard deviation.
 
-All work at native resolution on (H, W, 3) uint8 RGB: on training images before patches are selected, and on test
-images for robustness curves. A chain travels as text, such as `resize:0.5+jpeg:75`, and names the rows that it made:
-every chain has exactly one text, and every such text exactly one chain.
+All transforms work at native resolution on (H, W, 3) uint8 RGB: on training images before patch selection, and on test
+images for robustness curves. A chain is written as text, such as `resize:0.5+jpeg:75`, which also labels its rows in
+results: every chain has exactly one text, and every valid text exactly one chain.
 """
 
 import io
@@ -29,7 +29,7 @@ class Kind:
     """A kind of transform, and the range of its value."""
 
     meaning: str
-    """Of the value, with its unit."""
+    """Meaning of the value, with its unit."""
     low: float
     high: float
     above_low: bool = False
@@ -57,7 +57,7 @@ KINDS: Final = {
     "crop": Kind(meaning="share of each side that is kept", low=0, high=1, above_low=True),
     "screenshot": Kind(meaning="factor at which it is shown", low=0.1, high=4, max_side_px=16_383),
 }
-"""Name -> what its value means; `_STEPS` says what each does."""
+"""Name -> meaning and range of its value; `_STEPS` holds the functions."""
 
 ROBUSTNESS: Final[tuple[str, ...]] = tuple(
     "jpeg:95 jpeg:90 jpeg:80 jpeg:70 jpeg:60 jpeg:50 jpeg:40 jpeg:30 blur:0.5 blur:1 blur:2 blur:3 "
@@ -67,21 +67,21 @@ ROBUSTNESS: Final[tuple[str, ...]] = tuple(
 """Chains of the standard robustness curves."""
 
 MESSENGER_QUALITY: Final = 80
-"""WebP quality at which a messenger re-encodes a screenshot."""
+"""WebP quality of a screenshot, as re-encoded by a messenger."""
 BLUR_REACH: Final = 4.0
-"""The Gaussian is cut off at this many σ, as scipy.ndimage does; 0.006 % of its weight lies beyond."""
+"""The Gaussian is truncated at this many σ, as in scipy.ndimage; 0.006 % of its weight is outside."""
 BLOCK_SAMPLES: Final = 1 << 17
-"""Samples blurred or given noise at a time: half a megabyte of float32 stays in a processor's cache."""
+"""Samples to blur or add noise to at a time: half a megabyte of float32 stays in a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """One step of a chain: what is done, and how much. Raises `ConfigError` for an unknown name or a bad value."""
+    """One step of a chain: kind and value. Raises `ConfigError` for an unknown name or an invalid value."""
 
     name: str
     """One of `KINDS`."""
     value: float
-    """In the kind's range, with at most six significant digits, so that its text is exact."""
+    """A value in the kind's range, with at most six significant digits, so that its text is exact."""
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -98,38 +98,38 @@ class Transform:
 
 
 def parse(text: str) -> tuple[Transform, ...]:
-    """A chain from its text: steps `NAME:VALUE` joined by `+`, in the order they are applied; "" is the empty chain.
+    """Parse a chain: steps `NAME:VALUE` joined by `+`, in the order of application; "" is the empty chain.
 
-    Raises `ConfigError` for anything that `to_text` does not write, other spellings of a number among it.
+    Raises `ConfigError` for any text that `to_text` does not write, including other spellings of a number.
     """
     return tuple(_parse_step(step) for step in text.split("+")) if text else ()
 
 
 def to_text(chain: Sequence[Transform]) -> str:
-    """The text of a chain, from which `parse` reads the same chain."""
+    """Write a chain as text; `parse` reads the same chain from it."""
     return "+".join(map(str, chain))
 
 
 def apply(pixels: Pixels, chain: Sequence[Transform], *, seed: int, max_pixels: int) -> Pixels:
-    """Apply a chain to (H, W, 3) uint8, which stays as it is -> a new (H', W', 3) uint8 array, contiguous.
+    """Apply a chain to (H, W, 3) uint8, without changing it -> a new contiguous (H', W', 3) uint8 array.
 
-    A pure function of its arguments. The seed, a whole number ≥ 0, chooses the place of a crop and the noise: the same
-    for every value, so that the points of a robustness curve differ by nothing else, and another at each step.
-    Raises `ImageTooLargeError` before anything is done if any step would give more than `max_pixels` pixels, or a side
-    that its codec cannot hold.
+    A pure function of its arguments. The seed, a whole number ≥ 0, determines noise and the position of a crop. The
+    random numbers do not depend on the value, so that the points of a robustness curve differ only by it, but differ
+    between steps. Raises `ImageTooLargeError` before the first step if any step would give more than `max_pixels`
+    pixels, or a side that is too long for its codec.
     """
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise ValueError(f"image must be (H, W, 3) uint8 with H, W ≥ 1, got {pixels.shape} {pixels.dtype}")
     _check_sizes(pixels.shape[0], pixels.shape[1], chain, max_pixels)
     result = np.array(pixels, order="C")
-    for place, transform in enumerate(chain):
-        rng = np.random.Generator(np.random.PCG64([place, seed]))
+    for position, transform in enumerate(chain):
+        rng = np.random.Generator(np.random.PCG64([position, seed]))
         result = _STEPS[transform.name](result, transform.value, rng)
     return result
 
 
 AUGMENTED: Final = ("resize", "crop", "blur", "jpeg")
-"""Kinds of `AugmentationConfig`, in the order in which they are applied: as an image is edited, then stored."""
+"""Kinds of `AugmentationConfig` in the order of application, in which an image is edited and then stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +142,19 @@ class AugmentationConfig:
     resize_share: float = 0.0
     """Probability that an image is resized."""
     resize_range: tuple[float, ...] = (0.5, 1.5)
-    """Least and largest factor; the factor is uniform between them."""
+    """Least and largest factor; uniform."""
     crop_share: float = 0.0
     """Probability that an image is cropped."""
     crop_range: tuple[float, ...] = (0.5, 1.0)
-    """Least and largest share of each side that is kept; uniform."""
+    """Least and largest remaining share of each side; uniform."""
     blur_share: float = 0.0
     """Probability that an image is blurred."""
     blur_range: tuple[float, ...] = (0.0, 3.0)
-    """Least and largest standard deviation, in pixels; uniform; 0 leaves the image as it is."""
+    """Least and largest standard deviation, in pixels; uniform; 0 does not change the image."""
     jpeg_share: float = 0.0
     """Probability that an image is re-encoded as JPEG."""
     jpeg_range: tuple[float, ...] = (30.0, 100.0)
-    """Least and largest quality; every whole number between them is as likely."""
+    """Least and largest quality; every whole number in this range is equally likely."""
 
     def __post_init__(self) -> None:
         for name in AUGMENTED:
@@ -167,30 +167,25 @@ class AugmentationConfig:
                 if not (name == "blur" and bound == 0):
                     _check_bound(name, bound)
 
-    @property
-    def active(self) -> bool:
-        """Whether anything can be drawn."""
-        return any(share > 0 and bounds[1] > 0 for share, bounds in map(self.setting, AUGMENTED))
-
     def setting(self, name: str) -> tuple[float, tuple[float, ...]]:
-        """Share and range of a kind."""
+        """Return share and range of a kind."""
         return getattr(self, f"{name}_share"), getattr(self, f"{name}_range")
 
 
 def draw(config: AugmentationConfig, seed: int) -> tuple[Transform, ...]:
-    """A chain for one image: a pure function of the configuration and the seed, a whole number ≥ 0.
+    """Draw a chain for one image: a pure function of the configuration and the seed, a whole number ≥ 0.
 
-    Each kind has its own random numbers: what is drawn for one does not depend on the settings of another. Values are
-    rounded to four significant digits and stay in their range.
+    Each kind has its own random numbers, so its draw does not depend on the settings of other kinds. Values are rounded
+    to four significant digits and stay in their range.
     """
     numbers = np.random.Generator(np.random.PCG64(seed)).random((len(AUGMENTED), 2)).tolist()
     chain = []
-    for name, (chance, where) in zip(AUGMENTED, numbers, strict=True):
+    for name, (chance, fraction) in zip(AUGMENTED, numbers, strict=True):
         share, (low, high) = config.setting(name)
         if KINDS[name].whole:
-            value = low + math.floor(where * (high - low + 1))
+            value = low + math.floor(fraction * (high - low + 1))
         else:
-            value = min(max(float(f"{low + where * (high - low):.4g}"), low), high)
+            value = min(max(float(f"{low + fraction * (high - low):.4g}"), low), high)
         if chance < share and value > 0:
             chain.append(Transform(name=name, value=value))
     return tuple(chain)
@@ -201,9 +196,9 @@ def _parse_step(text: str) -> Transform:
     try:
         transform = Transform(name=name, value=float(number))
     except ValueError as error:
-        raise ConfigError(f"{text!r} is no transform: write NAME:VALUE, as in resize:0.5+jpeg:75") from error
+        raise ConfigError(f"{text!r} is not a transform: write NAME:VALUE, as in resize:0.5+jpeg:75") from error
     if str(transform) != text:
-        raise ConfigError(f"transform {text!r} names the same as {str(transform)!r}: write it that way")
+        raise ConfigError(f"transform {text!r} has another spelling, {str(transform)!r}: write that one")
     return transform
 
 
@@ -225,26 +220,26 @@ def _check_sizes(height: int, width: int, chain: Sequence[Transform], max_pixels
         longest = KINDS[transform.name].max_side_px
         if longest is not None and max(height, width) > longest:
             raise ImageTooLargeError(
-                f"{transform} would encode {width} × {height} px, its codec holds sides of up to {longest:,} px: "
+                f"{transform} would encode {width} × {height} px, its codec allows sides of up to {longest:,} px: "
                 f"resize or crop first"
             )
 
 
 def _scaled(side_px: int, factor: float) -> int:
-    """A side times a factor, rounded half up, at least 1 px."""
+    """Multiply a side by a factor and round half up, at least 1 px."""
     return max(1, math.floor(side_px * factor + 0.5))
 
 
 def _jpeg(pixels: Pixels, quality: float, _rng: np.random.Generator) -> Pixels:
-    """Encode as JPEG and decode, as Pillow does by default: baseline, colours at half resolution (4:2:0)."""
+    """Encode as JPEG with Pillow's defaults (baseline, 4:2:0 chroma subsampling) and decode."""
     return _recode(pixels, "JPEG", JpegImageFile, int(quality))
 
 
 def _blur(pixels: Pixels, sigma_px: float, _rng: np.random.Generator) -> Pixels:
-    """Convolve each channel with a sampled Gaussian, the image mirrored at its edges (c b a | a b c).
+    """Convolve each channel with a sampled Gaussian, with the image mirrored at its edges (c b a | a b c).
 
-    Equal to scipy.ndimage's `gaussian_filter` up to the rounding of ties, in half its time. Pillow's `GaussianBlur` is
-    as fast, but another filter: up to 3.8 levels off at σ = 3, and 0.5 too dark on average at σ = 1 (measured on 12
+    Equal to scipy.ndimage's `gaussian_filter` up to the rounding of ties, in half the time. Pillow's `GaussianBlur` is
+    as fast, but a different filter: up to 3.8 levels off at σ = 3, and 0.5 too dark on average at σ = 1 (measured on 12
     noisy megapixels).
     """
     reach = int(BLUR_REACH * sigma_px + 0.5)
@@ -257,7 +252,7 @@ def _blur(pixels: Pixels, sigma_px: float, _rng: np.random.Generator) -> Pixels:
     for top, bottom in _strips(height, width):
         strip = pixels[_mirrored(top - reach, bottom + reach, height)].astype(np.float32)
         strip = _convolve_rows(strip, weights)[:, columns]
-        # Rows shifted against each other are contiguous where the columns come first.
+        # With columns as the first axis, the shifted slices are contiguous.
         strip = _convolve_rows(strip.swapaxes(0, 1), weights).swapaxes(0, 1)
         result[top:bottom] = np.rint(strip)
     return result
@@ -269,7 +264,7 @@ def _resize(pixels: Pixels, factor: float, _rng: np.random.Generator) -> Pixels:
 
 
 def _noise(pixels: Pixels, std_levels: float, rng: np.random.Generator) -> Pixels:
-    """Add Gaussian noise to each sample on its own, round, and clip to [0, 255]."""
+    """Add independent Gaussian noise to each sample, round, and clip to [0, 255]."""
     result = np.empty_like(pixels)
     for top, bottom in _strips(*pixels.shape[:2]):
         strip = rng.standard_normal((bottom - top, *pixels.shape[1:]), dtype=np.float32)
@@ -280,7 +275,7 @@ def _noise(pixels: Pixels, std_levels: float, rng: np.random.Generator) -> Pixel
 
 
 def _crop(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
-    """Keep a share of each side; every place is as likely."""
+    """Crop to a share of each side, at a uniformly random position."""
     height, width = (_scaled(side, share) for side in pixels.shape[:2])
     down, right = rng.random(2)
     top = int(down * (pixels.shape[0] - height + 1))
@@ -289,9 +284,9 @@ def _crop(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
 
 
 def _screenshot(pixels: Pixels, factor: float, _rng: np.random.Generator) -> Pixels:
-    """An image shown on a screen at another size, captured without loss, and re-encoded by a messenger.
+    """Simulate a screenshot: displayed at another size, captured without loss, re-encoded by a messenger.
 
-    Bilinear, as viewers scale (antialiased when reducing); then WebP of quality 80, whose colours are 4:2:0 as well.
+    Scales bilinearly, as viewers do (antialiased when reducing), then encodes as WebP of quality 80, also 4:2:0.
     """
     return _recode(_rescale(pixels, factor, Image.Resampling.BILINEAR), "WEBP", WebPImageFile, MESSENGER_QUALITY)
 
@@ -305,11 +300,11 @@ def _recode(pixels: Pixels, codec: str, reader: type[JpegImageFile] | type[WebPI
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, codec, quality=quality)
     encoded.seek(0)
-    # The reader itself: `Image.open` would warn where what was just written is above Pillow's own limit of pixels.
+    # Not `Image.open`, which warns if the image is above Pillow's own limit of pixels.
     try:
         with reader(encoded) as image:
             return np.array(image.convert("RGB"), dtype=np.uint8)
-    except Image.DecompressionBombError as error:  # the WebP reader knows twice that limit, 179 million, as well
+    except Image.DecompressionBombError as error:  # the WebP reader itself has twice that limit, 179 million
         raise ImageTooLargeError(f"{codec} of {pixels.shape[1]} × {pixels.shape[0]} px: {error}") from error
 
 
@@ -319,19 +314,19 @@ def _rescale(pixels: Pixels, factor: float, resampling: Image.Resampling) -> Pix
 
 
 def _strips(height: int, width: int) -> list[tuple[int, int]]:
-    """Rows from top to bottom in blocks that bound the memory: (first, past the last)."""
+    """Divide the rows into blocks (first, past the last) that limit the memory."""
     rows = max(1, BLOCK_SAMPLES // (3 * width))
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _mirrored(first: int, last: int, length: int) -> npt.NDArray[np.intp]:
-    """Indices from first to before last, those outside of [0, length) reflected, however far out they lie."""
+    """Return the indices in [first, last); those outside of [0, length) are reflected, at any distance."""
     index = np.arange(first, last) % (2 * length)
     return np.minimum(index, 2 * length - 1 - index)
 
 
 def _convolve_rows(values: npt.NDArray[np.float32], weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Convolve along the first axis with a symmetric kernel, given from its middle outwards: 2 · reach rows fewer."""
+    """Convolve along the first axis with a symmetric kernel, given from its centre outwards; drops 2 · reach rows."""
     reach = len(weights) - 1
     rows = len(values) - 2 * reach
     total: npt.NDArray[np.float32] = values[reach : reach + rows] * weights[0]

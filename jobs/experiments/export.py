@@ -24,7 +24,7 @@ def write_bundle(
     if recipe.detector.projection.kind in ("global", "rank_k"):
         checkpoints.load_fitted(detector.network, experiment.file(FITTED_FILE))
     checkpoints.load_weights(detector.network, best)
-    detector.with_calibration(calibration)
+    detector.set_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:
         captioner = _captioner(recipe, models, Path(scratch) / "captioner")
         return detector.save(folder, captioner=captioner, training=result).detector_id

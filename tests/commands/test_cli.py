@@ -216,7 +216,7 @@ def test_unknown_recipe_is_refused_with_what_is_close(command: str, images: str,
 
 def test_weights_that_are_not_there_are_refused(bundle: str, images: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "is no transformers BLIP folder" in complaint("caption", images, *out, "--captioner", images)
+    assert "is not a transformers BLIP folder" in complaint("caption", images, *out, "--captioner", images)
     message = complaint("score", images, "--detector", bundle, *out, "--clip-weights", "s3://bucket/clip.pt")
     assert "must be a local path" in message
 

@@ -44,7 +44,7 @@ def prepare(request: TrainRequest) -> Any:
         (
             {"leave_out": "c"},
             ConfigError,
-            "no image is of the generator 'c', which is to be left out; there are: a, b",
+            "cannot leave out the generator 'c': it has no image; choose one of the generators: a, b",
         ),
         ({"split": "/nowhere/split.parquet"}, SourceError, "there is no split /nowhere/split.parquet"),
         ({"workers": (1, 7)}, SourceError, "12 images are too few for 7 workers: at least two for each"),

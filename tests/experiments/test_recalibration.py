@@ -149,7 +149,7 @@ def test_place_with_a_detector_and_nonsense_points_are_refused(trained: Path, tm
     with pytest.raises(UsageError, match="already holds a detector"):
         calibrate(str(trained), predictions=uri, operating_point="accuracy", out=str(tmp_path / "taken"))
     assert bundle.read(tmp_path / "taken") == bundle.read(trained)
-    with pytest.raises(ConfigError, match="no operating point"):
+    with pytest.raises(ConfigError, match="not an operating point"):
         calibrate(str(trained), predictions=uri, operating_point="best", out=str(tmp_path / "out"))
 
 

@@ -54,7 +54,7 @@ def test_wishes_change_what_they_name() -> None:
         ("epochs=0", "need epochs ≥ 1"),
         ("captions=none", "captions must be one of"),
         ("augmentation.jpeg_share=2", "jpeg_share"),
-        ("test_share=0.9", "a rest for training"),
+        ("test_share=0.9", "a sum below 1"),
         ("detector.captioner.max_new_tokens=12", "choose another --recipe"),
         ("detector.clip.model=x", "choose another --recipe"),
     ],

@@ -113,7 +113,7 @@ def test_card_states_identity_threshold_and_training(saved: Path) -> None:
     description = bundle.read(saved)
     assert f"`{description.detector_id}`" in card and "| temperature, threshold | 0.5, 0.4 (fitted on 10" in card
     assert json.dumps(TRAINING, indent=2, ensure_ascii=False) in card
-    assert "trained from random weights" in card and "captions mean nothing" in card and "no proof" in card
+    assert "trained from random weights" in card and "captions without meaning" in card and "not proof" in card
 
 
 def test_card_of_named_weights_claims_no_random_ones() -> None:
@@ -143,7 +143,7 @@ def test_identity_is_that_of_weights_configuration_and_calibration(
             replace(detector.calibration, uncertain_margin=0.01),
         ]
     ):
-        other = models.as_if_trained().with_calibration(calibration)
+        other = models.as_if_trained().set_calibration(calibration)
         ids.add(other.save(tmp_path / f"calibration{i}", captioner=captioner).detector_id)
     assert len(ids) == 4
     longer = replace(models.FROZEN, captioner=replace(models.FROZEN.captioner, max_new_tokens=7))

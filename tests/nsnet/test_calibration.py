@@ -383,9 +383,10 @@ def test_text_that_is_no_operating_point_is_refused_in_one_line(text: str) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "best"}, "'best'"), ({"fpr": 0.1}, "the rule accuracy .* no fpr, got 0.1"),
-        ({"rule": "fpr", "base_rate": 0.1}, "the rule fpr .* no base_rate, got 0.1"),
-        ({"rule": "cost", "fpr": 0.0}, "the rule cost .* no fpr, got 0.0"), ({"miss_cost": 2.0}, "no miss_cost"),
+        ({"rule": "best"}, "'best'"), ({"fpr": 0.1}, "rule accuracy does not use fpr, got 0.1"),
+        ({"rule": "fpr", "base_rate": 0.1}, "rule fpr does not use base_rate, got 0.1"),
+        ({"rule": "cost", "fpr": 0.0}, "rule cost does not use fpr, got 0.0"),
+        ({"miss_cost": 2.0}, "does not use miss_cost"),
         ({"rule": "fpr", "fpr": 1.0}, r"fpr < 1.* 1\.0"), ({"rule": "cost", "miss_cost": 0.0}, r"costs > 0.* 0\.0"),
         ({"rule": "cost", "base_rate": 1.0}, r"base_rate < 1.* 1\.0"), ({"uncertain_share": 1.0}, r"share < 1.* 1\.0"),
         ({"uncertain_share": -0.1}, r"-0\.1"), ({"uncertain_share": math.nan}, "nan"),

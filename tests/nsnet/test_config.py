@@ -155,7 +155,7 @@ def test_choice_outside_its_list_is_refused_with_its_place(path: tuple[str, ...]
     [
         (("patches", "mosaic_px"), 65, r"mosaic_px \(65\)"),
         (("lora", "dropout"), 1.0, "dropout < 1"),
-        (("projection", "rank"), 0, "rank_k one ≥ 2"),
+        (("projection", "rank"), 0, "rank_k needs rank ≥ 2"),
         (("loss", "temperature"), 0.0, "temperature > 0"),
         (("loss", "bce_weight"), float("nan"), "bce_weight nan"),
         (("head", "feature_dim"), 0, "must be positive"),
@@ -198,7 +198,7 @@ def test_place_can_be_given_a_name() -> None:
 
 @pytest.mark.parametrize("settings", [("none", 3), ("per_sample", 1), ("global", -1), ("rank_k", 1)])
 def test_projection_and_rank_that_contradict_each_other_are_refused(settings: tuple[Any, int]) -> None:
-    with pytest.raises(ConfigError, match=f"others none of them; got {settings[0]}, rank {settings[1]}"):
+    with pytest.raises(ConfigError, match=f"other kinds allow neither; got {settings[0]}, rank {settings[1]}"):
         ProjectionConfig(kind=settings[0], rank=settings[1])
 
 
@@ -282,7 +282,7 @@ def test_unknown_setting_is_refused_with_the_known_ones(name: str) -> None:
         ("clip.architecture", "[1]", "clip.architecture must be dict"), ("patches.spectrum", "log", "must be one of"),
         ("patches.spectrum", "[]", "must be one of"), ("lora", "3", "lora must be an object, got int"),
         ("lora", '{"rank": 3}', r"missing settings \['alpha', 'dropout'\]"), ("lora.rank", "-1", "need rank ≥ 0"),
-        ("loss.temperature", "NaN", "temperature nan"), ("projection.rank", "4", "has a rank"),
+        ("loss.temperature", "NaN", "temperature nan"), ("projection.rank", "4", "needs rank ≥ 1"),
     ],
 )  # fmt: skip
 def test_value_that_does_not_fit_is_refused_with_its_place(name: str, value: str, message: str) -> None:

@@ -196,7 +196,7 @@ def test_features_are_of_unit_length_and_energy_a_share(kind: str) -> None:
     ("kind", "rank"), [("global", -1), ("per_sample", 3), ("none", 1), ("rank_k", 1), ("sideways", 0)]
 )
 def test_projection_that_contradicts_itself_is_refused(kind: Any, rank: int) -> None:
-    with pytest.raises(ConfigError, match="has a rank|unknown projection"):
+    with pytest.raises(ConfigError, match="needs rank ≥ 1|unknown projection"):
         ProjectionConfig(kind=kind, rank=rank)
 
 
@@ -322,7 +322,7 @@ NO_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     "batch": (np.zeros((1, 8, 8, 3), dtype=np.uint8), ValueError, "an array"),
     "row": (np.zeros(8, dtype=np.uint8), ValueError, "an array"),
     "no pixels": (np.zeros((0, 8, 3), dtype=np.uint8), ValueError, "an array"),
-    "text file": (io.StringIO("text"), TypeError, "a file opened as text; open it with mode 'rb'"),
+    "text file": (io.StringIO("text"), TypeError, "a file opened in text mode; open it with mode 'rb'"),
     "closed file": (closed_file(), ValueError, "a file that cannot be read: I/O operation on closed file"),
 }
 
@@ -505,7 +505,7 @@ def test_detector_without_captions_makes_no_thumbnail_and_takes_no_caption(kind:
 
 @pytest.mark.parametrize("kind", [kind for kind in PROJECTIONS if kind not in WITHOUT_CAPTIONS])
 def test_detector_that_needs_captions_does_not_score_without(kind: str) -> None:
-    with pytest.raises(ConfigError, match="cannot judge an image without its caption") as caught:
+    with pytest.raises(ConfigError, match="needs a caption for each image") as caught:
         trained(PROJECTIONS[kind]).score(models.mosaics(1), None)
     models.one_line(caught.value)
 
@@ -565,9 +565,9 @@ def test_probability_is_the_sigmoid_of_logit_over_temperature(saved: Path) -> No
         assert verdict.prob_fake == pytest.approx(1 / (1 + math.exp(-scored(verdict).logit / 0.5)), abs=1e-12)  # type: ignore[operator]
     probabilities = sorted(v.prob_fake for v in detector.predict(images))  # type: ignore[type-var]
     between = (probabilities[2] + probabilities[3]) / 2
-    detector.with_calibration(Calibration(temperature=0.5, threshold=between))
+    detector.set_calibration(Calibration(temperature=0.5, threshold=between))
     assert sorted(str(v.verdict) for v in detector.predict(images)) == ["fake"] * 3 + ["real"] * 3
-    detector.with_calibration(Calibration(temperature=0.5, threshold=between, uncertain_margin=0.999))
+    detector.set_calibration(Calibration(temperature=0.5, threshold=between, uncertain_margin=0.999))
     assert {v.verdict for v in detector.predict(images)} == {"uncertain"}
 
 

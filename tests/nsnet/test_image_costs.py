@@ -130,7 +130,7 @@ def test_comments_among_digits_are_bounded() -> None:
 
 
 def test_portable_map_that_is_cut_shows_no_memory_that_nobody_wrote() -> None:
-    with pytest.raises(ImageCorruptError, match="cut"):
+    with pytest.raises(ImageCorruptError, match="truncated"):
         decode(b"P2 100 100 255\n1 2 3 ")
 
 
@@ -178,7 +178,7 @@ def test_text_that_inflates_within_its_bound_costs_no_image(size: int) -> None:
     data = png(8, 2, extra=poisons.png_chunk(b"zTXt", b"a\0\0" + note))(size, size)
     assert decode(data).shape == (size, size, 3)
     more = zlib.compress(bytes((4 << 20) + 16 * size * size + 1))
-    with pytest.raises(ImageCorruptError, match="too large"):
+    with pytest.raises(ImageCorruptError, match="inflates to"):
         decode(png(8, 2, extra=poisons.png_chunk(b"zTXt", b"a\0\0" + more))(size, size))
 
 

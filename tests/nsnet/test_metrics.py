@@ -15,14 +15,12 @@ from sklearn.calibration import calibration_curve
 from nsnet import metrics
 from nsnet.metrics import (
     METRICS,
-    accuracies,
     auroc,
     average_precision,
     bootstrap,
     check,
     expected_calibration_error,
     intervals,
-    macro_mean,
     precision_at_base_rate,
     reliability,
     resamples,
@@ -83,15 +81,10 @@ def naive_auroc(y: Labels, s: Array) -> float:
 def test_accuracies_equal_scikit_learn(case: int, threshold: float) -> None:
     y, s = CASES[case]
     called = (s >= threshold).astype(int)
-    acc, real_acc, fake_acc = accuracies(y, s, threshold)
-    assert acc == pytest.approx(sklearn_metrics.accuracy_score(y, called), abs=1e-12)
-    assert real_acc == pytest.approx(sklearn_metrics.recall_score(y, called, pos_label=0), abs=1e-12)
-    assert fake_acc == pytest.approx(sklearn_metrics.recall_score(y, called, pos_label=1), abs=1e-12)
-
-
-def test_score_at_the_threshold_is_fake() -> None:
-    assert accuracies([1, 0], [0.5, 0.5], 0.5) == (0.5, 0.0, 1.0)
-    assert accuracies([1, 0], [0.5, 0.5], np.nextafter(0.5, 1)) == (0.5, 1.0, 0.0)
+    numbers = summary(y, s, called)
+    assert numbers["acc"] == pytest.approx(sklearn_metrics.accuracy_score(y, called), abs=1e-12)
+    assert numbers["real_acc"] == pytest.approx(sklearn_metrics.recall_score(y, called, pos_label=0), abs=1e-12)
+    assert numbers["fake_acc"] == pytest.approx(sklearn_metrics.recall_score(y, called, pos_label=1), abs=1e-12)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -164,18 +157,19 @@ def test_ranking_without_both_classes_is_undefined(name: str, labels: list[int])
 
 
 def test_accuracy_of_a_class_without_images_is_undefined() -> None:
-    assert accuracies([], []) == (None, None, None)
-    assert accuracies([0, 0], [0.1, 0.9]) == (0.5, 0.5, None)
-    assert accuracies([1], [0.9]) == (1.0, None, 1.0)
+    for labels, said_fake, expected in (
+        ([], [], (None, None, None)), ([0, 0], [False, True], (0.5, 0.5, None)), ([1], [True], (1.0, None, 1.0)),
+    ):  # fmt: skip
+        numbers = summary(labels, [0.5] * len(labels), said_fake)
+        assert (numbers["acc"], numbers["real_acc"], numbers["fake_acc"]) == expected
     assert expected_calibration_error([], []) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [*RANKED, "accuracies", "roc", "reliability", "ece", "summary", "bootstrap", "seeds"])
+@pytest.mark.parametrize("name", [*RANKED, "roc", "reliability", "ece", "summary", "bootstrap", "seeds"])
 def test_scores_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     given: dict[str, Callable[[Labels, Array], object]] = {
         **RANKED,
-        "accuracies": accuracies,
         "roc": roc_curve,
         "reliability": reliability,
         "ece": expected_calibration_error,
@@ -509,31 +503,3 @@ def test_samples_of_several_predictions_draw_the_same_images() -> None:
         np.testing.assert_allclose(joint[name], np.mean([one[name] for one in each], axis=0), rtol=1e-12)
     one, copies = bootstrap(y, p[0], p[0] > 0.5), bootstrap(y, p[[0, 0, 0]], p[[0, 0, 0]] > 0.5)
     np.testing.assert_allclose(copies["ap"], one["ap"], rtol=1e-12)
-
-
-def test_macro_mean_equals_a_loop_over_samples_and_leaves_out_what_is_undefined() -> None:
-    rng = np.random.default_rng(11)
-    groups = []
-    for number, (n, fakes) in enumerate([(40, 20), (90, 3), (30, 0)]):
-        y, p = (np.arange(n) < fakes).astype(np.int64), rng.random(n)
-        groups.append(bootstrap(y, p, p > 0.97, samples=60, seed=(0, number)))
-    found = macro_mean(groups)
-    for name in METRICS:
-        for i in range(60):
-            defined = [group[name][i] for group in groups if not math.isnan(group[name][i])]
-            expected = math.fsum(defined) / len(defined) if defined else math.nan
-            assert found[name][i] == pytest.approx(expected, nan_ok=True)
-    assert np.isnan(groups[2]["ap"]).all() and not np.isnan(found["ap"]).any()
-    assert np.isnan(found["precision_at_1"]).any() and not np.isnan(found["precision_at_1"]).all()
-
-
-def test_macro_mean_of_many_groups_is_known_more_closely() -> None:
-    """The standard error of a mean of G like groups is 1/√G of one group's, if their draws are independent."""
-    y, said = np.zeros(100, np.int64), np.arange(100) < 25
-    groups = [bootstrap(y, np.full(100, 0.5), said, samples=2000, seed=(0, number)) for number in range(9)]
-    spread = macro_mean(groups)["acc"].std() / groups[0]["acc"].std()
-    assert spread == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_macro_mean_of_no_group_is_undefined() -> None:
-    assert intervals(macro_mean([])) == dict.fromkeys(METRICS, None)

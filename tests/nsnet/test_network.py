@@ -263,7 +263,9 @@ def test_projection_that_was_not_computed_yet_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("rank", [DIM, DIM + 1])
 def test_as_many_directions_as_dimensions_are_refused(kind: Any, rank: int) -> None:
     bank = 99 if kind == "rank_k" else 0
-    with pytest.raises(NullSpaceError, match=f"{rank} directions leave nothing .* with 32 dimensions") as caught:
+    with pytest.raises(
+        NullSpaceError, match=f"{rank} directions leaves nothing .* with 32 dimensions: choose at most 31"
+    ) as caught:
         Detector.build(replace(models.FROZEN, projection=ProjectionConfig(kind=kind, rank=rank, bank=bank)))
     models.one_line(caught.value)
 

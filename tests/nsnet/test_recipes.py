@@ -214,11 +214,11 @@ def test_unknown_variant_is_refused_with_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("original:", "is no rule such as rank=64"), ("original:64", "'64' is no rule such as rank=64"),
-        ("original:rank=0", "rank ≥ 1"), ("original:rank=1.5", "is no rule"), ("original:energy=2", "energy ≤ 1"),
-        ("original:tau=0", "0 < tau"), ("original:colour=3", "is no rule"), ("rank-k:", "'' is no number"),
-        ("rank-k:x", "'x' is no number of directions, such as rank-k:4"), ("rank-k:-3", "is no number"),
-        ("rank-k:2.5", "is no number"), ("rank-k:1", "rank_k one ≥ 2"), ("rank-k:0", "rank_k one ≥ 2"),
+        ("original:", "is not a rule: give rank=64"), ("original:64", "'64' is not a rule: give rank=64"),
+        ("original:rank=0", "rank ≥ 1"), ("original:rank=1.5", "is not a rule"), ("original:energy=2", "energy ≤ 1"),
+        ("original:tau=0", "0 < tau"), ("original:colour=3", "is not a rule"), ("rank-k:", "'' is not a number"),
+        ("rank-k:x", "'x' is not a number of directions: give rank-k:4"), ("rank-k:-3", "is not a number"),
+        ("rank-k:2.5", "is not a number"), ("rank-k:1", "rank_k needs rank ≥ 2"), ("rank-k:0", "rank_k needs rank ≥ 2"),
     ],
 )  # fmt: skip
 def test_setting_of_a_variant_that_makes_no_sense_is_refused(name: str, message: str) -> None:

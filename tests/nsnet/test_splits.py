@@ -293,10 +293,10 @@ def left_out_message(generators: Sequence[str | None], name: str) -> str:
 
 def test_unknown_generator_is_refused_with_the_known_ones() -> None:
     assert left_out_message(["b", None, "a", "b"], "c").endswith(
-        "generator 'c', which is to be left out; there are: a, b"
+        "generator 'c': it has no image; choose one of the generators: a, b"
     )
-    assert left_out_message([None, None], "a").endswith("there are: none")
-    assert left_out_message([], "a").endswith("there are: none")
+    assert left_out_message([None, None], "a").endswith("choose one of the generators: none")
+    assert left_out_message([], "a").endswith("choose one of the generators: none")
 
 
 def test_many_known_generators_are_cut_short() -> None:

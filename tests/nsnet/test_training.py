@@ -439,10 +439,12 @@ def test_tower_without_activation_checkpointing_is_refused() -> None:
         lora=replace(FROZEN.lora, rank=0),
     )
     network = Detector.build(resnet).network
-    with pytest.raises(ConfigError, match="ModifiedResNet has no activation checkpointing: leave it off"):
+    with pytest.raises(
+        ConfigError, match="ModifiedResNet does not support .* checkpointing: set activation_checkpointing=false"
+    ):
         use_activation_checkpointing(network)
     network.visual = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="Linear has no activation checkpointing"):
+    with pytest.raises(ConfigError, match="Linear does not support activation checkpointing"):
         use_activation_checkpointing(network)
 
 
@@ -475,9 +477,9 @@ def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, 
         ({"head_lr": math.nan}, "learning rates"), ({"backbone_lr": -1.0}, "learning rates"),
         ({"weight_decay": -0.1}, "weight_decay"), ({"weight_decay": math.nan}, "weight_decay"),
         ({"clip_norm": 0.0}, "clip_norm"), ({"warmup": 1.0}, "warmup < 1"), ({"warmup": -0.1}, "warmup < 1"),
-        ({"warmup": math.nan}, "warmup < 1"), ({"validation_share": 0.0}, "0 < validation_share"),
-        ({"validation_share": 1.0}, "a rest for training"), ({"precision": "fp16"}, "fp16"),
-        ({"validation_share": 0.5, "test_share": 0.5}, "a rest for training"), ({"test_share": -0.1}, "0 ≤ test_share"),
+        ({"warmup": math.nan}, "warmup < 1"), ({"validation_share": 0.0}, "need validation_share > 0"),
+        ({"validation_share": 1.0}, "a sum below 1"), ({"precision": "fp16"}, "fp16"),
+        ({"validation_share": 0.5, "test_share": 0.5}, "a sum below 1"), ({"test_share": -0.1}, "test_share ≥ 0"),
         ({"micro_batch": -1}, "micro_batch"), ({"patience": -1}, "patience"), ({"captions": "other"}, "shuffled"),
     ],
 )  # fmt: skip

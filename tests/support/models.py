@@ -83,7 +83,7 @@ def as_if_trained(config: DetectorConfig = FROZEN, seed: int = 0, clip_weights: 
     randomise(detector.network, seed, only="lora_")
     randomise(detector.network, seed, only="mapper.")
     randomise(detector.network, seed, only="head.", std=0.3)
-    detector.with_calibration(Calibration(temperature=0.5, threshold=0.4, fitted_on=10))
+    detector.set_calibration(Calibration(temperature=0.5, threshold=0.4, fitted_on=10))
     detector.network.eval()
     return detector
 
