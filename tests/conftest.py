@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.preloaded import preloaded
 from tests.support.proxy import FaultyProxy, in_front_of
 from tests.support.swift import SwiftServer, s3_server
 
@@ -38,6 +39,27 @@ class LongTests:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LongTests(config))
+
+
+RAYS_WARNINGS = (  # it leaves sockets and files to the garbage collector, and warns of its own coming changes
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark each test by the servers that it uses. Once a cluster was started, Ray may warn until the last test."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"cluster", "forked_workers"}:
+            item.add_marker(pytest.mark.cluster)
+        if "s3_server" in fixtures:
+            item.add_marker(pytest.mark.s3)
+    yield  # those of other marks are deselected
+    clustered = [i for i, item in enumerate(items) if item.get_closest_marker("cluster")]
+    for item in items[min(clustered, default=len(items)) :]:
+        item.add_marker(pytest.mark.filterwarnings(*RAYS_WARNINGS))
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +98,14 @@ def proxy(network: FaultyProxy) -> FaultyProxy:
 
 
 @pytest.fixture(scope="session")
-def cluster(s3_environment: SwiftServer) -> Iterator[None]:
+def forked_workers() -> Iterator[None]:
+    """Clusters that this process starts fork their workers, which saves each ten seconds of imports."""
+    with preloaded():
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_environment: SwiftServer, forked_workers: None) -> Iterator[None]:
     """An embedded Ray cluster whose workers know the S3 server."""
     import ray
 

@@ -14,14 +14,6 @@ from jobs.cluster import resources
 from jobs.pipeline.stream import _of_stream
 from nsnet.errors import BundleError, StorageError
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    # Ray Data leaves sockets and files to the garbage collector, and warns of its own coming changes
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 RAISED: list[tuple[Exception, type[Exception], str]] = [
     (BundleError("it was replaced"), BundleError, "^it was replaced$"),
     (OSError(errno.ENOSPC, "No space left on device"), StorageError, "^writing below /out: OSError: No space left"),

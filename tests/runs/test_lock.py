@@ -31,7 +31,7 @@ GONE = 2**22 + 1
 
 HOLDER = """\
 import sys, time
-from jobs import lock
+from jobs.runs import lock
 with lock.hold(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -442,7 +442,7 @@ def test_loss_that_the_heartbeat_noticed_is_final(on_disk: str, monkeypatch: pyt
 
 LOSER = """\
 import os, signal, sys, threading, time
-from jobs import lock
+from jobs.runs import lock
 from nsnet.errors import LockedError
 lock.HEARTBEAT_SECONDS = 0.02
 before = signal.getsignal(signal.SIGINT), signal.getsignal(lock.SIGNAL)

@@ -19,13 +19,7 @@ from tests.support.multinode import ROLES, Nodes, running
 from tests.support.swift import SwiftServer
 from tests.support.tables import new_bucket, picture_file, put, save_bundle
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    pytest.mark.faults,
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.faults
 
 KILLS = int(os.environ.get("NSNET_KILLS", "2"))
 PICTURES = 600

@@ -14,7 +14,7 @@ from tests.support.proxy import FaultyProxy, RandomPolicy
 from tests.support.swift import SwiftServer
 from tests.support.tables import big_picture_file, new_bucket, picture_file, put, save_bundle
 
-pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.faults]
+pytestmark = pytest.mark.faults
 
 PICTURES = int(os.environ.get("NSNET_FAULT_PICTURES", "300"))
 RUN_SECONDS = 560.0

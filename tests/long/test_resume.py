@@ -23,13 +23,6 @@ from jobs.experiments.trainer import TrainingFailedError
 from nsnet import bundle
 from tests.support.events import events
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 BATCH, SCENES, EPOCHS = 8, 28, 3
 STEPS = 2 * SCENES // BATCH
 """Of an epoch: a scene is two pictures."""
