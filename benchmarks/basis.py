@@ -28,7 +28,8 @@ CODE = """
 import json, sys, time
 import pyarrow.parquet as pq
 import numpy as np
-from jobs import basis, resources
+from jobs.cluster import resources
+from jobs.experiments import basis
 resources.connect("local")
 files, count, out = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 ids = pq.read_table(files[0].rpartition("/")[0] + "/../ids.parquet").column("image_id").combine_chunks().slice(0, count)

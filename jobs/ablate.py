@@ -7,12 +7,13 @@ import click
 from jobs.console import main, parameters
 from jobs.console.parameters import WorkersType
 from jobs.experiments.ablation import VARIANTS, ablate
+from jobs.storage.uris import Uri
 from nsnet.errors import ConfigError
 
 
 @click.command()
-@click.argument("source")
-@click.option("--out", required=True, help="Folder or s3:// URI for trainings and table.")
+@click.argument("source", type=parameters.URI)
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI for trainings and table.")
 @click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
 @click.option("--variant", "variants", multiple=True, help=f"Of the recipe; several. Default: {', '.join(VARIANTS)}.")
 @click.option("--seeds", default="0", show_default=True, help="Seeds of weights and order, such as 0,1,2.")
@@ -21,14 +22,19 @@ from nsnet.errors import ConfigError
 @click.option("--epochs", type=int, default=None, help="Passes over the pictures; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
-@click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made below OUT.")
+@click.option(
+    "--captions",
+    type=parameters.URI,
+    default=None,
+    help="Where nsnet caption published; default: captions are made below OUT.",
+)
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
 @parameters.max_left_out_option
 @parameters.column_option
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
-def command(source: str, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
+def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
     """Train variants of a recipe on SOURCE, test them on the same pictures, and print one table with intervals.
 
     What was finished is kept: the same command continues.

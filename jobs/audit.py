@@ -8,12 +8,18 @@ import click
 from jobs.auditing.audit import COPIES, REPORT, RESULT, audit
 from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
+from jobs.storage.uris import Uri
 from nsnet.duplicates import DISTANCE
 
 
 @click.command()
-@click.argument("source")
-@click.option("--out", default=None, help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.")
+@click.argument("source", type=parameters.URI)
+@click.option(
+    "--out",
+    type=parameters.URI,
+    default=None,
+    help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.",
+)
 @click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
 @parameters.selection_options
@@ -21,7 +27,7 @@ from nsnet.duplicates import DISTANCE
 @parameters.max_left_out_option
 @parameters.limit_options
 @parameters.address_option
-def command(source: str, **options: Any) -> int:
+def command(source: Uri, **options: Any) -> int:
     """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
     pixel and JPEG quality alone tell real from fake.
 

@@ -6,11 +6,17 @@ import click
 
 from jobs.console import main, parameters
 from jobs.experiments.recalibration import calibrate
+from jobs.storage.uris import Uri
 
 
 @click.command()
-@click.argument("detector")
-@click.option("--predictions", required=True, help="predictions.parquet of its training; only validation is used.")
+@click.argument("detector", type=parameters.URI)
+@click.option(
+    "--predictions",
+    type=parameters.URI,
+    required=True,
+    help="predictions.parquet of its training; only validation is used.",
+)
 @click.option(
     "--operating-point", required=True, help="accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share)."
 )
@@ -18,8 +24,8 @@ from jobs.experiments.recalibration import calibrate
     "--uncertain", type=parameters.ShareType(), default=None,
     help="Share of pictures nearest to the threshold that are called uncertain; default: what the point says, or none.",
 )  # fmt: skip
-@click.option("--out", required=True, help="Where the new bundle goes: a folder or s3:// URI.")
-def command(detector: str, **options: Any) -> int:
+@click.option("--out", type=parameters.URI, required=True, help="Where the new bundle goes: a folder or s3:// URI.")
+def command(detector: Uri, **options: Any) -> int:
     """Write DETECTOR again with temperature, threshold and band for another operating point, as a detector of its own.
 
     Weights stay; test pictures are never looked at.

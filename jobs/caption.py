@@ -7,12 +7,13 @@ import click
 
 from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
+from jobs.storage.uris import Uri
 from jobs.workflows.caption import caption
 
 
 @click.command()
-@click.argument("source")
-@click.option("--out", required=True, help="Where captions are published: a folder or s3:// URI.")
+@click.argument("source", type=parameters.URI)
+@click.option("--out", type=parameters.URI, required=True, help="Where captions are published: a folder or s3:// URI.")
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
 @parameters.selection_options
@@ -22,7 +23,7 @@ from jobs.workflows.caption import caption
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
-def command(source: str, **options: Any) -> int:
+def command(source: Uri, **options: Any) -> int:
     """Caption the pictures of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
     features by the frozen text tower, or the reason why there is none. The same command continues a run that was
     stopped.

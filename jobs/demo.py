@@ -7,21 +7,21 @@ import click
 
 from jobs.console import main, parameters
 from jobs.experiments.demo import demo
-from jobs.storage import uris
+from jobs.storage.uris import Uri
 
 
 @click.command()
-@click.option("--out", required=True, help="Folder for pictures, detector, verdicts and table.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder for pictures, detector, verdicts and table.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of pictures, weights and order.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Training processes.")
 @parameters.address_option
-def command(out: str, **options: Any) -> int:
+def command(out: Uri, **options: Any) -> int:
     """Make a labelled bucket, train `tiny` on it, score pictures that it has not seen, and evaluate.
 
     The fakes are drawn scenes passed through a small up-sampling decoder: they show that the whole way works, and say
     nothing about pictures from today's generators.
     """
-    demo(Path(uris.absolute(out)), **options)
+    demo(Path(out), **options)
     return 0
 
 

@@ -6,13 +6,24 @@ import click
 
 from jobs.console import main, parameters
 from jobs.evaluation.comparison import SAMPLES
+from jobs.storage.uris import Uri
 from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 
 
 @click.command()
-@click.argument("verdicts_or_source", metavar="VERDICTS_OR_SOURCE")
-@click.option("--out", required=True, help="Folder for evaluation.json, .txt and .parquet, and for report.html.")
-@click.option("--detector", default=None, help="Bundle that scores the pictures, when a labelled source is given.")
+@click.argument("verdicts_or_source", type=parameters.URI, metavar="VERDICTS_OR_SOURCE")
+@click.option(
+    "--out",
+    type=parameters.URI,
+    required=True,
+    help="Folder for evaluation.json, .txt and .parquet, and for report.html.",
+)
+@click.option(
+    "--detector",
+    type=parameters.URI,
+    default=None,
+    help="Bundle that scores the pictures, when a labelled source is given.",
+)
 @click.option("--detector-id", default=None, help="Only verdicts of this detector, where several have scored.")
 @click.option(
     "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|CHAIN,…]",
@@ -34,7 +45,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 @parameters.weights_options
 @parameters.address_option
 def command(
-    verdicts_or_source: str, out: str, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
+    verdicts_or_source: Uri, out: Uri, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
 ) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 

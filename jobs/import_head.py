@@ -4,16 +4,24 @@ from typing import Any
 
 import click
 
-from jobs.console import main
+from jobs.console import main, parameters
 from jobs.experiments.imported_head import import_head
+from jobs.storage.uris import Uri
 
 
 @click.command("import-head")
-@click.argument("head")
-@click.option("--out", required=True, help="Where the detector bundle goes: a folder or s3:// URI.")
+@click.argument("head", type=parameters.MODEL_PATH)
+@click.option(
+    "--out", type=parameters.URI, required=True, help="Where the detector bundle goes: a folder or s3:// URI."
+)
 @click.option("--recipe", default="vit-l-14", show_default=True, help="The CLIP that the head was trained on.")
-@click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's.")
-def command(head: str, **options: Any) -> int:
+@click.option(
+    "--clip-weights",
+    type=parameters.MODEL_PATH,
+    default=None,
+    help="Local path of the CLIP weights, instead of the hub's.",
+)
+def command(head: Uri, **options: Any) -> int:
     """Make a detector of HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
     frozen CLIP image tower: a .safetensors file, or a .pth file, of which nothing but tensors is read.
 

@@ -8,13 +8,14 @@ import click
 from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
 from jobs.storage.errors import OUTAGE_SECONDS
+from jobs.storage.uris import Uri
 from jobs.workflows.score import score
 
 
 @click.command()
-@click.argument("source")
-@click.option("--detector", required=True, help="Detector bundle: a folder or s3:// URI.")
-@click.option("--out", required=True, help="Where verdicts are published: a folder or s3:// URI.")
+@click.argument("source", type=parameters.URI)
+@click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
+@click.option("--out", type=parameters.URI, required=True, help="Where verdicts are published: a folder or s3:// URI.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
 @parameters.selection_options
 @click.option(
@@ -33,7 +34,7 @@ from jobs.workflows.score import score
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
-def command(source: str, **options: Any) -> int:
+def command(source: Uri, **options: Any) -> int:
     """Score the pictures of SOURCE that this detector has not judged yet: one published row each, a verdict or the
     reason why there is none. The same command continues a run that was stopped.
 

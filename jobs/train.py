@@ -8,11 +8,14 @@ from jobs.console import main, parameters
 from jobs.console.parameters import WorkersType
 from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
+from jobs.storage.uris import Uri
 
 
 @click.command()
-@click.argument("source")
-@click.option("--out", required=True, help="Where the detector bundle goes: a folder or s3:// URI.")
+@click.argument("source", type=parameters.URI)
+@click.option(
+    "--out", type=parameters.URI, required=True, help="Where the detector bundle goes: a folder or s3:// URI."
+)
 @click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
 @click.option("--variant", default="advanced", show_default=True, help="advanced, original[:RULE], linear, rank-k[:K].")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
@@ -20,9 +23,16 @@ from jobs.experiments.request import TrainRequest
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, order and split.")
-@click.option("--captions", default=None, help="Where nsnet caption published; default: captions are made beside OUT.")
+@click.option(
+    "--captions",
+    type=parameters.URI,
+    default=None,
+    help="Where nsnet caption published; default: captions are made beside OUT.",
+)
 @click.option("--caption-missing", is_flag=True, help="Caption pictures that have no caption there, on the way.")
-@click.option("--split", default=None, help="split.parquet of an earlier training, to use the same pictures.")
+@click.option(
+    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same pictures."
+)
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Keep this generator's pictures for the test.")
 @click.option(
     "--operating-point",
@@ -38,7 +48,7 @@ from jobs.experiments.request import TrainRequest
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
-def command(source: str, **options: Any) -> int:
+def command(source: Uri, **options: Any) -> int:
     """Train a detector on the labelled pictures of SOURCE and write it as a bundle.
 
     Labels come from 0_real|1_fake, nature|ai or real|fake folders, or from a `label` column. `train`, `val` and `test`

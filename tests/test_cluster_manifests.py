@@ -34,8 +34,8 @@ from tests.support.tables import manifest_row, manifest_table, verdict_row, verd
 REPO_ROOT = Path(__file__).parents[1]
 CLUSTER = REPO_ROOT / "cluster"
 CRDS = REPO_ROOT.parent / "shared/data/kuberay-crds"
-GUIDE = REPO_ROOT / "docs/operations.md"
-REPRODUCE = REPO_ROOT / "docs/reproduce.md"
+GUIDE = REPO_ROOT / "docs/how-to/operations.md"
+REPRODUCE = REPO_ROOT / "docs/how-to/reproduce.md"
 
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 LONGEST_NAME = 47
@@ -505,7 +505,7 @@ def test_dockerfile_copies_what_exists_and_is_sent() -> None:
     instructions = [line.split() for line in (CLUSTER / "Dockerfile").read_text().splitlines() if line[:1].isupper()]
     copied = [name for word, *names in instructions if word == "COPY" for name in names[:-1]]
     sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
-    assert {"requirements.lock", "pyproject.toml", "README.md", "nsnet", "jobs"} == set(copied)
+    assert {"requirements.lock", "pyproject.toml", "README.md", "LICENSE", "nsnet", "jobs"} == set(copied)
     assert all((REPO_ROOT / name).exists() and f"!{name}" in sent for name in copied)
     users = [names for word, *names in instructions if word == "USER"]
     assert users and users[-1][0].isdigit() and users[-1] != ["0"]
@@ -571,14 +571,14 @@ def test_queries_of_the_guide_run_on_published_verdicts(tmp_path: Path) -> None:
     assert compared == [("real", "fake", 3, pytest.approx(0.8)), ("real", None, 1, None)]
 
 
-def test_query_of_the_readme_gives_the_newest_verdicts_of_published_runs(tmp_path: Path) -> None:
+def test_query_of_the_reference_gives_the_newest_verdicts_of_published_runs(tmp_path: Path) -> None:
     out = str(tmp_path / "verdicts")
     publish(out, "20260101T000000Z-aaaaaa", "A", [verdict_row(uri, 0.1) for uri in ("/0.jpg", "/1.jpg")])
     publish(out, "20260102T000000Z-bbbbbb", "A", [verdict_row("/1.jpg", 0.9)])
     publish(out, "20260102T000001Z-eeeeee", "A", [])  # nothing was to be done
     cut = publish(out, "20260103T000000Z-cccccc", "A", [verdict_row("/0.jpg", 0.9)])
     writing.remove_file(cut.record)
-    (sql,) = blocks("sql", REPO_ROOT / "README.md")
+    (sql,) = blocks("sql", REPO_ROOT / "docs/reference/storage.md")
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as database:
         setting, query, _ = sql.replace("'verdicts/", f"'{out}/").split(";")
         database.execute(setting)

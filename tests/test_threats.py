@@ -1,10 +1,11 @@
-"""The promises of `docs/threats.md` name tests that exist."""
+"""The promises of `docs/explanation/threats.md` name tests that exist."""
 
 import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-PROMISES = (TESTS.parent / "docs" / "threats.md").read_text(encoding="utf-8").partition("## What is promised")[2]
+THREATS = TESTS.parent / "docs/explanation/threats.md"
+PROMISES = THREATS.read_text(encoding="utf-8").partition("## What is promised")[2]
 
 
 def test_every_promise_names_tests_that_exist() -> None:

@@ -16,6 +16,7 @@ from jobs.console.output import say
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import catalog, products
 from jobs.storage import parquet, uris, writing
+from jobs.storage.uris import Uri
 from jobs.workflows.examine import FACTS_ID, examine
 from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
@@ -27,9 +28,9 @@ COPIES: Final = "duplicates.parquet"
 
 
 def audit(
-    source: str,
+    source: Uri,
     *,
-    out: str | None = None,
+    out: Uri | None = None,
     selection: Selection | None = None,
     distance: int = DISTANCE,
     seed: int = 0,
@@ -41,7 +42,7 @@ def audit(
         raise ConfigError(
             f"--distance must be 0 to {BITS - 1} bits and --seed 0 to {2**32 - 1}, got {distance} and {seed}"
         )
-    source, selection = uris.absolute(source), selection or Selection()
+    selection = selection or Selection()
     with _place(out) as place:
         record = examine(source, out=place, selection=selection, limits=limits, address=address)
         table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
@@ -59,16 +60,16 @@ def audit(
 
 
 @contextmanager
-def _place(out: str | None) -> Iterator[str]:
+def _place(out: Uri | None) -> Iterator[Uri]:
     """Where facts are published: the output, or a folder that is removed afterwards."""
     if out is not None:
-        yield uris.absolute(out)
+        yield out
         return
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        yield uris.absolute(folder)
+        yield Uri(folder)
 
 
-def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
+def _pictures(source: Uri, place: Uri, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
     """The pictures of the source as it is now with their facts, and how many nothing is known of.
 
     An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
@@ -79,7 +80,7 @@ def _pictures(source: str, place: str, selection: Selection, listed_anew: bool) 
         return inventory.pictures(listing, facts)
     whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
-        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
+        manifest = uris.join(folder, "manifest.parquet")
         write_manifest(source, manifest, whole)
         return inventory.pictures(parquet.read(manifest, inventory.LISTED), facts)
 

@@ -1,10 +1,12 @@
 """Options that several commands share, and their types."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import click
 
+from jobs.storage import uris
+from jobs.storage.uris import Uri
 from nsnet.images import DecodeLimits
 
 
@@ -24,6 +26,28 @@ class ShareType(click.ParamType[float]):
         return share
 
 
+class UriType(click.ParamType[Uri]):
+    """The address of a file, a folder or an object, made absolute."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Uri:
+        return Uri(value)
+
+
+class ModelPathType(click.ParamType[Uri]):
+    """The path of weights, made absolute."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Uri:
+        return uris.model_path(value)
+
+
+URI: Final = UriType()
+MODEL_PATH: Final = ModelPathType()
+
+
 def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
         for option in reversed(options):
@@ -37,9 +61,14 @@ address_option = click.option(
     "--address", default=None, help="Ray cluster to use; default: the one this runs in, else an embedded one."
 )
 weights_options = _stack(
-    click.option("--clip-weights", default=None, help="Local path of the CLIP weights, instead of the hub's."),
     click.option(
-        "--captioner", default=None, help="Local transformers folder of a BLIP captioner, instead of the hub's."
+        "--clip-weights", type=MODEL_PATH, default=None, help="Local path of the CLIP weights, instead of the hub's."
+    ),
+    click.option(
+        "--captioner",
+        type=MODEL_PATH,
+        default=None,
+        help="Local transformers folder of a BLIP captioner, instead of the hub's.",
     ),
 )
 limit_options = _stack(

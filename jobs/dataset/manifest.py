@@ -12,6 +12,7 @@ from jobs.dataset.path_labels import Labels
 from jobs.dataset.schema import MANIFEST
 from jobs.storage import uris
 from jobs.storage.redaction import REFUSED, holds_secrets, shown, without_secrets
+from jobs.storage.uris import Uri
 from nsnet.errors import UsageError
 
 CONTAINERS: Final = (".tar", ".parquet")
@@ -94,7 +95,7 @@ def _place(name: Any, manifest: str) -> str:
         if separator and not uri.startswith(f"{scheme}://{path.partition('/')[0]}/"):
             raise RowError(f"{without_secrets(str(name))} leaves the bucket of the manifest")
     try:
-        uri = uris.absolute(uri)
+        uri = Uri(uri)
     except UsageError as error:
         raise RowError(str(error)) from error
     if uris.is_local(uri) and not uris.is_local(manifest):

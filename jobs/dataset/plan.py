@@ -22,6 +22,7 @@ from jobs.dataset.tables import KEYS
 from jobs.storage import parquet
 from jobs.storage.database import Database, database
 from jobs.storage.left_out import first_named
+from jobs.storage.uris import Uri
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
 TOLD_SECONDS: Final = 5.0
@@ -131,7 +132,7 @@ class Plan:
 
 
 def write_manifest(
-    source: str,
+    source: Uri,
     uri: str,
     selection: Selection | None = None,
     published: Iterable[pa.RecordBatch] = (),
@@ -180,7 +181,7 @@ def write_manifest(
     )
 
 
-def _recognise(rows: Database, source: str) -> Layout:
+def _recognise(rows: Database, source: Uri) -> Layout:
     """View `labelled` of what is listed, with what its folders say together."""
     found = rows.execute(f"select distinct folder from listed where folder is not null limit {MOST_FOLDERS + 1}")
     few = len(found) <= MOST_FOLDERS
@@ -211,7 +212,7 @@ def _recognise(rows: Database, source: str) -> Layout:
     return layout
 
 
-def _beside(rows: Database, source: str, layout: Layout) -> list[str]:
+def _beside(rows: Database, source: Uri, layout: Layout) -> list[str]:
     """Remarks on images without a label that lie beside folders of one label only."""
     path = "case when container is null then uri else substr(uri, length(container) + 2) end"
     found = rows.execute(

@@ -16,8 +16,9 @@ from jobs.dataset.endings import SIDECARS, is_hidden, what_it_is
 from jobs.dataset.manifest import CONTAINERS, readable, row
 from jobs.dataset.path_labels import Labels, labels_from_path
 from jobs.dataset.tables import NoImagesError, Table
-from jobs.storage import listing, probes, uris
+from jobs.storage import listing, probes
 from jobs.storage.left_out import LeftOut
+from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
 NO_LABELS = Labels(None, None, None, None)
@@ -34,12 +35,12 @@ class Source:
 
     def __init__(
         self,
-        uri: str,
+        uri: Uri,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        self.uri = uris.absolute(uri)
+        self.uri = uri
         self._columns = columns or {}
         self._include, self._exclude = _globs(include), _globs(exclude)
         self._sidecars = SIDECARS - {PurePosixPath(pattern).suffix.lower() for pattern in include}

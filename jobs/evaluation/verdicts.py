@@ -19,6 +19,7 @@ from jobs.evaluation.groups import SAID
 from jobs.runs import catalog
 from jobs.storage import listing, parquet
 from jobs.storage.parquet_file import ParquetFile
+from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
 NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
@@ -38,7 +39,7 @@ class NoVerdictsError(SourceError):
     """What lies there are no verdicts; it may be a source of images."""
 
 
-def read(uri: str) -> pa.Table:
+def read(uri: Uri) -> pa.Table:
     """Verdict rows of a published output or a Parquet file: `NEEDED`, and of `WANTED` what there is.
 
     An image that several runs have judged counts once, as the newest run has it. Raises `NoVerdictsError` where

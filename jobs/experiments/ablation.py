@@ -12,11 +12,14 @@ from jobs.cluster.address import check_address
 from jobs.console import output
 from jobs.console.output import say
 from jobs.dataset import schema
+from jobs.experiments.experiment import Experiment
 from jobs.experiments.job import train
 from jobs.experiments.paths import PREDICTIONS, RESULT
 from jobs.experiments.request import TrainRequest
 from jobs.storage import listing, parquet, reading, uris, writing
+from jobs.storage.uris import Uri
 from nsnet import metrics
+from nsnet.bundle import DESCRIPTION
 from nsnet.errors import NullSpaceError
 from nsnet.images import DecodeLimits
 
@@ -31,26 +34,25 @@ BASELINE: Final = "advanced"
 
 
 def ablate(
-    source: str,
+    source: Uri,
     *,
-    out: str,
+    out: Uri,
     variants: tuple[str, ...] = VARIANTS,
     seeds: tuple[int, ...] = (0,),
     split_seed: int = 0,
     limits: DecodeLimits | None = None,
-    captions: str | None = None,
+    captions: Uri | None = None,
     leave_out: str | None = None,
     **training: Any,
 ) -> dict[str, Any]:
     """Train and test each variant with each seed; returns the table. What is wrong with a request is found first."""
     from jobs.experiments.inputs import share_split
 
-    out = uris.absolute(out)
     shared = TrainRequest(
         source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),
         caption_missing=captions is None, seed=split_seed, leave_out=leave_out, limits=limits or DecodeLimits(),
         **training,
-    ).absolute()  # fmt: skip
+    )  # fmt: skip
     requests = [
         replace(shared, out=uris.join(out, _name(variant, seed)), variant=variant, seed=seed, leave_out=None)
         for variant in variants
@@ -59,7 +61,7 @@ def ablate(
     for request in requests:
         request.resolved()
     check_address(shared.address)
-    split = share_split(shared)
+    split = share_split(Experiment.resolve(shared))
     failed: dict[str, str] = {}
     for number, request in enumerate(requests, start=1):
         say(f"ablate: {number} of {len(requests)}: {request.variant}, seed {request.seed}")
@@ -85,7 +87,7 @@ def ablate(
 def _is_finished(request: TrainRequest) -> bool:
     """A control has no bundle, which is the last that a training writes."""
     control = request.resolved().training.captions != "own"
-    return listing.exists(uris.join(request.work, RESULT) if control else uris.join(request.out, "detector.json"))
+    return listing.exists(uris.join(request.work, RESULT) if control else uris.join(request.out, DESCRIPTION))
 
 
 def _name(variant: str, seed: int) -> str:

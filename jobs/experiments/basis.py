@@ -21,23 +21,22 @@ from ray.data import TaskPoolStrategy
 
 from jobs.console.output import say
 from jobs.dataset import schema
-from jobs.experiments.inputs import Facts
+from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import FITTED
-from jobs.experiments.request import TrainRequest
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products
 from jobs.storage import listing, reading, uris, writing
+from jobs.storage.uris import Uri
 from nsnet.errors import NullSpaceError, SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
 
 if TYPE_CHECKING:
     from jobs.training.examples import Examples
-    from nsnet.recipes import Recipe
 
 TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle", pa.binary())])
 
 
-def caption_files(captions: str, features_id: str) -> list[str]:
+def caption_files(captions: Uri, features_id: str) -> list[str]:
     """Files of published captions and features of one maker."""
     records = catalog.runs(captions, products.CAPTIONS)
     return [
@@ -125,11 +124,12 @@ def _key(image_ids: list[str], seed: int) -> list[bytes]:
     return [hashlib.sha256(f"{seed}/{image_id}".encode()).digest() for image_id in image_ids]
 
 
-def fit_projection(request: TrainRequest, recipe: "Recipe", facts: Facts, examples: "Examples") -> "Recipe":
-    """The recipe with what its projection computes from all training captions: basis or bank, stored beside."""
+def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
+    """The experiment with what its projection computes from all training captions: basis or bank, stored beside."""
+    request, recipe = experiment.request, experiment.recipe
     projection = recipe.detector.projection
     if projection.fitted:
-        return recipe
+        return experiment
     if examples.text_features is not None and projection.rank >= (dim := examples.text_features.shape[1]):
         raise NullSpaceError(
             f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: ranks of 1 to "
@@ -141,14 +141,14 @@ def fit_projection(request: TrainRequest, recipe: "Recipe", facts: Facts, exampl
     from jobs.experiments import basis
     from nsnet.recipes import BANK
 
-    uri = uris.join(request.work, FITTED)
+    uri = experiment.file(FITTED)
     if not listing.exists(uri):
         assert examples.text_features is not None
         rows = examples.rows("train")
         ids = examples.table.column("image_id").take(rows)
         if projection.kind == "global":
             resources.connect(request.address)
-            files = basis.caption_files(facts.place, facts.maker)
+            files = basis.caption_files(experiment.facts.place, experiment.facts.maker)
             found = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
             assert recipe.basis is not None
             tensors = {"semantic_basis": found.basis(**vars(recipe.basis)).float().numpy()}
@@ -166,4 +166,5 @@ def fit_projection(request: TrainRequest, recipe: "Recipe", facts: Facts, exampl
         projection = replace(projection, rank=tensors["semantic_basis"].shape[1])
     else:
         projection = replace(projection, bank=len(tensors["caption_bank"]))
-    return replace(recipe, detector=replace(recipe.detector, projection=projection))
+    fitted = replace(recipe, detector=replace(recipe.detector, projection=projection))
+    return replace(experiment, recipe=fitted)

@@ -8,6 +8,8 @@ from typing import Any, Final
 from jobs.cluster.address import check_address
 from jobs.console import output
 from jobs.console.output import say
+from jobs.storage.uris import Uri
+from nsnet.bundle import DESCRIPTION
 from nsnet.errors import UsageError
 
 TRAINING_SCENES: Final = range(0, 300)
@@ -26,7 +28,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
 
     started = time.monotonic()
     out = out.absolute()
-    if (out / "detector" / "detector.json").exists():
+    if (out / "detector" / DESCRIPTION).exists():
         raise UsageError(f"{out} already holds a finished demo; choose another --out or remove it")
     check_address(address)
     parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
@@ -35,12 +37,13 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
         say(f"pictures: {count} in {out / 'pictures' / name}")
     train(
         TrainRequest(
-            source=str(out / "pictures" / "training"), out=str(out / "detector"), workers=(workers, workers), seed=seed,
-            address=address,
+            source=Uri(str(out / "pictures" / "training")), out=Uri(str(out / "detector")),
+            workers=(workers, workers), seed=seed, address=address,
         )
     )  # fmt: skip
-    score(str(out / "pictures" / "held_out"), detector=str(out / "detector"), out=str(out / "scored"), address=address)
-    result = evaluate(str(out / "scored"), out=str(out / "evaluation"))
+    verdicts = Uri(str(out / "scored"))
+    score(Uri(str(out / "pictures" / "held_out")), detector=Uri(str(out / "detector")), out=verdicts, address=address)
+    result = evaluate(verdicts, out=Uri(str(out / "evaluation")))
     say(
         f"done in {time.monotonic() - started:.0f} s\n"
         f"detector: {out / 'detector'}\nverdicts: {out / 'scored' / 'verdicts'}\n"

@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.experiments.request import TrainRequest
-from jobs.storage import uris
+from jobs.experiments.experiment import Experiment
+from jobs.experiments.paths import FITTED
 from nsnet.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 
 def write_bundle(
-    request: TrainRequest, recipe: "Recipe", models: "Models", best: dict[str, Any], calibration: Calibration,
-    result: dict[str, Any], folder: Path,
-) -> str:  # fmt: skip
-    """Write the bundle to a folder of this machine; returns the detector's id."""
-    from jobs.experiments.paths import FITTED
+    experiment: Experiment, best: dict[str, Any], calibration: Calibration, result: dict[str, Any], folder: Path
+) -> str:
+    """Write the bundle to a folder of this machine; returns the detector's id. `best`: weights of the best epoch."""
     from jobs.training import checkpoints
     from nsnet.detector import Detector
 
-    detector = Detector.build(recipe.detector, models.clip_path(), seed=request.seed)
+    recipe, models = experiment.recipe, experiment.models
+    detector = Detector.build(recipe.detector, models.clip_path(), seed=experiment.request.seed)
     if recipe.detector.projection.kind in ("global", "rank_k"):
-        checkpoints.load_fitted(detector.network, uris.join(request.work, FITTED))
+        checkpoints.load_fitted(detector.network, experiment.file(FITTED))
     checkpoints.load_weights(detector.network, best)
     detector.with_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,25 +7,25 @@ from typing import Any
 
 from jobs.console.output import say
 from jobs.storage import listing, probes, uris, writing
+from jobs.storage.uris import Uri
 from nsnet import weight_formats
+from nsnet.bundle import DESCRIPTION
 from nsnet.digest import file_digest
 from nsnet.errors import UsageError, WeightsError
 
 
-def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: str | None = None) -> str:
+def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: Uri | None = None) -> str:
     """Write the bundle; returns the detector's id. Raises `WeightsError` where head and tower do not fit."""
     from nsnet import recipes
     from nsnet.detector import Detector
 
-    out = uris.absolute(out)
     probes.check_output(out)
-    if listing.exists(uris.join(out, "detector.json")):
+    if listing.exists(uris.join(out, DESCRIPTION)):
         raise UsageError(f"{out} already holds a detector; choose another --out")
-    path = Path(uris.model_path(head) or "")
+    path = Path(head)
     tensors = _read(path)
     config = recipes.variant(recipes.get(recipe), "linear").detector
-    weights = uris.model_path(clip_weights)
-    detector = Detector.build(config, Path(weights) if weights else None)
+    detector = Detector.build(config, Path(clip_weights) if clip_weights else None)
     expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
@@ -34,7 +34,7 @@ def import_head(head: str, *, out: str, recipe: str = "vit-l-14", clip_weights: 
     origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
     with tempfile.TemporaryDirectory() as scratch:
         described = detector.save(Path(scratch) / "bundle", training=origin)
-        writing.upload_folder(Path(scratch) / "bundle", out, last="detector.json")
+        writing.upload_folder(Path(scratch) / "bundle", out, last=DESCRIPTION)
     say(f"detector {described.detector_id}: {out}")
     return described.detector_id
 

@@ -1,51 +1,29 @@
 """What a training needs before its first step: facts of its pictures, a split, captions, a basis or bank of them."""
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
+from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import SETTINGS, SPLIT, UNREADABLE
-from jobs.experiments.request import TrainRequest, needs_captions
+from jobs.experiments.request import TrainRequest
 from jobs.runs import products
-from jobs.runs.products import Product
-from jobs.storage import listing, uris, writing
+from jobs.storage import listing, writing
 from jobs.storage.left_out import first_named
+from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
 if TYPE_CHECKING:  # these import torch and Ray, which take seconds
     import pyarrow as pa
 
-    from jobs.pipeline.models import Models
     from jobs.training.examples import Examples
-    from nsnet.recipes import Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """Where facts of the pictures, and captions if they are needed, are published."""
-
-    place: str
-    product: Product
-    maker: str
-    """Whose."""
-
-
-def where(request: TrainRequest, recipe: "Recipe", models: "Models") -> Facts:
-    """The facts of the source's pictures, published by `nsnet caption` or at the training's own place."""
-    if not needs_captions(recipe) and request.captions is None:
-        from jobs.workflows.examine import FACTS_ID
-
-        return Facts(place=uris.join(request.work, "facts"), product=products.FACTS, maker=FACTS_ID)
-    from jobs.workflows.caption import features_id
-
-    place = request.captions or uris.join(request.work, "captions")
-    return Facts(place=place, product=products.CAPTIONS, maker=features_id(recipe.detector, models))
-
-
-def find_out(request: TrainRequest, facts: Facts) -> None:
+def publish_facts(experiment: Experiment) -> None:
     """Make the facts that are missing, where that is allowed."""
+    request, facts = experiment.request, experiment.facts
     if facts.product is products.FACTS:
         from jobs.workflows.examine import examine
 
@@ -63,23 +41,21 @@ def find_out(request: TrainRequest, facts: Facts) -> None:
         )  # fmt: skip
 
 
-def examples_of(request: TrainRequest, recipe: "Recipe", facts: Facts, settings: dict[str, Any]) -> "Examples":
+def examples_of(experiment: Experiment) -> "Examples":
     """The split and its captions' features; what is missing of them is made."""
     from jobs.training import examples
 
-    stored = uris.join(request.work, SPLIT)
+    stored, workers = experiment.file(SPLIT), experiment.request.workers[1]
     if not listing.exists(stored):
-        made = _make_split(request, recipe, facts)
-        writing.write_json(uris.join(request.work, SETTINGS), settings)
-        examples.write_split(made, stored)
+        _store_split(experiment)
     found = examples.Examples(table=examples.read_split(stored))
-    if len(found.rows("train")) < 2 * request.workers[1]:
+    if len(found.rows("train")) < 2 * workers:
         raise SourceError(
-            f"{len(found.rows('train'))} training pictures are too few for {request.workers[1]} workers: at least two "
-            "for each"
+            f"{len(found.rows('train'))} training pictures are too few for {workers} workers: at least two for each"
         )
-    if not needs_captions(recipe):
+    if not experiment.needs_captions:
         return found
+    facts = experiment.facts
     features = examples.load_text_features(facts.place, facts.maker, found.table)
     if missing := examples.without_captions(found.table, features):
         raise SourceError(
@@ -89,26 +65,29 @@ def examples_of(request: TrainRequest, recipe: "Recipe", facts: Facts, settings:
     return replace(found, text_features=features)
 
 
-def share_split(request: TrainRequest) -> str:
+def share_split(experiment: Experiment) -> Uri:
     """Make the split of a training without training: for others to use, as their `split`; its URI."""
-    from jobs.pipeline.models import Models
-    from jobs.training import examples
-
-    recipe, stored = request.resolved(), uris.join(request.work, SPLIT)
-    settings = request.identity(recipe)
-    if not request.belongs_to(settings) or not listing.exists(stored):
-        models = Models(clip_weights=request.clip_weights, captioner=request.captioner)
-        made = _make_split(request, recipe, where(request, recipe, models))
-        writing.write_json(uris.join(request.work, SETTINGS), settings)
-        examples.write_split(made, stored)
+    stored = experiment.file(SPLIT)
+    if not experiment.request.belongs_to(experiment.settings) or not listing.exists(stored):
+        _store_split(experiment)
     return stored
 
 
-def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Table":
+def _store_split(experiment: Experiment) -> None:
+    """Make the split and store it; from then on the training's place belongs to these settings."""
+    from jobs.training import examples
+
+    made = _make_split(experiment)
+    writing.write_json(experiment.file(SETTINGS), experiment.settings)
+    examples.write_split(made, experiment.file(SPLIT))
+
+
+def _make_split(experiment: Experiment) -> "pa.Table":
     """Find out what there is to know of the pictures, and split them."""
     from jobs.experiments import split
 
-    manifest = uris.join(request.work, "manifest.parquet")
+    request, training = experiment.request, experiment.recipe.training
+    manifest = experiment.file("manifest.parquet")
     plan = write_manifest(request.source, manifest, Selection(columns=request.columns))
     if plan.unread > request.max_left_out:
         raise SourceError(
@@ -117,20 +96,21 @@ def _make_split(request: TrainRequest, recipe: "Recipe", facts: Facts) -> "pa.Ta
         )
     _check_labels(plan.labels, plan.count)
     _check_request(request, manifest, plan.count)
-    find_out(request, facts)
+    publish_facts(experiment)
+    facts = experiment.facts
     listed = split.known_pictures(manifest, facts.place, facts.product, facts.maker)
     if request.split is not None:
         made = split.reuse(request.split, listed, request.max_failed)
     else:
         config = split.SplitConfig(
-            seed=request.seed, validation_share=recipe.training.validation_share,
-            test_share=recipe.training.test_share, leave_out=request.leave_out, lost_share=request.max_failed,
+            seed=request.seed, validation_share=training.validation_share,
+            test_share=training.test_share, leave_out=request.leave_out, lost_share=request.max_failed,
         )  # fmt: skip
         made = split.make(listed, config)
     for line in split.describe(made):
         say(line)
     if made.unreadable:
-        writing.write_json(uris.join(request.work, UNREADABLE), made.unreadable)
+        writing.write_json(experiment.file(UNREADABLE), made.unreadable)
     return made.table
 
 

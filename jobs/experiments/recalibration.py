@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from jobs.console.output import say
 from jobs.dataset.schema import PREDICTIONS
 from jobs.storage import bundles, listing, parquet, probes, uris, writing
+from jobs.storage.uris import Uri
 from nsnet import bundle, calibration
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.config import from_dict, to_dict
@@ -21,12 +22,11 @@ from nsnet.errors import BundleError, SourceError, UsageError
 
 
 def calibrate(
-    detector: str, *, predictions: str, operating_point: str, out: str, uncertain: float | None = None
+    detector: Uri, *, predictions: Uri, operating_point: str, out: Uri, uncertain: float | None = None
 ) -> bundle.Description:
     """Write the bundle; returns its description."""
     point = OperatingPoint.parse(operating_point)
     point = point if uncertain is None else replace(point, uncertain_share=uncertain)
-    detector, predictions, out = (uris.absolute(uri) for uri in (detector, predictions, out))
     probes.reachable(detector)
     probes.check_output(out)
     if listing.exists(uris.join(out, bundle.DESCRIPTION)):

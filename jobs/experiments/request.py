@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.experiments.paths import SETTINGS
 from jobs.storage import listing, reading, uris
+from jobs.storage.uris import Uri
 from nsnet.config import override, to_dict
 from nsnet.errors import ConfigError, UsageError
 from nsnet.images import DecodeLimits
@@ -18,8 +19,8 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 class TrainRequest:
     """What is to be trained, on what, and where."""
 
-    source: str
-    out: str
+    source: Uri
+    out: Uri
     recipe: str = "tiny"
     variant: str = "advanced"
     workers: tuple[int, int] = (1, 1)
@@ -29,11 +30,11 @@ class TrainRequest:
     settings: tuple[str, ...] = ()
     """Overrides, as `NAME=VALUE`."""
     seed: int = 0
-    captions: str | None = None
+    captions: Uri | None = None
     """Where `nsnet caption` published; None: captions are made at the training's own place."""
     caption_missing: bool = False
     """Caption what is missing there, on the way."""
-    split: str | None = None
+    split: Uri | None = None
     """A stored split to use; None: a new one is made."""
     columns: tuple[str, ...] = ()
     """Names of columns of Parquet files, as `plan.Selection` takes them."""
@@ -43,8 +44,8 @@ class TrainRequest:
     max_failed: float = 0.05
     max_left_out: int = 0
     """Folders and containers of the source that may be unreadable while a split is made; not part of the identity."""
-    clip_weights: str | None = None
-    captioner: str | None = None
+    clip_weights: Uri | None = None
+    captioner: Uri | None = None
     limits: DecodeLimits = DecodeLimits()
     address: str | None = None
 
@@ -56,11 +57,13 @@ class TrainRequest:
             )
         if self.split is not None and self.leave_out is not None:
             raise ConfigError("--split and --leave-out exclude each other: a stored split says what is trained on")
+        if not uris.is_local(self.out) and "/" not in uris.arrow_path(self.out):
+            raise UsageError(f"--out {self.out} is a whole bucket; name a place in it for the detector")
 
     @property
-    def work(self) -> str:
+    def work(self) -> Uri:
         """Where split, checkpoints and records lie: beside the bundle, which holds nothing but itself."""
-        return f"{self.out}.training"
+        return Uri(f"{self.out}.training")
 
     def resolved(self) -> "Recipe":
         """The recipe with everything that was asked for. Raises `ConfigError`."""
@@ -86,21 +89,6 @@ class TrainRequest:
             else:
                 training = override(training, name, value)
         return replace(chosen, detector=detector, training=training)
-
-    def absolute(self) -> "TrainRequest":
-        """The same with whole addresses. Raises `UsageError` for places where nothing can be."""
-        out = uris.absolute(self.out)
-        if not uris.is_local(out) and "/" not in uris.arrow_path(out):
-            raise UsageError(f"--out {out} is a whole bucket; name a place in it for the detector")
-        return replace(
-            self,
-            source=uris.absolute(self.source),
-            out=out,
-            captions=uris.absolute(self.captions) if self.captions else None,
-            split=uris.absolute(self.split) if self.split else None,
-            clip_weights=uris.model_path(self.clip_weights),
-            captioner=uris.model_path(self.captioner),
-        )
 
     def belongs_to(self, settings: dict[str, Any]) -> bool:
         """Whether its place holds something of a training with these settings; `UsageError` where they are others."""

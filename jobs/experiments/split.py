@@ -14,6 +14,7 @@ from jobs.runs import catalog
 from jobs.runs.products import Product
 from jobs.storage import parquet
 from jobs.storage.database import database, last_of_each
+from jobs.storage.uris import Uri
 from jobs.training import examples
 from jobs.training.examples import SPLIT
 from nsnet import splits
@@ -77,7 +78,7 @@ class Split:
         return found
 
 
-def known_pictures(manifest: str, facts: str, product: Product, maker: str) -> pa.Table:
+def known_pictures(manifest: str, facts: Uri, product: Product, maker: str) -> pa.Table:
     """The manifest's rows with what a maker published of them (`LISTED`), ordered by id; of several the newest.
 
     Raises `SourceError` for rows that nothing is known of.

@@ -2,9 +2,8 @@
 
 import tempfile
 import uuid
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -12,22 +11,19 @@ from ray.train.v2.api.exceptions import TrainingFailedError as RayTrainError
 
 from jobs.cluster import resources
 from jobs.cluster.resources import Shares
-from jobs.experiments.inputs import Facts
+from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import FITTED, SPLIT
-from jobs.experiments.request import TrainRequest
 from jobs.pipeline import progress
-from jobs.storage import errors, filesystems, uris
+from jobs.storage import errors, filesystems
 from jobs.storage.redaction import without_secrets
 from jobs.training import worker
 from jobs.training.checkpoints import settings_digest
+from jobs.training.config import WorkerConfig
 from jobs.training.examples import Examples
-from jobs.training.worker import WorkerConfig
+from jobs.training.loop import FINISHED
 from nsnet.config import to_dict
 from nsnet.errors import NsnetError
 from nsnet.preparation import PreparationConfig
-
-if TYPE_CHECKING:
-    from nsnet.recipes import Recipe
 
 RESTARTS: Final = 8
 """How often a training goes on after a worker died, for reasons other than a node that was told to leave."""
@@ -37,13 +33,12 @@ class TrainingFailedError(NsnetError):
     """Training ended without a detector."""
 
 
-def run_trainer(
-    request: TrainRequest, recipe: "Recipe", facts: Facts, examples: Examples, settings: dict[str, Any]
-) -> Path:
+def run_trainer(experiment: Experiment, examples: Examples) -> Path:
     """Train under Ray Train; returns a local folder with the last checkpoint."""
+    request = experiment.request
     resources.connect(request.address)
     shares = resources.cluster_shares()
-    told, cpus = _worker_config(request, recipe, facts, settings_digest(settings), shares)
+    cpus, _ = resources.training_cpus(shares, request.workers[1])
     board_name = f"nsnet-train-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     gpus = {"GPU": 1.0} if shares.actor_gpus > 0 else {}
@@ -51,7 +46,7 @@ def run_trainer(
     system, path = filesystems.arrow_filesystem(request.work)
     trainer = TorchTrainer(
         cast(Any, worker.run),
-        train_loop_config=vars(replace(told, board=board_name)),
+        train_loop_config=vars(_worker_config(experiment, shares, board_name)),
         scaling_config=ScalingConfig(
             num_workers=cast(Any, high if low == high else (low, high)), use_gpu=bool(gpus),
             resources_per_worker={"CPU": cpus, **gpus},
@@ -62,7 +57,7 @@ def run_trainer(
             failure_config=FailureConfig(max_failures=RESTARTS),
         ),
     )  # fmt: skip
-    total = recipe.training.epochs * len(examples.rows("train"))
+    total = experiment.recipe.training.epochs * len(examples.rows("train"))
     with progress.watch(board, "train", total, ("trained",)):
         try:
             result = cast(Any, trainer.fit())  # Ray's types are those of its older version
@@ -72,7 +67,7 @@ def run_trainer(
         raise TrainingFailedError(f"training failed: {_first_cause(result.error)}")
     if result.return_value is not None:
         raise TrainingFailedError(f"training stopped: {result.return_value}")
-    if result.checkpoint is None or worker.FINISHED not in (result.metrics or {}):
+    if result.checkpoint is None or FINISHED not in (result.metrics or {}):
         raise TrainingFailedError("training ended without its last checkpoint; the same command goes on")
     return Path(result.checkpoint.to_directory(tempfile.mkdtemp(prefix="nsnet-trained-")))
 
@@ -86,19 +81,16 @@ def _first_cause(error: BaseException) -> str:
     return without_secrets(" ".join(str(cause).split()))[-600:]
 
 
-def _worker_config(
-    request: TrainRequest, recipe: "Recipe", facts: Facts, digest: str, shares: Shares
-) -> tuple[WorkerConfig, float]:
-    """What workers are told, and the CPUs that each holds."""
-    cpus, _ = resources.training_cpus(shares, request.workers[1])
-    preparation = PreparationConfig(patches=recipe.detector.patches, limits=request.limits)
-    captions = facts.place if recipe.detector.projection.needs_captions else None
-    fitted = uris.join(request.work, FITTED)
-    told = WorkerConfig(
-        detector=to_dict(recipe.detector), training=to_dict(recipe.training), preparation=to_dict(preparation),
+def _worker_config(experiment: Experiment, shares: Shares, board: str) -> WorkerConfig:
+    request, detector = experiment.request, experiment.recipe.detector
+    preparation = PreparationConfig(patches=detector.patches, limits=request.limits)
+    return WorkerConfig(
+        detector=to_dict(detector), training=to_dict(experiment.recipe.training), preparation=to_dict(preparation),
         seed=request.seed, source=request.source, clip_weights=request.clip_weights, work=request.work,
-        split=uris.join(request.work, SPLIT), captions=captions, features_id=facts.maker,
-        fitted=fitted if recipe.detector.projection.kind in ("global", "rank_k") else None,
-        digest=digest, failed_share=request.max_failed, task_cpus=shares.task_cpus, board=None,
+        split=experiment.file(SPLIT),
+        captions=experiment.facts.place if detector.projection.needs_captions else None,
+        features_id=experiment.facts.maker,
+        fitted=experiment.file(FITTED) if detector.projection.kind in ("global", "rank_k") else None,
+        digest=settings_digest(experiment.settings), failed_share=request.max_failed, task_cpus=shares.task_cpus,
+        board=board,
     )  # fmt: skip
-    return told, cpus

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.storage import bundles
+from jobs.storage.uris import Uri
 from nsnet import bundle
 
 if TYPE_CHECKING:
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 class Models:
     """Where actors find their models. A remote bundle is fetched to a cache on the node where the actor runs."""
 
-    detector: str | None = None
+    detector: Uri | None = None
     """URI of a bundle; None: nothing was trained yet."""
-    clip_weights: str | None = None
+    clip_weights: Uri | None = None
     """Local path that replaces the hub's CLIP weights."""
-    captioner: str | None = None
+    captioner: Uri | None = None
     """Local transformers folder that replaces the hub's captioner."""
     device: str = "cpu"
     threads: int = 1

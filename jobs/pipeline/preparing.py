@@ -19,6 +19,7 @@ from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress, RowDicts, failed, to_ta
 from jobs.storage import probes, uris
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.reading import Fetched
+from jobs.storage.uris import Uri
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, ObjectChangedError, ObjectMissingError, OutageError
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
@@ -53,7 +54,7 @@ class Prepare:
     schema: pa.Schema
     """Columns to keep of the manifest and to add; `mosaic` and `thumbnail` are binary."""
     report: Progress = field(default_factory=Progress)
-    source: str | None = None
+    source: Uri | None = None
     """URI of the source, which must be there for a missing picture to be taken for one."""
     outage_seconds: float = OUTAGE_SECONDS
     remembered: Remembered = field(default_factory=dict)

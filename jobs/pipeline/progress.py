@@ -41,7 +41,7 @@ class Board:
         """As `Budget.settle`."""
         self._budget.settle(leased, good, slow)
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line for the console."""
         self.lines.append(line)
 

@@ -22,6 +22,7 @@ from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
+from jobs.storage.uris import Uri
 from nsnet.captions import CaptionerConfig
 from nsnet.errors import NsnetError, StorageError
 from nsnet.preparation import PreparationConfig
@@ -94,7 +95,7 @@ def _of_stream(error: Exception, folder: str) -> Exception:
 
 def prepared(
     todo: str,
-    source: str,
+    source: Uri,
     preparation: PreparationConfig,
     models: Models,
     *,

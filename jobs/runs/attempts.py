@@ -28,6 +28,7 @@ from jobs.runs import names, removal
 from jobs.storage import errors, listing, parquet, reading, uris, writing
 from jobs.storage.database import database
 from jobs.storage.errors import Fault
+from jobs.storage.uris import Uri
 from nsnet.errors import StorageError
 
 MANIFEST: Final = "manifest.parquet"
@@ -85,14 +86,15 @@ class Attempt:
         return self.accepted + self.committed()
 
 
-def unfinished(out: str) -> dict[str, dict[str, Any]]:
+def unfinished(out: Uri) -> dict[str, dict[str, Any]]:
     """Run id -> `run.json` of the runs that were planned and not published; those whose planning was cut are removed.
 
     What no run made is left and named. The caller must hold the lock.
     """
     staging = uris.join(out, "staging")
     below = listing.names_below(staging)
-    found, foreign = {}, [uris.join(staging, name) for name in below.files + below.others]
+    found: dict[str, dict[str, Any]] = {}
+    foreign: list[str] = [uris.join(staging, name) for name in below.files + below.others]
     for name in below.folders:
         folder = uris.join(staging, name)
         if not names.is_run_id(name):
@@ -265,7 +267,7 @@ def _usable(staging: str, files: list[str]) -> list[str]:
 def _ids(files: list[str]) -> Iterator[pa.Table | None]:
     """Ids in each of many files, in their order; None for one that cannot be read."""
 
-    def read(uri: str) -> pa.Table | None:
+    def read(uri: Uri) -> pa.Table | None:
         try:
             return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
         except (OSError, pa.ArrowInvalid) as error:

@@ -12,6 +12,7 @@ from jobs.runs import names
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, listing, parquet, reading, uris
 from jobs.storage.database import last_of_each
+from jobs.storage.uris import Uri
 from nsnet.errors import SourceError, StorageError
 
 if TYPE_CHECKING:
@@ -33,21 +34,21 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def records(out: str) -> list[dict[str, Any]]:
+def records(out: Uri) -> list[dict[str, Any]]:
     """Records of all published runs below an output, whatever they publish, oldest first."""
-    folder = uris.join(uris.absolute(out), "runs")
+    folder = uris.join(out, "runs")
     below = listing.names_below(folder)
     found = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # a link is read, too
     with ThreadPoolExecutor(parquet.READERS) as pool:
         return list(pool.map(_record, [uris.join(folder, name) for name in sorted(found)]))
 
 
-def runs(out: str, product: Product = VERDICTS) -> list[dict[str, Any]]:
+def runs(out: Uri, product: Product = VERDICTS) -> list[dict[str, Any]]:
     """Records of all published runs of a product below an output, oldest first; one that did nothing has no files."""
     return [record for record in records(out) if record.get("product", VERDICTS.name) == product.name]
 
 
-def run_ids(out: str, product: Product, maker: str) -> set[str]:
+def run_ids(out: Uri, product: Product, maker: str) -> set[str]:
     """Ids of the runs of one maker, such as a detector, that published any rows."""
     return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker and record["files"]}
 
@@ -79,12 +80,11 @@ def _is_name(text: str) -> bool:
     return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
 
 
-def verdicts(out: str) -> "Dataset":
+def verdicts(out: Uri) -> "Dataset":
     """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there are none.
 
     A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
     """
-    out = uris.absolute(out)
     paths = [uris.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
         raise SourceError(f"{out} holds no published verdicts")
@@ -92,7 +92,7 @@ def verdicts(out: str) -> "Dataset":
 
 
 def published(
-    out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None
+    out: Uri, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None
 ) -> Iterator[pa.RecordBatch]:
     """Some columns of the published runs of a product, oldest first, as a stream.
 
@@ -104,7 +104,7 @@ def published(
         yield from rows_of(out, record, columns)
 
 
-def newest(out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None) -> Iterator[pa.RecordBatch]:
+def newest(out: Uri, columns: pa.Schema, product: Product = VERDICTS, **whose: str | None) -> Iterator[pa.RecordBatch]:
     """Some columns of published rows, as a stream; of several rows of an image by one maker, that of the newest run.
 
     `whose`: as in `published`. An image that was changed since, or transformed, has another `image_id`. Without a run,
@@ -115,12 +115,12 @@ def newest(out: str, columns: pa.Schema, product: Product = VERDICTS, **whose: s
     yield from last_of_each(published(out, pa.schema(asked), product, **whose), pa.schema(asked), key, columns.names)
 
 
-def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+def rows_of(out: Uri, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Some columns of one published run, null where a file lacks them. Raises `StorageError` for a file that is gone or
     damaged.
     """
     for file in record["files"]:
-        uri = uris.join(uris.absolute(out), file["path"])
+        uri = uris.join(out, file["path"])
         try:
             yield from parquet.read(uri, columns, optional=columns.names)
         except FileNotFoundError as error:
@@ -136,7 +136,7 @@ def rows_of(out: str, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa
             ) from error
 
 
-def untransformed(out: str, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:
+def untransformed(out: Uri, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:
     """Rows of untransformed pictures that a maker published, oldest run first."""
     wanted = columns if "transform" not in product.columns.names else pa.schema([*columns, schema.TRANSFORM])
     for batch in published(out, wanted, product, **{product.maker: maker}):

@@ -20,6 +20,7 @@ from jobs.runs import attempts, catalog, lock, products, publication
 from jobs.runs.products import Product
 from jobs.runs.publication import Run
 from jobs.storage import uris, writing
+from jobs.storage.uris import Uri
 from nsnet.config import to_dict
 
 if TYPE_CHECKING:  # Ray takes seconds to import, and a run with nothing to do needs none
@@ -34,8 +35,8 @@ RECORDED_PACKAGES: Final = (
 class Request:
     """What a command was asked for."""
 
-    source: str
-    out: str
+    source: Uri
+    out: Uri
     product: Product
     maker: str
     """Who makes the rows, such as a detector's id: what it has published is not done again."""

@@ -11,6 +11,7 @@ from jobs.dataset import schema
 from jobs.pipeline.poison import KINDS, key
 from jobs.runs import catalog
 from jobs.runs.execution import Request
+from jobs.storage.uris import Uri
 
 MAX_REMEMBERED: Final = 10_000
 """Contents that are remembered: the newest."""
@@ -43,7 +44,7 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _failures(out: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _failures(out: Uri, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for batch in catalog.rows_of(out, record, COLUMNS):
         for row in batch.filter(pc.is_in(batch.column("error_class"), pa.array(KINDS))).to_pylist():
             if row["content_hash"]:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from jobs.console.output import say
 from jobs.runs import names
 from jobs.storage import errors, listing, reading, uris, writing
+from jobs.storage.uris import Uri
 from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
@@ -43,7 +44,7 @@ class LockLost(KeyboardInterrupt):
 
 
 @contextmanager
-def hold(out: str, *, wait: bool = False) -> Iterator["Lock"]:
+def hold(out: Uri, *, wait: bool = False) -> Iterator["Lock"]:
     """Hold the lock of an output. Raises `LockedError` while another run has it, unless `wait`.
 
     Where another run takes it over, whatever happens in the body ends as a `LockedError`; the body itself is
@@ -64,7 +65,7 @@ def hold(out: str, *, wait: bool = False) -> Iterator["Lock"]:
 class Lock:
     """The lock of an output; use `hold`."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: Uri) -> None:
         self.folder = uris.join(out, "locks")
         self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), **_process(os.getpid())}
         self.number = 0

@@ -28,6 +28,7 @@ from jobs.runs.catalog import run_ids
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, parquet, reading, uris, writing
 from jobs.storage.database import database
+from jobs.storage.uris import Uri
 from nsnet.digest import file_digest
 from nsnet.errors import LockedError, NsnetError
 
@@ -43,7 +44,7 @@ class VerificationError(NsnetError):
 class Run:
     """One run into an output."""
 
-    out: str
+    out: Uri
     product: Product = VERDICTS
     run_id: str = field(default_factory=lambda: new_run_id())
 
@@ -224,7 +225,7 @@ def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]
         )
 
 
-def remove_orphans(out: str, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
+def remove_orphans(out: Uri, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
     """Remove files of publications that were cut or overtaken, which readers by pattern would take for published ones;
     returns their URIs.
 

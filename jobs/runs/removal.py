@@ -6,7 +6,7 @@ one before it.
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ def remove(uri: str, own: Own, keep: Callable[[str], bool] = lambda path: False,
     return removal
 
 
-def left_alone(places: list[str]) -> str:
+def left_alone(places: Sequence[str]) -> str:
     """The line for the person who runs the command."""
     more = f" and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
     return f"left alone, since no run of this program made it: {', '.join(sorted(places)[:MAX_NAMED])}{more}"

@@ -1,7 +1,7 @@
 """Addresses of files and objects: local paths and `s3://`; nothing is opened here."""
 
 import os
-from typing import Final
+from typing import Final, Self
 
 from jobs.storage.redaction import REFUSED, holds_secrets, shown
 from nsnet.errors import UsageError
@@ -9,19 +9,27 @@ from nsnet.errors import UsageError
 SCHEMES: Final = ("file", "s3")
 
 
-def absolute(uri: str) -> str:
-    """`s3://…` as it is; a local path made absolute.
+class Uri(str):
+    """An absolute address: `s3://bucket/key`, or the absolute path of a local file.
 
-    Raises `UsageError` for other schemes, for no place at all, for what is not UTF-8, and for an address with a
-    password or a signature: it would be printed and recorded.
+    Made where a command or a row of a manifest gives an address; from there on it travels as this value, and nothing
+    resolves it again. It is the text that is recorded and hashed into ids. Raises `UsageError` for other schemes, for
+    no place at all, for what is not UTF-8, and for an address with a password or a signature: it would be printed and
+    recorded.
     """
-    if "\0" in uri or any("\ud800" <= letter <= "\udfff" for letter in uri):
-        raise UsageError(f"{shown(ascii(uri))} is not UTF-8: rename it, or name a folder above it")
-    return located(uri)
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Self:
+        if isinstance(text, cls):
+            return text
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"{shown(ascii(text))} is not UTF-8: rename it, or name a folder above it")
+        return super().__new__(cls, located(text))
 
 
 def located(uri: str) -> str:
-    """The same for what is only read here and recorded nowhere: a local file may have any name."""
+    """The absolute address of what is only read here and recorded nowhere: a local file may have any name."""
     if holds_secrets(uri):
         raise UsageError(
             f"{shown(uri)} {REFUSED}. Give keys in "
@@ -42,19 +50,17 @@ def is_local(uri: str) -> bool:
     return "://" not in uri
 
 
-def model_path(path: str | None) -> str | None:
+def model_path(path: str) -> Uri:
     """The absolute path of weights given on the command line; they must be local, on every node."""
-    if path is None:
-        return None
-    path = absolute(path)
-    if not is_local(path):
-        raise UsageError(f"{path}: weights must be a local path that every node has")
-    return path
+    uri = Uri(path)
+    if not is_local(uri):
+        raise UsageError(f"{uri}: weights must be a local path that every node has")
+    return uri
 
 
-def join(uri: str, *parts: str) -> str:
-    """A URI below another."""
-    return "/".join([uri.rstrip("/"), *parts])
+def join(uri: str, *parts: str) -> Uri:
+    """A URI below another, which must be absolute."""
+    return str.__new__(Uri, "/".join([uri.rstrip("/"), *parts]))
 
 
 def arrow_path(uri: str) -> str:

@@ -22,6 +22,7 @@ from jobs.runs import products
 from jobs.runs.catalog import untransformed
 from jobs.storage import errors, parquet, writing
 from jobs.storage.errors import Fault
+from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
 SPLIT: Final = pa.schema(
@@ -93,7 +94,7 @@ def write_split(table: pa.Table, uri: str) -> None:
         writing.upload_file(written, uri)
 
 
-def load_text_features(captions: str, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
+def load_text_features(captions: Uri, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
     """Features (n, D) of the captions of a split's pictures, as a file of this machine that is mapped; NaN: none."""
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     ids = table.column("image_id").combine_chunks()

@@ -21,6 +21,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from jobs.dataset import schema
 from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import Progress
+from jobs.storage.uris import Uri
 from jobs.training.examples import Examples
 from jobs.training.order import Indices, Order, image_seed
 from nsnet import transforms
@@ -61,7 +62,7 @@ class Ingest:
 
     examples: Examples
     preparation: PreparationConfig
-    source: str
+    source: Uri
     """URI of the source."""
     seed: int
     augmentation: AugmentationConfig

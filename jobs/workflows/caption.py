@@ -13,7 +13,8 @@ from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import probes, uris
+from jobs.storage import probes
+from jobs.storage.uris import Uri
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
 
 
 def caption(
-    source: str,
+    source: Uri,
     *,
-    out: str,
+    out: Uri,
     recipe: str = "tiny",
     selection: Selection | None = None,
     batch_size: int = 32,
     wait: bool = False,
-    clip_weights: str | None = None,
-    captioner: str | None = None,
+    clip_weights: Uri | None = None,
+    captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
@@ -42,12 +43,12 @@ def caption(
 
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
-    source, out, limits = uris.absolute(source), uris.absolute(out), limits or DecodeLimits()
+    limits = limits or DecodeLimits()
     probes.check_output(out)
     check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(clip_weights=uris.model_path(clip_weights), captioner=uris.model_path(captioner))
+    models = Models(clip_weights=clip_weights, captioner=captioner)
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
         source=source, out=out, product=products.CAPTIONS, maker=features_id(config, models),

@@ -21,6 +21,7 @@ from jobs.evaluation.filters import decided, of_chains, of_detector, of_split
 from jobs.evaluation.verdicts import NoVerdictsError
 from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
+from jobs.storage.uris import Uri
 from nsnet import transforms
 from nsnet.errors import ConfigError, SourceError
 
@@ -56,10 +57,10 @@ def parse_chains(text: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    verdicts_or_source: str,
+    verdicts_or_source: Uri,
     *,
-    out: str,
-    detector: str | None = None,
+    out: Uri,
+    detector: Uri | None = None,
     detector_id: str | None = None,
     robustness: str | None = None,
     pairs: Pairs | None = None,
@@ -67,13 +68,13 @@ def evaluate(
     threshold: float | None = None,
     samples: int = SAMPLES,
     columns: tuple[str, ...] = (),
-    clip_weights: str | None = None,
-    captioner: str | None = None,
+    clip_weights: Uri | None = None,
+    captioner: Uri | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
     chains = parse_chains(robustness) if robustness is not None else ()
-    uri, out = uris.absolute(verdicts_or_source), uris.absolute(out)
+    uri = verdicts_or_source
     probes.reachable(uri)
     probes.check_output(out)
     if detector is not None:
@@ -115,15 +116,15 @@ def evaluate(
     return result
 
 
-def _id_of(detector: str) -> str:
+def _id_of(detector: Uri) -> str:
     from nsnet import bundle
 
-    folder = bundles.fetch_bundle(uris.absolute(detector), bundle.DESCRIPTION)
+    folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
     return bundle.read(folder).detector_id
 
 
 def _score(
-    source: str, detector: str, out: str, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
+    source: Uri, detector: Uri, out: Uri, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Verdicts on the pictures that a source holds now, and what of it could not be read."""
     from jobs.workflows.score import score
@@ -133,18 +134,18 @@ def _score(
     return _as_listed(verdicts.read(out), source, chains, selection), unread
 
 
-def _as_listed(table: pa.Table, source: str, chains: Sequence[str], selection: Selection) -> pa.Table:
+def _as_listed(table: pa.Table, source: Uri, chains: Sequence[str], selection: Selection) -> pa.Table:
     """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
     with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
-        manifest = uris.join(uris.absolute(folder), "manifest.parquet")
+        manifest = uris.join(folder, "manifest.parquet")
         write_manifest(source, manifest, selection, transforms=("", *chains))
         listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
     kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
     return table.select(kept).join(listed, keys="image_id", join_type="inner")
 
 
-def _write(result: dict[str, Any], out: str) -> None:
+def _write(result: dict[str, Any], out: Uri) -> None:
     from jobs.report.page import render  # matplotlib takes a second to import
 
     text, page = as_text(result), render(result)

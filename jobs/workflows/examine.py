@@ -10,7 +10,8 @@ from jobs.runs import failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import probes, uris
+from jobs.storage import probes
+from jobs.storage.uris import Uri
 from nsnet.config import to_dict
 from nsnet.images import DecodeLimits
 
@@ -22,16 +23,16 @@ FACTS_ID: Final = "facts-1"
 
 
 def examine(
-    source: str,
+    source: Uri,
     *,
-    out: str,
+    out: Uri,
     selection: Selection | None = None,
     wait: bool = False,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Publish the facts (`schema.FACTS`) of the pictures that have none in `out` yet; returns the run's record."""
-    source, out, limits = uris.absolute(source), uris.absolute(out), limits or DecodeLimits()
+    limits = limits or DecodeLimits()
     probes.check_output(out)
     check_address(address)
     Source(source).check()

@@ -13,8 +13,9 @@ from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work, carry_out
 from jobs.runs.publication import Run
-from jobs.storage import bundles, probes, uris
+from jobs.storage import bundles, probes
 from jobs.storage.errors import OUTAGE_SECONDS
+from jobs.storage.uris import Uri
 from nsnet import bundle
 from nsnet.config import to_dict
 from nsnet.errors import ConfigError
@@ -22,17 +23,17 @@ from nsnet.images import DecodeLimits
 
 
 def score(
-    source: str,
+    source: Uri,
     *,
-    detector: str,
-    out: str,
+    detector: Uri,
+    out: Uri,
     selection: Selection | None = None,
     batch_size: int = 32,
     reuse: bool = True,
     wait: bool = False,
     outage_seconds: float = OUTAGE_SECONDS,
-    clip_weights: str | None = None,
-    captioner: str | None = None,
+    clip_weights: Uri | None = None,
+    captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     transforms: Sequence[str] = (),
     address: str | None = None,
@@ -48,8 +49,6 @@ def score(
             f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
         )
     selection, limits = selection or Selection(), limits or DecodeLimits()
-    source, detector, out = uris.absolute(source), uris.absolute(detector), uris.absolute(out)
-    clip_weights, captioner = uris.model_path(clip_weights), uris.model_path(captioner)
     probes.reachable(detector)
     probes.check_output(out)
     check_address(address)

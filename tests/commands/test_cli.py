@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from jobs.cluster import resources
 from jobs.console import main, output, parameters
 from jobs.storage import probes, writing
 from jobs.storage.left_out import LeftOut, first_named
+from jobs.storage.uris import Uri
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.support.tables import picture_file, put, run_command, save_bundle
@@ -380,10 +382,10 @@ def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pyt
 
 def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import os, sys, jobs.cli as cli, jobs.console.main as console\n"
-        "cli.group.invoke = lambda *_: [console.show('x' * 100_000) for _ in range(100)]\n"
+        "import os, sys, jobs.cli as cli\nfrom jobs.console import main, output\n"
+        "cli.group.invoke = lambda *_: [output.show('x' * 100_000) for _ in range(100)]\n"
         "sys.argv = ['nsnet', 'score']\n"
-        "console.run(cli.group, 'nsnet')"
+        "main.run(cli.group, 'nsnet')"
     )
     reader, pipe = os.pipe()
     os.close(reader)
@@ -445,3 +447,27 @@ def test_program_ends_in_one_line_with_its_code(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .*absent is no detector bundle: detector\.json is missing\n", done.stderr)
     assert time.monotonic() - started < 30
+
+
+ADDRESSES = {"source", "out", "detector", "predictions", "captions", "verdicts_or_source"}
+WEIGHTS = {"clip_weights", "captioner", "head"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_addresses_are_made_absolute_where_a_command_begins(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is behind the command resolves none again."""
+    monkeypatch.chdir(tmp_path)
+    command = cli.group.get_command(click.Context(cli.group), name)
+    assert command is not None
+    options = {str(option.name): option.type for option in command.params}
+    wanted = ADDRESSES | ({"split"} if name == "train" else set())
+    assert wanted & options.keys() or WEIGHTS & options.keys()
+    for option in wanted & options.keys():
+        found = options[option].convert("a/../b", None, None)
+        assert type(found) is Uri and found == f"{tmp_path}/b", option
+    for option in WEIGHTS & options.keys():
+        assert options[option].convert("weights", None, None) == f"{tmp_path}/weights", option
+        with pytest.raises(UsageError, match="must be a local path"):
+            options[option].convert("s3://bucket/weights", None, None)

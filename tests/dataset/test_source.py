@@ -19,6 +19,7 @@ from jobs.dataset.manifest import image_id, series
 from jobs.dataset.source import Source
 from jobs.storage import errors, filesystems, listing, reading
 from jobs.storage.errors import Fault
+from jobs.storage.uris import Uri
 from nsnet.errors import (
     FetchError,
     ImageTooLargeError,
@@ -198,7 +199,7 @@ def test_folder_without_pictures_gives_no_row(place: str, tmp_path: Path) -> Non
 
 def test_other_scheme_is_refused() -> None:
     with pytest.raises(UsageError, match="only local paths and s3://"):
-        Source("https://example.org/pictures")
+        Source(Uri("https://example.org/pictures"))
 
 
 @pytest.mark.s3

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import ablate as job
 from jobs.dataset import schema
 from jobs.experiments import ablation
 from jobs.experiments.paths import PREDICTIONS, RESULT, SETTINGS
@@ -47,7 +46,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
     def make_split(request: TrainRequest, *_: Any) -> pa.Table:
         return pa.Table.from_pylist([], schema=examples.SPLIT)
 
-    monkeypatch.setattr(job, "train", train)
+    monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr("jobs.experiments.inputs._make_split", make_split)
     return asked
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from jobs.experiments import basis, inputs
-from jobs.experiments.inputs import Facts
+from jobs.experiments.experiment import Experiment
 from jobs.experiments.request import TrainRequest
-from jobs.pipeline.models import Models
-from jobs.runs import products
+from jobs.storage.uris import Uri
 from jobs.training.examples import SPLIT, Examples
 from nsnet.errors import ConfigError, NullSpaceError, SourceError
 from tests.support.models import one_line
@@ -29,15 +28,13 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainRequest:
     def look(*_: object) -> None:
         raise LookedAt
 
-    monkeypatch.setattr(inputs, "find_out", look)
+    monkeypatch.setattr(inputs, "publish_facts", look)
     files = {f"{g}/{name}/{i}.png": picture_file(i) for g in "ab" for name in ("0_real", "1_fake") for i in range(3)}
-    return TrainRequest(source=put(str(tmp_path / "pictures"), files), out=str(tmp_path / "out")).absolute()
+    return TrainRequest(source=put(str(tmp_path / "pictures"), files), out=Uri(str(tmp_path / "out")))
 
 
 def prepare(request: TrainRequest) -> Any:
-    recipe, models = request.resolved(), Models()
-    facts = inputs.where(request, recipe, models)
-    return inputs.examples_of(request, recipe, facts, request.identity(recipe))
+    return inputs.examples_of(Experiment.resolve(request))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +77,8 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     request = replace(request_, variant="rank-k:8")
     table = SPLIT.empty_table()
     found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
-    facts = Facts(place="/captions", product=products.CAPTIONS, maker="m")
     with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
-        basis.fit_projection(request, request.resolved(), facts, found)
+        basis.fit_projection(Experiment.resolve(request), found)
 
 
 def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:

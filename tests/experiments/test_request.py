@@ -12,6 +12,7 @@ from jobs.console.parameters import WorkersType
 from jobs.experiments.paths import SETTINGS
 from jobs.experiments.request import TrainRequest
 from jobs.storage import uris, writing
+from jobs.storage.uris import Uri
 from nsnet import recipes
 from nsnet.errors import ConfigError, StorageError, UsageError
 from nsnet.images import DecodeLimits
@@ -86,21 +87,13 @@ def test_stored_split_leaves_no_generator_out() -> None:
         replace(REQUEST, split="/split.parquet", leave_out="ADM")
 
 
-def test_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    found = TrainRequest(source="a", out="b", captions="c", split="d", clip_weights="weights").absolute()
-    assert [found.source, found.out, found.captions, found.split, found.clip_weights] == [
-        str(tmp_path / name) for name in ("a", "b", "c", "d", "weights")
-    ]
-    assert found.work == f"{tmp_path}/b.training"
-    in_bucket = TrainRequest(source="s3://a", out="s3://b/c").absolute()
-    assert (in_bucket.source, in_bucket.out, in_bucket.captions) == ("s3://a", "s3://b/c", None)
+def test_place_of_a_training_lies_beside_its_bundle() -> None:
+    assert TrainRequest(source="s3://a", out=Uri("s3://b/c/")).work == "s3://b/c.training"
 
 
 def test_whole_bucket_is_no_place_for_a_detector() -> None:
     with pytest.raises(UsageError, match="whole bucket; name a place in it"):
-        TrainRequest(source="s3://a", out="s3://b").absolute()
+        TrainRequest(source="s3://a", out="s3://b")
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -135,7 +128,7 @@ def test_machines_may_change_between_the_parts_of_a_training() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000])
 def test_damaged_settings_are_named_with_what_to_do(content: bytes, tmp_path: Path) -> None:
-    request = TrainRequest(source="s", out=str(tmp_path / "out")).absolute()
+    request = TrainRequest(source="s", out=str(tmp_path / "out"))
     put(request.work, {"settings.json": content})
     with pytest.raises(StorageError, match=f"^{request.work}/settings.json is damaged .*choose another --out"):
         request.belongs_to({})

@@ -733,7 +733,7 @@ def test_sgi_image_of_runs_has_the_samples_that_they_stand_for(bits: int) -> Non
 
 
 def test_formats_of_the_table_in_the_docs_are_those_that_are_decoded() -> None:
-    table = (Path(__file__).parents[2] / "docs/images.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs/reference/images.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert {name for row in rows for name in row.split(", ") if name in FORMATS} == set(FORMATS)
 

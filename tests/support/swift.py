@@ -108,7 +108,7 @@ os.execv(command[0], command)
 
 
 def ensure_environment(repo_root: Path) -> Path:
-    """Make `.venv-swift` in repo_root as `tests/support/swift-requirements.lock` says, unless it is there; return its path."""
+    """Make `.venv-swift` in repo_root as `swift-requirements.lock` says, unless it is there; return its path."""
     environment = repo_root / ".venv-swift"
     stamp = environment / "lock.sha256"
     uv = str(repo_root / ".venv" / "bin" / "uv")

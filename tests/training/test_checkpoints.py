@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.training import checkpoints
 from jobs.training.checkpoints import CheckpointError, Progress
-from jobs.training.worker import quality
+from jobs.training.validation import quality
 from nsnet.detector import Detector
 from nsnet.network import Network
 from nsnet.training import TrainingConfig, build_optimizer, training_step

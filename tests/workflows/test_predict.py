@@ -167,8 +167,8 @@ def test_detector_and_pictures_may_lie_in_a_bucket(
 
 def test_program_judges_without_ray(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
     code = (
-        "import sys, jobs.predict\nfrom jobs import console\ntry:\n"
-        "    console.run(jobs.predict.command, 'nsnet predict')\nexcept SystemExit as end:\n"
+        "import sys, jobs.predict\nfrom jobs.console import main\ntry:\n"
+        "    main.run(jobs.predict.command, 'nsnet predict')\nexcept SystemExit as end:\n"
         "    print(end.code, 'ray' in sys.modules, 'torch' in sys.modules)"
     )
     arguments = [f"{folder}/a.png", f"{folder}/text.png", "--json", "--device", "cpu", "--detector", bundle]

@@ -1,0 +1,53 @@
+"""What arrived for a step, as the tensors of a batch.
+
+Dimensions: n examples, B images of this process in a step, D embedding.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from jobs.training.examples import Examples
+from jobs.training.ingest import Arrival
+from jobs.training.order import Indices
+from nsnet.training import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Makes batches on a device."""
+
+    examples: Examples
+    captions: str
+    """`TrainingConfig.captions`: whose caption an image gets."""
+    seed: int
+    device: torch.device
+
+    def of(self, arrival: Arrival) -> Batch:
+        """The batch of one step's images."""
+        rows, device = arrival.rows, self.device
+        features = self._text_features(rows)
+        return Batch(
+            mosaics=torch.from_numpy(arrival.mosaics).to(device, non_blocking=True),
+            text_features=torch.from_numpy(features).to(device) if features is not None else None,
+            labels=torch.from_numpy(self.examples.labels[rows]).to(device),
+            valid=torch.from_numpy(arrival.valid).to(device),
+        )
+
+    def _text_features(self, rows: Indices) -> npt.NDArray[np.float32] | None:
+        """Caption features (B, D) of some images, or what an ablation gives them instead."""
+        features = self.examples.text_features
+        if features is None:
+            return None
+        if self.captions == "constant":
+            rows = np.zeros_like(rows)
+        elif self.captions == "shuffled":
+            rows = self._shuffled[rows]
+        return np.ascontiguousarray(features[rows])
+
+    @cached_property
+    def _shuffled(self) -> Indices:
+        return np.random.default_rng([self.seed, 1]).permutation(self.examples.table.num_rows)

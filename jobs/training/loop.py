@@ -1,0 +1,208 @@
+"""The loop of a training process: steps, epochs, checkpoints, and at the end the test.
+
+Dimensions: B images of this process in a step.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointUploadMode
+from torch import Tensor, nn
+
+from jobs.storage import uris, writing
+from jobs.training import checkpoints
+from jobs.training.batches import Batches
+from jobs.training.checkpoints import LOGITS, ROWS, Progress
+from jobs.training.collectives import mean_over_processes
+from jobs.training.config import WorkerConfig
+from jobs.training.examples import Examples
+from jobs.training.ingest import Arrival, Ingest
+from jobs.training.order import Order
+from jobs.training.reporting import LOGGED, Reporter
+from jobs.training.validation import CannotGoOn, Validation, quality, scores
+from nsnet.losses import Gather, LossConfig, Losses
+from nsnet.network import Network
+from nsnet.training import TrainingConfig, set_learning_rate, training_step
+
+FINISHED: Final = "finished"
+"""Key of what is reported with the last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """One process's part of a training, from where its progress is."""
+
+    config: WorkerConfig
+    training: TrainingConfig
+    loss: LossConfig
+    network: Network
+    model: nn.Module
+    """The network as Ray Train prepared it: DDP where there are several processes."""
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    examples: Examples
+    ingest: Ingest
+    gather: Gather
+    device: torch.device
+
+    def run(self) -> str | None:
+        """Train to the end, or to where it cannot go on; returns why it cannot, None at the end."""
+        reporter = self._reporter
+        try:
+            self._train()
+            self._test()
+        except CannotGoOn as reason:
+            return str(reason)
+        finally:
+            reporter.close()
+        return None
+
+    @cached_property
+    def _reporter(self) -> Reporter:
+        return Reporter(self.config, self.progress, self.training.epochs, active=self.gather.rank == 0)
+
+    @cached_property
+    def _order(self) -> Order:
+        return self._order_of("train", shuffled=True)
+
+    @cached_property
+    def _batches(self) -> Batches:
+        return Batches(
+            examples=self.examples, captions=self.training.captions, seed=self.config.seed, device=self.device
+        )
+
+    @cached_property
+    def _validation(self) -> Validation:
+        return Validation(
+            network=self.network,
+            ingest=self.ingest,
+            batches=self._batches,
+            order=self._order_of,
+            gather=self.gather,
+            failed_share=self.config.failed_share,
+        )
+
+    def _order_of(self, split: str, *, shuffled: bool = False) -> Order:
+        return Order(
+            rows=self.examples.rows(split), batch_size=self.training.batch_size, seed=self.config.seed,
+            rank=self.gather.rank, world_size=self.gather.world_size, shuffled=shuffled,
+        )  # fmt: skip
+
+    def _train(self) -> None:
+        progress, steps = self.progress, self._order.steps_per_epoch
+        last = steps * self.training.epochs
+        if progress.ended:
+            return
+        self._reporter.count(progress.step * self.training.batch_size)
+        for step, arrival in enumerate(self.ingest.stream(self._order, progress.step, last), start=progress.step):
+            self._step(step, last, arrival)
+            if progress.step % steps == 0:
+                self._end_epoch()
+                self._checkpoint(progress.history[-1])
+                if progress.ended:
+                    return
+            elif self.training.checkpoint_steps and progress.step % self.training.checkpoint_steps == 0:
+                self._checkpoint({"step": progress.step})
+
+    def _step(self, step: int, last: int, arrival: Arrival) -> None:
+        self.model.train()
+        set_learning_rate(self.optimizer, self.training, step, last)
+        losses, energy = training_step(
+            self.model, self._batches.of(arrival), self.optimizer, self.loss, self.training, self.gather,
+            seed=self.config.seed * 1_000_003 + step,
+        )  # fmt: skip
+        values = self._over_all(losses, energy, arrival)
+        if not np.isfinite(values).all():
+            self._diverged(step)
+        progress, is_first = self.progress, step % self._order.steps_per_epoch == 0
+        progress.sums = values.tolist() if is_first else (np.array(progress.sums) + values).tolist()
+        self._check_failures(step, arrival, is_first)
+        progress.step = step + 1
+        self._reporter.count(len(self._order.whole(step)))
+        groups = self.optimizer.param_groups
+        rates = {"lr/backbone": float(groups[0]["lr"]), "lr/heads": float(groups[-1]["lr"])}
+        self._reporter.step(dict(zip(LOGGED, values.tolist(), strict=True)) | rates)
+
+    def _over_all(self, losses: Losses, energy: Tensor, arrival: Arrival) -> npt.NDArray[np.float64]:
+        """The step's losses and mean residual energy over all processes (`LOGGED`)."""
+        counted = torch.tensor(float(arrival.valid.sum()), device=self.device)
+        own = torch.stack([*(value.double() for value in losses), energy.double(), counted.double()])
+        values = mean_over_processes(own).cpu().numpy()
+        return np.append(values[:-2], values[-2] / max(values[-1], 1e-12))
+
+    def _diverged(self, step: int) -> None:
+        """Save which images the step had, and stop."""
+        uri = uris.join(self.config.work, "diverged.json")
+        epoch = self._order.epoch(step) + 1
+        if self.gather.rank == 0:
+            names = self.examples.names(self._order.whole(step))
+            writing.write_json(uri, {"epoch": epoch, "step": step + 1, "pictures": names})
+        raise CannotGoOn(
+            f"the loss is not finite in step {step + 1} (epoch {epoch}); its images are named in {uri}: look at them, "
+            "or lower the learning rates"
+        )
+
+    def _check_failures(self, step: int, arrival: Arrival, is_first: bool) -> None:
+        """Count the images of the epoch that could not be had; list them; stop where there are too many."""
+        if is_first:
+            self.progress.failed = 0
+        failed = torch.tensor([float(len(arrival.failed))], dtype=torch.float64, device=self.device)
+        self.progress.failed += round(float(mean_over_processes(failed)) * self.gather.world_size)
+        folder = uris.join(self.config.work, "failed")
+        if arrival.failed:
+            name = f"step-{step + 1:08d}-{self.gather.rank:04d}.json"
+            writing.write_json(uris.join(folder, name), arrival.failed)
+        count = len(self._order.rows)
+        if self.progress.failed > self.config.failed_share * count:
+            raise CannotGoOn(
+                f"{self.progress.failed} of {count} training images could not be had any more, more than "
+                f"{self.config.failed_share:.0%} (--max-failed): they are listed in {folder}; does the split still "
+                "match its source?"
+            )
+
+    def _end_epoch(self) -> None:
+        """Judge the validation images, and keep the weights if no epoch was better."""
+        progress, steps = self.progress, self._order.steps_per_epoch
+        rows, logits = self._validation.judge("val")
+        means = np.array(progress.sums) / steps
+        record: dict[str, Any] = {
+            "epoch": progress.step // steps,
+            **{name: float(value) for name, value in zip(LOGGED, means, strict=True)},
+            **scores(self.examples.labels[rows], logits),
+            "failed": progress.failed,
+        }
+        progress.history.append(record)
+        if max(progress.history, key=quality) is record:
+            progress.best_epoch = int(record["epoch"])
+            progress.best = checkpoints.trained_weights(self.network)
+            progress.validation = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
+        stale = int(record["epoch"]) - progress.best_epoch
+        progress.ended = progress.step == steps * self.training.epochs or 0 < self.training.patience <= stale
+        self._reporter.epoch(record)
+
+    def _test(self) -> None:
+        """Judge the test images by the weights of the best epoch; the last checkpoint holds what came out."""
+        checkpoints.load_weights(self.network, self.progress.best)
+        if not self.progress.test and len(self.examples.rows("test")):
+            rows, logits = self._validation.judge("test")
+            self.progress.test = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
+        self._checkpoint({FINISHED: True})
+
+    def _checkpoint(self, metrics: dict[str, Any]) -> None:
+        """Report to Ray Train; the first process hands over the state, which is uploaded while training goes on."""
+        if self.gather.rank != 0:
+            ray.train.report(metrics)
+            return
+        self._reporter.flush()
+        folder = checkpoints.save(self.network, self.optimizer, self.progress, self.config.digest)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )

@@ -1,0 +1,81 @@
+"""What the first process of a training shows: progress and epochs to the driver, scalars to TensorBoard and MLflow."""
+
+import time
+from typing import Any, Final
+
+import ray
+
+from jobs.storage import uris
+from jobs.training.checkpoints import Progress
+from jobs.training.config import WorkerConfig
+from jobs.training.tracking import Records
+
+LOGGED: Final = ("loss", "contrastive", "bce", "alignment", "residual_energy")
+"""What is known of a step, in this order."""
+COLLAPSED: Final = 0.05
+"""Mean residual energy ‖ũ‖/‖u‖ below which the projection has removed nearly everything."""
+UPDATE_SECONDS: Final = 1.0
+"""Least time between two updates of the progress line."""
+
+
+class Reporter:
+    """Reports of one training, from its first process; on the others every call does nothing."""
+
+    def __init__(self, config: WorkerConfig, progress: Progress, epochs: int, *, active: bool) -> None:
+        self._progress, self._epochs = progress, epochs
+        self._board = config.board if active else None
+        self._updated_at, self._uncounted = 0.0, 0
+        self._records: Records | None = None
+        if active:
+            settings = {"source": config.source, "seed": config.seed, **config.training, **config.detector}
+            self._records = Records(
+                uris.join(config.work, "tensorboard"),
+                first_step=progress.step,
+                settings=settings,
+                mlflow_run=progress.mlflow_run,
+            )
+            progress.mlflow_run = self._records.mlflow_run
+
+    def count(self, images: int) -> None:
+        """Count images that were trained on."""
+        self._uncounted += images
+        if self._board is not None and time.monotonic() > self._updated_at + UPDATE_SECONDS:
+            ray.get_actor(self._board).add.remote({"trained": self._uncounted})
+            self._updated_at, self._uncounted = time.monotonic(), 0
+
+    def step(self, values: dict[str, float]) -> None:
+        """The values of the step that the progress is at (`LOGGED`, and learning rates)."""
+        if self._records is not None:
+            self._records.step(self._progress.step, values)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """The record of an epoch that ended."""
+        if self._board is not None:
+            ray.get(ray.get_actor(self._board).log.remote(self._text(record)))
+        if self._records is not None:
+            values = {name: float(record[name]) for name in ("val_ap", "val_bce") if record[name] is not None}
+            means = {f"epoch/{name}": float(record[name]) for name in LOGGED}
+            self._records.epoch(self._progress.step, values | means)
+
+    def flush(self) -> None:
+        """Copy what is written to storage."""
+        if self._records is not None:
+            self._records.flush()
+
+    def close(self) -> None:
+        """Write all, and end."""
+        if self._records is not None:
+            self._records.close()
+
+    def _text(self, record: dict[str, Any]) -> str:
+        ap = "undefined" if record["val_ap"] is None else f"{record['val_ap']:.4f}"
+        line = (
+            f"train: epoch {record['epoch']}/{self._epochs}, loss {record['loss']:.4f} (contrastive "
+            f"{record['contrastive']:.3f}, bce {record['bce']:.3f}, alignment {record['alignment']:.3f}), residual "
+            f"energy {record['residual_energy']:.2f}, validation AP {ap}"
+        )
+        if record["failed"]:
+            line += f", {record['failed']} images failed"
+        if record["residual_energy"] < COLLAPSED:
+            line += f"\nwarning: the projection leaves {record['residual_energy']:.1%} of the image feature"
+        return line

@@ -1,0 +1,95 @@
+"""Predicting: verdicts on single images, in this process, without Ray."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.console import output
+from jobs.storage import errors, listing, probes, reading, uris
+from jobs.storage.uris import Uri
+from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
+from nsnet.images import DecodeLimits
+from nsnet.preparation import Prepared
+
+
+def predict(
+    images: Sequence[str],
+    *,
+    detector: Uri,
+    device: str | None = None,
+    clip_weights: Uri | None = None,
+    captioner: Uri | None = None,
+    limits: DecodeLimits | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The fields of `nsnet.detector.Verdict` of each image, with `image` and `detector_id`, as each is judged.
+
+    `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. An image that cannot be read
+    or decoded is a failed verdict.
+    """
+    import torch
+
+    from jobs.pipeline.decoding import GuardedDecoder
+    from jobs.pipeline.models import Models
+    from nsnet.detector import Detector
+
+    limits = limits or DecodeLimits()
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
+    probes.reachable(detector)
+    models = Models(
+        detector=detector, clip_weights=clip_weights, captioner=captioner, device=device or ("cuda" if gpu else "cpu")
+    )
+    loaded = Detector.load(
+        models.bundle_folder(),
+        device=models.device,
+        clip_weights=models.clip_path(),
+        captioner=Path(captioner) if captioner else None,
+    )
+    if loaded.description and loaded.description.note:
+        output.say(loaded.description.note)
+    decoder = GuardedDecoder(loaded.preparation(limits))
+    try:
+        for image in images:
+            try:
+                prepared: Prepared | ImageError = decoder.prepare(_read(image, limits.max_bytes))
+            except ImageError as error:
+                prepared = error
+            verdict = loaded.predict_prepared([prepared])[0]
+            yield {"image": image, **dataclasses.asdict(verdict), "detector_id": loaded.detector_id}
+    finally:
+        decoder.close()
+
+
+def _read(image: str, max_bytes: int) -> bytes:
+    uri = uris.located(image)
+    try:
+        size = listing.describe(uri).size_bytes
+        if size > max_bytes:
+            raise ImageTooLargeError(f"{size:,} bytes, the limit is {max_bytes:,} (--max-bytes)")
+        return reading.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise FetchError(f"there is no file {image}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # the per-picture boundary: stores raise many kinds
+        raise FetchError(f"{image}: {errors.reason(error)}") from error
+
+
+def as_text(values: dict[str, Any]) -> str:
+    """A verdict for people; what comes from the file is shown without control characters."""
+    values = {key: output.printable(value) if isinstance(value, str) else value for key, value in values.items()}
+    name = values["image"]
+    if values["status"] == "failed":
+        return f"{name}: not judged: {values['error_class']}: {values['error_message']}"
+    text = (
+        f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
+        f"  {values['width']} × {values['height']} px {values['format']}"
+    )
+    if values["caption"] is not None:
+        text += (
+            f"; caption whose meaning was removed: “{values['caption']}”, {values['residual_energy']:.0%} of the image "
+            "feature was left to judge by"
+        )
+    return text
