@@ -37,7 +37,7 @@ class Baseline(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def nodes(s3_environment: SwiftServer) -> Iterator[Nodes]:
+def nodes(s3_environment: SwiftServer, forked_workers: None) -> Iterator[Nodes]:
     nodes = Nodes()
     yield nodes
     nodes.stop()

@@ -15,6 +15,8 @@ ADDRESS: Final = "NSNET_TESTS_PRELOADED"
 """Variable with the path of the socket of the process that forks."""
 RAYS_OWN: Final = "NSNET_TESTS_SETUP_WORKER"
 """Variable with the path of Ray's own script."""
+NAME: Final = "fork "
+"""What the name of a launcher begins with; the process id of its fork follows."""
 CONTEXT: Final = "--serialized-runtime-env-context="
 LANGUAGE: Final = "--language="
 
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> None:
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
         pid = int(server.recv(64))
         with open("/proc/self/comm", "w") as name:
-            name.write(f"fork {pid}")
+            name.write(f"{NAME}{pid}")
         status = int(server.recv(64) or b"1")
     if status < 0:
         os.kill(os.getpid(), -status)

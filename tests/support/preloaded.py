@@ -1,6 +1,7 @@
 """Ray workers that fork from a process which has imported already: their start costs no ten seconds of imports.
 
 `preloaded()` starts that process, and lets the clusters of this process start their workers through `launch.py`.
+`COMMAND` runs a module in a process of its own whose cluster does so too.
 """
 
 import gc
@@ -21,11 +22,15 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import pytest
 
-from tests.support.launch import ADDRESS, RAYS_OWN
+from tests.support.launch import ADDRESS, NAME, RAYS_OWN
 
+LAUNCHER: Final = str(Path(__file__).with_name("launch.py"))
 REPO_ROOT: Final = Path(__file__).parents[2]
+COMMAND: Final = (sys.executable, "-m", "tests.support.driver")
+"""To be followed by a module and its arguments, in place of `python -m`."""
 MAX_REQUEST_BYTES: Final = 1 << 18
 MODULES: Final = (
     "aiohttp", "botocore.session", "duckdb", "google.protobuf.json_format", "jsonschema", "msgpack", "nsnet.captions",
@@ -46,8 +51,7 @@ def preloaded() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="nsnet-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADDRESS, f"{folder}/socket")
         patch.setenv(RAYS_OWN, str(Path(ray.__file__).parent / "_private/workers/setup_worker.py"))
-        launcher = str(Path(__file__).with_name("launch.py"))
-        patch.setattr(RayParams, "__init__", partialmethod(RayParams.__init__, setup_worker_path=launcher))
+        patch.setattr(RayParams, "__init__", partialmethod(RayParams.__init__, setup_worker_path=LAUNCHER))
         with subprocess.Popen(
             [sys.executable, "-m", "tests.support.preloaded", f"{folder}/socket"],
             cwd=REPO_ROOT,
@@ -61,6 +65,18 @@ def preloaded() -> Iterator[None]:
                 yield
             finally:
                 server.stdin.close()
+
+
+def processes_below(pid: int) -> list[psutil.Process]:
+    """All processes below one, with the forks of its launchers."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            found.append(child)
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith(NAME):
+                    found.append(psutil.Process(int(child.name().removeprefix(NAME))))
+    return found
 
 
 def serve(address: str) -> dict[str, Any]:
