@@ -16,6 +16,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # no token is left behind on the machine, and none is looked for
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_V2_ENABLED="1",
+    RAY_worker_niceness="0",  # not 15: beside other tests its workers would wait until those have ended
     HF_HUB_OFFLINE="1",
 )
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
@@ -45,6 +46,13 @@ RAYS_WARNINGS = (  # it leaves sockets and files to the garbage collector, and w
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
     "ignore::pytest.PytestUnraisableExceptionWarning",
 )  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m cluster`, leave out files that do not name it: their imports take half a minute."""
+    if config.option.markexpr != "cluster" or not collection_path.match("test_*.py"):
+        return None
+    return "cluster" not in collection_path.read_text(encoding="utf-8") or None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
