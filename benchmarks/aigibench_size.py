@@ -1,4 +1,4 @@
-"""AIGIBench's size: 144,000 pictures through the whole pipeline with `tiny`, on one machine.
+"""AIGIBench's size: 144,000 images through the whole pipeline with `tiny`, on one machine.
 
     python -m benchmarks.aigibench_size --work /tmp/aigibench
 
@@ -41,10 +41,10 @@ def main() -> None:
             "| | |",
             "|---|---|",
             f"| rows published | {record['rows']:,}, failed {record['counts']['status'].get('failed', 0)} |",
-            f"| seconds in all, until the first picture | {record['seconds']:.0f}, {first.seconds:.0f} |",
+            f"| seconds in all, until the first image | {record['seconds']:.0f}, {first.seconds:.0f} |",
             f"| images/s: whole run, first tenth, last tenth | {speed_all:.1f}, {speed_first:.1f}, {speed_last:.1f} |",
             f"| last tenth / first tenth | {speed_last / speed_first:.3f} |",
-            f"| driver at {early.scored:,} pictures | {early.driver_bytes / 2**20:.0f} MiB |",
+            f"| driver at {early.scored:,} images | {early.driver_bytes / 2**20:.0f} MiB |",
             f"| driver at the end | {end.driver_bytes / 2**20:.0f} MiB |",
             f"| driver's most, plan and publication included | {watched.driver_peak_bytes / 2**20:.0f} MiB |",
             f"| end / a tenth | {end.driver_bytes / early.driver_bytes:.3f} |",

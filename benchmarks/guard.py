@@ -1,8 +1,8 @@
-"""What the guard costs: pictures prepared in child processes that may crash, against the same without them.
+"""What the guard costs: images prepared in child processes that may crash, against the same without them.
 
     python -m benchmarks.guard --work /tmp/guard
 
-All do the same pictures in turn, round by round: processes as they are, processes that keep their memory as the guard's
+All do the same images in turn, round by round: processes as they are, processes that keep their memory as the guard's
 children do, and the guard. Twice as many processes as cores, as where Ray's tasks decode: what counts is the work, not
 that a process waits for its child. With the captioner's side of `tiny` and of BLIP.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     paths = measure.write_jpegs(Path(options.work) / "distinct", options.count)
     lines = [
         f"{options.count} JPEGs, long sides {measure.SIDES_PX} px, {WORKERS} processes, {options.rounds} rounds of all "
-        "in turn after one that is not counted. Pictures a second (medians), and the guard's time over the other's.",
+        "in turn after one that is not counted. Images a second (medians), and the guard's time over the other's.",
         "",
         "| thumbnail | plain | keeps its memory | guard | over plain: min, median, max | over what keeps its memory |",
         "|---|---|---|---|---|---|",
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def seconds(pool: Pool, way: Any, paths: Sequence[Path], side: int) -> float:
-    """Seconds that the processes of a pool take for all pictures, one each at a time."""
+    """Seconds that the processes of a pool take for all images, one each at a time."""
     started = time.perf_counter()
     for _ in pool.imap_unordered(way, [(path, side) for path in paths], chunksize=8):
         pass
@@ -66,13 +66,13 @@ def seconds(pool: Pool, way: Any, paths: Sequence[Path], side: int) -> float:
 
 
 def without_guard(task: tuple[Path, int]) -> None:
-    """Prepare a picture in this process."""
+    """Prepare an image in this process."""
     path, side = task
     prepare(path.read_bytes(), PreparationConfig(thumbnail_px=side))
 
 
 def with_guard(task: tuple[Path, int]) -> None:
-    """Prepare a picture in this process's guarded child."""
+    """Prepare an image in this process's guarded child."""
     path, side = task
     _guard(side).prepare(path.read_bytes())
 

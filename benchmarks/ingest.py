@@ -1,10 +1,10 @@
-"""AIGIBench's size, the input side of training: one epoch over 144,000 pictures as a training process is given them.
+"""AIGIBench's size, the input side of training: one epoch over 144,000 images as a training process is given them.
 
     python -m benchmarks.ingest --work /tmp/ingest
 
 Draws a few thousand JPEGs of mixed sizes, links them 144,000 times, and goes through one epoch of shuffled, augmented
 batches for `tiny`, without a network behind it: what is timed is fetching, decoding, augmenting, choosing patches, and
-the way to the training process. Beside it, in the same run, two plain processes that do the same work on pictures of
+the way to the training process. Beside it, in the same run, two plain processes that do the same work on images of
 the same sizes, without Ray.
 """
 
@@ -19,9 +19,10 @@ import pyarrow as pa
 
 from benchmarks import measure
 from jobs.cluster import resources
+from jobs.dataset.schema import SPLIT
 from jobs.dataset.source import Source
 from jobs.pipeline.preparing import transform_seed
-from jobs.training.examples import SPLIT, Examples
+from jobs.training.examples import Examples
 from jobs.training.ingest import Ingest
 from jobs.training.order import Order, image_seed
 from nsnet import recipes, transforms
@@ -35,7 +36,7 @@ CONFIG = PreparationConfig(patches=recipes.TINY.detector.patches)
 
 
 def split_of(source: Path) -> Examples:
-    """All pictures, for training."""
+    """All images, for training."""
     rows = [
         {**dict.fromkeys(SPLIT.names), **row, "label": i % 2, "split": "train", "group": i}
         for i, row in enumerate(Source(str(source)).rows())
@@ -44,7 +45,7 @@ def split_of(source: Path) -> Examples:
 
 
 def plain(paths: list[str]) -> int:
-    """The same work on some pictures in this process."""
+    """The same work on some images in this process."""
     for path in paths:
         seed = image_seed(0, 0, path)
         chain = transforms.to_text(transforms.draw(AUGMENTATION, seed))
@@ -53,9 +54,9 @@ def plain(paths: list[str]) -> int:
     return len(paths)
 
 
-def plain_speed(pictures: list[Path], processes: int) -> float:
-    """Pictures a second by plain processes."""
-    chunks = [[str(path) for path in pictures[i::8]] for i in range(8)]
+def plain_speed(images: list[Path], processes: int) -> float:
+    """Images a second by plain processes."""
+    chunks = [[str(path) for path in images[i::8]] for i in range(8)]
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(plain, [chunk[:8] for chunk in chunks]))  # imports
         started = time.monotonic()
@@ -74,11 +75,11 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=144_000)
     arguments.add_argument("--distinct", type=int, default=3_000)
     options = arguments.parse_args()
-    pictures = measure.write_jpegs(options.work / "distinct", options.distinct)
+    images = measure.write_jpegs(options.work / "distinct", options.distinct)
     source = options.work / f"pictures-{options.count}"
-    measure.link(pictures, source, options.count)
+    measure.link(images, source, options.count)
     cores = os.cpu_count() or 1
-    before = plain_speed(pictures, cores)
+    before = plain_speed(images, cores)
     examples = split_of(source)
     resources.connect("local")
     order = Order(rows=np.arange(options.count), batch_size=BATCH, seed=0, rank=0, world_size=1)
@@ -95,8 +96,8 @@ def main() -> None:
         if step % 50 == 0 or count + failed == options.count:
             memory = driver.memory_info().rss
             marks.append((time.monotonic() - started, count, memory, measure.own_memory(driver.pid)))
-            print(f"{count:,} pictures, {count / marks[-1][0]:.1f} images/s, {memory / 2**20:.0f} MiB", flush=True)
-    after = plain_speed(pictures, cores)
+            print(f"{count:,} images, {count / marks[-1][0]:.1f} images/s, {memory / 2**20:.0f} MiB", flush=True)
+    after = plain_speed(images, cores)
 
     def at(share: float) -> tuple[float, int, int, int]:
         return next(mark for mark in marks if mark[1] >= share * count)
@@ -115,7 +116,7 @@ def main() -> None:
             "",
             "| | |",
             "|---|---|",
-            f"| pictures that came, that failed | {count:,}, {failed} |",
+            f"| images that came, that failed | {count:,}, {failed} |",
             f"| seconds until the first batch | {marks[0][0]:.0f} |",
             f"| images/s from there: whole epoch, first tenth, last tenth | {whole:.1f}, {speed(0.0, 0.1):.1f}, "
             f"{speed(0.9, 1.0):.1f} |",

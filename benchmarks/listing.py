@@ -1,4 +1,4 @@
-"""Listing and planning: time and memory of what comes before the first picture.
+"""Listing and planning: time and memory of what comes before the first image.
 
     python -m benchmarks.listing --work /tmp/listing
 
@@ -102,7 +102,7 @@ def against_history(work: Path, published: int) -> str:
 
 
 def _publish(out: Path, rows: int) -> None:
-    """A published run of so many rows, without their pictures."""
+    """A published run of so many rows, without their images."""
     from jobs.dataset.manifest import image_id
 
     run = publication.Run(out=str(out))

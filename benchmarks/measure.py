@@ -1,4 +1,4 @@
-"""What the benchmarks share: pictures, `nsnet score` watched from outside, and result files."""
+"""What the benchmarks share: images, `nsnet score` watched from outside, and result files."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from PIL import Image
 
 ROOT: Final = Path(__file__).parents[1]
 SIDES_PX: Final = (224, 256, 320, 384, 512, 640, 768, 1024)
-"""Sides of the generated pictures, all equally often; the other side is 3/4 of it."""
+"""Sides of the generated images, all equally often; the other side is 3/4 of it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def hardware() -> str:
 
 
 def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Smooth random pictures with noise, of mixed sizes, as JPEG of quality 90."""
+    """Smooth random images with noise, of mixed sizes, as JPEG of quality 90."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:06d}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
@@ -53,22 +53,22 @@ def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
         dice = np.random.default_rng([seed, i])
         side = SIDES_PX[i % len(SIDES_PX)]
         small = dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+        image = Image.fromarray(small).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
         noise = dice.normal(0.0, 12.0, (side * 3 // 4, side, 1))
-        pixels = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(path, quality=90)
     return paths
 
 
-def link(pictures: Sequence[Path], folder: Path, count: int) -> None:
-    """`count` hard links to the pictures, a thousand in a folder."""
+def link(images: Sequence[Path], folder: Path, count: int) -> None:
+    """`count` hard links to the images, a thousand in a folder."""
     for i in range(count):
         place = folder / f"{i // 1000:04d}"
         if i % 1000 == 0:
             place.mkdir(parents=True, exist_ok=True)
         target = place / f"{i:06d}.jpg"
         if not target.exists():
-            os.link(pictures[i % len(pictures)], target)
+            os.link(images[i % len(images)], target)
 
 
 def tiny_bundle(folder: Path) -> Path:
@@ -90,7 +90,7 @@ class Watched:
     driver_peak_bytes: int
     """The most resident memory of the driver, looked at ten times a second from the plan to the record."""
     cpu_seconds: dict[str, tuple[float, float]]
-    """Kind of process -> CPU seconds until the first scored picture, and from there to the end."""
+    """Kind of process -> CPU seconds until the first scored image, and from there to the end."""
 
 
 def score(arguments: Sequence[str]) -> Watched:
@@ -164,7 +164,7 @@ def profile(watched: Watched) -> list[str]:
     total = sum(after for _, after in watched.cpu_seconds.values())
     rows = sorted(watched.cpu_seconds.items(), key=lambda item: -item[1][1])
     return [
-        "| process | CPU s until the first picture | CPU s from there | ms a picture | share |",
+        "| process | CPU s until the first image | CPU s from there | ms an image | share |",
         "|---|---|---|---|---|",
         *(
             f"| {kind} | {before:.0f} | {after:.0f} | {1000 * after / last.scored:.2f} | {after / total:.0%} |"
@@ -175,7 +175,7 @@ def profile(watched: Watched) -> list[str]:
 
 
 def at(samples: Sequence[Sample], scored: int) -> Sample:
-    """The first sample with so many scored pictures."""
+    """The first sample with so many scored images."""
     return next(sample for sample in samples if sample.scored >= scored)
 
 
@@ -228,7 +228,7 @@ def own_memory(pid: int) -> int:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options of all benchmarks."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--work", type=Path, required=True, help="Folder for pictures and output, on one disk.")
+    arguments.add_argument("--work", type=Path, required=True, help="Folder for images and output, on one disk.")
     arguments.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="Where results go.")
     return arguments
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.stream_efficiency --work /tmp/efficiency
 
-The pool's processes fetch, hash, decode, caption and score their half of the pictures in a loop, in batches of 32, with
+The pool's processes fetch, hash, decode, caption and score their half of the images in a loop, in batches of 32, with
 one thread each and no Ray; their clocks start when the models are loaded. They also time each stage, which gives the
-work of the stream: between its first scored picture and its end it did some preparing, captioning and scoring, which
+work of the stream: between its first scored image and its end it did some preparing, captioning and scoring, which
 would have taken the pool so many seconds. That, over the seconds that the stream took, is its efficiency, start-up
 apart. Pool and stream run one after the other, several rounds, in one command.
 """
@@ -62,7 +62,7 @@ def pool_worker(
 
 
 def pool(paths: Sequence[str], bundle: Path) -> tuple[float, dict[str, float]]:
-    """Seconds that two processes took for all pictures, and seconds per picture of each stage."""
+    """Seconds that two processes took for all images, and seconds per image of each stage."""
     context = multiprocessing.get_context("spawn")
     ready, done, go = context.Queue(), context.Queue(), context.Event()
     workers = [
@@ -115,7 +115,7 @@ def main() -> None:
             f"{options.count:,} JPEGs ({options.distinct:,} distinct, long sides {measure.SIDES_PX} px), `tiny`, "
             "nothing taken over; a plain pool of two processes before each stream.",
             "",
-            "| round | pool, images/s | ms a picture: prepare, caption, score | stream: first picture at, end at |"
+            "| round | pool, images/s | ms an image: prepare, caption, score | stream: first image at, end at |"
             " efficiency, start-up apart | with start-up |",
             "|---|---|---|---|---|---|",
             *(

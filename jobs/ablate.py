@@ -19,7 +19,7 @@ from nsnet.errors import ConfigError
 @click.option("--seeds", default="0", show_default=True, help="Seeds of weights and order, such as 0,1,2.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of the split, the same for all.")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
-@click.option("--epochs", type=int, default=None, help="Passes over the pictures; default: the recipe's.")
+@click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option(
@@ -34,8 +34,9 @@ from nsnet.errors import ConfigError
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
-    """Train variants of a recipe on SOURCE, test them on the same pictures, and print one table with intervals.
+    """Train variants of a recipe on SOURCE, test them on the same images, and print one table with intervals.
 
     What was finished is kept: the same command continues.
     """

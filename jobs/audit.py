@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from jobs.auditing.audit import COPIES, REPORT, RESULT, audit
+from jobs.auditing.audit import COPIES_FILE, REPORT_FILE, RESULT_FILE, audit
 from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
 from jobs.storage.uris import Uri
@@ -18,7 +18,7 @@ from nsnet.duplicates import DISTANCE
     "--out",
     type=parameters.URI,
     default=None,
-    help=f"Where facts, {RESULT}, {REPORT} and {COPIES} go; default: only print.",
+    help=f"Where facts, {RESULT_FILE}, {REPORT_FILE} and {COPIES_FILE} go; default: only print.",
 )
 @click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
@@ -27,11 +27,12 @@ from nsnet.duplicates import DISTANCE
 @parameters.max_left_out_option
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
     """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
     pixel and JPEG quality alone tell real from fake.
 
-    Pictures are looked at once: with --out, the next audit of the source looks at what is new or changed.
+    Images are looked at once: with --out, the next audit of the source looks at what is new or changed.
     """
     limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})

@@ -22,13 +22,14 @@ from jobs.storage.uris import Uri
 )
 @click.option(
     "--uncertain", type=parameters.ShareType(), default=None,
-    help="Share of pictures nearest to the threshold that are called uncertain; default: what the point says, or none.",
+    help="Share of images nearest to the threshold that are called uncertain; default: what the point says, or none.",
 )  # fmt: skip
 @click.option("--out", type=parameters.URI, required=True, help="Where the new bundle goes: a folder or s3:// URI.")
+@parameters.debug_option
 def command(detector: Uri, **options: Any) -> int:
     """Write DETECTOR again with temperature, threshold and band for another operating point, as a detector of its own.
 
-    Weights stay; test pictures are never looked at.
+    Weights stay; test images are never looked at.
     """
     calibrate(detector, **options)
     return 0

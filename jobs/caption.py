@@ -1,4 +1,4 @@
-"""`nsnet caption`: a source of pictures to captions and their text features, once for all trainings."""
+"""`nsnet caption`: a source of images to captions and their text features, once for all trainings."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,7 +15,7 @@ from jobs.workflows.caption import caption
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Where captions are published: a folder or s3:// URI.")
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
 @parameters.selection_options
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
 @parameters.max_failed_option
@@ -23,8 +23,9 @@ from jobs.workflows.caption import caption
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Caption the pictures of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
+    """Caption the images of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
     features by the frozen text tower, or the reason why there is none. The same command continues a run that was
     stopped.
 

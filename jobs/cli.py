@@ -9,15 +9,15 @@ from jobs.console.main import run
 
 COMMANDS: Final = {
     "audit": "Look for what would fool a detector in a labelled source.",
-    "caption": "Caption the pictures of a source, once for all trainings.",
-    "train": "Train a detector on labelled pictures.",
+    "caption": "Caption the images of a source, once for all trainings.",
+    "train": "Train a detector on labelled images.",
     "ablate": "Train variants of a recipe on one split, and compare them.",
     "calibrate": "Choose another operating point for a detector.",
     "import-head": "Make a detector of a published linear head.",
     "score": "Score what is new or changed in a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
-    "predict": "Judge single pictures, without a cluster.",
-    "demo": "Make pictures, train, score and evaluate, on this machine.",
+    "predict": "Judge single images, without a cluster.",
+    "demo": "Make images, train, score and evaluate, on this machine.",
 }
 
 

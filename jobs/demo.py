@@ -11,15 +11,16 @@ from jobs.storage.uris import Uri
 
 
 @click.command()
-@click.option("--out", type=parameters.URI, required=True, help="Folder for pictures, detector, verdicts and table.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of pictures, weights and order.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder for images, detector, verdicts and table.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of images, weights and order.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Training processes.")
 @parameters.address_option
+@parameters.debug_option
 def command(out: Uri, **options: Any) -> int:
-    """Make a labelled bucket, train `tiny` on it, score pictures that it has not seen, and evaluate.
+    """Make a labelled bucket, train `tiny` on it, score images that it has not seen, and evaluate.
 
     The fakes are drawn scenes passed through a small up-sampling decoder: they show that the whole way works, and say
-    nothing about pictures from today's generators.
+    nothing about images from today's generators.
     """
     demo(Path(out), **options)
     return 0

@@ -22,12 +22,12 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
     "--detector",
     type=parameters.URI,
     default=None,
-    help="Bundle that scores the pictures, when a labelled source is given.",
+    help="Bundle that scores the images, when a labelled source is given.",
 )
 @click.option("--detector-id", default=None, help="Only verdicts of this detector, where several have scored.")
 @click.option(
     "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|CHAIN,…]",
-    help="Score each picture under these transforms as well, such as jpeg:75,resize:0.5+jpeg:75.",
+    help="Score each image under these transforms as well, such as jpeg:75,resize:0.5+jpeg:75.",
 )  # fmt: skip
 @click.option(
     "--pair", "pairs", multiple=True, metavar="FAKE=REAL",
@@ -44,17 +44,18 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 @parameters.max_left_out_option
 @parameters.weights_options
 @parameters.address_option
+@parameters.debug_option
 def command(
     verdicts_or_source: Uri, out: Uri, pairs: tuple[str, ...], max_failed: float, max_left_out: int, **options: Any
 ) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 
-    Given a labelled source of pictures instead, with --detector, scores it first, below OUT; the same command
+    Given a labelled source of images instead, with --detector, scores it first, below OUT; the same command
     continues. Labels, generators and splits are then those that the source gives now. The predictions of a training
     (OUT.training/predictions.parquet) are verdicts as well.
     """
     result = evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
-    if result["source"] is None:  # whoever scored was told
+    if result["source"] is None:  # the command that scored has checked this
         return 0
     failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
     failed_code = main.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)

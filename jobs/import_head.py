@@ -21,11 +21,12 @@ from jobs.storage.uris import Uri
     default=None,
     help="Local path of the CLIP weights, instead of the hub's.",
 )
+@parameters.debug_option
 def command(head: Uri, **options: Any) -> int:
     """Make a detector of HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
     frozen CLIP image tower: a .safetensors file, or a .pth file, of which nothing but tensors is read.
 
-    It looks at the middle of a picture, as UniversalFakeDetect does, and calls it fake from a probability of 0.5 on.
+    It looks at the middle of an image, as UniversalFakeDetect does, and calls it fake from a probability of 0.5 on.
     """
     import_head(head, **options)
     return 0

@@ -11,14 +11,15 @@ from jobs.workflows.predict import as_text, predict
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per picture, on a line of its own.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, on a line of its own.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
 @parameters.weights_options
 @parameters.limit_options
+@parameters.debug_option
 def command(images: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Judge one or more pictures (paths or s3:// URIs), each with its reasons.
+    """Judge one or more images (paths or s3:// URIs), each with its reasons.
 
-    Exit code 3 when a picture could not be judged.
+    Exit code 3 when an image could not be judged.
     """
     failures = 0
     for values in predict(images, limits=parameters.limits_from(options), **options):

@@ -1,4 +1,4 @@
-"""`nsnet score`: a source of pictures to published verdicts, exactly once per version of a picture and detector."""
+"""`nsnet score`: a source of images to published verdicts, exactly once per version of an image and detector."""
 
 from dataclasses import fields
 from typing import Any
@@ -16,7 +16,7 @@ from jobs.workflows.score import score
 @click.argument("source", type=parameters.URI)
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--out", type=parameters.URI, required=True, help="Where verdicts are published: a folder or s3:// URI.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Pictures per model call.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
 @parameters.selection_options
 @click.option(
     "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
@@ -27,15 +27,16 @@ from jobs.workflows.score import score
     type=float,
     default=OUTAGE_SECONDS,
     show_default=True,
-    help="Stop, to be continued, when the store of the pictures does not answer for so long.",
+    help="Stop, to be continued, when the store of the images does not answer for so long.",
 )
 @parameters.max_failed_option
 @parameters.max_left_out_option
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Score the pictures of SOURCE that this detector has not judged yet: one published row each, a verdict or the
+    """Score the images of SOURCE that this detector has not judged yet: one published row each, a verdict or the
     reason why there is none. The same command continues a run that was stopped.
 
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a

@@ -1,4 +1,4 @@
-"""`nsnet train`: labelled pictures to a detector bundle."""
+"""`nsnet train`: labelled images to a detector bundle."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from jobs.storage.uris import Uri
 @click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
 @click.option("--variant", default="advanced", show_default=True, help="advanced, original[:RULE], linear, rank-k[:K].")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
-@click.option("--epochs", type=int, default=None, help="Passes over the pictures; default: the recipe's.")
+@click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, order and split.")
@@ -29,11 +29,11 @@ from jobs.storage.uris import Uri
     default=None,
     help="Where nsnet caption published; default: captions are made beside OUT.",
 )
-@click.option("--caption-missing", is_flag=True, help="Caption pictures that have no caption there, on the way.")
+@click.option("--caption-missing", is_flag=True, help="Caption images that have no caption there, on the way.")
 @click.option(
-    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same pictures."
+    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same images."
 )
-@click.option("--leave-out", default=None, metavar="GENERATOR", help="Keep this generator's pictures for the test.")
+@click.option("--leave-out", default=None, metavar="GENERATOR", help="Keep this generator's images for the test.")
 @click.option(
     "--operating-point",
     default="accuracy",
@@ -41,15 +41,16 @@ from jobs.storage.uris import Uri
     help="What the threshold is for: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
 )
 @click.option(
-    "--max-failed", type=parameters.ShareType(), default="5%", show_default=True, help="Share of unreadable pictures."
+    "--max-failed", type=parameters.ShareType(), default="5%", show_default=True, help="Share of unreadable images."
 )
 @parameters.max_left_out_option
 @parameters.column_option
 @parameters.weights_options
 @parameters.limit_options
 @parameters.address_option
+@parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Train a detector on the labelled pictures of SOURCE and write it as a bundle.
+    """Train a detector on the labelled images of SOURCE and write it as a bundle.
 
     Labels come from 0_real|1_fake, nature|ai or real|fake folders, or from a `label` column. `train`, `val` and `test`
     folders, or a `split` column, are kept; a pool without them is split by content. The same command continues after a

@@ -39,7 +39,7 @@ PATTERN: Final = re.compile(
     f"(, *uncertain=(?P<uncertain_share>{NUMBER}%?))?"
 )
 SYNTAX: Final = (
-    "give accuracy, fpr=1% or cost=10:1@0.01 (a false alarm costs 10, a miss 1, 0.01 of the pictures are fake), and "
+    "give accuracy, fpr=1% or cost=10:1@0.01 (a false alarm costs 10, a miss 1, 0.01 of the images are fake), and "
     "after it ,uncertain=5% if that share is to be called uncertain"
 )
 
@@ -112,9 +112,9 @@ class Calibration:
     temperature: float = 1.0
     """T > 0."""
     threshold: float = 0.5
-    """Probability from which a picture is called fake, in (0, 1)."""
+    """Probability from which an image is called fake, in (0, 1)."""
     uncertain_margin: float = 0.0
-    """Pictures closer than this to the threshold, in probability, are called uncertain."""
+    """Images closer than this to the threshold, in probability, are called uncertain."""
     fitted_on: int = 0
     """Number of validation images; 0: not fitted."""
     point: OperatingPoint = MOST_CORRECT

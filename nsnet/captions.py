@@ -194,7 +194,7 @@ def thumbnail_px(folder: Path | None) -> int:
 
 
 def captioner_id(config: CaptionerConfig, folder: Path | None) -> str:
-    """Identity of a captioner, 16 hexadecimal digits: equal ids give a picture equal captions. Loads no weights.
+    """Identity of a captioner, 16 hexadecimal digits: equal ids give an image equal captions. Loads no weights.
 
     `folder`: its transformers folder, None for the tiny one. About 1 s per GB.
     """
@@ -220,7 +220,7 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _processing(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How the captioner's pictures are prepared, and the file that says it: transformers 5 keeps it in another."""
+    """How the captioner's images are prepared, and the file that says it: transformers 5 keeps it in another."""
     try:
         if (folder / "processor_config.json").exists():
             processor = model_files.read_json(folder, "captioner", "processor_config.json")

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 SHOWN: Final = {"acc": "acc", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
 """Metrics of the card -> their names for people."""
-LONGEST_NAME: Final = 60
-LONGEST_TEXT: Final = 400
+MAX_NAME_LETTERS: Final = 60
+MAX_TEXT_LETTERS: Final = 400
 UNDEFINED: Final = "undefined"
 
 
@@ -29,8 +29,8 @@ def model_card(detector_id: str, config: dict[str, Any], calibration: dict[str, 
         if training.get(part):
             parts.append(f"## {title}\n" + _notes(training, part) + _numbers(training[part]))
     if training:
-        told = {key: value for key, value in training.items() if key not in ("test", "validation", "history", "split")}
-        parts.append(f"## Training\n{_fenced(json.dumps(told, indent=2, ensure_ascii=False))}")
+        shown = {key: value for key, value in training.items() if key not in ("test", "validation", "history", "split")}
+        parts.append(f"## Training\n{_fenced(json.dumps(shown, indent=2, ensure_ascii=False))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,15 +64,15 @@ def _parts(config: dict[str, Any], calibration: dict[str, Any]) -> str:
         ),
         ("operating point", _point(calibration)),
     ]
-    return _table(["part", ""], [[name, _text(value, longest=LONGEST_TEXT)] for name, value in rows])
+    return _table(["part", ""], [[name, _text(value, longest=MAX_TEXT_LETTERS)] for name, value in rows])
 
 
 def _projection(config: dict[str, Any]) -> str:
     projection = config["projection"]
     caption = "the mapped caption" if config["mapper"]["hidden_dim"] else "the caption"
     return {
-        "per_sample": f"of {caption} of each picture",
-        "rank_k": f"of {caption} of each picture and its {projection['rank'] - 1} nearest of {projection['bank']}",
+        "per_sample": f"of {caption} of each image",
+        "rank_k": f"of {caption} of each image and its {projection['rank'] - 1} nearest of {projection['bank']}",
         "global": f"of a basis of many captions, rank {projection['rank']}",
         "none": "none",
     }.get(str(projection["kind"]), "unknown")
@@ -81,7 +81,7 @@ def _projection(config: dict[str, Any]) -> str:
 def _point(calibration: dict[str, Any]) -> str:
     point = calibration.get("point") or {"rule": "accuracy"}
     if point["rule"] == "fpr":
-        said = f"at most {point['fpr']:.3%} of real pictures called fake"
+        said = f"at most {point['fpr']:.3%} of real images called fake"
     elif point["rule"] == "cost":
         said = (
             f"a false alarm costs {point['false_alarm_cost']:g}, a miss {point['miss_cost']:g}, at "
@@ -95,15 +95,15 @@ def _point(calibration: dict[str, Any]) -> str:
 
 def _limits(config: dict[str, Any], training: dict[str, Any]) -> str:
     lines = [
-        "This detector was trained from random weights: it knows the artefacts of its training pictures, nothing more."
+        "This detector was trained from random weights: it knows the artefacts of its training images, nothing more."
         if config["clip"]["pretrained"] is None
         else "Generators that were not in the training data are found less often than those that were."
     ]
     if training.get("leave_out"):
-        lines.append(f"No picture of {_text(training['leave_out'])} was trained on: it stands for a new generator.")
+        lines.append(f"No image of {_text(training['leave_out'])} was trained on: it stands for a new generator.")
     if training.get("leaking"):
         lines.append(
-            f"{training['leaking']} pictures of validation and test are near-duplicates of pictures that were trained "
+            f"{training['leaking']} images of validation and test are near-duplicates of images that were trained "
             "on or chosen by, as the source splits them: their numbers flatter."
         )
     lines.append(
@@ -114,7 +114,7 @@ def _limits(config: dict[str, Any], training: dict[str, Any]) -> str:
 
 
 def _data(training: dict[str, Any]) -> str:
-    """The source, and pictures per split and generator."""
+    """The source, and images per split and generator."""
     split: dict[str, dict[str, list[int]]] = training["split"]
     names = [name for name in ("train", "val", "test", "unused") if name in split]
     generators = sorted({generator for name in names for generator in split[name]})
@@ -122,9 +122,9 @@ def _data(training: dict[str, Any]) -> str:
     for generator in generators:
         pairs = [split[name].get(generator, [0, 0]) for name in names]
         rows.append([_text(generator), *(f"{real} + {fake}" for real, fake in pairs)])
-    source = _text(str(training.get("source", "")), longest=LONGEST_TEXT)
+    source = _text(str(training.get("source", "")), longest=MAX_TEXT_LETTERS)
     return (
-        f"Source: {source}; variant {_text(str(training.get('variant')))}, seed {training.get('seed')}. Pictures, "
+        f"Source: {source}; variant {_text(str(training.get('variant')))}, seed {training.get('seed')}. Images, "
         "real + fake:\n\n" + _table(["generator", *names], rows)
     )
 
@@ -133,7 +133,7 @@ def _notes(training: dict[str, Any], part: str) -> str:
     """What must be known to read the numbers of a part."""
     note = ""
     if part == "validation":
-        note += "The threshold was chosen on these pictures: accuracies flatter.\n\n"
+        note += "The threshold was chosen on these images: accuracies flatter.\n\n"
     if "calibrated_from" in training:
         note += f"Accuracies are at the threshold of detector {_text(str(training['calibrated_from']))}.\n\n"
     return note
@@ -175,7 +175,7 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _text(name: str, longest: int = LONGEST_NAME) -> str:
+def _text(name: str, longest: int = MAX_NAME_LETTERS) -> str:
     """A name that may be hostile, as text of a Markdown table: no markup, no link, no new line."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in name)
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"

@@ -420,7 +420,7 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
                     open_clip.load_checkpoint(model, str(weights))
                 context = config.architecture.get("text_cfg", {}).get("context_length")
                 return Clip(model, open_clip.get_tokenizer("ViT-B-32", context_length=context), config)
-            # a file does not say how its model wants pictures normalised; the name of its weights does (SigLIP: 0.5)
+            # a file does not say how its model wants images normalised; the name of its weights does (SigLIP: 0.5)
             named = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
             model = open_clip.create_model(
                 config.model,

@@ -71,7 +71,7 @@ class DetectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is said of one picture. A picture that failed has `status` failed, the error, and no verdict."""
+    """What is said of one image. An image that failed has `status` failed, the error, and no verdict."""
 
     status: Literal["scored", "failed"]
     verdict: Label | None = None
@@ -272,7 +272,7 @@ class Detector:
             self.clip.visual = split
 
     def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
-        """How pictures are prepared for this detector."""
+        """How images are prepared for this detector."""
         self._check_captioner()
         return PreparationConfig(
             thumbnail_px=self.captioner.thumbnail_px if self.captioner is not None else 0,
@@ -294,7 +294,7 @@ class Detector:
         text_features = None
         if self.config.projection.needs_captions:
             if captions is None:
-                raise ConfigError("this detector cannot judge a picture without its caption")
+                raise ConfigError("this detector cannot judge an image without its caption")
             text_features = self.clip.encode_text(captions).to(self.device)
         out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # a copy: batches may be read-only
         logit = out.logit.double().cpu().numpy()
@@ -331,24 +331,24 @@ class Detector:
             )
         return verdicts
 
-    def predict_prepared(self, pictures: Sequence[Prepared | ImageError]) -> list[Verdict]:
-        """Verdicts of prepared pictures, as one batch; errors become failed verdicts in their place."""
+    def predict_prepared(self, images: Sequence[Prepared | ImageError]) -> list[Verdict]:
+        """Verdicts of prepared images, as one batch; errors become failed verdicts in their place."""
         self._check_captioner()
-        verdicts = [failed_verdict(picture) if isinstance(picture, ImageError) else None for picture in pictures]
-        good = [(i, picture) for i, picture in enumerate(pictures) if isinstance(picture, Prepared)]
+        verdicts = [failed_verdict(image) if isinstance(image, ImageError) else None for image in images]
+        good = [(i, image) for i, image in enumerate(images) if isinstance(image, Prepared)]
         captions: list[str | None] = [None] * len(good)
         if good and self.captioner is not None:
-            captions = self.captioner.caption(np.stack([picture.thumbnail for _, picture in good]))
+            captions = self.captioner.caption(np.stack([image.thumbnail for _, image in good]))
             for (i, _), caption in zip(good, captions, strict=True):
                 if caption is None:
                     verdicts[i] = failed_verdict(CaptionError("the captioner gave no word"))
-            good = [(i, picture) for i, picture in good if verdicts[i] is None]
+            good = [(i, image) for i, image in good if verdicts[i] is None]
             captions = [caption for caption in captions if caption is not None]
         if good:
             slot_seed = self.config.patches.slot_seed(SCORING_SEED)
-            mosaics = np.stack([assemble_mosaic(picture.patches, slot_seed) for _, picture in good])
+            mosaics = np.stack([assemble_mosaic(image.patches, slot_seed) for _, image in good])
             scores = self.score(mosaics, cast(list[str], captions) if self.captioner is not None else None)
-            for row, (i, picture) in enumerate(good):
+            for row, (i, image) in enumerate(good):
                 verdicts[i] = Verdict(
                     status="scored",
                     verdict=scores.verdict[row],
@@ -357,9 +357,9 @@ class Detector:
                     threshold=self.calibration.threshold,
                     caption=captions[row],
                     residual_energy=float(scores.residual_energy[row]),
-                    width=picture.width,
-                    height=picture.height,
-                    format=picture.format,
+                    width=image.width,
+                    height=image.height,
+                    format=image.format,
                 )
         return cast(list[Verdict], verdicts)
 
@@ -370,7 +370,7 @@ class Detector:
 
 
 def failed_verdict(error: ImageError) -> Verdict:
-    """The verdict of a picture that failed."""
+    """The verdict of an image that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
 
 

@@ -1,8 +1,8 @@
-"""Near-duplicates: a hash of what a picture looks like, and groups of pictures whose hashes are close.
+"""Near-duplicates: a hash of what an image looks like, and groups of images whose hashes are close.
 
-Dimensions: H, W image sides; n pictures; m distinct hashes.
+Dimensions: H, W image sides; n images; m distinct hashes.
 
-A picture of several names, sizes and compressions must lie in one split, or the test measures memory. The hash follows
+An image of several names, sizes and compressions must lie in one split, or the test measures memory. The hash follows
 pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): which of the lowest
 frequencies of a small grey copy are strong. Re-encoding hardly changes that; a copy that is mirrored, turned or cropped
 by more than some 2 % of its sides is not found.
@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 DISTANCE: Final = 4
 """Bits in which the hashes of near-duplicates differ at most.
 
-Measured on 484 pictures (photographs, art, GAN, diffusion): all of their copies as JPEG 95, 75 and 50, and at 0.5, 0.75
+Measured on 484 images (photographs, art, GAN, diffusion): all of their copies as JPEG 95, 75 and 50, and at 0.5, 0.75
 and 2 times the size, lie within 2 bits; as JPEG 30 all but one do (8); cropped to 0.98 of their sides, 95 % lie within
-4 and all within 8. None of the 116,886 pairs of different pictures lies within 12. Of 565 million pairs of crops from
-different pictures, many of them sky or wall, 4 lie within 4 bits, 7 within 6 and 37 within 8: a wider distance would
+4 and all within 8. None of the 116,886 pairs of different images lies within 12. Of 565 million pairs of crops from
+different images, many of them sky or wall, 4 lie within 4 bits, 7 within 6 and 37 within 8: a wider distance would
 find a few crops more and tie more strangers together. Half of the bits are set, so distances are even.
 """
 
@@ -35,13 +35,13 @@ BITS: Final = 64
 SIDE: Final = 32
 """Side of the grey copy, in cells."""
 ROWS: Final = 512
-"""Of a taller picture every second, third, … row is read, so many at least: 16 rows a cell tell its mean, and the time
+"""Of a taller image every second, third, … row is read, so many at least: 16 rows a cell tell its mean, and the time
 grows with the width only."""
 
 MIN_CONTRAST: Final = 4.0
-"""Least mean distance of the cells from their median, in grey levels. Below, the picture is plain, or plain but for a
+"""Least mean distance of the cells from their median, in grey levels. Below, the image is plain, or plain but for a
 small thing in it: then the hash tells where the thing is, and in the same corner all things are alike. The plainest of
-564 whole pictures has 6.6."""
+564 whole images has 6.6."""
 MIN_DETAIL: Final = 2.0
 """Least median distance of the coefficients from the threshold of the bits, in grey levels (orthonormal transform).
 Below, as for a gradient, half of the bits are rounding: re-encoding changes a coefficient by 0.3 to 2."""
@@ -69,9 +69,9 @@ WAVES[0] *= 0.5**0.5
 
 
 def perceptual_hash(pixels_hwc: npt.NDArray[np.uint8]) -> str | None:
-    """Hash of an (H, W, 3) uint8 picture: 64 bits as 16 hexadecimal digits; None where it is too plain for one.
+    """Hash of an (H, W, 3) uint8 image: 64 bits as 16 hexadecimal digits; None where it is too plain for one.
 
-    Bit i: coefficient i of the DCT-II of the picture at 32 × 32 grey cells is above the median of the 64.
+    Bit i: coefficient i of the DCT-II of the image at 32 × 32 grey cells is above the median of the 64.
     """
     if pixels_hwc.ndim != 3 or pixels_hwc.shape[2] != 3 or pixels_hwc.dtype != np.uint8 or 0 in pixels_hwc.shape:
         raise ValueError(f"pixels must be (H, W, 3) uint8 with H, W ≥ 1, got {pixels_hwc.shape} {pixels_hwc.dtype}")
@@ -91,10 +91,10 @@ def perceptual_hash(pixels_hwc: npt.NDArray[np.uint8]) -> str | None:
 
 def near_duplicate_groups(
     content_hashes: Sequence[str], perceptual_hashes: Sequence[str | None], distance: int = DISTANCE
-) -> Rows:
-    """Group of each picture -> (n,) int64: the smallest row of its group.
+) -> Indices:
+    """Group of each image -> (n,) int64: the smallest row of its group.
 
-    Two pictures are in one group when their content hashes are equal, when their perceptual hashes differ in at most
+    Two images are in one group when their content hashes are equal, when their perceptual hashes differ in at most
     `distance` bits, or when a chain of such pairs leads from one to the other. Exact; `ValueError` where lengths differ
     or a hash is not 16 hexadecimal digits. Memory grows with n, not with the number of pairs.
     """
@@ -124,7 +124,7 @@ def _parse(hexadecimal: Sequence[str]) -> Hashes:
     return np.frombuffer(bytes.fromhex("".join(hexadecimal)), ">u8").astype(np.uint64)
 
 
-def _near_pairs(hashes: Hashes, distance: int) -> Iterator[tuple[Rows, Rows]]:
+def _near_pairs(hashes: Hashes, distance: int) -> Iterator[tuple[Indices, Indices]]:
     """Every pair of the (m,) distinct hashes within the distance, at least once, in pieces of at most m pairs.
 
     The bits are dealt into distance + k bands: d differing bits spoil at most d bands, so that k are equal. For each
@@ -164,7 +164,7 @@ def _masks(count: int, distance: int) -> list[np.uint64]:
 # --- union-find over rows: a parent is a smaller row of the same group, a root is its own parent ----------------------
 
 
-def _join(parents: Rows, one: Rows, other: Rows) -> None:
+def _join(parents: Indices, one: Indices, other: Indices) -> None:
     """Unite the groups of one[i] and other[i]."""
     while True:
         roots = _roots(parents, one), _roots(parents, other)
@@ -176,7 +176,7 @@ def _join(parents: Rows, one: Rows, other: Rows) -> None:
         np.minimum.at(parents, np.maximum(one, other), np.minimum(one, other))
 
 
-def _roots(parents: Rows, rows: Rows) -> Rows:
+def _roots(parents: Indices, rows: Indices) -> Indices:
     """Root of each row, the smallest row of its group. Each step shortens the way for the next, so they are few."""
     while True:
         above = parents[rows]

@@ -8,12 +8,12 @@ NsnetError
 │   ├── BundleError         a detector bundle is missing, damaged or of another version
 │   └── NullSpaceError      the requested semantic basis leaves no null space
 ├── StorageError            a bucket or path cannot be reached (exit code 1)
-│   └── OutageError         the store of the pictures stopped answering; the run can be continued
+│   └── OutageError         the store of the images stopped answering; the run can be continued
 ├── LockedError             another run holds the lock of an output (exit code 4)
-└── ImageError              one picture failed; jobs turn it into a failed row
+└── ImageError              one image failed; jobs turn it into a failed row
     ├── ImageEmptyError         no bytes
     ├── ImageTooLargeError      over the limit of bytes or pixels
-    ├── ImageUnidentifiedError  no supported picture format
+    ├── ImageUnidentifiedError  no supported image format
     ├── ImageCorruptError       the format is known, the data is damaged
     ├── ImageTimeoutError       over the limit of seconds
     ├── ImageBudgetError        slow, and the run has no time left for slow images
@@ -64,7 +64,7 @@ class StorageError(NsnetError):
 
 
 class OutageError(StorageError):
-    """The store of the pictures stopped answering while a run read from it."""
+    """The store of the images stopped answering while a run read from it."""
 
 
 class LockedError(NsnetError):
@@ -74,7 +74,7 @@ class LockedError(NsnetError):
 
 
 class ImageError(NsnetError):
-    """One picture failed. In a job this is a row, not an exception."""
+    """One image failed. In a job this is a row, not an exception."""
 
     stage = "decode"
     """Stage in which it failed: fetch, decode, caption or score."""
@@ -91,7 +91,7 @@ class ImageTooLargeError(ImageError):
 
 
 class ImageUnidentifiedError(ImageError):
-    """The bytes are no supported picture format."""
+    """The bytes are no supported image format."""
 
 
 class ImageCorruptError(ImageError):
@@ -107,7 +107,7 @@ class ImageBudgetError(ImageError):
 
 
 class DecoderCrashError(ImageError):
-    """The process that decoded this picture died."""
+    """The process that decoded this image died."""
 
 
 class FetchError(ImageError):

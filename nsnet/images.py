@@ -76,7 +76,7 @@ MODES: Final[dict[str, tuple[str, ...]]] = {
 }
 """Format -> Pillow's modes that are known to be converted right; what a format's layouts are, its inspector checks."""
 FORMATS: Final = tuple(name for name in MODES if name != "MPO")
-"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-picture kin; HEIF
+"""Pillow's names of the formats that are tried, by content, not by name. JPEG covers MPO, its multi-image kin; HEIF
 is HEIC."""
 COUNTED: Final = ("GIF", "PNG", "PSD", "TIFF")
 """Formats whose frames the inspector counts; Pillow knows those of others when it has opened them."""
@@ -108,7 +108,7 @@ __all__ = ["DecodeLimits", "DecodedImage", "decode", "decode_image", "image_to_r
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """A picture as a viewer would show it: first frame, upright, on a white background."""
+    """An image as a viewer would show it: first frame, upright, on a white background."""
 
     pixels: npt.NDArray[np.uint8]
     """(H, W, 3) uint8."""
@@ -133,12 +133,12 @@ class DecodedImage:
 
 
 def decode(data: bytes, limits: DecodeLimits | None = None) -> npt.NDArray[np.uint8]:
-    """Decode a picture file to an (H, W, 3) uint8 array; see `decode_image` for the details and errors."""
+    """Decode an image file to an (H, W, 3) uint8 array; see `decode_image` for the details and errors."""
     return decode_image(data, limits).pixels
 
 
 def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImage:
-    """Decode a picture file: first frame, EXIF orientation applied, flattened on white, 8 bits a channel.
+    """Decode an image file: first frame, EXIF orientation applied, flattened on white, 8 bits a channel.
 
     Raises an `ImageError`: `ImageEmptyError`, `ImageTooLargeError`, `ImageUnidentifiedError` or `ImageCorruptError`.
     """
@@ -237,7 +237,7 @@ def _unidentified(data: bytes) -> ImageUnidentifiedError:
     known = next((kind for start, kind in NAMED.items() if data.startswith(start)), None)
     if data[4:12] == b"ftypcrx ":
         known = "camera raw"
-    what = "not a picture in a supported format" if known is None else f"a file of {known}, which is not decoded"
+    what = "not an image in a supported format" if known is None else f"a file of {known}, which is not decoded"
     return ImageUnidentifiedError(f"{what} (first bytes {data[:8].hex(' ')}); supported: {', '.join(FORMATS)}")
 
 

@@ -11,7 +11,7 @@ MIN_SIDE_PX: Final = 32
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeLimits:
-    """What one picture may cost."""
+    """What one image may cost."""
 
     max_bytes: int = 128 * 2**20
     """Largest file, in bytes."""
@@ -45,7 +45,7 @@ class Inspected:
 
 
 def check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
-    """Raise `ImageTooLargeError` where a picture, its short sides widened to a patch, has more pixels than allowed."""
+    """Raise `ImageTooLargeError` where an image, its short sides widened to a patch, has more pixels than allowed."""
     padded = max(width, MIN_SIDE_PX) * max(height, MIN_SIDE_PX)
     if padded > limits.max_pixels:
         raise ImageTooLargeError(

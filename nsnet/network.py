@@ -44,15 +44,15 @@ class ProjectionConfig:
                 f"a global projection has a rank ≥ 1, rank_k one ≥ 2 and a bank, others none of them; got {self.kind}, "
                 f"rank {self.rank}, bank {self.bank}"
             )
-        if 0 < self.bank < self.rank:  # a picture's own caption may be among them
+        if 0 < self.bank < self.rank:  # an image's own caption may be among them
             raise ConfigError(
                 f"the {self.rank} directions of rank_k come from a bank of at least {self.rank} captions, got "
-                f"{self.bank}: choose fewer directions, or caption more pictures"
+                f"{self.bank}: choose fewer directions, or caption more images"
             )
 
     @property
     def needs_captions(self) -> bool:
-        """Whether a picture cannot be judged without its caption."""
+        """Whether an image cannot be judged without its caption."""
         return self.kind in ("per_sample", "rank_k")
 
     @property
@@ -147,7 +147,7 @@ class Network(nn.Module):
             return own
         bank = cast(Tensor, self.caption_bank)
         similarity = normalize(text_features.float(), dim=1) @ normalize(bank.float(), dim=1).T
-        # a picture's own caption may lie in the bank, and would add nothing
+        # an image's own caption may lie in the bank, and would add nothing
         similarity = similarity.masked_fill(similarity > SAME_CAPTION, -torch.inf)
         nearest = similarity.topk(self.projection.rank - 1, dim=1).indices
         return torch.cat([own, bank[nearest].to(own.dtype)], dim=1)

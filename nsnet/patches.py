@@ -19,10 +19,10 @@ Selection = Literal["entropy", "center"]
 
 EPSILON: Final = 1e-8
 SCORING_SEED: Final = 0
-"""Seed of the patch order when scoring: fixed, so that a picture scores the same everywhere and for ever."""
+"""Seed of the patch order when scoring: fixed, so that an image scores the same everywhere and for ever."""
 
 CHUNK_PATCHES: Final = 4096
-"""Patches transformed at a time: bounds the memory of a large picture to about 50 MB."""
+"""Patches transformed at a time: bounds the memory of a large image to about 50 MB."""
 TIE_DECIMALS: Final = 9
 """Entropies that differ only beyond this decimal tie: rounding, which differs between processors, must not rank."""
 
@@ -57,7 +57,7 @@ class PatchConfig:
         return (self.mosaic_px // self.patch_px) ** 2
 
     def slot_seed(self, seed: int) -> int | None:
-        """What `assemble_mosaic` is to shuffle by: the seed, or nothing where the patches are a picture's middle."""
+        """What `assemble_mosaic` is to shuffle by: the seed, or nothing where the patches are an image's middle."""
         return seed if self.selection == "entropy" else None
 
 
@@ -160,9 +160,9 @@ def select_mosaic(
 ) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 image -> (M, M, 3) uint8 mosaic, a pure function of the pixels and the seed.
 
-    The published code shuffles without a seed, so that one picture scores differently each time. Here scoring keeps one
-    seed; training puts the epoch and the picture into it. The slot order depends on the seed alone and not on a hash of
-    the pixels: two encodings of one picture, equal but for rounding, must not be shuffled apart.
+    The published code shuffles without a seed, so that one image scores differently each time. Here scoring keeps one
+    seed; training puts the epoch and the image into it. The slot order depends on the seed alone and not on a hash of
+    the pixels: two encodings of one image, equal but for rounding, must not be shuffled apart.
     """
     config = config or PatchConfig()
     return assemble_mosaic(select_patches(image_hwc, config), config.slot_seed(seed))

@@ -12,7 +12,7 @@ from PIL import Image
 from nsnet.errors import ImageCorruptError
 
 BACKGROUND: Final = (255, 255, 255)
-"""Transparent pictures are flattened on white: their hidden colours are not what a viewer sees."""
+"""Transparent images are flattened on white: their hidden colours are not what a viewer sees."""
 ORIENTATION_TAG: Final = 0x0112
 TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,7 +56,7 @@ def to_rgb(
 def _flat(image: Image.Image, full_scale: int | None) -> Image.Image:
     """RGB, on white where it is transparent."""
     if image.mode == "L" and full_scale is not None and full_scale < 255 and "transparency" in image.info:
-        image = image.copy()  # the transparent grey is told in the file's levels, the pixels are in 256
+        image = image.copy()  # the file gives the transparent grey in its own levels, the pixels are in 256
         image.info["transparency"] = image.info["transparency"] * (255 // full_scale)
     if image.has_transparency_data and not _alpha_is_unused(image):
         layer = image.convert("RGBA")
@@ -71,7 +71,7 @@ def _alpha_is_unused(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation where it can be read; damaged EXIF is not a reason to lose a picture."""
+    """The EXIF orientation where it can be read; damaged EXIF is not a reason to lose an image."""
     image.load()  # a TIFF turns itself upright then
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)

@@ -1,4 +1,4 @@
-"""Picture bytes to what the models are fed: ranked patches and the captioner's thumbnail. One pass, no torch.
+"""Image bytes to what the models are fed: ranked patches and the captioner's thumbnail. One pass, no torch.
 
 Dimensions: K mosaic slots, N patch side in pixels, S thumbnail side in pixels.
 """
@@ -18,7 +18,7 @@ from nsnet.patches import PatchConfig, select_patches
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationConfig:
-    """What is made of a picture."""
+    """What is made of an image."""
 
     thumbnail_px: int = 0
     """Side S of the captioner's thumbnail, in pixels; 0: none is made."""
@@ -27,19 +27,19 @@ class PreparationConfig:
     fingerprint: bool = False
     """Compute the perceptual hash."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
-    """What one picture may cost."""
+    """What one image may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """One picture, ready for the models."""
+    """One image, ready for the models."""
 
     patches: npt.NDArray[np.uint8]
     """(K, N, N, 3) uint8 in rank order, which `patches.assemble_mosaic` arranges; (0, 0, 0, 3): none are wanted."""
     thumbnail: npt.NDArray[np.uint8]
     """(S, S, 3) uint8; S = 0 where none is wanted."""
     width: int
-    """Width and height in pixels of the file's picture, before any transform."""
+    """Width and height in pixels of the file's image, before any transform."""
     height: int
     format: str
     frames: int
@@ -48,7 +48,7 @@ class Prepared:
     remark: str | None = None
     """What is wrong with a file that was decoded all the same; None: nothing."""
     perceptual_hash: str | None = None
-    """64 bits as hexadecimal digits; None where it is not wanted or the picture is too plain for one."""
+    """64 bits as hexadecimal digits; None where it is not wanted or the image is too plain for one."""
 
 
 def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -66,17 +66,17 @@ def preload(config: PreparationConfig) -> None:
         prepare(shown, config, transform)
 
 
-def prepare(picture: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
+def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
     """Decode, transform, select patches, make the thumbnail. Raises an `ImageError`; see `images.decode_image`.
 
-    `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the picture before it.
+    `transform`: a chain of `nsnet.transforms`, whose random choices the seed makes; facts are of the image before it.
     """
-    if isinstance(picture, Image.Image):
-        quality = jpeg.quality(picture)
-        pixels = image_to_rgb(picture, config.limits)
-        image = DecodedImage(pixels=pixels, format=picture.format or "memory", frames=1, quality=quality)
+    if isinstance(given, Image.Image):
+        quality = jpeg.quality(given)
+        pixels = image_to_rgb(given, config.limits)
+        image = DecodedImage(pixels=pixels, format=given.format or "memory", frames=1, quality=quality)
     else:
-        image = decode_image(picture, config.limits)
+        image = decode_image(given, config.limits)
     pixels = image.pixels
     if transform:
         chain = transforms.parse(transform)

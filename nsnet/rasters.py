@@ -109,7 +109,7 @@ def inspect_gif(data: bytes, limits: DecodeLimits) -> Inspected:
 def inspect_heif(data: bytes, limits: DecodeLimits) -> Inspected:
     """HEIF and AVIF: the size that a file tells is that of the part which it shows; all that it holds is decoded.
 
-    Every coded picture, a tile or a whole, has an `ispe` box in the file's `meta` box: 4 bytes of version and flags,
+    Every coded image, a tile or a whole, has an `ispe` box in the file's `meta` box: 4 bytes of version and flags,
     then width and height. The letters are looked for everywhere, also within another find: boxes of any kind may be put
     before one to hide it.
     """

@@ -94,13 +94,13 @@ def get(name: str) -> Recipe:
 VARIANTS: Final = {
     "advanced": "the mapped caption is removed, per sample; mapper, alignment (the recipe as it is)",
     "original": "a global basis of raw captions is removed (NS-Net); original:RULE, such as original:rank=64",
-    "linear": "a linear probe on the frozen image tower, the middle of the picture (UniversalFakeDetect)",
+    "linear": "a linear probe on the frozen image tower, the middle of the image (UniversalFakeDetect)",
     "rank-k": "the mapped caption and its nearest in a bank are removed; rank-k:K, default 4",
     "no-projection": "nothing is removed",
     "no-mapper": "the caption's own feature is removed, per sample",
     "no-alignment": "advanced without the alignment loss",
-    "constant-caption": "advanced, every picture with the same caption (a control: not for use)",
-    "shuffled-captions": "advanced, every picture with another's caption (a control: not for use)",
+    "constant-caption": "advanced, every image with the same caption (a control: not for use)",
+    "shuffled-captions": "advanced, every image with another's caption (a control: not for use)",
 }
 """Name -> what it does."""
 

@@ -1,9 +1,9 @@
 """Rows to splits: no group of near-duplicates lies in two, and each stratum is shared out as asked.
 
-Dimensions: n rows (pictures), g groups as `duplicates.near_duplicate_groups` numbers them, k splits with a share. A
+Dimensions: n rows (images), g groups as `duplicates.near_duplicate_groups` numbers them, k splits with a share. A
 stratum is what is to be shared out evenly, such as a (generator, label) pair.
 
-The published code draws training and test pictures independently from one folder, so that they overlap. Here the splits
+The published code draws training and test images independently from one folder, so that they overlap. Here the splits
 are a pure function of the set of rows and the seed: a bucket that is listed in another order is split the same.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from nsnet.errors import ConfigError
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 
 SPLITS: Final = ("train", "val", "test")
@@ -40,7 +40,7 @@ class _Stock:
 
 
 def assign(
-    groups: Rows, strata: Sequence[Hashable], keys: Sequence[str], *, shares: Mapping[str, float], seed: int
+    groups: Indices, strata: Sequence[Hashable], keys: Sequence[str], *, shares: Mapping[str, float], seed: int
 ) -> list[str]:
     """Split of each of n rows, one of `SPLITS`; every group goes to one split as a whole.
 
@@ -49,11 +49,11 @@ def assign(
 
     Groups over several strata are given away first, then those of many rows, equal ones in the order of a seeded hash
     of their smallest key, each to the split that wants most of it: so copies lie mostly in the largest split, and the
-    single pictures, which come last, even the others out. This guarantees of a stratum:
+    single images, which come last, even the others out. This guarantees of a stratum:
 
     - with at least k groups that lie wholly in it, every split has a row of it;
     - if all its groups do, and each share of it is at least its largest group, of m rows, then every split is within
-      m (k − 1) / k rows of its share: within 1 row where no picture has a near-duplicate.
+      m (k − 1) / k rows of its share: within 1 row where no image has a near-duplicate.
     """
     names = _with_share(shares)
     if not len(groups) == len(strata) == len(keys):
@@ -84,7 +84,7 @@ def assign(
     return [chosen[member] for member in members.tolist()]
 
 
-def leave_out(groups: Rows, generators: Sequence[str | None], left_out: str) -> tuple[Marks, Marks]:
+def leave_out(groups: Indices, generators: Sequence[str | None], left_out: str) -> tuple[Marks, Marks]:
     """(held_out, excluded), each (n,) bool: rows of the generator, and rows of others in a group with one of these.
 
     A detector that is tested on an unseen generator must be trained on neither. `ConfigError` where no row is of it.
@@ -96,7 +96,7 @@ def leave_out(groups: Rows, generators: Sequence[str | None], left_out: str) -> 
         known = sorted({generator for generator in generators if generator is not None})
         more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
         raise ConfigError(
-            f"no picture is of the generator {left_out!r}, which is to be left out; "
+            f"no image is of the generator {left_out!r}, which is to be left out; "
             f"there are: {', '.join(known[:NAMED]) or 'none'}{more}"
         )
     return held_out, np.isin(groups, groups[held_out]) & ~held_out
@@ -135,7 +135,7 @@ def _smallest_keys(members: Sequence[int], keys: Sequence[str], count: int) -> l
     smallest: list[str | None] = [None] * count
     for member, key in zip(members, keys, strict=True):
         if group_of.setdefault(key, member) != member:
-            raise ValueError(f"rows of the key {key!r} are in two groups: one picture would lie in two splits")
+            raise ValueError(f"rows of the key {key!r} are in two groups: one image would lie in two splits")
         known = smallest[member]
         if known is None or key < known:
             smallest[member] = key

@@ -23,7 +23,7 @@ class TrainingConfig:
     """How a detector is trained."""
 
     epochs: int = 2
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch_size: int = 64
     """Images per optimisation step, over all processes: they are each other's positives and negatives."""
     head_lr: float = 2e-4
@@ -44,9 +44,9 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Compute the image tower's activations again in the backward pass instead of keeping them."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """What happens to training pictures before their patches are chosen, anew in every epoch."""
+    """What happens to training images before their patches are chosen, anew in every epoch."""
     captions: Literal["own", "constant", "shuffled"] = "own"
-    """Whose caption a picture gets, in training and validation: the controls of an ablation."""
+    """Whose caption an image gets, in training and validation: the controls of an ablation."""
     validation_share: float = 0.15
     """Share of a pool without a split that is kept for validation, in (0, 1)."""
     test_share: float = 0.15

@@ -1,9 +1,9 @@
-"""What happens to a picture between its source and us: recompression, blur, scaling, noise, cropping, a screenshot.
+"""What happens to an image between its source and us: recompression, blur, scaling, noise, cropping, a screenshot.
 
 Dimensions: H, W image sides; σ a standard deviation.
 
-All work at native resolution on (H, W, 3) uint8 RGB: on training pictures before patches are selected, and on test
-pictures for robustness curves. A chain travels as text, such as `resize:0.5+jpeg:75`, and names the rows that it made:
+All work at native resolution on (H, W, 3) uint8 RGB: on training images before patches are selected, and on test
+images for robustness curves. A chain travels as text, such as `resize:0.5+jpeg:75`, and names the rows that it made:
 every chain has exactly one text, and every such text exactly one chain.
 """
 
@@ -119,7 +119,7 @@ def apply(pixels: Pixels, chain: Sequence[Transform], *, seed: int, max_pixels: 
     that its codec cannot hold.
     """
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
-        raise ValueError(f"picture must be (H, W, 3) uint8 with H, W ≥ 1, got {pixels.shape} {pixels.dtype}")
+        raise ValueError(f"image must be (H, W, 3) uint8 with H, W ≥ 1, got {pixels.shape} {pixels.dtype}")
     _check_sizes(pixels.shape[0], pixels.shape[1], chain, max_pixels)
     result = np.array(pixels, order="C")
     for place, transform in enumerate(chain):
@@ -129,30 +129,30 @@ def apply(pixels: Pixels, chain: Sequence[Transform], *, seed: int, max_pixels: 
 
 
 AUGMENTED: Final = ("resize", "crop", "blur", "jpeg")
-"""Kinds of `AugmentationConfig`, in the order in which they are applied: as a picture is edited, then stored."""
+"""Kinds of `AugmentationConfig`, in the order in which they are applied: as an image is edited, then stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """Random transforms of training pictures; off by default.
+    """Random transforms of training images; off by default.
 
     UniversalFakeDetect (arXiv 2302.10174) trains with shares of 0.5 for blur and JPEG, at the ranges given here.
     """
 
     resize_share: float = 0.0
-    """Probability that a picture is resized."""
+    """Probability that an image is resized."""
     resize_range: tuple[float, ...] = (0.5, 1.5)
     """Least and largest factor; the factor is uniform between them."""
     crop_share: float = 0.0
-    """Probability that a picture is cropped."""
+    """Probability that an image is cropped."""
     crop_range: tuple[float, ...] = (0.5, 1.0)
     """Least and largest share of each side that is kept; uniform."""
     blur_share: float = 0.0
-    """Probability that a picture is blurred."""
+    """Probability that an image is blurred."""
     blur_range: tuple[float, ...] = (0.0, 3.0)
-    """Least and largest standard deviation, in pixels; uniform; 0 leaves the picture as it is."""
+    """Least and largest standard deviation, in pixels; uniform; 0 leaves the image as it is."""
     jpeg_share: float = 0.0
-    """Probability that a picture is re-encoded as JPEG."""
+    """Probability that an image is re-encoded as JPEG."""
     jpeg_range: tuple[float, ...] = (30.0, 100.0)
     """Least and largest quality; every whole number between them is as likely."""
 
@@ -178,7 +178,7 @@ class AugmentationConfig:
 
 
 def draw(config: AugmentationConfig, seed: int) -> tuple[Transform, ...]:
-    """A chain for one picture: a pure function of the configuration and the seed, a whole number ≥ 0.
+    """A chain for one image: a pure function of the configuration and the seed, a whole number ≥ 0.
 
     Each kind has its own random numbers: what is drawn for one does not depend on the settings of another. Values are
     rounded to four significant digits and stay in their range.
@@ -241,7 +241,7 @@ def _jpeg(pixels: Pixels, quality: float, _rng: np.random.Generator) -> Pixels:
 
 
 def _blur(pixels: Pixels, sigma_px: float, _rng: np.random.Generator) -> Pixels:
-    """Convolve each channel with a sampled Gaussian, the picture mirrored at its edges (c b a | a b c).
+    """Convolve each channel with a sampled Gaussian, the image mirrored at its edges (c b a | a b c).
 
     Equal to scipy.ndimage's `gaussian_filter` up to the rounding of ties, in half its time. Pillow's `GaussianBlur` is
     as fast, but another filter: up to 3.8 levels off at σ = 3, and 0.5 too dark on average at σ = 1 (measured on 12
@@ -289,7 +289,7 @@ def _crop(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
 
 
 def _screenshot(pixels: Pixels, factor: float, _rng: np.random.Generator) -> Pixels:
-    """A picture shown on a screen at another size, captured without loss, and re-encoded by a messenger.
+    """An image shown on a screen at another size, captured without loss, and re-encoded by a messenger.
 
     Bilinear, as viewers scale (antialiased when reducing); then WebP of quality 80, whose colours are 4:2:0 as well.
     """

@@ -22,9 +22,9 @@ from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
-RESULT: Final = "audit.json"
-REPORT: Final = "audit.txt"
-COPIES: Final = "duplicates.parquet"
+RESULT_FILE: Final = "audit.json"
+REPORT_FILE: Final = "audit.txt"
+COPIES_FILE: Final = "duplicates.parquet"
 
 
 def audit(
@@ -45,16 +45,16 @@ def audit(
     selection = selection or Selection()
     with _place(out) as place:
         record = examine(source, out=place, selection=selection, limits=limits, address=address)
-        table, unknown = _pictures(source, place, selection, listed_anew=out is not None)
+        table, unknown = _images(source, place, selection, listed_anew=out is not None)
         found, twins = findings(table, distance=distance, seed=seed)
         left_out = {name: record[name] for name in ("left_out", "unread", "unread_count")}
         result = {"source": source, "not_examined": unknown, **left_out, **found}
         text = as_text(result)
         if out is not None:
-            parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES))
-            writing.write_bytes(uris.join(place, REPORT), (text + "\n").encode())
-            writing.write_json(uris.join(place, RESULT), result)
-            say(f"report: {uris.join(place, RESULT)}")
+            parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES_FILE))
+            writing.write_bytes(uris.join(place, REPORT_FILE), (text + "\n").encode())
+            writing.write_json(uris.join(place, RESULT_FILE), result)
+            say(f"report: {uris.join(place, RESULT_FILE)}")
     output.show(text)
     return result
 
@@ -69,26 +69,26 @@ def _place(out: Uri | None) -> Iterator[Uri]:
         yield Uri(folder)
 
 
-def _pictures(source: Uri, place: Uri, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
-    """The pictures of the source as it is now with their facts, and how many nothing is known of.
+def _images(source: Uri, place: Uri, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
+    """The images of the source as it is now with their facts, and how many nothing is known of.
 
-    An output also knows pictures that are gone, so that the source has to be listed; a new one knows no others.
+    An output also knows images that are gone, so that the source has to be listed; a new one knows no others.
     """
-    facts = catalog.published(place, inventory.KNOWN, products.FACTS, facts_id=FACTS_ID)
+    facts = catalog.published(place, inventory.KNOWN_COLUMNS, products.FACTS, facts_id=FACTS_ID)
     if not listed_anew:
-        listing = catalog.published(place, inventory.LISTED, products.FACTS, facts_id=FACTS_ID)
-        return inventory.pictures(listing, facts)
+        listing = catalog.published(place, inventory.LISTED_COLUMNS, products.FACTS, facts_id=FACTS_ID)
+        return inventory.images(listing, facts)
     whole = Selection(include=selection.include, exclude=selection.exclude, columns=selection.columns)
     with tempfile.TemporaryDirectory(prefix="nsnet-audit-") as folder:
         manifest = uris.join(folder, "manifest.parquet")
         write_manifest(source, manifest, whole)
-        return inventory.pictures(parquet.read(manifest, inventory.LISTED), facts)
+        return inventory.images(parquet.read(manifest, inventory.LISTED_COLUMNS), facts)
 
 
 def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tuple[dict[str, Any], pa.Table]:
-    """What rows of `inventory.PICTURES` show, JSON-ready, and the pictures that have a copy (`copies.COPIES`)."""
+    """What rows of `inventory.IMAGES` show, JSON-ready, and the images that have a copy (`copies.COPIES`)."""
     seen = inventory.readable(table)
-    say(f"comparing {seen.num_rows:,} pictures with each other")
+    say(f"comparing {seen.num_rows:,} images with each other")
     contents, alike = duplicates.groups(seen, distance)
     groups = np.full(table.num_rows, metadata_bias.UNREADABLE)
     groups[pc.equal(table.column("status"), "scored").to_numpy()] = alike
@@ -111,11 +111,11 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
 
 
 def _described(
-    table: pa.Table, rows: inventory.Rows, groups: inventory.Rows, seed: int, generator: str,
-    lent: tuple[str, inventory.Rows] | None = None,
+    table: pa.Table, rows: inventory.Indices, groups: inventory.Indices, seed: int, generator: str,
+    lent: tuple[str, inventory.Indices] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What some rows of the table hold, and what their metadata tell of them; with the reals that another lends."""
-    say(f"metadata of {generator}: {len(rows):,} pictures")
+    say(f"metadata of {generator}: {len(rows):,} images")
     reals_of, compared = (None, rows) if lent is None else (lent[0], np.concatenate([rows, lent[1]]))
     return {
         "classes": inventory.describe(table.take(rows)),

@@ -1,6 +1,6 @@
-"""What a source holds: its pictures with their published facts, counted and described by generator and class.
+"""What a source holds: its images with their published facts, counted and described by generator and class.
 
-Dimensions: n pictures.
+Dimensions: n images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +15,13 @@ from jobs.dataset import benchmarks, schema
 from jobs.evaluation.groups import NO_GENERATOR
 from jobs.storage.database import database, last_of_each
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
-LISTED: Final = pa.schema([schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")])
+LISTED_COLUMNS: Final = pa.schema(
+    [schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")]
+)
 """What is asked of a listing."""
-KNOWN: Final = pa.schema(
+KNOWN_COLUMNS: Final = pa.schema(
     [
         schema.FACTS.field(name)
         for name in (
@@ -29,39 +31,39 @@ KNOWN: Final = pa.schema(
     ]
 )  # fmt: skip
 """What is asked of published facts."""
-PICTURES: Final = pa.schema([*list(LISTED)[1:], *list(KNOWN)[1:]])
-"""A picture of the listing with what is known of it."""
+IMAGES: Final = pa.schema([*list(LISTED_COLUMNS)[1:], *list(KNOWN_COLUMNS)[1:]])
+"""An image of the listing with what is known of it."""
 
 CLASSES: Final = ("real", "fake", "unlabelled")
 """Names of label 0, label 1 and no label."""
 NO_SPLIT: Final = "(none)"
 
 
-def pictures(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -> tuple[pa.Table, int]:
-    """(rows of `PICTURES` in the order of their URIs, pictures of the listing that nothing is known of).
+def images(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -> tuple[pa.Table, int]:
+    """(rows of `IMAGES` in the order of their URIs, images of the listing that nothing is known of).
 
-    `listing`: rows of `LISTED`. `facts`: rows of `KNOWN`, oldest run first: of several the newest counts, and those of
-    pictures that are not listed do not.
+    `listing`: rows of `LISTED_COLUMNS`. `facts`: rows of `KNOWN_COLUMNS`, oldest run first: of several rows of an image
+    the newest counts; images that are not listed do not count.
     """
     with database() as rows:
-        rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED)
+        rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED_COLUMNS)
         rows.insert("listed", listing)
-        rows.create("known", "* replace (image_id::uuid as image_id)", KNOWN)
-        rows.insert("known", last_of_each(facts, KNOWN, ["image_id"]))
+        rows.create("known", "* replace (image_id::uuid as image_id)", KNOWN_COLUMNS)
+        rows.insert("known", last_of_each(facts, KNOWN_COLUMNS, ["image_id"]))
         found = rows.select(
-            f"select {', '.join(PICTURES.names)} from listed join known using (image_id) order by uri, image_id"
+            f"select {', '.join(IMAGES.names)} from listed join known using (image_id) order by uri, image_id"
         )
-        table = pa.Table.from_batches((batch.cast(PICTURES) for batch in found), PICTURES)
+        table = pa.Table.from_batches((batch.cast(IMAGES) for batch in found), IMAGES)
         unknown = rows.number("select count(*) from listed") - table.num_rows
     return table.combine_chunks(), unknown
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The pictures that did not fail."""
+    """The images that did not fail."""
     return table.filter(pc.equal(table.column("status"), "scored")).combine_chunks()
 
 
-def by_generator(table: pa.Table) -> Iterator[tuple[str, Rows]]:
+def by_generator(table: pa.Table) -> Iterator[tuple[str, Indices]]:
     """Each generator with the numbers of its rows, in the order of the names."""
     names = table.column("generator").combine_chunks().fill_null(NO_GENERATOR).dictionary_encode()
     codes = names.indices.to_numpy(zero_copy_only=False)
@@ -71,7 +73,7 @@ def by_generator(table: pa.Table) -> Iterator[tuple[str, Rows]]:
     yield from sorted(present.items())
 
 
-def lent_reals(parts: Mapping[str, Rows], numbers: Rows) -> dict[str, tuple[str, Rows]]:
+def lent_reals(parts: Mapping[str, Indices], numbers: Indices) -> dict[str, tuple[str, Indices]]:
     """Generator with fakes only -> the one whose reals its benchmark compares it with, and the rows of these.
 
     `parts`: rows of each generator; `numbers`: `class_numbers` of all rows.
@@ -81,13 +83,13 @@ def lent_reals(parts: Mapping[str, Rows], numbers: Rows) -> dict[str, tuple[str,
     return {fake: (real, reals[real]) for fake, real in pairs.items() if not len(reals[fake]) and len(reals[real])}
 
 
-def class_numbers(table: pa.Table) -> Rows:
-    """(n,) place of each picture's class in `CLASSES`."""
+def class_numbers(table: pa.Table) -> Indices:
+    """(n,) place of each image's class in `CLASSES`."""
     return np.asarray(table.column("label").fill_null(2).to_numpy(), dtype=np.int64)
 
 
 def failures(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """Error class -> number of pictures, and the URI of one of them; the most frequent first."""
+    """Error class -> number of images, and the URI of one of them; the most frequent first."""
     failed = table.filter(pc.not_equal(table.column("status"), "scored"))
     found = failed.group_by("error_class").aggregate([("uri", "count"), ("uri", "min")]).to_pylist()
     found.sort(key=lambda row: (-row["uri_count"], str(row["error_class"])))
@@ -95,7 +97,7 @@ def failures(table: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def splits(table: pa.Table) -> dict[str, dict[str, dict[str, int]]]:
-    """Split -> generator -> class -> number of pictures; empty where no picture has a split."""
+    """Split -> generator -> class -> number of images; empty where no image has a split."""
     if table.column("split").null_count == table.num_rows:
         return {}
     keys = ["split", "generator", "label"]
@@ -110,14 +112,14 @@ def splits(table: pa.Table) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def describe(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """Class -> what its pictures are like; classes without a picture are left out."""
+    """Class -> what its images are like; classes without an image are left out."""
     numbers = class_numbers(table)
     rows = ((name, np.flatnonzero(numbers == i)) for i, name in enumerate(CLASSES))
     return {name: _describe(table.take(some)) for name, some in rows if len(some)}
 
 
 def _describe(table: pa.Table) -> dict[str, Any]:
-    """Counts are of all pictures, the rest of those that could be read: None where there is none."""
+    """Counts are of all images, the rest of those that could be read: None where there is none."""
     seen = readable(table)
     width, height = (seen.column(name).to_numpy().astype(np.int64) for name in ("width", "height"))
     area = np.maximum(width * height, 1)
@@ -139,7 +141,7 @@ def _quantiles(values: npt.NDArray[Any], at: tuple[float, ...]) -> list[float] |
     return [float(value) for value in np.quantile(values, at)] if len(values) else None
 
 
-def _most_common(width: Rows, height: Rows) -> dict[str, Any] | None:
+def _most_common(width: Indices, height: Indices) -> dict[str, Any] | None:
     if not len(width):
         return None
     sizes, counts = np.unique(np.stack([width, height]), axis=1, return_counts=True)

@@ -21,9 +21,9 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """One sentence: which generators' pictures can be told without looking at them, and by what."""
+    """One sentence: which generators' labels can be told from metadata alone, and from which."""
     measured = {name: group["metadata"] for name, group in result["generators"].items()}
-    judged = {name: told for name, told in measured.items() if told["biased"] is not None}
+    judged = {name: found for name, found in measured.items() if found["biased"] is not None}
     biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
     words = f"{len(biased)} of {len(judged)} generators can be told from metadata alone"
     if biased:
@@ -36,15 +36,15 @@ def conclusion(result: dict[str, Any]) -> str:
     return words
 
 
-def _causes(told: dict[str, Any]) -> str:
-    return ", ".join(told["told_by"]) or "several together"
+def _causes(measured: dict[str, Any]) -> str:
+    return ", ".join(measured["told_by"]) or "several together"
 
 
 def _head(result: dict[str, Any]) -> Iterator[str]:
     counts = [f"{seen['pictures']:,} {name}" for name, seen in result["everything"]["classes"].items()]
     failed = sum(error["pictures"] for error in result["failed"].values())
-    told = ", ".join([*counts, f"{failed:,} failed"])
-    yield f"{result['pictures']:,} pictures of {printable(result['source'])}: {told}"
+    summary = ", ".join([*counts, f"{failed:,} failed"])
+    yield f"{result['pictures']:,} images of {printable(result['source'])}: {summary}"
     for name, error in result["failed"].items():
         yield f"  failed with {printable(name)}: {error['pictures']:,}, such as {printable(error['example'])}"
     if result["not_examined"]:
@@ -52,7 +52,7 @@ def _head(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _contents(result: dict[str, Any]) -> Iterator[str]:
-    names = ("generator", "class", "pictures", "failed", "format", "width", "height", "most common size", "bytes/px")
+    names = ("generator", "class", "images", "failed", "format", "width", "height", "most common size", "bytes/px")
     yield from _table(
         [*names, "JPEG quality"],
         [
@@ -104,11 +104,11 @@ def _copies(found: dict[str, Any]) -> Iterator[str]:
         + [f"{seen[place]['groups']:,}" for place in ("within_a_split", "across_splits", "across_labels")]
         for words, seen in kinds.items()
     ]
-    yield from _table(["copies", "groups", "pictures", "within a split", "across splits", "real and fake"], rows)
+    yield from _table(["copies", "groups", "images", "within a split", "across splits", "real and fake"], rows)
     yield "alike: equal files, too; the last three columns count groups"
     across = found["alike"]["across_splits"]
     for split, count in across["by_split"].items():
-        yield f"{_name(split)}: {count:,} pictures are alike to a picture of another split"
+        yield f"{_name(split)}: {count:,} images are alike to an image of another split"
     for words, seen in (("in two splits", across), ("real and fake", found["alike"]["across_labels"])):
         for one, other in seen["examples"]:
             yield f"  {words}: {printable(one)} and {printable(other)}"
@@ -117,9 +117,9 @@ def _copies(found: dict[str, Any]) -> Iterator[str]:
 def _metadata(result: dict[str, Any]) -> Iterator[str]:
     groups = {name: group["metadata"] for name, group in result["generators"].items()}
     lenders = {name: group["reals_of"] for name, group in result["generators"].items() if group["reals_of"]}
-    rows = [[_name(name), *_measured(told)] for name, told in groups.items()]
+    rows = [[_name(name), *_measured(measured)] for name, measured in groups.items()]
     rows.append(["all generators", *_measured(result["everything"]["metadata"])])
-    yield "how well metadata alone tell real from fake, on pictures that the rule was not made from, and single values:"
+    yield "how well metadata alone tell real from fake, on images that the rule was not made from, and single values:"
     yield from _table(
         ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "told by"], rows
     )
@@ -127,25 +127,27 @@ def _metadata(result: dict[str, Any]) -> Iterator[str]:
     for lender in sorted(set(lenders.values())):
         borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
         yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
-    reasons = {name: told["undefined"] for name, told in groups.items() if told["undefined"]}
+    reasons = {name: measured["undefined"] for name, measured in groups.items() if measured["undefined"]}
     for reason in sorted(set(reasons.values())):
         yield f"{UNDEFINED}: {reason}: {', '.join(_name(name) for name in reasons if reasons[name] == reason)}"
-    if matched := [_name(name) for name, told in groups.items() if told["interval"] and told["interval"][1] < 0.5]:
+    if matched := [
+        _name(name) for name, measured in groups.items() if measured["interval"] and measured["interval"][1] < 0.5
+    ]:
         yield (
-            "below 0.5: a rule learnt from some pictures is wrong of the others, as where each has its counterpart of "
+            "below 0.5: a rule learnt from some images is wrong of the others, as where each has its counterpart of "
             f"the other class, and tells nothing: {', '.join(matched)}"
         )
 
 
-def _measured(told: dict[str, Any]) -> Row:
-    interval = told["interval"]
+def _measured(measured: dict[str, Any]) -> Row:
+    interval = measured["interval"]
     return [
-        f"{told['real']:,}",
-        f"{told['fake']:,}",
-        _number(told["auroc"]),
+        f"{measured['real']:,}",
+        f"{measured['fake']:,}",
+        _number(measured["auroc"]),
         f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else UNDEFINED,
-        *(_number(told["single"][name]) for name in metadata_bias.SINGLE),
-        _causes(told) if told["biased"] else "",
+        *(_number(measured["single"][name]) for name in metadata_bias.SINGLE),
+        _causes(measured) if measured["biased"] else "",
     ]
 
 

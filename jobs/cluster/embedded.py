@@ -14,7 +14,7 @@ from jobs.storage import errors
 from nsnet.errors import StorageError
 
 OBJECT_STORE_BYTES: Final = 2 * 2**30
-"""Object store of an embedded cluster: pictures stream through it, they do not collect there."""
+"""Object store of an embedded cluster: images stream through it, they do not collect there."""
 
 NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
 """Variables that Ray's nodes should be started with. A node ends workers that idle for a second where it has more of

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.data.checkpoint import CheckpointConfig
 
 BLOCK_BYTES: Final = 16 * 2**20
-"""Largest block between stages: some 32 pictures with BLIP's thumbnails, small enough to stream."""
+"""Largest block between stages: some 32 images with BLIP's thumbnails, small enough to stream."""
 
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that shows that workers start: more than none, since a head without CPUs does no work."""
@@ -90,7 +90,7 @@ def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
 
 
 def streaming_bytes() -> int:
-    """Bytes of the cluster's object store that training pictures may take."""
+    """Bytes of the cluster's object store that training images may take."""
     import ray
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from jobs.console.output import OutputError, say
+from jobs.console.output import OutputError, begin_lines, say
 from jobs.storage.left_out import first_named
 from jobs.storage.redaction import guard_logs, traceback_text
 from nsnet.errors import NsnetError
@@ -23,8 +24,10 @@ def run(command: click.Command, name: str) -> NoReturn:
 
     Expected are errors of `nsnet.errors`, wrong usage, signals, and what a store or this machine does
     (`faults.explain`): every `OSError`, errors of the store's client, memory, nesting; also where Ray carried them here
-    from a task. Anything else is a bug of this program: it keeps its traceback, without secrets, and ends with 1.
+    from a task. Anything else is a bug of this program: it keeps its traceback, without secrets, and ends with 1. With
+    `--debug` or NSNET_DEBUG=1 expected errors show theirs as well.
     """
+    begin_lines()
     _tolerant_streams()
     quiet_libraries()
     signal.signal(signal.SIGTERM, _terminated)
@@ -49,7 +52,23 @@ def run(command: click.Command, name: str) -> NoReturn:
         if line is None:
             say(traceback_text(error))
             sys.exit(1)
+        if debugging():
+            say(traceback_text(_with_contexts(error)))
         _fail(line, cause.exit_code if isinstance(cause, NsnetError) else 1)
+
+
+def debugging() -> bool:
+    """Whether tracebacks of expected errors are wanted."""
+    return os.environ.get("NSNET_DEBUG", "").lower() in ("1", "true", "yes")
+
+
+def _with_contexts(error: BaseException) -> BaseException:
+    """The error with those that it was raised `from None` over."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__suppress_context__ = seen.__cause__ is not None
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 class _Terminated(SystemExit):
@@ -97,9 +116,9 @@ def left_out_code(record: dict[str, Any], allowed: int) -> int:
 
 
 def exit_code(counts: dict[str, dict[str, int]], rows: int, allowed: float) -> int:
-    """0, or 3 with a line that says so where more pictures failed than allowed."""
+    """0, or 3 with a line that says so where more images failed than allowed."""
     failed = counts["status"].get("failed", 0)
     if failed <= allowed * rows:
         return 0
-    say(f"{failed} of {rows} pictures failed, more than the allowed {allowed:.2%}: exit code {EXIT_TOO_MANY_FAILED}")
+    say(f"{failed} of {rows} images failed, more than the allowed {allowed:.2%}: exit code {EXIT_TOO_MANY_FAILED}")
     return EXIT_TOO_MANY_FAILED

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -21,9 +22,42 @@ class OutputError(Exception):
     """Nobody takes what goes to stdout."""
 
 
+_run_id: str | None = None
+
+
+def begin_lines() -> None:
+    """Lines of a program that begins belong to no run."""
+    global _run_id
+    _run_id = None
+
+
+@contextmanager
+def lines_of_run(run_id: str) -> Iterator[None]:
+    """Mark the body's lines in a log with its run; after an error also those that follow: they say what ended it."""
+    global _run_id
+    _run_id = run_id
+    yield
+    _run_id = None
+
+
 def say(message: str) -> None:
-    """Lines for the person who runs the command, on stderr: stdout is for results."""
-    _to_stderr(_lines(message))
+    """Lines for the person who runs the command, on stderr: stdout is for results.
+
+    In a log, which is no terminal, each carries the time in UTC, and the id of the run if there is one.
+    """
+    lines = _lines(message)
+    _to_stderr(lines if _is_terminal() else _marked(lines))
+
+
+def _is_terminal() -> bool:
+    with suppress(AttributeError, ValueError):  # no stderr, or a closed one
+        return sys.stderr.isatty()
+    return False
+
+
+def _marked(lines: str) -> str:
+    mark = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} " + (f"{_run_id} " if _run_id else "")
+    return "\n".join(mark + line for line in lines.split("\n"))
 
 
 def redraw(text: str, *, last: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Options that several commands share, and their types."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -73,9 +74,21 @@ weights_options = _stack(
 )
 limit_options = _stack(
     click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
-    click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest picture, in px."),
+    click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest image, in px."),
     click.option("--max-seconds", default=DecodeLimits.max_seconds, show_default=True, help="Longest decoding, in s."),
 )
+
+
+def _debug(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["NSNET_DEBUG"] = "1"
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug,
+    help="Show the traceback of every error, as NSNET_DEBUG=1 does.",
+)  # fmt: skip
+
 column_option = click.option(
     "--column",
     "columns",
@@ -87,7 +100,7 @@ selection_options = _stack(
     click.option("--include", multiple=True, metavar="GLOB", help="Only paths below SOURCE like this; several: any."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="No paths like this. `*` also matches `/`."),
     column_option,
-    click.option("--limit", type=int, default=None, help="Most pictures: the first that are found, in no order."),
+    click.option("--limit", type=int, default=None, help="Most images: the first that are found, in no order."),
     click.option("--shuffle-seed", type=int, default=None, help="A random order; with --limit, a random sample."),
     click.option("--retry-failed", is_flag=True, help="Do again what failed before."),
     click.option("--rescore", is_flag=True, help="Do everything again."),
@@ -97,7 +110,7 @@ max_failed_option = click.option(
     type=ShareType(),
     default="1%",
     show_default=True,
-    help="Share of failed pictures above which the exit code is 3; what came out is written all the same.",
+    help="Share of failed images above which the exit code is 3; what came out is written all the same.",
 )
 max_left_out_option = click.option(
     "--max-left-out",

@@ -1,4 +1,4 @@
-"""Layouts: what a path says of a picture (label, generator and split), in anybody's way and in that of the benchmarks.
+"""Layouts: what a path says of an image (label, generator and split), in anybody's way and in that of the benchmarks.
 
 Mostly one path is enough: `0_real|1_fake`, `nature|ai`, `real|fake` folders are labels, the folder above is the
 generator, or that below where there is none, `train`, `val` and `test` are splits. What needs the folders beside it,

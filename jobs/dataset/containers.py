@@ -37,7 +37,7 @@ MAX_NAMES_BYTES: Final = 2**29
 READ_FACTOR: Final = 4
 """A request may read the whole file so many times."""
 MAX_DISTINCT: Final = 1000
-"""Distinct labels that are told apart."""
+"""Most distinct labels that are kept."""
 MAX_RATIO: Final = 256
 """Texts of a table may be so many times as large as its file: repeated ones are stored once."""
 MIN_TEXTS_BYTES: Final = 2**28

@@ -99,7 +99,7 @@ def partitions(parts: Parts, key: str) -> dict[int, str | None]:
 def label_run(parts: Parts) -> range:
     """Where the nearest label folder is, with those of the same label directly above it; empty: nowhere.
 
-    Folders that contradict each other are no label: a class of pictures may be called `nature`. Only `0_real` and
+    Folders that contradict each other are no label: a class of images may be called `nature`. Only `0_real` and
     `1_fake` are never anything else.
     """
     said = [LABEL_FOLDERS.get(part.lower()) for part in parts]

@@ -26,7 +26,7 @@ PAIRED_WORDS: Final = {word: label for word, label in WORDS.items() if not word.
 }  # fmt: skip
 """Words of a name, joined by `_`, that are a label beside one of the other label."""
 NOUNS: Final = frozenset(
-    "image images img imgs picture pictures pic pics photo photos photograph photographs art arts artworks data "
+    "image images img imgs image images pic pics photo photos photograph photographs art arts artworks data "
     "dataset face faces sample samples set file files class jpg jpeg png webp train training val valid validation test "
     "testing".split()
 )  # fmt: skip

@@ -29,7 +29,7 @@ STABLE_DIFFUSION: Final = {word: re.compile(rf"(?:sd|stablediffusion)v?1?{word[-
 
 
 class Labels(NamedTuple):
-    """What folders say of a picture; each None where they say nothing."""
+    """What folders say of an image; each None where they say nothing."""
 
     label: int | None
     generator: str | None

@@ -25,27 +25,27 @@ from jobs.storage.left_out import first_named
 from jobs.storage.uris import Uri
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
-TOLD_SECONDS: Final = 5.0
+UPDATE_SECONDS: Final = 5.0
 """Between lines about the progress of a listing."""
-MOST_FOLDERS: Final = 50_000
+MAX_FOLDERS: Final = 50_000
 """Folders of a source that are compared with each other for its labels: a bucket may have millions."""
 
-LISTED: Final = pa.schema(
+LISTED_COLUMNS: Final = pa.schema(
     [pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string()), pa.field(SERIES, pa.string())]
 )
 """What a source lists, numbered, with the folder or the series of containers that its labels come from."""
 CLASSES: Final = pa.schema([pa.field(SERIES, pa.string())])
 FORMS: Final = pa.schema([pa.field("form", pa.int64()), schema.TRANSFORM])
-"""Forms in which each picture is done, in their order: as it is, or under a transform."""
-FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), *schema.LABELS, schema.SPLIT])
+"""Forms in which each image is done, in their order: as it is, or under a transform."""
+FOLDERS: Final = pa.schema([pa.field("folder", pa.string()), *schema.LABELS, schema.SPLIT_COLUMN])
 """What folders say in the layout of their source: with a label, where their own path does not say one."""
 
-TOO_MANY: Final = (
-    f"there are more than {MOST_FOLDERS:,} folders with labels: they are not compared, each says what its name says"
+TOO_MANY_FOLDERS: Final = (
+    f"there are more than {MAX_FOLDERS:,} folders with labels: they are not compared, each says what its name says"
 )
 
 PLAIN_ID: Final = "replace(l.image_id::varchar, '-', '')"
-"""Identity of a picture `l`, as text."""
+"""Identity of an image `l`, as text."""
 FORM_ID: Final = (
     f"case when f.transform is null then {PLAIN_ID} else left(sha256({PLAIN_ID} || '/' || f.transform), 32) end"
 )
@@ -59,14 +59,14 @@ SCORED: Final = "scored before"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which pictures of a source are to be done."""
+    """Which images of a source are to be done."""
 
     include: tuple[str, ...] = ()
-    """Globs over the path below the source, of which a picture must match one; none: all are taken."""
+    """Globs over the path below the source, of which an image must match one; none: all are taken."""
     exclude: tuple[str, ...] = ()
     """Globs of which it must match none."""
     limit: int | None = None
-    """Most pictures, each in all its forms: the first that are found, in no order."""
+    """Most images, each in all its forms: the first that are found, in no order."""
     shuffle_seed: int | None = None
     """Do them in a random order; with `limit`, a random sample."""
     columns: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class Selection:
         return named
 
     def states(self) -> set[str]:
-        """The states of pictures that are to be done."""
+        """The states of images that are to be done."""
         if self.rescore:
             return {NEW, CHANGED, FAILED, SCORED}
         return {NEW, CHANGED} | ({FAILED} if self.retry_failed else set())
@@ -105,17 +105,17 @@ class Plan:
     uri: str
     """The manifest Parquet."""
     count: int
-    """Pictures in it, each counted in each of its forms; so below."""
+    """Images in it, each counted in each of its forms; so below."""
     left_out: dict[str, int]
     """Reason -> objects of the source that are not in it."""
     labels: dict[int | None, int]
-    """Label -> pictures in it."""
+    """Label -> images in it."""
     states: dict[str, int] = field(default_factory=dict)
-    """New, changed, failed before, scored before -> pictures of the listing, in the manifest or not."""
+    """New, changed, failed before, scored before -> images of the listing, in the manifest or not."""
     layout: str | None = None
     """The benchmark that the source was recognised as; None: none."""
     forms: int = 1
-    """Forms of each picture: as it is, or under a transform."""
+    """Forms of each image: as it is, or under a transform."""
     unread: int = 0
     """Folders and containers of the source that could not be read, or not to their end, whatever they hold."""
     unread_named: tuple[str, ...] = ()
@@ -123,12 +123,12 @@ class Plan:
 
     def describe(self) -> str:
         """One line for the console."""
-        told = [f"layout {self.layout}"] if self.layout else []
-        told += [f"each counted in {self.forms} forms"] if self.forms > 1 else []
-        told += [f"{count:,} {state}" for state, count in self.states.items() if set(self.states) != {NEW}]
-        told += [f"{count:,} left out: {reason}" for reason, count in sorted(self.left_out.items())]
-        told += [f"not read: {first_named(self.unread, self.unread_named)}"] if self.unread else []
-        return f"{self.count:,} pictures to do" + (f" ({'; '.join(told)})" if told else "")
+        parts = [f"layout {self.layout}"] if self.layout else []
+        parts += [f"each counted in {self.forms} forms"] if self.forms > 1 else []
+        parts += [f"{count:,} {state}" for state, count in self.states.items() if set(self.states) != {NEW}]
+        parts += [f"{count:,} left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        parts += [f"not read: {first_named(self.unread, self.unread_named)}"] if self.unread else []
+        return f"{self.count:,} images to do" + (f" ({'; '.join(parts)})" if parts else "")
 
 
 def write_manifest(
@@ -140,9 +140,9 @@ def write_manifest(
 ) -> Plan:
     """List a source into a manifest (`schema.MANIFEST`), which may come out empty where everything was done before.
 
-    `published`: what was done before (`schema.DONE`). `transforms`: chains of `nsnet.transforms`, of which each picture
+    `published`: what was done before (`schema.DONE`). `transforms`: chains of `nsnet.transforms`, of which each image
     is done under each, as a row with an identity of its own beside its others; "": as it is. Raises `SourceError` when
-    the source holds no picture; nothing is left behind then.
+    the source holds no image; nothing is left behind then.
     """
     selection = selection or Selection()
     listing = Source(source, selection.include, selection.exclude, selection.named_columns())
@@ -157,7 +157,7 @@ def write_manifest(
         states = dict(rows.execute("select state, count(*) from planned group by 1"))
         if not states:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(listing.left_out.items()))
-            what = "holds no pictures" + (f" ({reasons})" if reasons else "")
+            what = "holds no images" + (f" ({reasons})" if reasons else "")
             if unread := listing.left_out.unread:
                 what = f"{what}, as far as it can be read; not read: {first_named(unread, listing.left_out.named)}"
             raise SourceError(f"{listing.uri} {what}")
@@ -183,9 +183,11 @@ def write_manifest(
 
 def _recognise(rows: Database, source: Uri) -> Layout:
     """View `labelled` of what is listed, with what its folders say together."""
-    found = rows.execute(f"select distinct folder from listed where folder is not null limit {MOST_FOLDERS + 1}")
-    few = len(found) <= MOST_FOLDERS
-    layout = benchmarks.recognise([folder for (folder,) in found], source) if few else Layout(remarks=(TOO_MANY,))
+    found = rows.execute(f"select distinct folder from listed where folder is not null limit {MAX_FOLDERS + 1}")
+    few = len(found) <= MAX_FOLDERS
+    layout = (
+        benchmarks.recognise([folder for (folder,) in found], source) if few else Layout(remarks=(TOO_MANY_FOLDERS,))
+    )
     folders = sorted({*layout.labels, *layout.decided})
     generators, splits = ([layout.labels.get(folder, (None, None))[i] for folder in folders] for i in (0, 1))
     labels = [layout.decided.get(folder) for folder in folders]
@@ -217,14 +219,14 @@ def _beside(rows: Database, source: Uri, layout: Layout) -> list[str]:
     path = "case when container is null then uri else substr(uri, length(container) + 2) end"
     found = rows.execute(
         f"select regexp_replace({path}, '[^/]*$', ''), count(*) from labelled where label is null group by 1 "
-        f"limit {MOST_FOLDERS}"
+        f"limit {MAX_FOLDERS}"
     )
     prefix = source.rstrip("/") + "/"
     return beside(layout.lone, {folder.removeprefix(prefix): count for folder, count in found})
 
 
 def _merge(rows: Database) -> None:
-    """Table `repeated` of pictures that are listed more than once: what their rows say together.
+    """Table `repeated` of images that are listed more than once: what their rows say together.
 
     Labels that contradict each other are none; of generators and splits, the first that is said counts.
     """
@@ -261,7 +263,7 @@ def _load(rows: Database, table: str, columns: dict[str, Any], of: pa.Schema) ->
 
 
 def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
-    """Tables of what was done before: `seen` pictures, and `known` URIs in any version.
+    """Tables of what was done before: `seen` images, and `known` URIs in any version.
 
     Those that a run had no time for were not done.
     """
@@ -273,12 +275,12 @@ def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
 
 
 def _load_listing(rows: Database, source: Source, selection: Selection, wanted: str) -> None:
-    """Table `listed`, and table `planned` of each of its pictures once in each form, by number, form and state.
+    """Table `listed`, and table `planned` of each of its images once in each form, by number, form and state.
 
-    Listing stops early once enough pictures to do are found, which is asked each time the listing has doubled. Under a
-    transform a picture is new until it was done under it, whatever became of the file.
+    Listing stops early once enough images to do are found, which is asked each time the listing has doubled. Under a
+    transform an image is new until it was done under it, whatever became of the file.
     """
-    rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED)
+    rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED_COLUMNS)
     rows.execute(
         f"create view judged as select l.n, f.form, case when s.scored then '{SCORED}' when s.scored is not null then "
         f"'{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state from listed l "
@@ -301,12 +303,12 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
 
 
 def _batches(listing: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
-    told = time.monotonic()
+    last_update = time.monotonic()
     while some := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
-        yield pa.RecordBatch.from_pylist(some, schema=LISTED)
-        if time.monotonic() > told + TOLD_SECONDS:
-            told = time.monotonic()
-            say(f"listing: {some[-1]['n'] + 1:,} pictures so far")
+        yield pa.RecordBatch.from_pylist(some, schema=LISTED_COLUMNS)
+        if time.monotonic() > last_update + UPDATE_SECONDS:
+            last_update = time.monotonic()
+            say(f"listing: {some[-1]['n'] + 1:,} images so far")
 
 
 def _quoted(names: set[str]) -> str:

@@ -11,7 +11,7 @@ MANIFEST: Final = pa.schema(
         pa.field("etag", pa.string()),
         pa.field("size_bytes", pa.int64()),
         pa.field("modified_at", pa.timestamp("us", tz="UTC")),  # the store's time of the last change
-        pa.field("container", pa.string()),  # file that holds the picture, where it is not the URI itself
+        pa.field("container", pa.string()),  # file that holds the image, where it is not the URI itself
         pa.field("position", pa.int64()),  # byte offset in a tar, row in a Parquet file
         pa.field("column", pa.string()),  # of a Parquet file that holds images
         pa.field("listed", pa.bool_(), nullable=False),  # the etag is the store's own: what is fetched must have it
@@ -23,7 +23,7 @@ MANIFEST: Final = pa.schema(
         pa.field("transform", pa.string()),  # chain of `nsnet.transforms` to apply before judging; null: none
     ]
 )
-"""What is planned: one row per picture."""
+"""What is planned: one row per image."""
 
 IDS: Final = pa.schema([MANIFEST.field("image_id")])
 
@@ -44,7 +44,7 @@ OUTCOME: Final = [
     pa.field("error_message", pa.string()),
 ]
 
-PICTURE: Final = [
+IMAGE: Final = [
     pa.field("width", pa.int32()),  # pixels, after the EXIF orientation
     pa.field("height", pa.int32()),
     pa.field("format", pa.string()),
@@ -62,18 +62,18 @@ CAPTION: Final = [
 
 FINGERPRINT: Final = [
     pa.field("jpeg_quality", pa.int32()),  # 1 to 100, estimated from the file's tables; null: no JPEG
-    pa.field("perceptual_hash", pa.string()),  # 64 bits, hexadecimal; null: too plain a picture
+    pa.field("perceptual_hash", pa.string()),  # 64 bits, hexadecimal; null: too plain an image
 ]
 
 SOURCE: Final = [MANIFEST.field(name) for name in ("image_id", "uri", "etag", "size_bytes")]
 LABELS: Final = [MANIFEST.field(name) for name in ("label", "generator")]
-SPLIT: Final = MANIFEST.field("split")
+SPLIT_COLUMN: Final = MANIFEST.field("split")
 TRANSFORM: Final = MANIFEST.field("transform")
 
 VERDICTS: Final = pa.schema(
     [
         *SOURCE,
-        *PICTURE,
+        *IMAGE,
         *CAPTION,
         pa.field("logit", pa.float64()),
         pa.field("prob_fake", pa.float64()),
@@ -85,10 +85,10 @@ VERDICTS: Final = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         *LABELS,
-        TRANSFORM,  # what was done to the picture before it was judged; null: nothing
+        TRANSFORM,  # what was done to the image before it was judged; null: nothing
     ]
 )
-"""Published verdicts: one row per planned picture."""
+"""Published verdicts: one row per planned image."""
 
 DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status", "error_class")])
 """What a plan asks of published verdicts."""
@@ -103,8 +103,8 @@ CAPTIONED: Final = pa.schema(
 )  # fmt: skip
 """What can be known of captions from published rows."""
 
-FACTS: Final = pa.schema([*SOURCE, *PICTURE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT])
-"""What is known of a picture without any model."""
+FACTS: Final = pa.schema([*SOURCE, *IMAGE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT_COLUMN])
+"""What is known of an image without any model."""
 
 TEXT_FEATURES: Final = pa.field("text_features", pa.list_(pa.float32()))
 """The frozen text tower's features (D) of a caption."""
@@ -129,9 +129,19 @@ PREDICTIONS: Final = pa.schema(
     [
         *(VERDICTS.field(name) for name in ("image_id", "uri")),
         *LABELS,
-        SPLIT,
+        SPLIT_COLUMN,
         *(VERDICTS.field(name) for name in ("logit", "prob_fake", "verdict", "threshold", "status")),
         pa.field("detector_id", pa.string()),
     ]
 )
 """Predictions as they are stored: verdicts that `nsnet evaluate` reads."""
+
+
+SPLIT: Final = pa.schema(
+    [
+        *MANIFEST,
+        pa.field("content_hash", pa.string()),
+        pa.field("group", pa.int64()),  # number of the near-duplicate group, which lies in one split
+    ]
+)
+"""A split as it is stored: a manifest with each image's content and near-duplicate group."""

@@ -28,8 +28,8 @@ class Source:
     """A stream of manifest rows, and what was left out of it.
 
     `include`, `exclude`: globs over the path below the source (over the whole URI in a manifest), where `*` also
-    matches `/`: a picture is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
-    pictures by its ending (`endings.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
+    matches `/`: an image is taken if it matches one of `include` (none: all) and none of `exclude`. What lies beside
+    images by its ending (`endings.SIDECARS`) is tried where `include` names that ending, such as `*.txt`. `columns`:
     what the columns of Parquet files are called that are not called as usual.
     """
 
@@ -47,7 +47,7 @@ class Source:
         self.classes: set[str] = set()
         """Series of containers (`manifest.series`) whose numbers are classes, and no labels."""
         self.left_out = LeftOut()
-        """Reason -> number of objects that are no pictures, and what could not be read."""
+        """Reason -> number of objects that are no images, and what could not be read."""
 
     def check(self) -> None:
         """Raise `SourceError` or `StorageError` unless there is such a source; lists nothing."""
@@ -110,7 +110,7 @@ class Source:
                 else:
                     yield from self._inside(entry, relative)
             elif ending in self._sidecars:
-                self.left_out[f"{ending} is no picture"] += 1
+                self.left_out[f"{ending} is no image"] += 1
             else:
                 yield row(
                     entry.uri, entry.etag, entry.size_bytes, listed=True, modified_at=entry.modified_at,
@@ -133,7 +133,7 @@ class Source:
         except NoImagesError as error:
             if strict:
                 raise
-            self.left_out[f"{ending} without pictures"] += 1
+            self.left_out[f"{ending} without images"] += 1
             say(f"left out: {error}")
         except SourceError as error:
             if strict:

@@ -1,4 +1,4 @@
-"""A labelled bucket of drawn pictures for the demo and the tests: no download, no licence, the same bytes every time.
+"""A labelled bucket of drawn images for the demo and the tests: no download, no licence, the same bytes every time.
 
 A scene is drawn in linear light, photographed by a simulated camera (`camera`, label real = 0), and the photograph is
 passed through a small encoder and up-sampling decoder (`upsampling_decoder`, label fake = 1), after the artefact
@@ -29,14 +29,14 @@ GENERATOR = "upsampler"
 """Folder of the bucket, named as the other buckets are: for the model that made the fakes."""
 CLASS_FOLDERS = ("0_real", "1_fake")
 JPEG_QUALITY = (85, 98)
-"""Lowest and highest JPEG quality, both included; drawn for each picture on its own, alike for both classes."""
+"""Lowest and highest JPEG quality, both included; drawn for each image on its own, alike for both classes."""
 
 LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
 BLUR = (0.25, 0.5, 0.25)
 BILINEAR = (0.25, 0.75, 0.75, 0.25)
 """Taps of x2 linear interpolation as a stride-2 transposed convolution; each output phase sums to one."""
 FEATURE_BIAS = np.float32(0.35)
-"""Feature maps of a decoder are not zero where the picture is black; its grid shows in shadows too."""
+"""Feature maps of a decoder are not zero where the image is black; its grid shows in shadows too."""
 # The family's trained 4x4 kernel = bilinear + these offsets. Their sums over the four output phases are uneven: the
 # checkerboard of transposed convolution (Odena, Dumoulin and Olah 2016, distill.pub/2016/deconv-checkerboard).
 # At 0.002 the grid is about 2 of 255 levels strong, enough to survive JPEG at quality 85.
@@ -57,7 +57,7 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> Floats:
     drawers = (_house, _tree, _ball, _board)
     favourite = int(rng.integers(len(drawers)))
     for foot in np.sort(rng.uniform(max(horizon, 0.15 * size_px), 1.05 * size_px, rng.integers(4, 12))):
-        # Nearer things stand lower in the picture and are larger.
+        # Nearer things stand lower in the image and are larger.
         height = size_px * rng.uniform(0.1, 0.25) * (0.4 + 1.6 * (foot - horizon) / size_px)
         texture = np.roll(fine, rng.integers(0, size_px, 2), (0, 1))
         pick = favourite if rng.random() < 0.5 else int(rng.integers(len(drawers)))
@@ -218,7 +218,7 @@ def upsampling_decoder(image_uint8: Pixels, rng: np.random.Generator) -> Pixels:
     """Rebuild a photograph as a generator would: encode at 1/2 or 1/4 size, up-sample with a decoder, add fine detail.
 
     Each stage is a stride-2 transposed convolution, the first of two with a skip connection; the weights are one
-    family's, jittered for each call. The detail is noise that goes through the decoder as the picture does, as strong
+    family's, jittered for each call. The detail is noise that goes through the decoder as the image does, as strong
     as it takes to give the fake the photograph's Laplacian energy: no class is the blurred one.
     image_uint8: uint8[H, W, 3], H, W >= 4. rng: consumed.
     Returns uint8[H, W, 3]; the phase of the up-sampling grid is fixed at the top-left corner.
@@ -285,9 +285,9 @@ def _quantise(image: Floats) -> Pixels:
 
 
 def make_pair(scene: int, *, seed: int, size_px: int = 256) -> tuple[bytes, bytes]:
-    """The real and the fake picture of one scene as JPEG bytes, a pure function of the arguments.
+    """The real and the fake image of one scene as JPEG bytes, a pure function of the arguments.
 
-    scene, seed: >= 0. Both pictures are H x W px, each side drawn from 7/8 to 10/8 of size_px.
+    scene, seed: >= 0. Both images are H x W px, each side drawn from 7/8 to 10/8 of size_px.
     """
     rng = np.random.default_rng([seed, scene])
     height, width = (int(side) for side in rng.integers(size_px * 7 // 8, size_px * 10 // 8 + 1, 2))
@@ -296,7 +296,7 @@ def make_pair(scene: int, *, seed: int, size_px: int = 256) -> tuple[bytes, byte
 
 
 def _jpeg(pixels: Pixels, rng: np.random.Generator) -> bytes:
-    """Quality and chroma sub-sampling (4:4:4 or 4:2:0) are drawn per picture, alike for both classes."""
+    """Quality and chroma sub-sampling (4:4:4 or 4:2:0) are drawn per image, alike for both classes."""
     buffer = io.BytesIO()
     quality, subsampling = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1)), int(rng.choice([0, 2]))
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
@@ -314,7 +314,7 @@ def write_bucket(
 ) -> int:
     """Write <folder>/upsampler/{0_real,1_fake}/scene_00012.jpg for each scene id; returns the number of files written.
 
-    scenes: distinct ids >= 0. Split by id, never by picture: the two pictures of one id share their content.
+    scenes: distinct ids >= 0. Split by id, never by image: the two images of one id share their content.
     size_px: nominal side, see `make_pair`. processes: 1 = in this process, else a pool of spawned ones.
     progress: called with the number of scenes done so far. A file appears whole or not at all; an old one is replaced.
     """

@@ -2,12 +2,12 @@
 
 Dimensions: K bootstrap samples.
 
-A verdict "uncertain" is no right answer. `acc`, `real_acc` and `fake_acc` are shares of all pictures that were judged
+A verdict "uncertain" is no right answer. `acc`, `real_acc` and `fake_acc` are shares of all images that were judged
 rightly, so that no detector gains by not answering. `acc_decided` is the share of right ones among the other verdicts,
 to be read beside `uncertain_share`: a detector that answers only where it is easy looks good there. An uncertain
 verdict raises no alarm, which is what the precisions count; the other metrics are of the probabilities alone.
 
-The mean over generators gives each the same weight, however many pictures it has. Intervals are percentiles of a
+The mean over generators gives each the same weight, however many images it has. Intervals are percentiles of a
 bootstrap that draws reals and fakes of each generator anew; reals that several generators are compared with are drawn
 once for all of them, or the mean would seem better known than it is. `ece` has none: drawing adds noise to each bin,
 and the interval would lie above the value. A TPR at a false positive rate of 1/m has none below m reals, nor has a mean
@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.evaluation import groups
-from jobs.evaluation.groups import FAKE, REAL, UNCERTAIN, UNTRANSFORMED, Array, Group, Rows
+from jobs.evaluation.groups import FAKE, REAL, UNCERTAIN, UNTRANSFORMED, Array, Group, LabelledScores
 from nsnet import metrics
 from nsnet.errors import ConfigError, SourceError
 from nsnet.transforms import KINDS
@@ -50,7 +50,7 @@ LONG: Final = pa.schema(
         pa.field("value", pa.float64()),  # null: undefined
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
-        pa.field("real", pa.int64()),  # pictures; null for the mean
+        pa.field("real", pa.int64()),  # images; null for the mean
         pa.field("fake", pa.int64()),
     ]
 )
@@ -98,7 +98,7 @@ def compare(
     chains = groups.transforms_of(known)
     plain = known.filter(pc.equal(chains, UNTRANSFORMED))
     if plain.num_rows == 0:
-        raise SourceError("all labelled verdicts are of transformed pictures, none is of a picture as it is")
+        raise SourceError("all labelled verdicts are of transformed images, none is of an image as it is")
     parts, pairs = groups.split(plain), dict(pairs or {})
     groups.check_pairs(parts, pairs)
     everything = groups.join(list(parts.values()))
@@ -167,7 +167,7 @@ def _seed(seed: int, name: str) -> tuple[int, int]:
     return seed, crc32(name.encode())
 
 
-def _measure(rows: Rows, samples: int, reals_seed: tuple[int, ...], fakes_seed: tuple[int, ...]) -> Measured:
+def _measure(rows: LabelledScores, samples: int, reals_seed: tuple[int, ...], fakes_seed: tuple[int, ...]) -> Measured:
     """Groups with the same reals and `reals_seed` draw the same of them."""
     given = rows.labels, rows.probabilities, rows.said == FAKE
     values = {name: np.asarray(np.nan if x is None else x) for name, x in metrics.summary(*given).items()}
@@ -184,7 +184,7 @@ def _measure(rows: Rows, samples: int, reals_seed: tuple[int, ...], fakes_seed: 
 
 
 def _redraw(counts: groups.Integers, samples: int, seed: tuple[int, ...]) -> groups.Integers:
-    """(K, 3) verdicts of bootstrap samples of pictures of which so many (3,) got each: to draw pictures is to draw
+    """(K, 3) verdicts of bootstrap samples of images of which so many (3,) got each: to draw images is to draw
     their verdicts."""
     total = int(counts.sum())
     if not total:
@@ -193,7 +193,7 @@ def _redraw(counts: groups.Integers, samples: int, seed: tuple[int, ...]) -> gro
 
 
 def _of_verdicts(counts: groups.Integers) -> dict[str, Array]:
-    """Metrics (...,) of pictures (..., 2, 3) by label and verdict; NaN where there is no picture."""
+    """Metrics (...,) of images (..., 2, 3) by label and verdict; NaN where there is no image."""
     reals, fakes, uncertain = counts[..., 0, :].sum(-1), counts[..., 1, :].sum(-1), counts[..., UNCERTAIN].sum(-1)
     passed, found = counts[..., 0, REAL], counts[..., 1, FAKE]
     return {

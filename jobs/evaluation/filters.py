@@ -28,7 +28,7 @@ def of_detector(table: pa.Table, detector_id: str | None, uri: str) -> pa.Table:
 
 
 def of_split(table: pa.Table, split: str | None, uri: str) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of a split, and what is told of them. What was trained on, or chosen by, says little of a detector."""
+    """The rows of a split, and what the result says of them. Training and validation rows say little of it."""
     splits = table.column("split") if "split" in table.column_names else pa.array([None] * table.num_rows)
     present: set[Any] = set(pc.unique(splits).to_pylist())
     named = sorted(present - {None})
@@ -61,12 +61,12 @@ def decided(table: pa.Table, threshold: float) -> pa.Table:
 
 
 def of_chains(table: pa.Table, chains: Sequence[str], uri: str) -> pa.Table:
-    """The rows of pictures as they are, and under these transforms, which must all be there."""
+    """The rows of images as they are, and under these transforms, which must all be there."""
     present = groups.transforms_of(table)
     missing = [chain for chain in chains if chain not in set(pc.unique(present).to_pylist())]
     if missing:
         raise ConfigError(
-            f"--robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the pictures, and "
+            f"--robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the images, and "
             "--detector to score them"
         )
     return table.filter(pc.is_in(present, pa.array([groups.UNTRANSFORMED, *chains])))

@@ -1,6 +1,6 @@
-"""Verdict rows with labels, by generator: which pictures are compared with which.
+"""Verdict rows with labels, by generator: which images are compared with which.
 
-Dimensions: n pictures.
+Dimensions: n images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ UNTRANSFORMED: Final = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class LabelledScores:
     """Scored verdicts with labels."""
 
     labels: Integers
@@ -37,11 +37,11 @@ class Rows:
     said: Integers
     """(n,), place of the verdict in `SAID`."""
     failed: int = 0
-    """Pictures beside these that failed."""
+    """Images beside these that failed."""
 
-    def take(self, chosen: npt.NDArray[Any], failed: int = 0) -> "Rows":
+    def take(self, chosen: npt.NDArray[Any], failed: int = 0) -> "LabelledScores":
         """Some rows, by mask or by places."""
-        return Rows(
+        return LabelledScores(
             labels=self.labels[chosen],
             probabilities=self.probabilities[chosen],
             said=self.said[chosen],
@@ -54,11 +54,11 @@ class Rows:
         return 0 < int(self.labels.sum()) < len(self.labels)
 
     def confusion(self) -> Integers:
-        """(2, 3) pictures by label and verdict."""
+        """(2, 3) images by label and verdict."""
         return np.bincount(self.labels * 3 + self.said, minlength=6).reshape(2, 3)
 
     def counts(self) -> dict[str, Any]:
-        """Pictures, JSON-ready."""
+        """Images, JSON-ready."""
         table = self.confusion()
         return {
             "real": int(table[0].sum()),
@@ -75,19 +75,19 @@ class Rows:
 class Group:
     """A generator: its fakes, and the reals that they are compared with."""
 
-    rows: Rows
+    rows: LabelledScores
     """Reals first."""
     reals_of: str
     """The generator whose reals these are."""
 
 
-Parts = dict[tuple[str, int], Rows]
+Parts = dict[tuple[str, int], LabelledScores]
 """(Generator, label) -> its rows."""
 
 
-def join(parts: Sequence[Rows]) -> Rows:
+def join(parts: Sequence[LabelledScores]) -> LabelledScores:
     """All rows in one; at least one part."""
-    return Rows(
+    return LabelledScores(
         labels=np.concatenate([part.labels for part in parts]),
         probabilities=np.concatenate([part.probabilities for part in parts]),
         said=np.concatenate([part.said for part in parts]),
@@ -96,7 +96,7 @@ def join(parts: Sequence[Rows]) -> Rows:
 
 
 def transforms_of(table: pa.Table) -> Any:
-    """Chains of the rows (n,) as Arrow strings; `UNTRANSFORMED` for pictures as they were, and without the column."""
+    """Chains of the rows (n,) as Arrow strings; `UNTRANSFORMED` for images as they were, and without the column."""
     if "transform" not in table.column_names:
         return pa.array([UNTRANSFORMED] * table.num_rows, pa.string())
     return pc.fill_null(table.column("transform"), UNTRANSFORMED)
@@ -109,7 +109,7 @@ def split(table: pa.Table) -> Parts:
     """
     scored = pc.equal(table.column("status"), "scored").to_numpy(zero_copy_only=False)
     places = pc.fill_null(pc.index_in(table.column("verdict"), pa.array(SAID)), -1)
-    rows = Rows(
+    rows = LabelledScores(
         labels=table.column("label").to_numpy().astype(np.int64),
         probabilities=table.column("prob_fake").cast(pa.float64()).to_numpy(),  # null becomes NaN
         said=places.to_numpy().astype(np.int64),
@@ -130,7 +130,7 @@ def split(table: pa.Table) -> Parts:
     return parts
 
 
-def _check(scored: Rows) -> None:
+def _check(scored: LabelledScores) -> None:
     if not np.isin(scored.labels, (0, 1)).all():
         raise SourceError("labels must be 0 (real) or 1 (fake)")
     good = (scored.probabilities >= 0.0) & (scored.probabilities <= 1.0)  # not for NaN
@@ -143,7 +143,7 @@ def _check(scored: Rows) -> None:
 def groups(parts: Parts, pairs: Mapping[str, str]) -> dict[str, Group]:
     """The generators, each with its own reals or those of its pair, where they are here.
 
-    One that only lends its reals is no generator. Its pictures may be in several groups, and so may its failed ones.
+    One that only lends its reals is no generator. Its images may be in several groups, and so may its failed ones.
     """
     found = {}
     lenders = {real for fake, real in pairs.items() if (fake, 1) in parts}

@@ -25,7 +25,7 @@ from nsnet.errors import SourceError
 NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
 WANTED: Final = ("image_id", "threshold", "transform", "split")
 """Columns that verdicts may have besides."""
-TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT]}
+TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT_COLUMN]}
 APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
 """Columns whose values part the rows of a file: an image may be one of several generators' reals."""
 STATUSES: Final = ("scored", "failed")

@@ -14,7 +14,7 @@ from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.job import train
-from jobs.experiments.paths import PREDICTIONS, RESULT
+from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.storage import listing, parquet, reading, uris, writing
 from jobs.storage.uris import Uri
@@ -87,7 +87,7 @@ def ablate(
 def _is_finished(request: TrainRequest) -> bool:
     """A control has no bundle, which is the last that a training writes."""
     control = request.resolved().training.captions != "own"
-    return listing.exists(uris.join(request.work, RESULT) if control else uris.join(request.out, DESCRIPTION))
+    return listing.exists(uris.join(request.work, RESULT_FILE) if control else uris.join(request.out, DESCRIPTION))
 
 
 def _name(variant: str, seed: int) -> str:
@@ -98,25 +98,27 @@ def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> 
     """What is known of a variant: the mean over its seeds."""
     if variant in failed:
         return {"variant": variant, "error": failed[variant]}
-    results_of = [reading.read_json(uris.join(request.work, RESULT), {"best_epoch": dict}) for request in requests]
-    told = [result["best_epoch"] for result in results_of]
+    results_of = [reading.read_json(uris.join(request.work, RESULT_FILE), {"best_epoch": dict}) for request in requests]
+    bests = [result["best_epoch"] for result in results_of]
     return {
         "variant": variant,
-        "residual_energy": float(np.mean([best["residual_energy"] for best in told])),
-        "validation_ap": float(np.mean([best["val_ap"] for best in told])),
-        "best_epochs": [best["epoch"] for best in told],
+        "residual_energy": float(np.mean([best["residual_energy"] for best in bests])),
+        "validation_ap": float(np.mean([best["val_ap"] for best in bests])),
+        "best_epochs": [best["epoch"] for best in bests],
     }
 
 
 def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None:
-    """Add to each row what the test pictures say, and how far that is from `advanced`, with intervals.
+    """Add to each row what the test images say, and how far that is from `advanced`, with intervals.
 
-    Over pictures that every training has judged, drawn alike for all variants and seeds, so that differences of two
-    variants are of the same pictures. Intervals are over pictures, not over seeds.
+    Over images that every training has judged, drawn alike for all variants and seeds, so that differences of two
+    variants are of the same images. Intervals are over images, not over seeds.
     """
     alive = {row["variant"]: row for row in rows if "error" not in row}
     tables = {
-        variant: [_tested(uris.join(request.work, PREDICTIONS)) for request in requests if request.variant == variant]
+        variant: [
+            _tested(uris.join(request.work, PREDICTIONS_FILE)) for request in requests if request.variant == variant
+        ]
         for variant in alive
     }
     every = [set(table.column("image_id").to_pylist()) for some in tables.values() for table in some]
@@ -134,13 +136,13 @@ def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None
 
 
 def _tested(uri: str) -> pa.Table:
-    """Predictions on the test pictures, ordered by picture."""
+    """Predictions on the test images, ordered by image."""
     table = pa.Table.from_batches(parquet.read(uri, schema.PREDICTIONS), schema.PREDICTIONS)
     return table.filter(pc.equal(table.column("split"), "test")).sort_by("image_id")
 
 
 def _drawn(tables: list[pa.Table], ids: pa.Array) -> tuple[dict[str, float | None], dict[str, metrics.Array]]:
-    """Metrics on these pictures, and on bootstrap samples of them: means over the seeds."""
+    """Metrics on these images, and on bootstrap samples of them: means over the seeds."""
     tables = [table.filter(pc.is_in(table.column("image_id"), value_set=ids)) for table in tables]
     labels = tables[0].column("label").to_numpy()
     probabilities = np.stack([table.column("prob_fake").to_numpy() for table in tables])
@@ -176,9 +178,9 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return ["failed", *[""] * (len(SHOWN) + 2)]
-    told = [f"{row['residual_energy']:.3f}", f"{row['validation_ap']:.4f}"]
-    told += [_cell((row["test"] or {}).get(name)) for name in SHOWN]
-    return [*told, _cell(row["difference"]["ap"], sign="+") if "difference" in row else ""]
+    cells = [f"{row['residual_energy']:.3f}", f"{row['validation_ap']:.4f}"]
+    cells += [_cell((row["test"] or {}).get(name)) for name in SHOWN]
+    return [*cells, _cell(row["difference"]["ap"], sign="+") if "difference" in row else ""]
 
 
 def _cell(found: dict[str, Any] | None, sign: str = "") -> str:

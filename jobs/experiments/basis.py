@@ -22,7 +22,7 @@ from ray.data import TaskPoolStrategy
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.experiments.experiment import Experiment
-from jobs.experiments.paths import FITTED
+from jobs.experiments.paths import FITTED_FILE
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products
 from jobs.storage import listing, reading, uris, writing
@@ -50,7 +50,7 @@ def caption_files(captions: Uri, features_id: str) -> list[str]:
 def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSpectrum:
     """Singular values and directions of the caption features in some Parquet files.
 
-    `ids`: the pictures whose captions count. Each task reduces what it reads to one triangle of D × D, the driver
+    `ids`: the images whose captions count. Each task reduces what it reads to one triangle of D × D, the driver
     merges them as they come, in the order of the files: memory does not depend on the number of captions.
     """
     if not files:
@@ -61,7 +61,7 @@ def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSp
         part = StreamingSVD.from_triangle(triangle, count)
         total = part if total is None else total.merge(part)
     if total is None:
-        raise SourceError("none of the training pictures has a caption: there is no semantic basis")
+        raise SourceError("none of the training images has a caption: there is no semantic basis")
     return total.spectrum()
 
 
@@ -109,7 +109,7 @@ def _matrix(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 def bank(
     image_ids: Iterable[str], text_features: npt.NDArray[np.float32], *, size: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """A sample of distinct captions' features, (≤ size, D): a pure function of the set of pictures and the seed."""
+    """A sample of distinct captions' features, (≤ size, D): a pure function of the set of images and the seed."""
     keyed = sorted(range(len(text_features)), key=_key(list(image_ids), seed).__getitem__)
     chosen: dict[bytes, int] = {}
     for row in keyed:
@@ -141,7 +141,7 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
     from jobs.experiments import basis
     from nsnet.recipes import BANK
 
-    uri = experiment.file(FITTED)
+    uri = experiment.file(FITTED_FILE)
     if not listing.exists(uri):
         assert examples.text_features is not None
         rows = examples.rows("train")
@@ -158,8 +158,8 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
             tensors = {"caption_bank": basis.bank(ids.to_pylist(), features, size=BANK, seed=request.seed)}
             say(f"bank: {len(tensors['caption_bank'])} captions")
         with tempfile.TemporaryDirectory() as scratch:
-            save_file(tensors, Path(scratch) / FITTED)
-            writing.upload_file(Path(scratch) / FITTED, uri)
+            save_file(tensors, Path(scratch) / FITTED_FILE)
+            writing.upload_file(Path(scratch) / FITTED_FILE, uri)
     with reading.local_copy(uri) as path:
         tensors = load_file(path)
     if projection.kind == "global":

@@ -15,7 +15,7 @@ from nsnet.errors import UsageError
 TRAINING_SCENES: Final = range(0, 300)
 VALIDATION_SCENES: Final = range(300, 380)
 HELD_OUT_SCENES: Final = range(1000, 1150)
-"""Disjoint: the real and the fake picture of a scene are always on the same side."""
+"""Disjoint: the real and the fake image of a scene are always on the same side."""
 
 
 def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
     parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
     for name, scenes in parts.items():
         count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))
-        say(f"pictures: {count} in {out / 'pictures' / name}")
+        say(f"images: {count} in {out / 'pictures' / name}")
     train(
         TrainRequest(
             source=Uri(str(out / "pictures" / "training")), out=Uri(str(out / "detector")),
@@ -56,4 +56,4 @@ def _progress(name: str, total: int) -> Any:
     """A line that is redrawn on a terminal, and silence in a log."""
     if not sys.stderr.isatty():
         return None
-    return lambda done: output.redraw(f"pictures: {name}, scene {done}/{total}", last=done == total)
+    return lambda done: output.redraw(f"images: {name}, scene {done}/{total}", last=done == total)

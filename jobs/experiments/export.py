@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.experiments.experiment import Experiment
-from jobs.experiments.paths import FITTED
+from jobs.experiments.paths import FITTED_FILE
 from nsnet.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def write_bundle(
     recipe, models = experiment.recipe, experiment.models
     detector = Detector.build(recipe.detector, models.clip_path(), seed=experiment.request.seed)
     if recipe.detector.projection.kind in ("global", "rank_k"):
-        checkpoints.load_fitted(detector.network, experiment.file(FITTED))
+        checkpoints.load_fitted(detector.network, experiment.file(FITTED_FILE))
     checkpoints.load_weights(detector.network, best)
     detector.with_calibration(calibration)
     with tempfile.TemporaryDirectory() as scratch:

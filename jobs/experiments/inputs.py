@@ -1,4 +1,4 @@
-"""What a training needs before its first step: facts of its pictures, a split, captions, a basis or bank of them."""
+"""What a training needs before its first step: facts of its images, a split, captions, a basis or bank of them."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.experiments.experiment import Experiment
-from jobs.experiments.paths import SETTINGS, SPLIT, UNREADABLE
+from jobs.experiments.paths import SETTINGS_FILE, SPLIT_FILE, UNREADABLE_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.runs import products
 from jobs.storage import listing, writing
@@ -45,13 +45,13 @@ def examples_of(experiment: Experiment) -> "Examples":
     """The split and its captions' features; what is missing of them is made."""
     from jobs.training import examples
 
-    stored, workers = experiment.file(SPLIT), experiment.request.workers[1]
+    stored, workers = experiment.file(SPLIT_FILE), experiment.request.workers[1]
     if not listing.exists(stored):
         _store_split(experiment)
     found = examples.Examples(table=examples.read_split(stored))
     if len(found.rows("train")) < 2 * workers:
         raise SourceError(
-            f"{len(found.rows('train'))} training pictures are too few for {workers} workers: at least two for each"
+            f"{len(found.rows('train'))} training images are too few for {workers} workers: at least two for each"
         )
     if not experiment.needs_captions:
         return found
@@ -59,7 +59,7 @@ def examples_of(experiment: Experiment) -> "Examples":
     features = examples.load_text_features(facts.place, facts.maker, found.table)
     if missing := examples.without_captions(found.table, features):
         raise SourceError(
-            f"{len(missing)} of {found.table.num_rows} pictures have no caption in {facts.place}, such as "
+            f"{len(missing)} of {found.table.num_rows} images have no caption in {facts.place}, such as "
             f"{missing[0]['uri']}: run nsnet caption for them first, or give --caption-missing"
         )
     return replace(found, text_features=features)
@@ -67,7 +67,7 @@ def examples_of(experiment: Experiment) -> "Examples":
 
 def share_split(experiment: Experiment) -> Uri:
     """Make the split of a training without training: for others to use, as their `split`; its URI."""
-    stored = experiment.file(SPLIT)
+    stored = experiment.file(SPLIT_FILE)
     if not experiment.request.belongs_to(experiment.settings) or not listing.exists(stored):
         _store_split(experiment)
     return stored
@@ -78,12 +78,12 @@ def _store_split(experiment: Experiment) -> None:
     from jobs.training import examples
 
     made = _make_split(experiment)
-    writing.write_json(experiment.file(SETTINGS), experiment.settings)
-    examples.write_split(made, experiment.file(SPLIT))
+    writing.write_json(experiment.file(SETTINGS_FILE), experiment.settings)
+    examples.write_split(made, experiment.file(SPLIT_FILE))
 
 
 def _make_split(experiment: Experiment) -> "pa.Table":
-    """Find out what there is to know of the pictures, and split them."""
+    """Find out what there is to know of the images, and split them."""
     from jobs.experiments import split
 
     request, training = experiment.request, experiment.recipe.training
@@ -98,7 +98,7 @@ def _make_split(experiment: Experiment) -> "pa.Table":
     _check_request(request, manifest, plan.count)
     publish_facts(experiment)
     facts = experiment.facts
-    listed = split.known_pictures(manifest, facts.place, facts.product, facts.maker)
+    listed = split.known_images(manifest, facts.place, facts.product, facts.maker)
     if request.split is not None:
         made = split.reuse(request.split, listed, request.max_failed)
     else:
@@ -110,23 +110,23 @@ def _make_split(experiment: Experiment) -> "pa.Table":
     for line in split.describe(made):
         say(line)
     if made.unreadable:
-        writing.write_json(experiment.file(UNREADABLE), made.unreadable)
+        writing.write_json(experiment.file(UNREADABLE_FILE), made.unreadable)
     return made.table
 
 
 def _check_labels(labels: dict[int | None, int], count: int) -> None:
     if labels.get(None):
         raise SourceError(
-            f"{labels[None]} of {count} pictures have no label: put them below 0_real and 1_fake (or nature and ai, "
+            f"{labels[None]} of {count} images have no label: put them below 0_real and 1_fake (or nature and ai, "
             "real and fake) folders, or give a manifest with a label column"
         )
     if len(labels) < 2:
         real, fake = labels.get(0, 0), labels.get(1, 0)
-        raise SourceError(f"the source has {real} real and {fake} fake pictures; both are needed")
+        raise SourceError(f"the source has {real} real and {fake} fake images; both are needed")
 
 
 def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
-    """What a listing can tell of a request, before every picture is looked at, which may take hours."""
+    """What a listing can tell of a request, before every image is looked at, which may take hours."""
     import numpy as np
 
     from jobs.storage import parquet
@@ -134,7 +134,7 @@ def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
     from nsnet import splits
 
     if count < 2 * request.workers[1]:
-        raise SourceError(f"{count} pictures are too few for {request.workers[1]} workers: at least two for each")
+        raise SourceError(f"{count} images are too few for {request.workers[1]} workers: at least two for each")
     if request.split is not None:
         examples.read_split(request.split)
     if request.leave_out is not None:

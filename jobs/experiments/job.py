@@ -9,7 +9,7 @@ from jobs.console.output import say
 from jobs.dataset.source import Source
 from jobs.experiments import inputs
 from jobs.experiments.experiment import Experiment
-from jobs.experiments.paths import PREDICTIONS, RESULT
+from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.runs import lock
 from jobs.storage import listing, probes, uris, writing
@@ -73,8 +73,8 @@ def _finish(experiment: Experiment, examples: "Examples", last: Path, point: Ope
         detector_id = request.variant
         if for_use:
             detector_id = write_bundle(experiment, progress.best, judged.calibration, result, folder)
-        predictions.write_predictions(judged, detector_id, experiment.file(PREDICTIONS))
-        writing.write_json(experiment.file(RESULT), result)
+        predictions.write_predictions(judged, detector_id, experiment.file(PREDICTIONS_FILE))
+        writing.write_json(experiment.file(RESULT_FILE), result)
         if for_use:  # last: where a bundle is, the training is finished
             writing.upload_folder(folder, request.out, last=DESCRIPTION)
             say(f"detector {detector_id}: {request.out}")

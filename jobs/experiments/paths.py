@@ -2,10 +2,10 @@
 
 from typing import Final
 
-PREDICTIONS: Final = "predictions.parquet"
-RESULT: Final = "result.json"
-SETTINGS: Final = "settings.json"
+PREDICTIONS_FILE: Final = "predictions.parquet"
+RESULT_FILE: Final = "result.json"
+SETTINGS_FILE: Final = "settings.json"
 """Where a training's place says what it is of; from then on the place belongs to it."""
-SPLIT: Final = "split.parquet"
-UNREADABLE: Final = "unreadable.json"
-FITTED: Final = "fitted.safetensors"
+SPLIT_FILE: Final = "split.parquet"
+UNREADABLE_FILE: Final = "unreadable.json"
+FITTED_FILE: Final = "fitted.safetensors"

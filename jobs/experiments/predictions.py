@@ -1,6 +1,6 @@
 """What came out of a training: predictions on validation and test, calibration, numbers with intervals, in one record.
 
-Dimensions: n pictures of validation and test.
+Dimensions: n images of validation and test.
 """
 
 from dataclasses import dataclass
@@ -66,17 +66,17 @@ def write_predictions(judged: Judged, detector_id: str, uri: str) -> None:
     parquet.write(table.combine_chunks().to_batches(), PREDICTIONS, uri)
 
 
-def describe(judged: Judged, progress: Progress, told: dict[str, Any]) -> dict[str, Any]:
+def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict[str, Any]:
     """The record of a training: what was asked for, epochs, calibration, numbers; JSON-ready.
 
-    `told`: what the record says besides. Without test pictures `test` is null.
+    `origin`: what the record says besides. Without test images `test` is null.
     """
     from jobs.evaluation.comparison import compare
 
     best = next(record for record in progress.history if record["epoch"] == progress.best_epoch)
     test = judged.of("test")
     return {
-        **told,
+        **origin,
         "history": progress.history,
         "best_epoch": best,
         "calibration": to_dict(judged.calibration),

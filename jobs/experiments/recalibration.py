@@ -44,9 +44,9 @@ def calibrate(
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy / name)
         origin = before.training.get("calibrated_from", before.detector_id)
-        told = {**before.training, "calibrated_from": origin, "calibration": to_dict(fitted)}
+        training = {**before.training, "calibrated_from": origin, "calibration": to_dict(fitted)}
         after = bundle.seal(
-            copy, config=before.config, calibration=to_dict(fitted), training=json.loads(json.dumps(told)),
+            copy, config=before.config, calibration=to_dict(fitted), training=json.loads(json.dumps(training)),
             clip_digest=before.clip_digest,
         )  # fmt: skip
         if after.files != before.files:
@@ -57,7 +57,7 @@ def calibrate(
 
 
 def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:
-    """Labels and logits of the validation pictures, of this detector or one that it was calibrated from."""
+    """Labels and logits of the validation images, of this detector or one that it was calibrated from."""
     try:
         table = pa.Table.from_batches(parquet.read(uri, PREDICTIONS), PREDICTIONS)
     except FileNotFoundError as error:
@@ -72,7 +72,7 @@ def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:
     labels, logits = table.column("label").to_pylist(), table.column("logit").to_numpy()
     if {*labels} != {0, 1} or not np.isfinite(logits).all():
         raise SourceError(
-            f"the {len(labels)} validation pictures of {uri} must be real and fake ones, each with its label and a "
+            f"the {len(labels)} validation images of {uri} must be real and fake ones, each with its label and a "
             "finite logit"
         )
     return labels, logits

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jobs.experiments.paths import SETTINGS
+from jobs.experiments.paths import SETTINGS_FILE
 from jobs.storage import listing, reading, uris
 from jobs.storage.uris import Uri
 from nsnet.config import override, to_dict
@@ -92,7 +92,7 @@ class TrainRequest:
 
     def belongs_to(self, settings: dict[str, Any]) -> bool:
         """Whether its place holds something of a training with these settings; `UsageError` where they are others."""
-        uri = uris.join(self.work, SETTINGS)
+        uri = uris.join(self.work, SETTINGS_FILE)
         if not listing.exists(uri):
             return False
         remedy = f"restore it from a copy, or choose another --out; without it, {self.work} belongs to no training"
@@ -108,14 +108,18 @@ class TrainRequest:
     def identity(self, recipe: "Recipe") -> dict[str, Any]:
         """What makes it the same training, whatever the machines; JSON-ready."""
         names = ("source", "recipe", "variant", "seed", "captions", "split", "leave_out", "clip_weights", "captioner")
-        told = {name: getattr(self, name) for name in names}
-        told |= {"columns": self.columns} if self.columns else {}
-        told |= {"limits": to_dict(self.limits), "max_failed": self.max_failed}
-        told |= {"detector": to_dict(recipe.detector), "training": to_dict(recipe.training), "basis": str(recipe.basis)}
-        values: dict[str, Any] = json.loads(json.dumps(told))
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"columns": self.columns} if self.columns else {}
+        settings |= {"limits": to_dict(self.limits), "max_failed": self.max_failed}
+        settings |= {
+            "detector": to_dict(recipe.detector),
+            "training": to_dict(recipe.training),
+            "basis": str(recipe.basis),
+        }
+        values: dict[str, Any] = json.loads(json.dumps(settings))
         return values
 
 
 def needs_captions(recipe: "Recipe") -> bool:
-    """Whether training reads captions: a global basis is made of them, though a picture is judged without."""
+    """Whether training reads captions: a global basis is made of them, though an image is judged without."""
     return recipe.detector.projection.kind != "none"

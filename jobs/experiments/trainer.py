@@ -1,4 +1,4 @@
-"""The steps of a training under Ray Train: how many processes, on what, and what they are told."""
+"""The steps of a training under Ray Train: number of processes, resources, and the configuration of each."""
 
 import tempfile
 import uuid
@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError as RayTrainError
 from jobs.cluster import resources
 from jobs.cluster.resources import Shares
 from jobs.experiments.experiment import Experiment
-from jobs.experiments.paths import FITTED, SPLIT
+from jobs.experiments.paths import FITTED_FILE, SPLIT_FILE
 from jobs.pipeline import progress
 from jobs.storage import errors, filesystems
 from jobs.storage.redaction import without_secrets
@@ -26,7 +26,7 @@ from nsnet.errors import NsnetError
 from nsnet.preparation import PreparationConfig
 
 RESTARTS: Final = 8
-"""How often a training goes on after a worker died, for reasons other than a node that was told to leave."""
+"""How often a training goes on after a worker died, for reasons other than a node that was drained."""
 
 
 class TrainingFailedError(NsnetError):
@@ -87,10 +87,10 @@ def _worker_config(experiment: Experiment, shares: Shares, board: str) -> Worker
     return WorkerConfig(
         detector=to_dict(detector), training=to_dict(experiment.recipe.training), preparation=to_dict(preparation),
         seed=request.seed, source=request.source, clip_weights=request.clip_weights, work=request.work,
-        split=experiment.file(SPLIT),
+        split=experiment.file(SPLIT_FILE),
         captions=experiment.facts.place if detector.projection.needs_captions else None,
         features_id=experiment.facts.maker,
-        fitted=experiment.file(FITTED) if detector.projection.kind in ("global", "rank_k") else None,
+        fitted=experiment.file(FITTED_FILE) if detector.projection.kind in ("global", "rank_k") else None,
         digest=settings_digest(experiment.settings), failed_share=request.max_failed, task_cpus=shares.task_cpus,
         board=board,
     )  # fmt: skip

@@ -55,7 +55,7 @@ class ResultCache:
 class Caption:
     """Thumbnails to captions, in an actor with the captioner; drops the thumbnail.
 
-    The captioner is loaded for the first row without a known caption. Every call has the same number of pictures: a
+    The captioner is loaded for the first row without a known caption. Every call has the same number of images: a
     caption does then not depend, in its last bits, on the neighbours that a block happened to have.
     """
 
@@ -134,7 +134,7 @@ class Embed:
 class Score:
     """Mosaics, and captions where the detector uses them, to verdicts, in an actor with the detector; drops the mosaic.
 
-    Every call has the same number of pictures, as in `Caption`: a continued run gives the same bits as a whole one.
+    Every call has the same number of images, as in `Caption`: a continued run gives the same bits as a whole one.
     """
 
     def __init__(self, models: Models, batch_size: int, report: Progress) -> None:
@@ -203,7 +203,7 @@ def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory:
 
 
 def _padded(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """A batch filled up to a fixed size with its first picture."""
+    """A batch filled up to a fixed size with its first image."""
     return np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
 
 

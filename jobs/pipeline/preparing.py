@@ -30,7 +30,7 @@ FETCH_THREADS: Final = 8
 """Objects of a block that are fetched at a time."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 OUTAGE_FAILURES: Final = 8
-"""A store that fails for so many pictures of a block and gives none is away, whatever else it answers."""
+"""A store that fails for so many images of a block and gives none is away, whatever else it answers."""
 Decode = Callable[[bytes, str, str, int], Prepared | None]
 """A try of an image: its bytes, their hash, the transform and its seed."""
 
@@ -47,7 +47,7 @@ class Prepare:
 
     A row whose known caption is of these very bytes gets no thumbnail. A row may bring a `transform`, and a `slot_seed`
     that orders its mosaic in the place of scoring's. Raises `OutageError` when the store of the
-    pictures is away for longer than `outage_seconds`: rows that fail for no fault of theirs would be worse.
+    images is away for longer than `outage_seconds`: rows that fail for no fault of theirs would be worse.
     """
 
     config: PreparationConfig
@@ -55,7 +55,7 @@ class Prepare:
     """Columns to keep of the manifest and to add; `mosaic` and `thumbnail` are binary."""
     report: Progress = field(default_factory=Progress)
     source: Uri | None = None
-    """URI of the source, which must be there for a missing picture to be taken for one."""
+    """URI of the source, which must be there for a missing image to be taken for one."""
     outage_seconds: float = OUTAGE_SECONDS
     remembered: Remembered = field(default_factory=dict)
     """What failed in earlier runs, and is not decoded again."""
@@ -83,7 +83,7 @@ class Prepare:
 
     def _blank(self, row: dict[str, Any]) -> dict[str, Any]:
         """A failed row with pixels of as many bytes as if it had not failed. Ray cuts blocks by bytes: a task that is
-        repeated, where other pictures fail than before, must give the same rows in the same blocks, or rows are lost
+        repeated, where other images fail than before, must give the same rows in the same blocks, or rows are lost
         (verification then says so, and the next attempt makes them). A known caption is taken to be of these bytes.
         """
         pixels = {}
@@ -120,13 +120,13 @@ class Prepare:
             if probes.store_is_up(row["container"] or row["uri"], self.source):
                 return
         raise OutageError(
-            f"the store of the pictures has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): what "
+            f"the store of the images has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): what "
             "was finished is kept, run the same command again once it is back"
         )
 
     def _lost(self, manifest: RowDicts, fetched: list[Fetched | ImageError]) -> tuple[list[int], bool]:
         """Rows that are worth another request, and whether their store is away: it does not answer, or it fails for
-        many pictures and gives none.
+        many images and gives none.
         """
         lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
         stores = {i: uris.failure_domain(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
@@ -184,7 +184,7 @@ class Prepare:
 
 
 def transform_seed(image_id: str, slot_seed: int) -> int:
-    """Seed of a transform's random choices: of the picture, and in training of the epoch."""
+    """Seed of a transform's random choices: of the image, and in training of the epoch."""
     digest = hashlib.sha256(f"{slot_seed}/{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 

@@ -11,7 +11,7 @@ from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
 
 ROWS_PER_BLOCK: Final = 32
-"""Pictures per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+"""Images per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
 LEASE_POLL_SECONDS: Final = 0.25
 PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
 """Columns of pixels, as bytes."""

@@ -1,4 +1,4 @@
-"""The stream of pictures through Ray Data: manifest → decoding tasks → captioning actors → further actors → Parquet."""
+"""The stream of images through Ray Data: manifest → decoding tasks → captioning actors → further actors → Parquet."""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class Stream:
     shares: Shares
     models: Models
     batch_size: int
-    """Pictures per model call."""
+    """Images per model call."""
     report: Progress
     board: Any
     """The progress board; it lives as long as somebody holds it."""
@@ -105,7 +105,7 @@ def prepared(
     outage_seconds: float = OUTAGE_SECONDS,
     remembered: Remembered | None = None,
 ) -> Stream:
-    """The pipeline up to prepared pictures, over a folder of work that `attempts.write_todo` made from a manifest.
+    """The pipeline up to prepared images, over a folder of work that `attempts.write_todo` made from a manifest.
 
     `keep`: columns after it, pixels aside. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`: what need
     not be decoded to know how it ends.
@@ -119,12 +119,12 @@ def prepared(
     files = sorted(entry.uri for entry in listing.list_files(todo))
     # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
     # would hold a whole CPU as long as the run lasts, which small nodes do not have.
-    pictures = ray.data.read_datasource(
+    images = ray.data.read_datasource(
         ParquetFiles(files, schema.TODO), num_cpus=shares.task_cpus, override_num_blocks=len(files)
     )
     if checkpoint is not None:  # on this dataset alone, not in the process's settings: a training has others after it
-        pictures.context.checkpoint_config = resources.job_checkpoint(checkpoint)
-    dataset = pictures.map_batches(
+        images.context.checkpoint_config = resources.job_checkpoint(checkpoint)
+    dataset = images.map_batches(
         Prepare(
             config=preparation,
             schema=with_pixels(keep, preparation),
@@ -149,6 +149,6 @@ def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema
 
 
 SCORING_COLUMNS = pa.schema(
-    [*schema.SOURCE, *schema.PICTURE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS, schema.TRANSFORM]
+    [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS, schema.TRANSFORM]
 )
 """What a row carries to scoring, pixels aside."""

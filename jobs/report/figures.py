@@ -6,7 +6,7 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from jobs.evaluation.comparison import step
-from jobs.evaluation.curves import LOWEST_FPR
+from jobs.evaluation.curves import MIN_FPR
 from jobs.report import plots
 from jobs.report.plots import NAME_WIDTH, SMALL_WIDTH, Number, shown
 from jobs.report.wording import per_cent
@@ -15,7 +15,7 @@ from nsnet.transforms import KINDS
 Figure = dict[str, Any]
 """`svg`, with its heading, caption and note."""
 
-MOST_THIN_LINES: Final = 30
+MAX_THIN_LINES: Final = 30
 DESCRIBED: Final = 10
 """Rows of a plot that its description names."""
 HEADINGS: Final = {
@@ -28,13 +28,15 @@ def _figure(svg: str, heading: str, caption: str = "", note: str = "") -> Figure
     return {"svg": Markup(svg), "heading": heading, "caption": caption, "note": note}
 
 
-def told(number: Number) -> str:
+def number_text(number: Number) -> str:
     """A number in words."""
     return "undefined" if number["value"] is None else f"{per_cent(number['value'])} %"
 
 
 def _told_each(rows: Iterable[tuple[str, Number]]) -> str:
-    return "; ".join(f"{shown(name, NAME_WIDTH)} {told(number)}" for name, number in list(rows)[:DESCRIBED]) + "."
+    return (
+        "; ".join(f"{shown(name, NAME_WIDTH)} {number_text(number)}" for name, number in list(rows)[:DESCRIBED]) + "."
+    )
 
 
 def of_generators(result: Mapping[str, Any]) -> list[Figure]:
@@ -47,7 +49,7 @@ def of_generators(result: Mapping[str, Any]) -> list[Figure]:
             metric, rows, result["macro_mean"][metric]["value"], f"{heading} of each generator",
             f"Worst first: {_told_each(rows)}",
         )  # fmt: skip
-        left_out = len(rows) - plots.MOST_ROWS
+        left_out = len(rows) - plots.MAX_ROWS
         note = f"{left_out} more, all better, are in the table only." if left_out > 0 else ""
         caption = "Dots with 95 % intervals; the dotted line is the mean over generators."
         figures.append(_figure(svg, heading, caption, note))
@@ -55,7 +57,7 @@ def of_generators(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def of_all(result: Mapping[str, Any]) -> list[Figure]:
-    """Curves of all pictures together, those that are defined."""
+    """Curves of all images together, those that are defined."""
     curves = result["curves"]
     return [
         *([_roc(result)] if curves["roc"] else []),
@@ -67,27 +69,27 @@ def of_all(result: Mapping[str, Any]) -> list[Figure]:
 def _roc(result: Mapping[str, Any]) -> Figure:
     curve, counts = result["curves"]["roc"], result["all"]
     points = {0.01: counts["tpr_at_fpr_1"], 0.001: counts["tpr_at_fpr_01"]}
-    found = ", ".join(f"{told(number)} at {per_cent(fpr)} %" for fpr, number in points.items())
+    found = ", ".join(f"{number_text(number)} at {per_cent(fpr)} %" for fpr, number in points.items())
     svg = plots.roc(curve, points, "ROC curve", f"True positive rate: {found} false positive rate.")
     reals = curve["reals"]
     return _figure(
         svg,
-        f"ROC: AUROC {told(counts['auroc'])}",
+        f"ROC: AUROC {number_text(counts['auroc'])}",
         "Fakes found, against reals called fake. Dots: 1 % and 0.1 %. Dotted: guessing.",
-        f"Hatched: below one in {reals:,} reals nothing can be measured." if reals < 1.0 / LOWEST_FPR else "",
+        f"Hatched: below one in {reals:,} reals nothing can be measured." if reals < 1.0 / MIN_FPR else "",
     )
 
 
 def _reliability(result: Mapping[str, Any]) -> Figure:
-    heading = f"Reliability: ECE {told(result['all']['ece'])}"
+    heading = f"Reliability: ECE {number_text(result['all']['ece'])}"
     bins = result["curves"]["reliability"]
     points = zip(bins["probability"], bins["fakes"], strict=True)
     found = ", ".join(f"{per_cent(fakes)} % fakes at {probability:.2f}" for probability, fakes in points)
     return _figure(
         plots.reliability(bins, "Reliability diagram", f"{found}."),
         heading,
-        "Share of fakes among pictures of like probability. On the dotted line, probabilities are true.",
-        "It depends on how many of these pictures are fake.",
+        "Share of fakes among images of like probability. On the dotted line, probabilities are true.",
+        "It depends on how many of these images are fake.",
     )
 
 
@@ -110,7 +112,7 @@ def _histogram(curves: Mapping[str, Any]) -> Figure:
 
 def _precision(result: Mapping[str, Any]) -> Figure:
     curve, counts = result["curves"]["precision"], result["all"]
-    found = ", ".join(f"{told(counts[f'precision_at_{rate}'])} at {rate} % fakes" for rate in (1, 10))
+    found = ", ".join(f"{number_text(counts[f'precision_at_{rate}'])} at {rate} % fakes" for rate in (1, 10))
     return _figure(
         plots.precision(curve, "Precision against base rate", f"Share of alarms that are right: {found}."),
         "What an alarm is worth",
@@ -150,15 +152,15 @@ def _lowest(parts: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _levels(kind: str, chains: Sequence[str], result: Mapping[str, Any], lowest: float) -> Figure:
-    """Levels of a kind, and the untransformed pictures: first, or where a factor would be 1."""
+    """Levels of a kind, and the untransformed images: first, or where a factor would be 1."""
     place = sum(float(chain.partition(":")[2]) < 1 for chain in chains) if kind == "resize" else 0
     parts = [(chain.partition(":")[2], result["robustness"][chain]) for chain in chains]
     parts.insert(place, ("none", result))
     lines = {metric: [part["macro_mean"][metric] for _, part in parts] for metric in ("ap", "acc")}
-    generators = result["generators"] if 1 < len(result["generators"]) <= MOST_THIN_LINES else {}
+    generators = result["generators"] if 1 < len(result["generators"]) <= MAX_THIN_LINES else {}
     thin = [[_ap(part, name) for _, part in parts] for name in generators]
     names = [name for name, _ in parts]
-    found = "; ".join(f"{name} {told(number)}" for name, number in zip(names, lines["ap"], strict=True))
+    found = "; ".join(f"{name} {number_text(number)}" for name, number in zip(names, lines["ap"], strict=True))
     svg = plots.levels(
         f"level-{kind}", names, lines, thin, place, lowest, KINDS[kind].meaning, f"Robustness against {kind}",
         f"AP: {found}.",
@@ -167,6 +169,6 @@ def _levels(kind: str, chains: Sequence[str], result: Mapping[str, Any], lowest:
 
 
 def _ap(part: Mapping[str, Any], generator: str) -> float | None:
-    numbers = part["generators"].get(generator)  # no picture of it may have been judged under a transform
+    numbers = part["generators"].get(generator)  # no image of it may have been judged under a transform
     value: float | None = numbers["ap"]["value"] if numbers else None
     return value

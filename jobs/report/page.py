@@ -16,9 +16,9 @@ from jobs.report.text import worst_first
 from jobs.report.wording import alarms, explanations, per_cent
 
 TEMPLATE: Final = "page.html.jinja"
-LONGEST: Final = 60
+MAX_TEXT_LETTERS: Final = 60
 """Columns of a name in the page."""
-LONGEST_SOURCE: Final = 200
+MAX_SOURCE_LETTERS: Final = 200
 
 TILES: Final = {
     "ap": "Average precision", "acc": "Accuracy at its threshold", "auroc": "AUROC",
@@ -42,7 +42,7 @@ def render(result: Mapping[str, Any]) -> str:
     template = environment.from_string(resources.files("jobs.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = worst_first(result["generators"])
     return template.render(
-        detector=shown(result["detector_id"] or "unknown", LONGEST),
+        detector=shown(result["detector_id"] or "unknown", MAX_TEXT_LETTERS),
         facts=_facts(result),
         summary=_summary(result),
         tiles=[_tile(label, result["macro_mean"][metric]) for metric, label in TILES.items()],
@@ -63,13 +63,15 @@ def render(result: Mapping[str, Any]) -> str:
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts, rows = result["all"], result["rows"]
     facts = [
-        ("Data", shown(result["verdicts"], LONGEST_SOURCE)),
+        ("Data", shown(result["verdicts"], MAX_SOURCE_LETTERS)),
         ("Date", str(result["evaluated_at"])[:16].replace("T", " ") + " UTC"),
-        ("Pictures", f"{counts['real']:,} real, {counts['fake']:,} fake"),
+        ("Images", f"{counts['real']:,} real, {counts['fake']:,} fake"),
         ("Generators", f"{len(result['generators']):,}"),
     ]
     if rows["split"] is not None:
-        facts.append(("Split", f"{shown(rows['split'], LONGEST)}; {rows['left_out']:,} rows of others are left out"))
+        facts.append(
+            ("Split", f"{shown(rows['split'], MAX_TEXT_LETTERS)}; {rows['left_out']:,} rows of others are left out")
+        )
     if (threshold := result["curves"]["threshold"]) is not None:
         facts.append(("Threshold", f"fake from a probability of {threshold:.3g}"))
     return facts
@@ -78,7 +80,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _summary(result: Mapping[str, Any]) -> str:
     number = len(result["generators"])
     means = "The mean over all generators, each counted once" if number > 1 else "There is one generator"
-    return f"{means}. Below each number stands its 95 % interval, for other pictures of the same kinds."
+    return f"{means}. Below each number stands its 95 % interval, for other images of the same kinds."
 
 
 def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
@@ -107,7 +109,7 @@ def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[
 
 def _quoted(name: str) -> str:
     """A name within a sentence, whose order of letters is its own."""
-    return f"\N{FIRST STRONG ISOLATE}{shown(name, LONGEST)}\N{POP DIRECTIONAL ISOLATE}"
+    return f"\N{FIRST STRONG ISOLATE}{shown(name, MAX_TEXT_LETTERS)}\N{POP DIRECTIONAL ISOLATE}"
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
@@ -116,7 +118,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
 
 def _spelled(number: Number) -> str:
     interval = _interval(number)
-    return figures.told(number) + (f" ({interval})" if interval else "")
+    return figures.number_text(number) + (f" ({interval})" if interval else "")
 
 
 def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
@@ -124,13 +126,13 @@ def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list
     counts, notes = result["all"], []
     if seen := result["rows"]["seen"]:
         notes.append(
-            f"Pictures of the split {' and '.join(seen)} are among these: they were used in training, or to choose the "
+            f"Images of the split {' and '.join(seen)} are among these: they were used in training, or to choose the "
             "threshold, and the numbers flatter."
         )
     if result["failed"]:
-        notes.append(f"{result['failed']:,} labelled pictures failed and are in no number.")
+        notes.append(f"{result['failed']:,} labelled images failed and are in no number.")
     if result["without_label"]:
-        notes.append(f"{result['without_label']:,} pictures have no label and are in no number.")
+        notes.append(f"{result['without_label']:,} images have no label and are in no number.")
     if counts["uncertain"]:
         notes.append(
             f"{counts['uncertain']:,} verdicts are uncertain. Accuracies count them as not right; without them the "
@@ -154,10 +156,10 @@ def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list
 
 
 def _footer(result: Mapping[str, Any]) -> str:
-    told = result["bootstrap"]
+    bootstrap = result["bootstrap"]
     return (
-        f"Intervals: {told['samples']:,} bootstrap samples, seed {told['seed']}, "
-        f"{100 * told['confidence']:.0f} % percentiles. "
+        f"Intervals: {bootstrap['samples']:,} bootstrap samples, seed {bootstrap['seed']}, "
+        f"{100 * bootstrap['confidence']:.0f} % percentiles. "
         "The same numbers are in evaluation.json, and as rows in evaluation.parquet."
     )
 
@@ -210,15 +212,15 @@ def _counts(numbers: Mapping[str, Any]) -> list[str]:
 
 def _generator_tables(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
     """All metrics of all generators, in two tables: what is read first, with the counts, and the rest."""
-    told = "worst accuracy first: per cent, with 95 % intervals"
+    order = "worst accuracy first: per cent, with 95 % intervals"
     return [
-        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {told}, and counts of pictures."),
+        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {order}, and counts of images."),
         _generator_table(
             result,
             groups,
             MORE_COLUMNS,
             "more-numbers",
-            f"Where false alarms are rarer still, and calibration; {told}.",
+            f"Where false alarms are rarer still, and calibration; {order}.",
         ),
     ]
 
@@ -227,15 +229,15 @@ def _generator_table(
     result: Mapping[str, Any], groups: Sequence[tuple[str, Any]], columns: Mapping[str, str], name: str, caption: str
 ) -> dict[str, Any]:
     with_counts = columns is COLUMNS
-    totals = {"Mean over generators": result["macro_mean"], "All pictures": result["all"]}
+    totals = {"Mean over generators": result["macro_mean"], "All images": result["all"]}
     return {
         "id": name,
         "caption": caption,
         "headings": [*columns.values(), *(("Real", "Fake", "Uncertain", "Failed") if with_counts else ())],
         "rows": [
             {
-                "name": shown(name, LONGEST),
-                "pair": shown(result["pairs"][name], LONGEST) if name in result["pairs"] else None,
+                "name": shown(name, MAX_TEXT_LETTERS),
+                "pair": shown(result["pairs"][name], MAX_TEXT_LETTERS) if name in result["pairs"] else None,
                 "numbers": _cells(numbers, columns),
                 "counts": _counts(numbers) if with_counts else [],
             }
@@ -265,7 +267,7 @@ def _robustness_row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     found = [(numbers["ap"]["value"], generator) for generator, numbers in part["generators"].items()]
     worst = min([item for item in found if item[0] is not None], default=None)
     return {
-        "name": shown(name, LONGEST),
+        "name": shown(name, MAX_TEXT_LETTERS),
         "numbers": _cells(part["macro_mean"], ROBUSTNESS_COLUMNS),
         "failed": f"{part['failed']:,}",
         "worst": None if worst is None else (per_cent(worst[0]), shown(worst[1], NAME_WIDTH)),

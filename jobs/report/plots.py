@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jobs.evaluation.curves import HISTOGRAM_BINS, LOWEST_FPR
+from jobs.evaluation.curves import HISTOGRAM_BINS, MIN_FPR
 
 INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
 REAL, FAKE, MAIN, SECOND = "#010207", "#010208", "#010209", "#01020a"
@@ -35,7 +35,7 @@ WIDTH: Final = 420
 SMALL_WIDTH: Final = 340
 FONT: Final = 12.0
 ROW: Final = 22
-MOST_ROWS: Final = 40
+MAX_ROWS: Final = 40
 NAME_WIDTH: Final = 22
 """Columns of a name beside a plot."""
 
@@ -82,7 +82,7 @@ def forest(
     width: int = WIDTH,
 ) -> str:  # fmt: skip
     """A row per name with a dot and its interval, the first at the top, and a line at the reference."""
-    rows = rows[:MOST_ROWS]
+    rows = rows[:MAX_ROWS]
     with _plot(chart, width, ROW * len(rows) + 36, margins=(160, 42, 8, 28)) as (figure, axes):
         lows = [number["low"] if number["low"] is not None else number["value"] for _, number in rows]
         left = math.floor(20 * min([low for low in lows if low is not None], default=0.5) - 0.2) / 20
@@ -119,19 +119,19 @@ def roc(curve: Mapping[str, Any], points: Mapping[float, Number], title: str, de
     """ROC over a logarithmic FPR, with the TPR and its interval at some FPRs."""
     with _plot("roc") as (figure, axes):
         resolution = 1.0 / curve["reals"]
-        if resolution > LOWEST_FPR:
-            axes.axvspan(LOWEST_FPR, min(resolution, 1.0), facecolor="none", edgecolor=GRID, hatch="////", linewidth=0)
+        if resolution > MIN_FPR:
+            axes.axvspan(MIN_FPR, min(resolution, 1.0), facecolor="none", edgecolor=GRID, hatch="////", linewidth=0)
         chance = [10 ** (exponent / 20) for exponent in range(-60, 1)]
         axes.plot(chance, chance, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.5)
         axes.plot(curve["fpr"], curve["tpr"], color=MAIN, drawstyle="steps-post")
         for fpr, number in points.items():
             if number["value"] is not None:
-                _bar(axes, max(fpr, LOWEST_FPR * 1.04), number, MAIN, "o")
+                _bar(axes, max(fpr, MIN_FPR * 1.04), number, MAIN, "o")
         axes.set_xscale("log")
         axes.minorticks_off()
         ticks = (0.001, 0.01, 0.1, 1.0)
         axes.set_xticks(ticks, ["0.1 %", "1 %", "10 %", "100 %"])
-        axes.set(xlim=(LOWEST_FPR, 1.0), ylim=(0.0, 1.02), xlabel="false positive rate: reals called fake")
+        axes.set(xlim=(MIN_FPR, 1.0), ylim=(0.0, 1.02), xlabel="false positive rate: reals called fake")
         _percent(axes)
         return _svg(figure, "roc", title, description)
 
@@ -193,7 +193,7 @@ def precision(curve: Mapping[str, Any], title: str, description: str) -> str:
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks([1e-4, 1e-3, 1e-2, 1e-1, 0.5], ["0.01 %", "0.1 %", "1 %", "10 %", "50 %"])
-        axes.set(xlim=(1e-4, 0.5), ylim=(0, 1.02), xlabel="share of fakes among the pictures")
+        axes.set(xlim=(1e-4, 0.5), ylim=(0, 1.02), xlabel="share of fakes among the images")
         _percent(axes)
         return _svg(figure, "precision", title, description)
 

@@ -10,14 +10,14 @@ HEADINGS: Final = {
     "tpr_at_fpr_1": "TPR@1%FPR",
 }  # fmt: skip
 WITH_INTERVAL: Final = ("acc", "ap")
-WIDEST: Final = 120
+MAX_COLUMNS: Final = 120
 """Columns of a terminal, above which intervals are left out."""
 
 
 def as_text(result: Mapping[str, Any]) -> str:
     """The table for people: worst accuracy first, then the mean, and what is in no number."""
     lines = _table(result, WITH_INTERVAL)
-    if len(lines[0]) > WIDEST:
+    if len(lines[0]) > MAX_COLUMNS:
         lines = _table(result, ())
     lines += _notes(result)
     if result.get("robustness"):
@@ -35,7 +35,7 @@ def worst_first(generators: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _table(result: Mapping[str, Any], with_interval: Sequence[str]) -> list[str]:
     rows = [["generator", "real", "fake", *HEADINGS.values()]]
     groups = worst_first(result["generators"])
-    for name, numbers in [*groups, ("macro mean", result["macro_mean"]), ("all pictures", result["all"])]:
+    for name, numbers in [*groups, ("macro mean", result["macro_mean"]), ("all images", result["all"])]:
         counts = [str(numbers.get(label, "")) for label in ("real", "fake")]
         cells = [_cell(numbers[metric], metric in with_interval) for metric in HEADINGS]
         rows.append([short_name(name), *counts, *cells])
@@ -53,9 +53,9 @@ def _robustness(result: Mapping[str, Any]) -> list[str]:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     notes = []
     if result["failed"]:
-        notes.append(f"{result['failed']} labelled pictures failed and are in no number above")
+        notes.append(f"{result['failed']} labelled images failed and are in no number above")
     if result["without_label"]:
-        notes.append(f"{result['without_label']} pictures have no label and are in no number above")
+        notes.append(f"{result['without_label']} images have no label and are in no number above")
     if uncertain := result["all"]["uncertain"]:
         decided = _cell(result["macro_mean"]["acc_decided"], False)
         notes.append(f"{uncertain} verdicts are uncertain: acc counts them as not right; without them it is {decided}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 STREAM: Final = 100_000
-"""Pictures of the example of what an alarm is worth."""
+"""Images of the example of what an alarm is worth."""
 STREAM_FAKES: Final = 0.01
 
 Explanation = tuple[str, list[str]]
@@ -29,15 +29,15 @@ def alarms(result: Mapping[str, Any]) -> str | None:
     total = found + round(reals * precision["fpr"])
     if not found:
         return None
-    told = (
-        f"Of {STREAM:,} pictures of which {100 * STREAM_FAKES:.0f} % are fake it would flag about {total:,}, and "
+    sentence = (
+        f"Of {STREAM:,} images of which {100 * STREAM_FAKES:.0f} % are fake it would flag about {total:,}, and "
         f"{found:,} of these would be fake: {per_cent(found / total)} % of the alarms are right."
     )
     if precision["fpr"] > 0:
-        return told
+        return sentence
     upper = precision["fpr_upper"]
     return (
-        f"{told} But so few reals cannot rule out that {per_cent(upper)} % of reals are flagged, and then "
+        f"{sentence} But so few reals cannot rule out that {per_cent(upper)} % of reals are flagged, and then "
         f"{per_cent(found / (found + reals * upper))} % are right."
     )
 
@@ -46,26 +46,26 @@ def explanations(result: Mapping[str, Any]) -> list[Explanation]:
     """The section "How to read this"."""
     return [
         ("The two kinds of numbers", [
-            f"Accuracies are of the verdicts, at {_threshold(result)}: nothing was tuned on these pictures. AP, AUROC "
+            f"Accuracies are of the verdicts, at {_threshold(result)}: nothing was tuned on these images. AP, AUROC "
             "and the rates at a fixed false positive rate are of the probabilities, and say how well fakes are ranked "
             "above reals, whatever the threshold. High AP with low accuracy means that the "
             "threshold does not suit this generator.",
         ]),
         ("The mean over generators", [
-            "Each generator counts once, however many pictures it has. A good mean can hide a generator that is never "
+            "Each generator counts once, however many images it has. A good mean can hide a generator that is never "
             "found: read the worst one first. It says nothing of generators that are not here.",
         ]),
         ("Where fakes are rare", [
             _rare(result),
-            "AP and accuracy do not show this, for about half of the pictures of a benchmark are fake. TPR at 1 % FPR "
+            "AP and accuracy do not show this, for about half of the images of a benchmark are fake. TPR at 1 % FPR "
             "does: the share of fakes that is found when one real in a hundred may be flagged.",
         ]),
         ("Intervals", [
-            "Pictures are drawn anew, with replacement, reals and fakes of each generator for themselves; 95 % of the "
-            "samples lie inside. They show what chance of the draw does, not what another source of pictures, another "
+            "Images are drawn anew, with replacement, reals and fakes of each generator for themselves; 95 % of the "
+            "samples lie inside. They show what chance of the draw does, not what another source of images, another "
             "training or a new generator would.",
-            "An interval without width is no certainty. Where none of n pictures was judged wrongly, up to about 3/n "
-            "of all such pictures may be: 3 % after 100, 0.3 % after 1,000.",
+            "An interval without width is no certainty. Where none of n images was judged wrongly, up to about 3/n "
+            "of all such images may be: 3 % after 100, 0.3 % after 1,000.",
             "The ECE has no interval: drawing adds noise to each bin, and it would lie above the number. Nor has a TPR "
             "at 1 % (0.1 %) FPR of fewer than 100 (1,000) reals, which is decided by the one real that scores highest; "
             "such a TPR is too high in the mean, too.",
@@ -75,11 +75,11 @@ def explanations(result: Mapping[str, Any]) -> list[Explanation]:
             "undefined, which is not 0. The means leave them out. Precision is undefined where nothing was flagged.",
         ]),
         ("Uncertain verdicts", [
-            "A detector may be told to answer \"uncertain\" near its threshold. That is not a right answer: accuracies "
+            "A detector may be set to answer \"uncertain\" near its threshold. That is not a right answer: accuracies "
             "count it against the detector, or it could look better by answering less. It is no alarm either.",
         ]),
         ("What this is no proof of", [
-            "A verdict is a probability with errors in both directions. Nobody should be judged by one alone. Pictures "
+            "A verdict is a probability with errors in both directions. Nobody should be judged by one alone. Images "
             "that were edited, recompressed or made by a generator that is not in this table may do worse than all "
             "numbers here.",
         ]),

@@ -31,17 +31,17 @@ from jobs.storage.errors import Fault
 from jobs.storage.uris import Uri
 from nsnet.errors import StorageError
 
-MANIFEST: Final = "manifest.parquet"
-SETTINGS: Final = "run.json"
-FROZEN: Final = "accepted.json"
+MANIFEST_FILE: Final = "manifest.parquet"
+RUN_FILE: Final = "run.json"
+ACCEPTED_FILE: Final = "accepted.json"
 ID: Final = "image_id"
-LEAST_COMMIT_ROWS: Final = 64
-MOST_COMMIT_ROWS: Final = 8192
+MIN_COMMIT_ROWS: Final = 64
+MAX_COMMIT_ROWS: Final = 8192
 COMMITS: Final = 1024
 """About how many files of rows a run should write at most."""
-LEAST_TASK_ROWS: Final = 128
-"""A task costs some 25 ms by itself, as much as four pictures."""
-MOST_TASK_ROWS: Final = 1024
+MIN_TASK_ROWS: Final = 128
+"""A task costs some 25 ms by itself, as much as four images."""
+MAX_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
 """About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
 done again."""
@@ -57,7 +57,7 @@ class Attempt:
     accepted: list[str]
     """Files with finished rows of earlier attempts."""
     count: int = 0
-    """Pictures that are left for this attempt."""
+    """Images that are left for this attempt."""
 
     @property
     def todo(self) -> str:
@@ -113,7 +113,7 @@ def unfinished(out: Uri) -> dict[str, dict[str, Any]]:
 
 def planned(staging: str) -> dict[str, Any]:
     """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
-    uri, remedy = uris.join(staging, SETTINGS), _plan_anew(staging)
+    uri, remedy = uris.join(staging, RUN_FILE), _plan_anew(staging)
     values: dict[str, Any] = reading.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
     plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions do not say what was not read
     for name, kind in {"count": int, "left_out": dict, "states": dict, "unread": list, "unread_count": int}.items():
@@ -140,7 +140,7 @@ def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _plan_anew(staging: str) -> str:
-    return f"restore it, or remove {staging} while no run writes here, and its pictures are planned anew"
+    return f"restore it, or remove {staging} while no run writes here, and its images are planned anew"
 
 
 def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
@@ -154,7 +154,7 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
     if own in earlier:  # numbers of locks only grow, unless somebody removed them
         raise StorageError(
             f"{uris.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
-            f"{staging} while no run writes here, and its pictures are planned anew"
+            f"{staging} while no run writes here, and its images are planned anew"
         )
     accepted: list[str] = []
     for number, name in reversed(list(enumerate(earlier, start=1))):
@@ -166,15 +166,15 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
         accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
         break
     attempt = Attempt(folder=uris.join(staging, own), number=len(earlier) + 1, accepted=accepted)
-    count = write_todo(uris.join(staging, MANIFEST), attempt.todo, accepted, known, captioner_id)
+    count = write_todo(uris.join(staging, MANIFEST_FILE), attempt.todo, accepted, known, captioner_id)
     frozen = [name.removeprefix(f"{staging}/") for name in accepted]
-    writing.write_json(uris.join(attempt.folder, FROZEN), frozen)
+    writing.write_json(uris.join(attempt.folder, ACCEPTED_FILE), frozen)
     return replace(attempt, count=count)
 
 
 def _frozen(staging: str, attempt: str) -> list[str]:
     """Files with finished rows that an attempt took over, none outside its run whoever may write there."""
-    uri, remedy = uris.join(staging, attempt, FROZEN), _plan_anew(staging)
+    uri, remedy = uris.join(staging, attempt, ACCEPTED_FILE), _plan_anew(staging)
     files = reading.read_json(uri, remedy=remedy)
     if type(files) is not list:
         raise reading.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
@@ -186,7 +186,7 @@ def _frozen(staging: str, attempt: str) -> list[str]:
 
 def commit_rows(count: int) -> int:
     """Rows that are committed at a time: what a crash costs at most, per writing task."""
-    return min(MOST_COMMIT_ROWS, max(LEAST_COMMIT_ROWS, count // COMMITS))
+    return min(MAX_COMMIT_ROWS, max(MIN_COMMIT_ROWS, count // COMMITS))
 
 
 def write_todo(
@@ -198,9 +198,9 @@ def write_todo(
 ) -> int:
     """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
 
-    A known caption is taken over from the same version of the picture, else from one of the same file name and size:
-    a copy, or a file that was only touched. Its content's hash is compared once the picture was fetched. What was seen
-    under a transform is another picture.
+    A known caption is taken over from the same version of the image, else from one of the same file name and size:
+    a copy, or a file that was only touched. Its content's hash is compared once the image was fetched. What was seen
+    under a transform is another image.
     """
     name = "hash(regexp_extract(uri, '[^/]*$'))"
     with database() as rows:
@@ -213,7 +213,7 @@ def write_todo(
         rows.create("done", identified, IDS)
         rows.insert("done", parquet.read_small(accepted, IDS))
         rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
-        # only what may be of use is kept: there may be many more captions than pictures to do
+        # only what may be of use is kept: there may be many more captions than images to do
         rows.create(
             "captions",
             f"nextval('numbers') as c, {identified}, {name} as name, size_bytes, caption as known_caption, "
@@ -234,18 +234,18 @@ def write_todo(
             "left join alike on l.name = alike.name and l.size_bytes = alike.size_bytes and l.transform is null "
             "left join captions k on k.c = coalesce(same.c, alike.c) order by n"
         )
-        task_rows = max(LEAST_TASK_ROWS, min(MOST_TASK_ROWS, rows.number("select count(*) from left_over") // TASKS))
+        task_rows = max(MIN_TASK_ROWS, min(MAX_TASK_ROWS, rows.number("select count(*) from left_over") // TASKS))
         return parquet.write_many(batches, schema.TODO, folder, task_rows)
 
 
 def _usable(staging: str, files: list[str]) -> list[str]:
-    """The files that can be read, and whose pictures were planned and are in no file before them: a retried task may
+    """The files that can be read, and whose images were planned and are in no file before them: a retried task may
     have been killed while it wrote its file again, or have cut its rows into other files than the first time.
     """
     numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
     with database() as rows:
         rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
-        rows.insert("manifest", planned_rows(uris.join(staging, MANIFEST), IDS))
+        rows.insert("manifest", planned_rows(uris.join(staging, MANIFEST_FILE), IDS))
         rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
         damaged = set()
         for n, ids in enumerate(_ids(files)):

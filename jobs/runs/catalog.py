@@ -27,7 +27,7 @@ def summary(record: dict[str, Any]) -> str:
     lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
     lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
     if asked_again := record["store"]["asked_again"]:
-        lines.append(f"  the store had to be asked again for {asked_again} pictures")
+        lines.append(f"  the store had to be asked again for {asked_again} images")
     if reused := record.get("captions", {}).get("reused"):
         lines.append(f"  captions of earlier runs: {reused}")
     lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
@@ -55,7 +55,7 @@ def run_ids(out: Uri, product: Product, maker: str) -> set[str]:
 
 def _record(uri: str) -> dict[str, Any]:
     """A record. A bucket that others may write must not make it name files of other places."""
-    remedy = "restore it from a copy; without it, remove its files as well, and their pictures are judged anew"
+    remedy = "restore it from a copy; without it, remove its files as well, and their images are judged anew"
     record: dict[str, Any] = reading.read_json(uri, {"run_id": str, "files": list}, remedy)
     run_id, product = record["run_id"], record.get("product", VERDICTS.name)
     if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
@@ -83,7 +83,7 @@ def _is_name(text: str) -> bool:
 def verdicts(out: Uri) -> "Dataset":
     """The verdicts of all published runs, oldest first, as an Arrow dataset; raises `SourceError` when there are none.
 
-    A picture that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
+    An image that was done again (`--retry-failed`, `--rescore`, another detector) has a row of each run.
     """
     paths = [uris.join(out, file["path"]) for record in runs(out) for file in record["files"]]
     if not paths:
@@ -132,12 +132,12 @@ def rows_of(out: Uri, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa
                 uri,
                 errors.reason(error),
                 "restore it from a copy; without it, remove its record "
-                f"runs/{record['run_id']}.json as well, and its pictures are done anew",
+                f"runs/{record['run_id']}.json as well, and its images are done anew",
             ) from error
 
 
 def untransformed(out: Uri, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:
-    """Rows of untransformed pictures that a maker published, oldest run first."""
+    """Rows of untransformed images that a maker published, oldest run first."""
     wanted = columns if "transform" not in product.columns.names else pa.schema([*columns, schema.TRANSFORM])
     for batch in published(out, wanted, product, **{product.maker: maker}):
         if "transform" in wanted.names:

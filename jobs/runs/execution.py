@@ -1,19 +1,20 @@
 """A run from the request to the record, whatever it publishes: locked, planned, continued, worked, verified, published.
 
-`score`, `caption` and `facts` differ in what a picture becomes; how no picture is lost or done twice is here once.
+`score`, `caption` and `facts` differ in what an image becomes; how no image is lost or done twice is here once.
 """
 
 import json
 import platform
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from jobs.console.output import say
+from jobs.console.output import lines_of_run, say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import attempts, catalog, lock, products, publication
@@ -44,7 +45,7 @@ class Request:
     """What makes it the same run: one with equal settings that was not published is continued."""
     selection: Selection = field(default_factory=Selection)
     transforms: tuple[str, ...] = ()
-    """Chains of `nsnet.transforms` under which each picture is done, "" for as it is; none: as it is."""
+    """Chains of `nsnet.transforms` under which each image is done, "" for as it is; none: as it is."""
     wait: bool = False
     """Wait while another run writes to the output."""
     address: str | None = None
@@ -52,7 +53,7 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """The settings as JSON gives them back."""
-        told = {
+        settings = {
             "source": self.source,
             self.product.maker: self.maker,
             # settings of older runs have no columns: an unfinished one is to be found again
@@ -60,13 +61,13 @@ class Request:
             **({"transforms": self.transforms} if self.transforms else {}),
             **self.settings,
         }
-        values: dict[str, Any] = json.loads(json.dumps(told))
+        values: dict[str, Any] = json.loads(json.dumps(settings))
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How pictures become rows; made once there is something to do, since its models take seconds to import."""
+    """How images become rows; made once there is something to do, since its models take seconds to import."""
 
     title: str
     """Verb of the progress line."""
@@ -85,12 +86,14 @@ class Work:
 def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
     """Do what is to be done and publish it; returns the record, which has no files where there was nothing to do."""
     started = time.monotonic()
-    with lock.hold(request.out, wait=request.wait) as held:
+    with ExitStack() as context:
+        held = context.enter_context(lock.hold(request.out, wait=request.wait))
         run = _unfinished(request)
         if run is not None:
             planned = attempts.planned(run.staging)
         else:
             run, planned = _plan(request, held)
+        context.enter_context(lines_of_run(run.run_id))
         plan = planned["plan"]
         number, files, details = 0, [], {}
         if plan["count"]:
@@ -100,7 +103,7 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
             _do(request, run, way, attempt, plan["count"])
             number, files, details = attempt.number, attempt.files(), way.details
         record = run.publish(
-            uris.join(run.staging, attempts.MANIFEST),
+            uris.join(run.staging, attempts.MANIFEST_FILE),
             files,
             check=held.check,
             planned_after=planned["published"],
@@ -112,10 +115,10 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
                 "settings": {**request.identity(), **details.get("settings", {})},
             },
         )
-    if plan["count"]:
-        say(catalog.summary(record))
-        say(f"{request.product.name}: {run.final}")
-    say(f"record: {run.record}")
+        if plan["count"]:
+            say(catalog.summary(record))
+            say(f"{request.product.name}: {run.final}")
+        say(f"record: {run.record}")
     return record
 
 
@@ -135,7 +138,7 @@ def _known(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
 def _do(request: Request, run: Run, way: Work, attempt: attempts.Attempt, count: int) -> None:
     """Make the rows that an attempt has left."""
     if attempt.accepted:
-        say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} pictures are left")
+        say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} images are left")
     if attempt.count:
         from jobs.cluster import resources
 
@@ -181,7 +184,7 @@ def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
     published = sorted(catalog.run_ids(request.out, product, request.maker))
     done = catalog.published(request.out, schema.DONE, product, **{product.maker: request.maker})
     plan = write_manifest(
-        request.source, uris.join(run.staging, attempts.MANIFEST), request.selection, done,
+        request.source, uris.join(run.staging, attempts.MANIFEST_FILE), request.selection, done,
         transforms=request.transforms,
     )  # fmt: skip
     say(f"source: {plan.describe()}")
@@ -199,5 +202,5 @@ def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
     }
     held.check()
     if plan.count:  # else nothing is to be continued, and a run that is cut here counts as not planned
-        writing.write_json(uris.join(run.staging, attempts.SETTINGS), planned)
+        writing.write_json(uris.join(run.staging, attempts.RUN_FILE), planned)
     return run, planned

@@ -78,7 +78,7 @@ class Lock:
 
     def acquire(self, wait: bool = False) -> None:
         """Take the lock and keep it by a heartbeat."""
-        told = False
+        announced = False
         while not self._try():
             holder = self._read(self._highest())
             who = f"process {str(holder.get('pid', '?'))[:20]} on {str(holder.get('host', '?'))[:80]}"
@@ -87,9 +87,9 @@ class Lock:
                     f"another run writes to {self.folder.removesuffix('/locks')} ({who}); wait for it with --wait. "
                     f"The lock of a run that died expires after {EXPIRY_SECONDS:g} s"
                 )
-            if not told:
+            if not announced:
                 say(f"waiting for another run ({who})")
-                told = True
+                announced = True
             time.sleep(POLL_SECONDS)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -115,7 +115,7 @@ class Lock:
         except LockedError as lost:
             raise lost from error
         except Exception as failed:  # botocore, aiohttp and OS errors share no base
-            error.add_note(f"whether the lock is lost cannot be told: {type(failed).__name__}")
+            error.add_note(f"the store does not say whether the lock is lost: {type(failed).__name__}")
 
     def release(self) -> None:
         """Let the lock go. The file stays, so that numbers only grow."""

@@ -189,7 +189,7 @@ class Counts:
         }
 
     def store(self) -> dict[str, int]:
-        """Requests for pictures that the store was sent, and pictures for which it was asked more than once."""
+        """Requests for images that the store was sent, and images for which it was asked more than once."""
         return {"requests": self._requests, "asked_again": self._asked_again}
 
     def captions(self, run_id: str) -> dict[str, int]:
@@ -220,7 +220,7 @@ def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]
         total = rows.number("select count(*) from planned")
     if doubled or missing or surplus:
         raise VerificationError(
-            f"{total} pictures were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
+            f"{total} images were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
             "doubled; nothing was published, run the same command again"
         )
 

@@ -25,9 +25,9 @@ from nsnet.errors import FetchError, NsnetError, ObjectChangedError, ObjectDenie
 ATTEMPTS: Final = 6
 """How often an object is asked for before it counts as unreadable."""
 FIRST_WAIT_SECONDS: Final = 0.25
-LONGEST_WAIT_SECONDS: Final = 10.0
+MAX_WAIT_SECONDS: Final = 10.0
 OUTAGE_SECONDS: Final = 120.0
-"""How long the store of the pictures may be away before a run stops."""
+"""How long the store of the images may be away before a run stops."""
 
 
 class Fault(Enum):
@@ -127,7 +127,7 @@ def wait_seconds(attempt: int) -> float:
     """How long to wait after the `attempt`-th failure (1, 2, …): doubling, with full jitter, so that many workers do
     not come back at the same moment.
     """
-    return random.uniform(0.0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
+    return random.uniform(0.0, min(MAX_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt))
 
 
 def own_words(error: BaseException) -> str:
@@ -144,15 +144,15 @@ def reason(error: BaseException) -> str:
 
 
 def fetch_error(error: Exception, requests: int) -> FetchError:
-    """The error of a picture whose bytes could not be had with so many requests."""
+    """The error of an image whose bytes could not be had with so many requests."""
     fault = kind(error)
-    told = reason(error) if requests == 1 else f"{reason(error)} (asked {requests} times)"
+    message = reason(error) if requests == 1 else f"{reason(error)} (asked {requests} times)"
     which = {
         Fault.MISSING: ObjectMissingError,
         Fault.CHANGED: ObjectChangedError,
         Fault.DENIED: ObjectDeniedError,
     }.get(fault, FetchError)
-    result = which(told)
+    result = which(message)
     result.requests = requests
     result.may_be_outage = fault in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.MISSING)
     return result

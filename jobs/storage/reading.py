@@ -26,7 +26,7 @@ from jobs.storage.uris import bucket_and_key, is_local
 from nsnet.errors import FetchError, ImageError, StorageError, UsageError
 from nsnet.files import open_regular
 
-SLOWEST_BYTES_PER_SECOND: Final = 256 * 1024
+MIN_BYTES_PER_SECOND: Final = 256 * 1024
 """A body that comes more slowly than this, after `READ_SECONDS`, is asked for again."""
 MAX_JSON_BYTES: Final = 64 * 2**20
 """Largest JSON file of ours: one that names the files of a billion rows."""
@@ -60,7 +60,7 @@ def fetch(uri: str, start: int = 0, length: int | None = None, etag: str | None 
 
 def with_retries(read: Callable[[], tuple[bytes, int]], uri: str) -> Fetched:
     """What `read` gives of a URI: bytes, and how often the client asked again by itself. Repeated with back-off where
-    that helps; raises a `FetchError`, or an error of the picture as it is.
+    that helps; raises a `FetchError`, or an error of the image as it is.
     """
     requests = 0
     while True:
@@ -120,7 +120,7 @@ async def _get_object(system: Any, uri: str, start: int, length: int | None, eta
     client = await system.get_s3(bucket)
     last = "" if length is None else start + length - 1
     part = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
-    patience = READ_SECONDS + (length or 0) / SLOWEST_BYTES_PER_SECOND
+    patience = READ_SECONDS + (length or 0) / MIN_BYTES_PER_SECOND
     try:
         async with asyncio.timeout(patience if length is not None else None):
             answer = await client.get_object(Bucket=bucket, Key=key, **part)

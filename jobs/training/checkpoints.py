@@ -3,7 +3,7 @@
     network.safetensors    trained weights at that step
     best.safetensors       those of the best epoch so far
     optimizer.pt           AdamW's moments, read with `weights_only=True`
-    validation.safetensors logits of the validation pictures in the best epoch; `test.safetensors` once it is over
+    validation.safetensors logits of the validation images in the best epoch; `test.safetensors` once it is over
     state.json             step, history, running sums, digest of the settings
 
 Random choices are functions of (seed, step), so no generator's state is kept.
@@ -51,7 +51,7 @@ class Progress:
     sums: list[float] = field(default_factory=list)
     """Of the losses of the present epoch so far."""
     failed: int = 0
-    """Pictures of the present epoch that could not be had so far."""
+    """Images of the present epoch that could not be had so far."""
     ended: bool = False
     """No further step is to be done."""
     best_epoch: int = 0
@@ -61,9 +61,9 @@ class Progress:
     best: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the best epoch."""
     validation: dict[str, Tensor] = field(default_factory=dict)
-    """Rows (n,) int64 and logits (n,) fp64 of the validation pictures in the best epoch."""
+    """Rows (n,) int64 and logits (n,) fp64 of the validation images in the best epoch."""
     test: dict[str, Tensor] = field(default_factory=dict)
-    """The same of the test pictures, by the best epoch's weights."""
+    """The same of the test images, by the best epoch's weights."""
 
 
 TENSORS: Final = {BEST: "best", VALIDATION: "validation", TEST: "test"}
@@ -102,17 +102,17 @@ def save(network: Network, optimizer: torch.optim.Optimizer, progress: Progress,
     for name, attribute in TENSORS.items():
         if tensors := getattr(progress, attribute):
             save_file(tensors, folder / name)
-    told = {name: value for name, value in vars(progress).items() if name not in TENSORS.values()}
-    (folder / STATE).write_text(json.dumps({**told, "settings": digest}))
+    state = {name: value for name, value in vars(progress).items() if name not in TENSORS.values()}
+    (folder / STATE).write_text(json.dumps({**state, "settings": digest}))
     return folder
 
 
 def read_progress(folder: Path, digest: str) -> Progress:
     """What a checkpoint says of the progress. Raises `CheckpointError`: of other settings, or damaged."""
     try:
-        told = json.loads((folder / STATE).read_text())
-        of = told.pop("settings")
-        progress = Progress(**told)
+        state = json.loads((folder / STATE).read_text())
+        of = state.pop("settings")
+        progress = Progress(**state)
         for name, attribute in TENSORS.items():
             if (folder / name).exists():
                 setattr(progress, attribute, load_file(folder / name))

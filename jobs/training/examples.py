@@ -3,14 +3,14 @@
 Dimensions: n examples, D embedding.
 
 A split is a Parquet manifest (`SPLIT`): a source like any other, and everything that a second training needs to use the
-same pictures for the same purpose.
+same images for the same purpose.
 """
 
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset import schema
+from jobs.dataset.schema import SPLIT
 from jobs.runs import products
 from jobs.runs.catalog import untransformed
 from jobs.storage import errors, parquet, writing
@@ -25,19 +26,10 @@ from jobs.storage.errors import Fault
 from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
-SPLIT: Final = pa.schema(
-    [
-        *schema.MANIFEST,
-        pa.field("content_hash", pa.string()),
-        pa.field("group", pa.int64()),  # number of the near-duplicate group, which lies in one split
-    ]
-)
-"""A split as it is stored: a manifest with each picture's content and near-duplicate group."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The pictures of a split, in the order of their ids, with the features of their captions."""
+    """The images of a split, in the order of their ids, with the features of their captions."""
 
     table: pa.Table
     """(n,) rows of `SPLIT`."""
@@ -57,7 +49,7 @@ class Examples:
 
     @cached_property
     def generators(self) -> list[str | None]:
-        """(n,) of each picture."""
+        """(n,) of each image."""
         names: list[str | None] = self.table.column("generator").to_pylist()
         return names
 
@@ -66,7 +58,7 @@ class Examples:
         return np.flatnonzero(pc.equal(self.table.column("split"), split).fill_null(False).to_numpy())
 
     def names(self, rows: npt.NDArray[np.int64]) -> list[dict[str, str]]:
-        """What people know pictures by."""
+        """What people know images by."""
         found: list[dict[str, str]] = self.table.select(["image_id", "uri"]).take(rows).to_pylist()
         return found
 
@@ -95,7 +87,7 @@ def write_split(table: pa.Table, uri: str) -> None:
 
 
 def load_text_features(captions: Uri, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
-    """Features (n, D) of the captions of a split's pictures, as a file of this machine that is mapped; NaN: none."""
+    """Features (n, D) of the captions of a split's images, as a file of this machine that is mapped; NaN: none."""
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     ids = table.column("image_id").combine_chunks()
     features: npt.NDArray[np.float32] | None = None
@@ -122,7 +114,7 @@ def _mapped(rows: int, dim: int) -> npt.NDArray[np.float32]:
 
 
 def without_captions(table: pa.Table, features: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
-    """The pictures of a split that have no caption features."""
+    """The images of a split that have no caption features."""
     missing = np.isnan(features[:, :1]).any(axis=1) if features.shape[1] else np.ones(table.num_rows, dtype=bool)
     rows: list[dict[str, Any]] = table.select(["image_id", "uri"]).take(np.flatnonzero(missing)).to_pylist()
     return rows

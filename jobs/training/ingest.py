@@ -1,4 +1,4 @@
-"""Training pictures streamed from their bucket by Ray Data: fetched, decoded, augmented, cut to mosaics, in order.
+"""Training images streamed from their bucket by Ray Data: fetched, decoded, augmented, cut to mosaics, in order.
 
 Dimensions: n examples, G images of a step over all processes, B of this one, M mosaic side.
 
@@ -29,8 +29,8 @@ from nsnet.patches import SCORING_SEED
 from nsnet.preparation import PreparationConfig
 from nsnet.transforms import AugmentationConfig
 
-PICTURES_PER_TASK: Final = 64
-"""A task costs some 25 ms by itself, as much as four pictures."""
+IMAGES_PER_TASK: Final = 64
+"""A task costs some 25 ms by itself, as much as four images."""
 STEPS_AHEAD: Final = 4
 """Batches that are fetched from the object store before they are asked for."""
 
@@ -39,26 +39,26 @@ ARRIVED: Final = pa.schema([ROW, schema.VERDICTS.field("image_id"), *schema.OUTC
 FETCHED: Final = (
     "image_id", "uri", "etag", "size_bytes", "container", "position", "column", "listed", "expected_hash"
 )  # fmt: skip
-"""Columns of a split that a picture is fetched by."""
+"""Columns of a split that an image is fetched by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One step's pictures of this process."""
+    """One step's images of this process."""
 
     rows: Indices
     """(B,)."""
     valid: npt.NDArray[np.bool_]
-    """(B,) False: padding, or a picture that failed."""
+    """(B,) False: padding, or an image that failed."""
     mosaics: npt.NDArray[np.uint8]
     """(B, M, M, 3) uint8."""
     failed: list[dict[str, Any]]
-    """Pictures that could not be had, with `image_id` and `error_*`."""
+    """Images that could not be had, with `image_id` and `error_*`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest:
-    """Streams of prepared pictures for one training process."""
+    """Streams of prepared images for one training process."""
 
     examples: Examples
     preparation: PreparationConfig
@@ -90,7 +90,7 @@ class Ingest:
             augmentation=self.augmentation if order.shuffled else AugmentationConfig(),
         )  # fmt: skip
         share = -(-order.batch_size // order.world_size)
-        chunk = max(1, PICTURES_PER_TASK // share)
+        chunk = max(1, IMAGES_PER_TASK // share)
         starts = [pa.table({"first": [s], "last": [min(s + chunk, last)]}) for s in range(first, last, chunk)]
         if not starts:
             return
@@ -109,11 +109,11 @@ class Ingest:
             while rest is None or rest.num_rows < len(rows):
                 more = next(arrived, None)
                 if more is None:
-                    raise RuntimeError(f"the stream of pictures ended before step {step + 1}")
+                    raise RuntimeError(f"the stream of images ended before step {step + 1}")
                 rest = more if rest is None else pa.concat_tables([rest, more])
             table, rest = rest.slice(0, len(rows)), rest.slice(len(rows))
             if table.column("row").to_pylist() != rows.tolist():
-                raise RuntimeError(f"step {step + 1} was sent other pictures than its own")
+                raise RuntimeError(f"step {step + 1} was sent other images than its own")
             yield _arrival(table, rows, valid, side)
 
     def _side(self) -> int:
@@ -132,10 +132,10 @@ def _arrival(table: pa.Table, rows: Indices, valid: npt.NDArray[np.bool_], side:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What a decoding task does: some steps' pictures of one process."""
+    """What a decoding task does: some steps' images of one process."""
 
     places: list[Any]
-    """Reference to the table that pictures are fetched by; in a list, so that Ray does not resolve it."""
+    """Reference to the table that images are fetched by; in a list, so that Ray does not resolve it."""
     order: Order
     prepare: Prepare
     augmentation: AugmentationConfig

@@ -59,6 +59,6 @@ def _permutation(count: int, seed: int, epoch: int) -> Indices:
 
 
 def image_seed(seed: int, epoch: int, image_id: str) -> int:
-    """Seed of a picture's slots and augmentation in an epoch, 63 bits."""
+    """Seed of an image's slots and augmentation in an epoch, 63 bits."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

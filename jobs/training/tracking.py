@@ -28,7 +28,7 @@ class Records:
 
         self._folder = folder
         self._local = tempfile.TemporaryDirectory(prefix="nsnet-tensorboard-")
-        # its SummaryWriter hands events to a thread, and does not wait for it when it is told to flush
+        # its SummaryWriter hands events to a thread, and flush does not wait for it
         self._writer = EventsWriter(f"{self._local.name}/events", f".{first_step:08d}")
         # TensorBoard drops what an attempt that died has written from this step on
         self._writer.write_event(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -105,7 +105,7 @@ class _Mlflow:
             for name, value in values.items():
                 self._client.log_metric(self.run_id, name, value, step=step)
         except Exception as error:  # as above
-            logger.warning("MLflow was not told of step %d: %s", step, errors.reason(error))
+            logger.warning("MLflow did not take step %d: %s", step, errors.reason(error))
 
     def end(self) -> None:
         try:

@@ -66,13 +66,13 @@ def caption(
         preparation = PreparationConfig(thumbnail_px=side, patches=None, fingerprint=True, limits=limits)
 
         def stream(attempt: Attempt) -> Stream:
-            pictures = prepared(
+            images = prepared(
                 attempt.todo, source, preparation, asked, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
                 checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
             ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
-            return pictures.through(
-                Embed, pictures.shares.scorers, pictures.models, config.clip, schema.CAPTIONS, batch_size,
-                pictures.report,
+            return images.through(
+                Embed, images.shares.scorers, images.models, config.clip, schema.CAPTIONS, batch_size,
+                images.report,
             )  # fmt: skip
 
         return Work(

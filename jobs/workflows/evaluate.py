@@ -88,7 +88,7 @@ def evaluate(
         table = verdicts.read(uri)
     except NoVerdictsError as error:
         if detector is None:
-            raise SourceError(f"{error}; to score its pictures first, give --detector") from error
+            raise SourceError(f"{error}; to score its images first, give --detector") from error
         settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
         selection = Selection(columns=columns)
         source = uri
@@ -126,7 +126,7 @@ def _id_of(detector: Uri) -> str:
 def _score(
     source: Uri, detector: Uri, out: Uri, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Verdicts on the pictures that a source holds now, and what of it could not be read."""
+    """Verdicts on the images that a source holds now, and what of it could not be read."""
     from jobs.workflows.score import score
 
     record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
@@ -135,7 +135,7 @@ def _score(
 
 
 def _as_listed(table: pa.Table, source: Uri, chains: Sequence[str], selection: Selection) -> pa.Table:
-    """The verdicts of those pictures that a source holds now, with the labels, generators and splits it gives now."""
+    """The verdicts of those images that a source holds now, with the labels, generators and splits it gives now."""
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
     with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
         manifest = uris.join(folder, "manifest.parquet")

@@ -1,4 +1,4 @@
-"""Facts of a source's pictures, without any model: sizes, formats, JPEG quality, content and perceptual hashes."""
+"""Facts of a source's images, without any model: sizes, formats, JPEG quality, content and perceptual hashes."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +31,7 @@ def examine(
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Publish the facts (`schema.FACTS`) of the pictures that have none in `out` yet; returns the run's record."""
+    """Publish the facts (`schema.FACTS`) of the images that have none in `out` yet; returns the run's record."""
     limits = limits or DecodeLimits()
     probes.check_output(out)
     check_address(address)

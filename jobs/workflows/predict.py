@@ -73,7 +73,7 @@ def _read(image: str, max_bytes: int) -> bytes:
         raise FetchError(f"there is no file {image}") from error
     except ImageError:
         raise
-    except Exception as error:  # the per-picture boundary: stores raise many kinds
+    except Exception as error:  # the per-image boundary: stores raise many kinds
         raise FetchError(f"{image}: {errors.reason(error)}") from error
 
 

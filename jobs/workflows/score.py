@@ -40,7 +40,7 @@ def score(
 ) -> dict[str, Any]:
     """Score a source and publish; returns the run's record, which has no rows where there was nothing to do.
 
-    `transforms`: chains of `nsnet.transforms` under which each picture is judged as well, as rows of their own. A run
+    `transforms`: chains of `nsnet.transforms` under which each image is judged as well, as rows of their own. A run
     with the same settings that was not published is continued. Whatever is wrong with the request is found
     before Ray or a model is started; before torch is, where there is nothing to do.
     """
@@ -94,15 +94,15 @@ def score(
         known = reuse and captioned
 
         def stream(attempt: Attempt) -> Stream:
-            pictures = prepared(
+            images = prepared(
                 attempt.todo, source, preparation, models, keep=SCORING_COLUMNS, batch_size=batch_size,
                 checkpoint=attempt.checkpoint, outage_seconds=outage_seconds,
                 remembered=failures.remembered(request),
             )  # fmt: skip
             if captioned:
                 keep = replace(preparation, thumbnail_px=0)
-                pictures = pictures.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
-            return pictures.through(Score, pictures.shares.scorers, pictures.models, batch_size, pictures.report)
+                images = images.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
+            return images.through(Score, images.shares.scorers, images.models, batch_size, images.report)
 
         return Work(
             title="score",

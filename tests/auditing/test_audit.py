@@ -21,7 +21,7 @@ from jobs.runs.publication import Run
 from jobs.storage import parquet, reading, writing
 from jobs.workflows.examine import FACTS_ID
 from nsnet.errors import ConfigError, SourceError
-from tests.support.tables import batches, picture_file, put, read_rows, rows_file, run_command
+from tests.support.tables import batches, image_file, put, read_rows, rows_file, run_command
 
 Rows = list[dict[str, Any]]
 
@@ -35,8 +35,8 @@ def small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata_bias, "FOLDS", 3)
 
 
-def picture(number: int, label: int | None, generator: str | None, **values: Any) -> dict[str, Any]:
-    """A row of `inventory.PICTURES`: generators and classes are of the same sizes, each picture a file of its own."""
+def image(number: int, label: int | None, generator: str | None, **values: Any) -> dict[str, Any]:
+    """A row of `inventory.IMAGES`: generators and classes are of the same sizes, each image a file of its own."""
     width = 300 + 7 * (number // 2 % 50)
     unlike = int(np.random.default_rng(number).integers(2**63))
     known = {
@@ -44,23 +44,23 @@ def picture(number: int, label: int | None, generator: str | None, **values: Any
         "size_bytes": 30 * width, "format": "JPEG", "jpeg_quality": 90, "content_hash": str(number),
         "perceptual_hash": f"{unlike:016x}", "status": "scored",
     }  # fmt: skip
-    return dict.fromkeys(inventory.PICTURES.names) | known | values
+    return dict.fromkeys(inventory.IMAGES.names) | known | values
 
 
 def failed(number: int, label: int | None, generator: str | None, error_class: str) -> dict[str, Any]:
     nothing = dict.fromkeys(("width", "height", "format", "jpeg_quality", "perceptual_hash"))
-    return picture(number, label, generator, status="failed", error_class=error_class, **nothing)
+    return image(number, label, generator, status="failed", error_class=error_class, **nothing)
 
 
 def found(rows: Rows) -> tuple[dict[str, Any], pa.Table]:
     """The result of an audit of these rows, and the copies among them."""
-    result, twins = findings(pa.Table.from_pylist(rows, schema=inventory.PICTURES))
+    result, twins = findings(pa.Table.from_pylist(rows, schema=inventory.IMAGES))
     return {"source": "/source", "not_examined": 0, **result}, twins
 
 
 def plain(generator: str, first: int, n: int = 40) -> Rows:
-    """Real and fake pictures without a bias."""
-    return [picture(first + i, i % 2, generator) for i in range(n)]
+    """Real and fake images without a bias."""
+    return [image(first + i, i % 2, generator) for i in range(n)]
 
 
 def resized(generator: str, first: int, n: int = 40) -> Rows:
@@ -86,22 +86,22 @@ def test_biased_generator_is_named_with_its_cause() -> None:
 
 
 def test_generators_that_cannot_be_judged_are_said_with_the_reason() -> None:
-    alone = [picture(i, 1, "alone") for i in range(30)]
-    few = [picture(100 + i, i % 2, "few") for i in range(18)]
-    result, _ = found([*alone, *few, *[picture(200 + i, None, None) for i in range(5)]])
+    alone = [image(i, 1, "alone") for i in range(30)]
+    few = [image(100 + i, i % 2, "few") for i in range(18)]
+    result, _ = found([*alone, *few, *[image(200 + i, None, None) for i in range(5)]])
     assert conclusion(result).startswith("0 of 0 generators can be told from metadata alone; 3 cannot be judged")
     lines = as_text(result).splitlines()
     assert "–: one class only: alone" in lines
-    assert "–: fewer than 10 different pictures of a class: few" in lines
-    assert "–: no picture with a label: (none)" in lines
+    assert "–: fewer than 10 different images of a class: few" in lines
+    assert "–: no image with a label: (none)" in lines
     (line,) = [line for line in lines if line.startswith("alone ") and " fake " not in line]
     assert line.split()[1:] == ["0", "30", *"–" * 9]
 
 
 def test_fakes_of_a_benchmark_are_compared_with_the_reals_that_it_pairs_them_with() -> None:
-    reals = [picture(i, 0, "laion") for i in range(40)]
-    unlike = [picture(100 + i, 1, "ldm_200", format="PNG", jpeg_quality=None) for i in range(40)]
-    alike = [picture(200 + i, 1, "glide_100_10") for i in range(40)]
+    reals = [image(i, 0, "laion") for i in range(40)]
+    unlike = [image(100 + i, 1, "ldm_200", format="PNG", jpeg_quality=None) for i in range(40)]
+    alike = [image(200 + i, 1, "glide_100_10") for i in range(40)]
     own = plain("dalle", 300)
     result, _ = found([*reals, *unlike, *alike, *own])
     told = {name: group["metadata"] for name, group in result["generators"].items()}
@@ -116,8 +116,8 @@ def test_fakes_of_a_benchmark_are_compared_with_the_reals_that_it_pairs_them_wit
 
 
 def test_bias_between_generators_that_no_generator_has_is_said() -> None:
-    reals = [picture(i, 0, "camera") for i in range(30)]
-    fakes = [picture(100 + i, 1, "model", format="WEBP", jpeg_quality=None) for i in range(30)]
+    reals = [image(i, 0, "camera") for i in range(30)]
+    fakes = [image(100 + i, 1, "model", format="WEBP", jpeg_quality=None) for i in range(30)]
     result, _ = found([*reals, *fakes])
     assert conclusion(result) == (
         "0 of 0 generators can be told from metadata alone; 2 cannot be judged; all together, real and fake can be "
@@ -141,18 +141,18 @@ def test_copies_across_splits_and_labels_are_shown() -> None:
     assert shown["exact"]["across_labels"]["groups"] == 0
     assert twins.column("kind").to_pylist() == ["exact", "exact", "near", "near"]
     lines = as_text(result).splitlines()
-    assert "test: 1 pictures are alike to a picture of another split" in lines
+    assert "test: 1 images are alike to an image of another split" in lines
     assert "  in two splits: /g/0001.jpg and /g/0031.jpg" in lines
     assert "  real and fake: /g/0002.jpg and /g/0005.jpg" in lines
     assert any(line.split() == ["train", "g", "15", "15", "0"] for line in lines)
     assert any(line.split()[:4] == ["equal", "files", "1", "2"] for line in lines)
 
 
-def test_failed_and_unlabelled_pictures_are_counted_and_in_no_other_number() -> None:
+def test_failed_and_unlabelled_images_are_counted_and_in_no_other_number() -> None:
     rows = [*plain("g", 0), *resized("h", 100)]
     more = [failed(300 + i, i % 2, "g", "ImageCorruptError") for i in range(3)]
     more += [failed(310, 1, "h", "FetchError"), failed(311, 1, "h", "FetchError") | {"content_hash": "310"}]
-    more += [picture(400 + i, None, "g") for i in range(4)]
+    more += [image(400 + i, None, "g") for i in range(4)]
     result, _ = found([*rows, *more])
     before, _ = found(rows)
     for name in ("g", "h"):
@@ -164,7 +164,7 @@ def test_failed_and_unlabelled_pictures_are_counted_and_in_no_other_number() -> 
         "FetchError": {"pictures": 2, "example": "/h/0310.jpg"},
     }
     lines = as_text(result).splitlines()
-    assert lines[0] == "89 pictures of /source: 42 real, 43 fake, 4 unlabelled, 5 failed"
+    assert lines[0] == "89 images of /source: 42 real, 43 fake, 4 unlabelled, 5 failed"
     assert lines[1] == "  failed with ImageCorruptError: 3, such as /g/0300.jpg"
 
 
@@ -213,14 +213,14 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def publish(source: str, out: str, failing: str = "") -> None:
-    """Facts of all pictures of a source, as `examine` publishes them; pictures whose URI has this in it failed."""
+    """Facts of all images of a source, as `examine` publishes them; images whose URI has this in it failed."""
     run = Run(out=out, product=products.FACTS)
     manifest, staged = f"{run.staging}/manifest.parquet", rows_file(f"{run.staging}/attempt-00000001")
     write_manifest(source, manifest)
     rows = []
     for row in read_rows(manifest):
         number = int(Path(row["uri"]).stem)
-        made = picture(number, row["label"], row["generator"])
+        made = image(number, row["label"], row["generator"])
         if failing and failing in row["uri"]:
             made = failed(number, row["label"], row["generator"], "ImageCorruptError")
         rows.append(dict.fromkeys(schema.FACTS.names) | made | {key: row[key] for key in ("image_id", "uri", "split")})
@@ -238,15 +238,15 @@ def test_result_is_printed_and_stored(no_cluster: None, source: str, tmp_path: P
     out = str(tmp_path / "out")
     publish(source, out)
     code, printed, _ = run_command("audit", source, "--out", out)
-    assert code == 0 and printed == (tmp_path / "out" / module.REPORT).read_text()
-    text = (tmp_path / "out" / module.RESULT).read_text()
+    assert code == 0 and printed == (tmp_path / "out" / module.REPORT_FILE).read_text()
+    text = (tmp_path / "out" / module.RESULT_FILE).read_text()
     result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert as_text(result) + "\n" == printed
     assert (result["source"], result["pictures"], result["not_examined"]) == (source, 30, 0)
-    assert pq.read_table(tmp_path / "out" / module.COPIES) == duplicates.COPIES.empty_table()
+    assert pq.read_table(tmp_path / "out" / module.COPIES_FILE) == duplicates.COPIES.empty_table()
 
 
-def test_pictures_that_are_gone_or_new_are_in_no_number(no_cluster: None, source: str, tmp_path: Path) -> None:
+def test_images_that_are_gone_or_new_are_in_no_number(no_cluster: None, source: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     publish(source, out)
     writing.remove_file(f"{source}/g/1_fake/0001.jpg")
@@ -257,9 +257,7 @@ def test_pictures_that_are_gone_or_new_are_in_no_number(no_cluster: None, source
     assert (result["pictures"], result["not_examined"], list(result["generators"])) == (29, 0, ["g"])
 
 
-def test_pictures_that_were_not_looked_at_are_said(
-    monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path
-) -> None:
+def test_images_that_were_not_looked_at_are_said(monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     publish(source, out)
     put(source, {"h/1_fake/9999.jpg": b"new"})
@@ -278,7 +276,7 @@ def test_more_failures_than_allowed_are_exit_code_3(
     publish(source, out, failing="/1_fake/")
     ended, printed, told = run_command("audit", source, "--out", out, "--max-failed", allowed)
     assert ended == code and "failed with ImageCorruptError: 15, such as" in printed
-    assert ("15 of 30 pictures failed" in told) == (code == 3)
+    assert ("15 of 30 images failed" in told) == (code == 3)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 0)])
@@ -293,8 +291,8 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
     (record,) = (found for found in catalog.runs(out, products.FACTS) if not found["rows"])  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
-    assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
-    assert reading.read_json(f"{out}/{module.RESULT}")["unread"] == record["unread"]
+    assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no image": 1}
+    assert reading.read_json(f"{out}/{module.RESULT_FILE}")["unread"] == record["unread"]
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 64}, {"distance": -1}, {"seed": -1}, {"seed": 2**32}])
@@ -316,23 +314,23 @@ def test_missing_and_empty_sources_are_said(no_cluster: None, tmp_path: Path) ->
 # The whole way.
 
 
-def test_pictures_are_examined_once_and_their_bias_is_found(cluster: None, tmp_path: Path) -> None:
+def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_path: Path) -> None:
     files = {}
     for i in range(12):
-        files[f"g/0_real/{i}.jpg"] = picture_file(i, "JPEG", 56 + i, 40, quality=90)
-        files[f"g/1_fake/{i}.png"] = picture_file(100 + i, "PNG", 56 + i, 40)
+        files[f"g/0_real/{i}.jpg"] = image_file(i, "JPEG", 56 + i, 40, quality=90)
+        files[f"g/1_fake/{i}.png"] = image_file(100 + i, "PNG", 56 + i, 40)
     files["g/0_real/again.jpg"] = files["g/1_fake/again.jpg"] = files["g/0_real/0.jpg"]
     files["g/0_real/broken.jpg"] = files["g/0_real/1.jpg"][:300]
     source, out = put(str(tmp_path / "pictures"), files), str(tmp_path / "out")
     code, printed, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert code == 0
-    assert printed.splitlines()[0] == f"27 pictures of {source}: 14 real, 13 fake, 1 failed"
+    assert printed.splitlines()[0] == f"27 images of {source}: 14 real, 13 fake, 1 failed"
     assert printed.splitlines()[-1].startswith("1 of 1 generators can be told from metadata alone: g (")
-    result = reading.read_json(f"{out}/{module.RESULT}")
+    result = reading.read_json(f"{out}/{module.RESULT_FILE}")
     assert result["duplicates"]["exact"]["across_labels"]["groups"] == 1
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]
     assert set(result["generators"]["g"]["metadata"]["told_by"]) == {"format", "bytes per pixel"}
-    assert {row["kind"] for row in read_rows(f"{out}/{module.COPIES}")} == {"exact"}
+    assert {row["kind"] for row in read_rows(f"{out}/{module.COPIES_FILE}")} == {"exact"}
     assert len(catalog.runs(out, products.FACTS)) == 1
     again, reprinted, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert (again, reprinted) == (0, printed)

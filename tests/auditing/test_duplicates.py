@@ -17,23 +17,23 @@ Rows = list[dict[str, Any]]
 HASH = 0x0123456789ABCDEF
 
 
-def picture(number: int, content: str, looks: int | None, **values: Any) -> dict[str, Any]:
-    """A row of `inventory.PICTURES`."""
+def image(number: int, content: str, looks: int | None, **values: Any) -> dict[str, Any]:
+    """A row of `inventory.IMAGES`."""
     hashes = {"content_hash": content, "perceptual_hash": None if looks is None else f"{looks:016x}"}
     known = {"uri": f"/{number:04}.png", "status": "scored", **hashes, **values}
-    return dict.fromkeys(inventory.PICTURES.names) | known
+    return dict.fromkeys(inventory.IMAGES.names) | known
 
 
 def table(rows: Rows) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=inventory.PICTURES)
+    return pa.Table.from_pylist(rows, schema=inventory.IMAGES)
 
 
 def drawn(n: int, seed: int) -> tuple[Rows, NDArray[np.int64]]:
-    """Pictures in groups of 1 to some, with splits, labels, or neither."""
+    """Images in groups of 1 to some, with splits, labels, or neither."""
     rng = np.random.default_rng(seed)
     group = rng.integers(0, n // 2 + 1, n)
     splits, labels = rng.choice(["train", "val", "test", None], n), rng.choice([0, 1, None], n)
-    return [picture(i, str(i), None, split=splits[i], label=labels[i]) for i in range(n)], group
+    return [image(i, str(i), None, split=splits[i], label=labels[i]) for i in range(n)], group
 
 
 def by_hand(rows: Rows, group: NDArray[np.int64]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_groups_are_counted_as_by_hand(seed: int) -> None:
             assert len(values) == 2 and None not in values
 
 
-def test_no_pictures_have_no_copies() -> None:
+def test_no_images_have_no_copies() -> None:
     nothing = table([])
     contents, alike = groups(nothing)
     assert count(nothing, alike) == by_hand([], alike) | {
@@ -83,12 +83,12 @@ def test_no_pictures_have_no_copies() -> None:
     assert duplicates.copies(nothing, contents, alike) == COPIES.empty_table()
 
 
-def test_equal_files_and_pictures_that_look_alike_are_told_apart() -> None:
+def test_equal_files_and_images_that_look_alike_are_told_apart() -> None:
     near, far = HASH ^ 0b1111, HASH ^ 0b11111
     rows = [
-        picture(0, "a", HASH, split="train", label=1), picture(1, "b", ~HASH % 2**64),
-        picture(2, "a", HASH, split="test", label=0), picture(3, "c", near, split="train", generator="g"),
-        picture(4, "d", None), picture(5, "d", None), picture(6, "e", None), picture(7, "f", far << 20 & 2**64 - 1),
+        image(0, "a", HASH, split="train", label=1), image(1, "b", ~HASH % 2**64),
+        image(2, "a", HASH, split="test", label=0), image(3, "c", near, split="train", generator="g"),
+        image(4, "d", None), image(5, "d", None), image(6, "e", None), image(7, "f", far << 20 & 2**64 - 1),
     ]  # fmt: skip
     seen = table(rows)
     contents, alike = groups(seen)
@@ -108,7 +108,7 @@ def test_equal_files_and_pictures_that_look_alike_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("distance", [0, DISTANCE, 8])
-def test_distance_is_how_far_apart_alike_pictures_may_be(distance: int) -> None:
-    rows = [picture(bits, str(bits), HASH ^ (2**bits - 1)) for bits in (0, distance, 2 * distance + 1)]
+def test_distance_is_how_far_apart_alike_images_may_be(distance: int) -> None:
+    rows = [image(bits, str(bits), HASH ^ (2**bits - 1)) for bits in (0, distance, 2 * distance + 1)]
     _, alike = groups(table(rows), distance)
     assert (alike == alike[0]).tolist() == [True, True, False]

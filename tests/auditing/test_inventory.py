@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.auditing import inventory
-from jobs.auditing.inventory import CLASSES, KNOWN, LISTED, PICTURES, describe, pictures
+from jobs.auditing.inventory import CLASSES, IMAGES, KNOWN_COLUMNS, LISTED_COLUMNS, describe, images
 from jobs.dataset.manifest import image_id
 from jobs.evaluation.groups import NO_GENERATOR
 from tests.support.tables import batches
@@ -23,7 +23,7 @@ def listed(uri: str, **values: Any) -> dict[str, Any]:
 
 def known(uri: str, **values: Any) -> dict[str, Any]:
     facts = {"width": 30, "height": 20, "format": "PNG", "size_bytes": 900, "status": "scored", "content_hash": uri}
-    return dict.fromkeys(KNOWN.names) | {"image_id": image_id(uri, "")} | facts | values
+    return dict.fromkeys(KNOWN_COLUMNS.names) | {"image_id": image_id(uri, "")} | facts | values
 
 
 def failed(uri: str, error_class: str) -> dict[str, Any]:
@@ -32,24 +32,26 @@ def failed(uri: str, error_class: str) -> dict[str, Any]:
 
 
 def table(listing: Rows, facts: Rows) -> pa.Table:
-    found, unknown = pictures(batches(listing, LISTED), batches(facts, KNOWN))
+    found, unknown = images(batches(listing, LISTED_COLUMNS), batches(facts, KNOWN_COLUMNS))
     assert unknown == 0
     return found
 
 
-# Pictures and their facts.
+# Images and their facts.
 
 
-def test_listed_pictures_get_the_newest_facts_of_them() -> None:
+def test_listed_images_get_the_newest_facts_of_them() -> None:
     listing = [listed("/c", label=1, generator="g"), listed("/a", split="val"), listed("/b"), listed("/new")]
     old = [failed("/a", "FetchError"), known("/b", size_bytes=1), known("/gone"), known("/c", size_bytes=3)]
     new = [known("/a", size_bytes=7, jpeg_quality=80), failed("/c", "ImageCorruptError")]
-    found, unknown = pictures(batches(listing, LISTED, size=2), [*batches(old, KNOWN), *batches(new, KNOWN)])
-    assert unknown == 1 and found.schema == PICTURES
+    found, unknown = images(
+        batches(listing, LISTED_COLUMNS, size=2), [*batches(old, KNOWN_COLUMNS), *batches(new, KNOWN_COLUMNS)]
+    )
+    assert unknown == 1 and found.schema == IMAGES
     rows = {row["uri"]: row for row in found.to_pylist()}
     assert list(rows) == ["/a", "/b", "/c"]
     expected = {**known("/a", size_bytes=7, jpeg_quality=80), **listed("/a", split="val")}
-    assert rows["/a"] == {name: expected[name] for name in PICTURES.names}
+    assert rows["/a"] == {name: expected[name] for name in IMAGES.names}
     assert rows["/b"]["size_bytes"] == 1
     assert (rows["/c"]["status"], rows["/c"]["error_class"], rows["/c"]["label"]) == ("failed", "ImageCorruptError", 1)
 
@@ -57,13 +59,13 @@ def test_listed_pictures_get_the_newest_facts_of_them() -> None:
 def test_many_batches_keep_their_order() -> None:
     listing = [listed(f"/{i:05}") for i in range(3000)]
     facts = [known(row["uri"], size_bytes=run) for run in range(3) for row in listing]
-    found, unknown = pictures(batches(listing, LISTED, size=700), batches(facts, KNOWN, size=700))
+    found, unknown = images(batches(listing, LISTED_COLUMNS, size=700), batches(facts, KNOWN_COLUMNS, size=700))
     assert unknown == 0 and found.column("uri").to_pylist() == [row["uri"] for row in listing]
     assert set(found.column("size_bytes").to_pylist()) == {2}
 
 
 def test_nothing_listed_is_nothing_found() -> None:
-    found, unknown = pictures([], batches([known("/gone")], KNOWN))
+    found, unknown = images([], batches([known("/gone")], KNOWN_COLUMNS))
     assert (found.num_rows, unknown) == (0, 0)
     assert describe(found) == {} and list(inventory.by_generator(found)) == []
     assert inventory.failures(found) == inventory.splits(found) == {}
@@ -73,7 +75,7 @@ def test_nothing_listed_is_nothing_found() -> None:
 
 
 def drawn(n: int = 200, seed: int = 0) -> tuple[Rows, pa.Table]:
-    """Pictures of all kinds, as rows and as a table in another order."""
+    """Images of all kinds, as rows and as a table in another order."""
     rng = np.random.default_rng(seed)
     listing, facts = [], []
     for i in range(n):
@@ -147,7 +149,7 @@ def test_classes_are_described_as_by_hand() -> None:
         assert most["share"] == pytest.approx(max(sizes.values()) / len(good))
 
 
-def test_class_whose_pictures_all_failed_has_counts_only() -> None:
+def test_class_whose_images_all_failed_has_counts_only() -> None:
     found = table([listed("/a", label=1), listed("/b", label=1)], [failed("/a", "E"), failed("/b", "E")])
     nothing = dict.fromkeys(("width", "height", "most_common_size", "bytes_per_pixel", "jpeg_quality"))
     assert describe(found) == {"fake": {"pictures": 2, "failed": 2, "formats": {}, **nothing}}

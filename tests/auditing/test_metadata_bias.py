@@ -1,4 +1,4 @@
-"""What metadata alone tell: nothing where there is nothing, planted rules by name, undefined for too few pictures."""
+"""What metadata alone tell: nothing where there is nothing, planted rules by name, undefined for too few images."""
 
 from itertools import product
 from typing import Any
@@ -21,7 +21,7 @@ def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drawn(n: int, seed: int = 0) -> Columns:
-    """Pictures of which every second is a fake, and whose metadata say nothing of it."""
+    """Images of which every second is a fake, and whose metadata say nothing of it."""
     rng = np.random.default_rng(seed)
     width = rng.integers(200, 2000, n)
     height = (width * rng.choice([0.75, 1.0, 1.5], n)).astype(int)
@@ -36,13 +36,13 @@ def drawn(n: int, seed: int = 0) -> Columns:
 
 
 def table(columns: Columns) -> pa.Table:
-    """Columns as rows of `inventory.PICTURES`, all of which could be read."""
+    """Columns as rows of `inventory.IMAGES`, all of which could be read."""
     n = len(columns["label"])
-    whole = {**dict.fromkeys(inventory.PICTURES.names, [None] * n), "uri": list("u" * n), "status": ["scored"] * n}
+    whole = {**dict.fromkeys(inventory.IMAGES.names, [None] * n), "uri": list("u" * n), "status": ["scored"] * n}
     whole |= {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
     fields = [pa.array(whole[field.name], field.type) if isinstance(whole[field.name], list)
-              else whole[field.name].cast(field.type) for field in inventory.PICTURES]  # fmt: skip
-    return pa.table(fields, schema=inventory.PICTURES)
+              else whole[field.name].cast(field.type) for field in inventory.IMAGES]  # fmt: skip
+    return pa.table(fields, schema=inventory.IMAGES)
 
 
 def measured(columns: Columns, groups: NDArray[np.int64] | None = None, seed: int = 0) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_error_is_the_spread_of_the_auroc_over_draws_of_groups() -> None:
     assert errors.mean() == pytest.approx(aurocs.std(), rel=0.1)
 
 
-def test_copies_of_every_picture_make_nothing_better_known() -> None:
+def test_copies_of_every_image_make_nothing_better_known() -> None:
     rng = np.random.default_rng(3)
     labels, scores = np.arange(50) % 2, rng.normal(0, 1, 50)
     once = clustered_auroc(labels, scores, np.arange(50))
@@ -210,7 +210,7 @@ def test_equal_metadata_tell_exactly_nothing() -> None:
     assert set(result["single"].values()) == {0.5}
 
 
-def test_pictures_matched_in_pairs_are_no_bias_though_the_auroc_is_far_from_one_half() -> None:
+def test_images_matched_in_pairs_are_no_bias_though_the_auroc_is_far_from_one_half() -> None:
     columns = drawn(80)
     for name in ("width", "height", "size_bytes", "jpeg_quality"):
         columns[name][1::2] = columns[name][::2]  # each fake has the metadata of a real
@@ -226,10 +226,10 @@ def test_near_duplicates_do_not_tell_of_each_other() -> None:
     assert measured(columns)["auroc"] > 0.95 and measured(columns)["biased"] is True
 
 
-def test_more_pictures_than_are_needed_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_are_needed_are_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = drawn(1000)
     plant_quality(columns)
-    monkeypatch.setattr(metadata_bias, "MOST", 30)
+    monkeypatch.setattr(metadata_bias, "MAX_IMAGES", 30)
     asked: list[int] = []
     separation = metadata_bias.separation
     monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_single_values_are_compared_without_a_model() -> None:
     assert list(single) == list(SINGLE)
 
 
-def test_quality_is_compared_among_the_pictures_that_have_one() -> None:
+def test_quality_is_compared_among_the_images_that_have_one() -> None:
     columns = drawn(120)
     png = np.arange(120) % 3 == 0
     columns["format"][png], columns["jpeg_quality"][png] = "PNG", np.nan
@@ -296,19 +296,21 @@ def test_rows_without_label_and_rows_that_failed_are_in_no_number() -> None:
     result = measured({**columns, "label": labels}, groups)
     assert (result["real"], result["fake"]) == (14, 14) and result["biased"] is True
     nothing = measured({**columns, "label": np.full(40, np.nan)})
-    assert nothing == {"real": 0, "fake": 0, **UNKNOWN, "undefined": "no picture with a label"}
+    assert nothing == {"real": 0, "fake": 0, **UNKNOWN, "undefined": "no image with a label"}
     assert measure(metadata(table(drawn(4)).slice(0, 0), np.arange(0))) == nothing
 
 
-@pytest.mark.parametrize(("different", "known"), [(metadata_bias.LEAST - 1, False), (metadata_bias.LEAST, True)])
-def test_near_duplicates_do_not_make_up_for_pictures_that_are_missing(different: int, known: bool) -> None:
+@pytest.mark.parametrize(
+    ("different", "known"), [(metadata_bias.MIN_IMAGES - 1, False), (metadata_bias.MIN_IMAGES, True)]
+)
+def test_near_duplicates_do_not_make_up_for_images_that_are_missing(different: int, known: bool) -> None:
     columns = drawn(100)
     groups = np.where(fakes(columns), 1000 + np.arange(100) // 2 % different, np.arange(100))
     result = measured(columns, groups)
     assert (result["undefined"] is None) is known
     assert (result["auroc"] is not None) is known
     if not known:
-        assert result["undefined"] == "fewer than 10 different pictures of a class"
+        assert result["undefined"] == "fewer than 10 different images of a class"
 
 
 def test_causes_and_columns_are_the_same() -> None:

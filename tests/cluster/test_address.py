@@ -15,7 +15,7 @@ from jobs.cluster.address import check_address
 from jobs.runs import lock
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.support.models import closed_address
-from tests.support.tables import picture_file, put, run_command, save_bundle
+from tests.support.tables import image_file, put, run_command, save_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,7 @@ def test_command_ends_before_it_locks_or_writes_anything(
 ) -> None:
     monkeypatch.setattr(lock, "hold", lambda *_, **__: pytest.fail("locked"))
     monkeypatch.setattr(resources, "connect", lambda *_: pytest.fail("connected"))
-    files = {f"{label}/{i}.png": picture_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
+    files = {f"{label}/{i}.png": image_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
     arguments = [] if command == "demo" else [put(str(tmp_path / "pictures"), files)]
     if command in ("score", "evaluate"):
         arguments += ["--detector", str(save_bundle(tmp_path / "detector"))]

@@ -43,7 +43,7 @@ def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
         assert max(it.actor_cpus, it.task_cpus, it.light_task_cpus) <= 1.0 and it.actor_gpus <= 1.0
 
 
-def test_two_cores_decode_two_pictures_at_a_time() -> None:
+def test_two_cores_decode_two_images_at_a_time() -> None:
     it = shares(2, 0)
     assert (2 - (it.captioners + it.scorers) * it.actor_cpus - it.light_task_cpus) // it.task_cpus == 2
     assert it.threads == 1

@@ -26,7 +26,7 @@ from jobs.storage.left_out import LeftOut, first_named
 from jobs.storage.uris import Uri
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
-from tests.support.tables import picture_file, put, run_command, save_bundle
+from tests.support.tables import image_file, put, run_command, save_bundle
 
 REPO_ROOT = Path(__file__).parents[2]
 
@@ -37,8 +37,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> str:
-    files = {f"{label}/{i}.png": picture_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
+def images(tmp_path: Path) -> str:
+    files = {f"{label}/{i}.png": image_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
     return put(str(tmp_path / "pictures"), files)
 
 
@@ -101,11 +101,11 @@ LIMITS = [("--max-bytes", "0"), ("--max-pixels", "-1"), ("--max-seconds", "0"), 
 @pytest.mark.parametrize(("option", "value"), LIMITS)
 @pytest.mark.parametrize("command", ["score", "caption", "train", "predict"])
 def test_limit_below_the_least_is_refused(
-    command: str, option: str, value: str, bundle: str, pictures: str, tmp_path: Path
+    command: str, option: str, value: str, bundle: str, images: str, tmp_path: Path
 ) -> None:
     given = ["--detector", bundle] if command in ("score", "predict") else []
     given += ["--out", str(tmp_path / "out")] if command != "predict" else []
-    message = complaint(command, pictures, *given, option, value)
+    message = complaint(command, images, *given, option, value)
     assert message.startswith(f"{option[2:].replace('-', '_')} must be positive, got {value}")
     assert not (tmp_path / "out").exists()
 
@@ -114,7 +114,7 @@ SOURCE_COMMANDS = {"score": ["--detector", "BUNDLE"], "caption": [], "train": []
 
 
 @pytest.mark.parametrize("command", SOURCE_COMMANDS)
-def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+def test_source_that_is_none_is_refused(command: str, bundle: str, images: str, tmp_path: Path) -> None:
     given = [bundle if word == "BUNDLE" else word for word in SOURCE_COMMANDS[command]]
     (tmp_path / "empty").mkdir()
     put(str(tmp_path / "texts"), {"a.txt": b"text"})
@@ -122,8 +122,8 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str
     pq.write_table(pa.table({"url": ["a"]}), tmp_path / "urls.parquet")
     expected = {
         "absent": "there is no folder or prefix",
-        "empty": "holds no pictures",
-        "texts": r"holds no pictures \(1: \.txt is no picture\)",
+        "empty": "holds no images",
+        "texts": r"holds no images \(1: \.txt is no image\)",
         "text.parquet": "is no whole Parquet file",
         "urls.parquet": "neither a `uri` column nor one of images",
         "pictures/0_real/0.png": "see nsnet predict",
@@ -137,7 +137,7 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, pictures: str
 
 
 @pytest.mark.parametrize("command", SOURCE_COMMANDS)
-def test_output_that_cannot_be_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+def test_output_that_cannot_be_is_refused(command: str, bundle: str, images: str, tmp_path: Path) -> None:
     given = [bundle if word == "BUNDLE" else word for word in SOURCE_COMMANDS[command]]
     (tmp_path / "file").write_text("")
     for out, reason in {
@@ -145,9 +145,9 @@ def test_output_that_cannot_be_is_refused(command: str, bundle: str, pictures: s
         "": "names no place",
         str(tmp_path / "file"): "is a file",
         str(tmp_path / "file" / "deeper" / "out"): "is a file",
-        f"{pictures}/out": "lies inside the source",
+        f"{images}/out": "lies inside the source",
     }.items():
-        assert reason in complaint(command, pictures, *given, "--out", out)
+        assert reason in complaint(command, images, *given, "--out", out)
 
 
 @pytest.mark.parametrize("command", ["score", "caption", "train", "evaluate", "predict"])
@@ -171,14 +171,14 @@ def test_store_that_cannot_be_reached_is_one_line_and_an_exit_code_of_its_own(
 
 
 @pytest.mark.parametrize("command", ["score", "predict"])
-def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, pictures: str, tmp_path: Path) -> None:
+def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, images: str, tmp_path: Path) -> None:
     def tell(detector: str) -> str:
         given = ["--out", str(tmp_path / "out")] if command == "score" else []
-        source = pictures if command == "score" else f"{pictures}/0_real/0.png"
+        source = images if command == "score" else f"{images}/0_real/0.png"
         return complaint(command, source, "--detector", detector, *given)
 
     assert "is no detector bundle: detector.json is missing" in tell(str(tmp_path / "absent"))
-    assert "is no detector bundle: detector.json is missing" in tell(pictures)
+    assert "is no detector bundle: detector.json is missing" in tell(images)
     assert "not gs://" in tell("gs://bucket/detector")
     original = Path(bundle, bundles.DESCRIPTION).read_bytes()
     weights = Path(bundle, bundles.NETWORK).read_bytes()
@@ -195,47 +195,47 @@ def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_counts_below_the_least_are_refused(bundle: str, pictures: str, tmp_path: Path) -> None:
+def test_counts_below_the_least_are_refused(bundle: str, images: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "--batch-size" in complaint("score", pictures, "--detector", bundle, *out, "--batch-size", "0")
-    assert "--limit" in complaint("score", pictures, "--detector", bundle, *out, "--limit", "0")
-    assert "--batch-size" in complaint("caption", pictures, *out, "--batch-size", "-3")
-    assert "--workers" in complaint("train", pictures, *out, "--workers", "0")
-    assert "--seed" in complaint("train", pictures, *out, "--seed", "-1")
-    assert "epochs" in complaint("train", pictures, *out, "--epochs", "0")
-    assert "batch_size" in complaint("train", pictures, *out, "--batch-size", "1")
+    assert "--batch-size" in complaint("score", images, "--detector", bundle, *out, "--batch-size", "0")
+    assert "--limit" in complaint("score", images, "--detector", bundle, *out, "--limit", "0")
+    assert "--batch-size" in complaint("caption", images, *out, "--batch-size", "-3")
+    assert "--workers" in complaint("train", images, *out, "--workers", "0")
+    assert "--seed" in complaint("train", images, *out, "--seed", "-1")
+    assert "epochs" in complaint("train", images, *out, "--epochs", "0")
+    assert "batch_size" in complaint("train", images, *out, "--batch-size", "1")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["caption", "train"])
-def test_unknown_recipe_is_refused_with_what_is_close(command: str, pictures: str, tmp_path: Path) -> None:
-    message = complaint(command, pictures, "--out", str(tmp_path / "out"), "--recipe", "ViT-L-41")
+def test_unknown_recipe_is_refused_with_what_is_close(command: str, images: str, tmp_path: Path) -> None:
+    message = complaint(command, images, "--out", str(tmp_path / "out"), "--recipe", "ViT-L-41")
     assert "unknown recipe 'ViT-L-41'" in message and "did you mean" in message and "ViT-L-14" in message
 
 
-def test_weights_that_are_not_there_are_refused(bundle: str, pictures: str, tmp_path: Path) -> None:
+def test_weights_that_are_not_there_are_refused(bundle: str, images: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "is no transformers BLIP folder" in complaint("caption", pictures, *out, "--captioner", pictures)
-    message = complaint("score", pictures, "--detector", bundle, *out, "--clip-weights", "s3://bucket/clip.pt")
+    assert "is no transformers BLIP folder" in complaint("caption", images, *out, "--captioner", images)
+    message = complaint("score", images, "--detector", bundle, *out, "--clip-weights", "s3://bucket/clip.pt")
     assert "must be a local path" in message
 
 
 @pytest.mark.parametrize("folders", [("a", "b"), ("0_real", "b"), ("0_real", "nature"), ("1_fake", "ai")])
 def test_training_without_both_labels_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
-    files = {f"{folder}/{i}.png": picture_file(i) for folder in folders for i in range(3)}
+    files = {f"{folder}/{i}.png": image_file(i) for folder in folders for i in range(3)}
     source = put(str(tmp_path / "pictures"), files)
     message = complaint("train", source, "--out", str(tmp_path / "out"))
     if folders[1] == "b":
         count = 6 if folders[0] == "a" else 3
-        assert message.startswith(f"{count} of 6 pictures have no label: put them below 0_real and 1_fake")
+        assert message.startswith(f"{count} of 6 images have no label: put them below 0_real and 1_fake")
     else:
         counts = (6, 0) if folders[0] == "0_real" else (0, 6)
-        assert message == "the source has {} real and {} fake pictures; both are needed".format(*counts)
+        assert message == "the source has {} real and {} fake images; both are needed".format(*counts)
 
 
-def test_work_that_is_done_is_not_done_again(pictures: str, tmp_path: Path) -> None:
+def test_work_that_is_done_is_not_done_again(images: str, tmp_path: Path) -> None:
     put(str(tmp_path / "trained"), {"detector.json": b"{}"})
-    message = complaint("train", pictures, "--out", str(tmp_path / "trained"))
+    message = complaint("train", images, "--out", str(tmp_path / "trained"))
     assert "already holds a trained detector; choose another --out" in message
 
 
@@ -270,16 +270,16 @@ def test_names_that_are_no_utf8_can_be_recorded() -> None:
     writing.encode_json(left_out.named)
 
 
-def test_training_with_other_settings_does_not_continue(pictures: str, tmp_path: Path) -> None:
+def test_training_with_other_settings_does_not_continue(images: str, tmp_path: Path) -> None:
     put(str(tmp_path / "out.training"), {"settings.json": b'{"seed": 7}'})
-    message = complaint("train", pictures, "--out", str(tmp_path / "out"))
+    message = complaint("train", images, "--out", str(tmp_path / "out"))
     assert "training with other settings (" in message and "seed" in message
 
 
-def test_evaluation_without_verdicts_is_refused(pictures: str, tmp_path: Path) -> None:
+def test_evaluation_without_verdicts_is_refused(images: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert "there is no" in complaint("evaluate", str(tmp_path / "absent"), *out)
-    assert "give --detector" in complaint("evaluate", pictures, *out)
+    assert "give --detector" in complaint("evaluate", images, *out)
 
 
 # The program itself.
@@ -325,11 +325,11 @@ def run_program(*arguments: str, **settings: Any) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, timeout=120, env=environment, **settings)
 
 
-def test_file_that_may_not_grow_is_named(pictures: str, tmp_path: Path) -> None:
+def test_file_that_may_not_grow_is_named(images: str, tmp_path: Path) -> None:
     """The kernel's own refusal, as on a full disk, which needs no rights here."""
     out = tmp_path / "out"
     done = run_program(
-        "caption", pictures, "--out", str(out),
+        "caption", images, "--out", str(out),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY)),
     )  # fmt: skip
     last = done.stderr.decode().splitlines()[-1]
@@ -338,21 +338,21 @@ def test_file_that_may_not_grow_is_named(pictures: str, tmp_path: Path) -> None:
     assert not list(out.rglob("*.partial-*"))
 
 
-def test_output_on_a_disk_that_is_read_only_is_refused(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_on_a_disk_that_is_read_only_is_refused(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = os.statvfs("/proc").f_flag | os.ST_RDONLY
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
-    assert "is mounted read-only; choose another --out" in complaint("caption", pictures, "--out", "/tmp/x", code=1)
+    assert "is mounted read-only; choose another --out" in complaint("caption", images, "--out", "/tmp/x", code=1)
 
 
-def test_output_with_a_name_that_is_too_long_is_refused(pictures: str, tmp_path: Path) -> None:
-    message = complaint("caption", pictures, "--out", str(tmp_path / ("x" * 300)))
+def test_output_with_a_name_that_is_too_long_is_refused(images: str, tmp_path: Path) -> None:
+    message = complaint("caption", images, "--out", str(tmp_path / ("x" * 300)))
     assert "cannot be a folder: File name too long" in message
 
 
 @pytest.mark.parametrize("place", ["source", "--out", "--captioner", "--clip-weights"])
-def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, pictures: str, tmp_path: Path) -> None:
+def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, images: str, tmp_path: Path) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    given = {"source": pictures, "--out": str(tmp_path / "out"), place: name}
+    given = {"source": images, "--out": str(tmp_path / "out"), place: name}
     source = given.pop("source")
     done = run_program(
         "caption", source, *(part for option in given.items() for part in option), env={"PYTHONIOENCODING": "ascii"}
@@ -394,7 +394,8 @@ def test_reader_of_results_that_has_gone_is_one_line(tmp_path: Path) -> None:
             [sys.executable, "-c", code], cwd=REPO_ROOT, stdout=gone, stderr=subprocess.PIPE, timeout=60
         )
     assert done.returncode == 1
-    assert done.stderr == b"error: standard output cannot be written: Broken pipe\n"
+    assert done.stderr.endswith(b"Z error: standard output cannot be written: Broken pipe\n")
+    assert done.stderr.count(b"\n") == 1
 
 
 class FullDisk(io.StringIO):
@@ -471,3 +472,63 @@ def test_addresses_are_made_absolute_where_a_command_begins(
         assert options[option].convert("weights", None, None) == f"{tmp_path}/weights", option
         with pytest.raises(UsageError, match="must be a local path"):
             options[option].convert("s3://bucket/weights", None, None)
+
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
+
+
+def test_lines_of_a_log_carry_time_and_run(capsys: pytest.CaptureFixture[str]) -> None:
+    output.begin_lines()
+    output.say("one\ntwo")
+    with output.lines_of_run("20260102T030405Z-abcdef"):
+        output.say("of the run")
+    output.say("after it")
+    with pytest.raises(ValueError), output.lines_of_run("20260102T030405Z-abcdef"):
+        raise ValueError
+    output.say("error: why it ended")
+    output.begin_lines()
+    output.say("another command")
+    expected = [
+        "one", "two", "20260102T030405Z-abcdef of the run", "after it",
+        "20260102T030405Z-abcdef error: why it ended", "another command",
+    ]  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected, strict=True):
+        assert re.fullmatch(STAMP + re.escape(text), line)
+
+
+def test_lines_on_a_terminal_are_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    output.say("a line")
+    assert terminal.getvalue() == "a line\n"
+
+
+@pytest.mark.parametrize("asked", ["--debug", "NSNET_DEBUG", "nothing"])
+def test_traceback_of_a_store_error_is_shown_on_request(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what an error was raised `from None` over."""
+    monkeypatch.setenv("NSNET_DEBUG", "1" if asked == "NSNET_DEBUG" else "")
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise PermissionError(errno.EACCES, "Access Denied by https://me:s3cret@store")
+        except PermissionError:
+            raise StorageError("the store refuses") from None
+
+    monkeypatch.setattr(probes, "check_output", fail)
+    bundle = save_bundle(tmp_path / "detector")
+    options = ["--debug"] if asked == "--debug" else []
+    code, _, told = run_command(
+        "score", str(tmp_path), "--detector", str(bundle), "--out", str(tmp_path / "o"), *options
+    )
+    assert code == 1 and told.splitlines()[-1].endswith("error: the store refuses")
+    shown = asked != "nothing"
+    assert ("Traceback" in told) == ("PermissionError" in told) == shown
+    assert "s3cret" not in told and len(told.splitlines()) == 1 or shown

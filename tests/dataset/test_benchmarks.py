@@ -55,7 +55,7 @@ PATHS: dict[str, tuple[int | None, str | None, str | None]] = {
     "validation/REAL/1.jpg": (0, "root", "val"),
     "Valid/0_Real/1.jpg": (0, "root", "val"),
     "sd/real/test/deeper/1.jpg": (0, "sd", "test"),
-    # what contradicts itself is no label; a class of pictures may be called like one
+    # what contradicts itself is no label; a class of images may be called like one
     "Nature/AI/1.jpg": (None, None, None),
     "real/sd/fake/1.jpg": (None, None, None),
     "0_real/sd/1_fake/1.jpg": (None, None, None),

@@ -1,5 +1,5 @@
-"""The plan: a source as a manifest, each picture once in each form, less what was done before, with the labels of its
-benchmark; nothing left behind by a source without any picture."""
+"""The plan: a source as a manifest, each image once in each form, less what was done before, with the labels of its
+benchmark; nothing left behind by a source without any image."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> str:
 
 
 def form_id(uri: str, etag: str, transform: str | None) -> str:
-    """Identity of a picture under a transform."""
+    """Identity of an image under a transform."""
     plain = image_id(uri, etag)
     return hashlib.sha256(f"{plain}/{transform}".encode()).hexdigest()[:32] if transform else plain
 
@@ -57,20 +57,20 @@ def done(*outcomes: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     return batches(rows, schema.DONE, size=2)
 
 
-def test_image_that_a_run_had_no_time_for_is_new(pictures: str, tmp_path: Path) -> None:
-    first, second, *_ = rows_of(pictures)
+def test_image_that_a_run_had_no_time_for_is_new(images: str, tmp_path: Path) -> None:
+    first, second, *_ = rows_of(images)
     history = [
         {"image_id": row["image_id"], "uri": row["uri"], "status": "failed", "error_class": kind}
         for row, kind in ((first, "ImageBudgetError"), (second, "ImageTimeoutError"))
     ]
     published = batches(history, schema.DONE)
-    plan = write_manifest(pictures, str(tmp_path / "manifest.parquet"), published=published)
+    plan = write_manifest(images, str(tmp_path / "manifest.parquet"), published=published)
     assert plan.states == {"new": 8, "failed before": 1}
     assert first["uri"] in {row["uri"] for row in manifest_of(plan.uri)}
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> str:
+def images(tmp_path: Path) -> str:
     files = {f"0_real/{i}.jpg": b"x" for i in range(5)} | {f"1_fake/{i}.jpg": b"x" for i in range(3)}
     return put(str(tmp_path / "pictures"), {**files, "c.jpg": b"x", "README.md": b"", ".hidden": b""})
 
@@ -112,14 +112,14 @@ def planned(tmp_path: Path) -> Planner:
 # The listing.
 
 
-def test_manifest_holds_the_rows_of_the_source(pictures: str, tmp_path: Path) -> None:
+def test_manifest_holds_the_rows_of_the_source(images: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "deep" / "er" / "manifest.parquet")
-    written = write_manifest(pictures, uri)
-    assert sorted(manifest_of(uri), key=lambda row: row["uri"]) == rows_of(pictures)
+    written = write_manifest(images, uri)
+    assert sorted(manifest_of(uri), key=lambda row: row["uri"]) == rows_of(images)
     assert (written.uri, written.count, written.labels) == (uri, 9, {0: 5, 1: 3, None: 1})
-    assert written.left_out == {".md is no picture": 1, "hidden file": 1}
+    assert written.left_out == {".md is no image": 1, "hidden file": 1}
     assert written.states == {NEW: 9}
-    assert written.describe() == "9 pictures to do (1 left out: .md is no picture; 1 left out: hidden file)"
+    assert written.describe() == "9 images to do (1 left out: .md is no image; 1 left out: hidden file)"
 
 
 @pytest.mark.s3
@@ -147,11 +147,11 @@ def test_object_listed_twice_is_planned_once_and_counted(planned: Planner) -> No
     assert written.left_out == {"listed twice": 2} and written.states == {NEW: 3}
 
 
-def test_source_without_pictures_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_source_without_images_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     put(str(tmp_path / "source"), {"a.txt": b"", "b.txt": b"", ".c": b""})
     with pytest.raises(SourceError) as caught:
         write_manifest(str(tmp_path / "source"), str(tmp_path / "out" / "m.parquet"))
-    assert str(caught.value) == f"{tmp_path}/source holds no pictures (2: .txt is no picture; 1: hidden file)"
+    assert str(caught.value) == f"{tmp_path}/source holds no images (2: .txt is no image; 1: hidden file)"
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -161,12 +161,12 @@ def test_missing_source_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_output_inside_the_source_is_refused(pictures: str, tmp_path: Path) -> None:
-    for place in (f"{pictures}/out/m.parquet", f"{pictures}/m.parquet"):
+def test_output_inside_the_source_is_refused(images: str, tmp_path: Path) -> None:
+    for place in (f"{images}/out/m.parquet", f"{images}/m.parquet"):
         with pytest.raises(UsageError, match="--out lies inside the source"):
-            write_manifest(pictures, place)
-    assert len(rows_of(pictures)) == 9
-    write_manifest(pictures, f"{pictures}-out/m.parquet")  # beside it, with the same beginning
+            write_manifest(images, place)
+    assert len(rows_of(images)) == 9
+    write_manifest(images, f"{images}-out/m.parquet")  # beside it, with the same beginning
 
 
 # What was done before.
@@ -180,11 +180,11 @@ OUTCOMES = [
 ]
 
 
-def test_new_changed_failed_and_scored_pictures_are_told_apart(planned: Planner) -> None:
+def test_new_changed_failed_and_scored_images_are_told_apart(planned: Planner) -> None:
     written, rows = planned(LISTING, *OUTCOMES)
     assert rows == [("/new", "1"), ("/changed", "2")]
     assert list(written.states.items()) == [(NEW, 1), (CHANGED, 1), (FAILED, 1), (SCORED, 1)]
-    assert written.describe() == "2 pictures to do (1 new; 1 changed; 1 failed before; 1 scored before)"
+    assert written.describe() == "2 images to do (1 new; 1 changed; 1 failed before; 1 scored before)"
 
 
 def test_retry_takes_what_failed_too(planned: Planner) -> None:
@@ -211,10 +211,10 @@ def test_replaced_file_is_planned_again_and_nothing_else(place: str) -> None:
 def test_nothing_to_do_is_an_empty_manifest(planned: Planner) -> None:
     written, rows = planned([("/a", "1"), ("/b", "1")], ("/b", "1", "failed"), ("/a", "1", "scored"))
     assert rows == [] and written.labels == {}
-    assert written.describe() == "0 pictures to do (1 failed before; 1 scored before)"
+    assert written.describe() == "0 images to do (1 failed before; 1 scored before)"
 
 
-def test_picture_published_in_several_versions_is_planned_once(planned: Planner) -> None:
+def test_image_published_in_several_versions_is_planned_once(planned: Planner) -> None:
     versions = [("/a", "1", "scored"), ("/a", "2", "failed"), ("/a", "3", "scored")]
     written, rows = planned([("/a", "4")], *versions)
     assert rows == [("/a", "4")] and written.states == {CHANGED: 1}
@@ -227,12 +227,12 @@ def test_each_version_has_an_outcome_of_its_own(etag: str, state: str, planned: 
 
 
 @pytest.mark.parametrize("outcomes", [("failed", "scored"), ("scored", "failed"), ("failed", "scored", "failed")])
-def test_picture_that_was_ever_scored_counts_as_scored(outcomes: tuple[str, ...], planned: Planner) -> None:
+def test_image_that_was_ever_scored_counts_as_scored(outcomes: tuple[str, ...], planned: Planner) -> None:
     written, rows = planned([("/a", "1")], *(("/a", "1", status) for status in outcomes), retry_failed=True)
     assert rows == [] and written.states == {SCORED: 1}
 
 
-def test_picture_that_failed_twice_is_counted_once(planned: Planner) -> None:
+def test_image_that_failed_twice_is_counted_once(planned: Planner) -> None:
     written, rows = planned([("/a", "1")], ("/a", "1", "failed"), ("/a", "1", "failed"), retry_failed=True)
     assert rows == [("/a", "1")] and written.states == {FAILED: 1} and written.left_out == {}
 
@@ -291,7 +291,7 @@ def test_limit_stops_the_listing(planned: Planner, drawn: type[Drawn]) -> None:
     assert written.states == {NEW: 10}
 
 
-def test_limit_counts_only_pictures_to_do(planned: Planner, drawn: type[Drawn]) -> None:
+def test_limit_counts_only_images_to_do(planned: Planner, drawn: type[Drawn]) -> None:
     outcomes = [(uri, etag, "scored") for uri, etag in MANY[:100]]
     _, rows = planned(MANY, *outcomes, limit=10)
     assert rows == MANY[100:110]
@@ -341,7 +341,7 @@ def test_limit_of_a_shuffled_source_is_a_sample_of_all_of_it(planned: Planner, d
     assert len({int(uri[1:]) // 100 for uri, _ in rows}) > 5  # from everywhere, not from the beginning
 
 
-def test_sample_holds_only_pictures_to_do(planned: Planner) -> None:
+def test_sample_holds_only_images_to_do(planned: Planner) -> None:
     outcomes = [(uri, etag, "scored") for uri, etag in MANY[:990]]
     _, rows = planned(MANY, *outcomes, shuffle_seed=0, limit=10)
     assert sorted(rows) == sorted(MANY[990:])
@@ -357,20 +357,20 @@ def test_sample_holds_only_pictures_to_do(planned: Planner) -> None:
         (("*/[01].jpg",), ("1_fake/*",), ["0_real/0.jpg", "0_real/1.jpg"], {"excluded": 3, "not included": 4}),
     ],
 )  # fmt: skip
-def test_globs_choose_pictures_and_the_rest_is_counted(
-    include: tuple[str, ...], exclude: tuple[str, ...], names: list[str], left_out: dict[str, int], pictures: str,
+def test_globs_choose_images_and_the_rest_is_counted(
+    include: tuple[str, ...], exclude: tuple[str, ...], names: list[str], left_out: dict[str, int], images: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     selection = Selection(include=include, exclude=exclude)
-    written = write_manifest(pictures, str(tmp_path / "m.parquet"), selection)
-    assert sorted(row["uri"].removeprefix(f"{pictures}/") for row in manifest_of(written.uri)) == names
-    assert written.left_out == {".md is no picture": 1, "hidden file": 1, **left_out}
+    written = write_manifest(images, str(tmp_path / "m.parquet"), selection)
+    assert sorted(row["uri"].removeprefix(f"{images}/") for row in manifest_of(written.uri)) == names
+    assert written.left_out == {".md is no image": 1, "hidden file": 1, **left_out}
     assert written.states == {NEW: len(names)}
 
 
-def test_globs_that_match_nothing_say_so(pictures: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds no pictures .*9: not included"):
-        write_manifest(pictures, str(tmp_path / "m.parquet"), Selection(include=("*.png",)))
+def test_globs_that_match_nothing_say_so(images: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no images .*9: not included"):
+        write_manifest(images, str(tmp_path / "m.parquet"), Selection(include=("*.png",)))
 
 
 # Benchmarks.
@@ -396,7 +396,7 @@ def test_layout_of_a_benchmark_corrects_generators(place: str) -> None:
     written = write_manifest(source, f"{place}/m.parquet")
     assert told(written, source) == BENCHMARK
     assert written.layout == "AIGIBench"
-    assert written.describe() == "13 pictures to do (layout AIGIBench)"
+    assert written.describe() == "13 images to do (layout AIGIBench)"
     assert written.labels == {0: 6, 1: 6, None: 1}
 
 
@@ -425,14 +425,14 @@ def test_layout_is_that_of_tars_too_and_other_labels_are_never_changed(tmp_path:
     }
 
 
-def test_plain_source_has_no_layout(pictures: str, tmp_path: Path) -> None:
-    assert write_manifest(pictures, str(tmp_path / "m.parquet")).layout is None
+def test_plain_source_has_no_layout(images: str, tmp_path: Path) -> None:
+    assert write_manifest(images, str(tmp_path / "m.parquet")).layout is None
 
 
 def test_source_with_too_many_labelled_folders_is_no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = put(str(tmp_path / "mine"), dict.fromkeys(BENCHMARK, b"x"))
     for most, layout in ((12, "AIGIBench"), (11, None)):
-        monkeypatch.setattr(plan, "MOST_FOLDERS", most)
+        monkeypatch.setattr(plan, "MAX_FOLDERS", most)
         assert write_manifest(source, str(tmp_path / "m.parquet")).layout == layout
 
 
@@ -522,7 +522,7 @@ def test_contradiction_counts_once_for_all_forms_and_before_a_limit(
     assert "warning: 1 images are listed twice" in capsys.readouterr().err
 
 
-# Forms of each picture.
+# Forms of each image.
 
 FORMS = ["", "jpeg:50", "blur:1+it's 'odd'; ü"]
 HASHES = [("/a", "1"), ("/b", "1"), ("/c", "1")]
@@ -532,14 +532,14 @@ def forms_of(rows: Rows) -> list[tuple[str, str | None]]:
     return [(row["uri"], row["transform"]) for row in rows]
 
 
-def test_picture_has_a_row_per_form_beside_each_other(planned: Planner) -> None:
+def test_image_has_a_row_per_form_beside_each_other(planned: Planner) -> None:
     written, _ = planned(HASHES, transforms=FORMS)
     rows = planned.rows()
     assert forms_of(rows) == [(uri, form or None) for uri, _ in HASHES for form in FORMS]
     assert [row["image_id"] for row in rows] == [form_id(row["uri"], "1", row["transform"]) for row in rows]
     assert len({row["image_id"] for row in rows}) == 9
     assert (written.count, written.states, written.labels, written.forms) == (9, {NEW: 9}, {None: 9}, 3)
-    assert written.describe() == "9 pictures to do (each counted in 3 forms)"
+    assert written.describe() == "9 images to do (each counted in 3 forms)"
 
 
 def test_identity_under_a_transform_is_what_it_always_was(planned: Planner) -> None:
@@ -559,14 +559,14 @@ def test_form_named_twice_is_done_once(planned: Planner) -> None:
     assert written.count == 6 and written.left_out == {}
 
 
-def test_rows_of_a_picture_differ_in_identity_and_transform_only(pictures: str, tmp_path: Path) -> None:
+def test_rows_of_a_image_differ_in_identity_and_transform_only(images: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "m.parquet")
-    write_manifest(pictures, uri, transforms=FORMS)
+    write_manifest(images, uri, transforms=FORMS)
     rows = manifest_of(uri)
     same = {name: None for name in ("image_id", "transform")}
-    plain = {row["uri"]: row | same for row in rows_of(pictures)}
+    plain = {row["uri"]: row | same for row in rows_of(images)}
     assert all(row | same == plain[row["uri"]] for row in rows) and len(rows) == 3 * len(plain)
-    assert sorted((row for row in rows if row["transform"] is None), key=lambda row: row["uri"]) == rows_of(pictures)
+    assert sorted((row for row in rows if row["transform"] is None), key=lambda row: row["uri"]) == rows_of(images)
 
 
 def test_each_form_has_a_history_of_its_own(planned: Planner) -> None:
@@ -590,7 +590,7 @@ def test_history_without_a_form_does_not_do_for_it(planned: Planner) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_limit_is_one_of_pictures_with_all_their_forms(seed: int | None, planned: Planner) -> None:
+def test_limit_is_one_of_images_with_all_their_forms(seed: int | None, planned: Planner) -> None:
     outcomes = [(uri, etag, "scored", form) for uri, etag in MANY[:10] for form in FORMS]
     outcomes += [(*MANY[10], "scored", "")]
     _, plain = planned(MANY, *[(uri, etag, "scored") for uri, etag in MANY[:10]], shuffle_seed=seed, limit=20)
@@ -605,7 +605,7 @@ def test_limit_stops_the_listing_of_forms_as_early(planned: Planner, drawn: type
     assert drawn.count == 10
 
 
-def test_forms_of_a_picture_stay_together_in_a_random_order(planned: Planner) -> None:
+def test_forms_of_a_image_stay_together_in_a_random_order(planned: Planner) -> None:
     _, whole = planned(MANY, shuffle_seed=5)
     _, rows = planned(MANY, transforms=FORMS, shuffle_seed=5)
     assert rows == [pair for pair in whole for _ in FORMS]
@@ -640,7 +640,7 @@ def test_source_of_nothing_but_containers_that_cannot_be_read_says_so(tmp_path: 
     with pytest.raises(SourceError) as caught:
         write_manifest(source, f"{tmp_path}/manifest.parquet")
     message = str(caught.value)
-    assert f"{source} holds no pictures (2: .tar that cannot be read), as far as it can be read; not read: " in message
+    assert f"{source} holds no images (2: .tar that cannot be read), as far as it can be read; not read: " in message
     assert f"{source}/0.tar" in message and f"{source}/1.tar" in message
 
 

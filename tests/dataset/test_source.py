@@ -31,12 +31,12 @@ from nsnet.errors import (
 )
 from tests.support.proxy import PASS, Action, Always, Script, in_front_of
 from tests.support.swift import SwiftServer
-from tests.support.tables import manifest_row, new_bucket, parquet_bytes, picture_file, put, tar_bytes
+from tests.support.tables import image_file, manifest_row, new_bucket, parquet_bytes, put, tar_bytes
 
 Rows = list[dict[str, Any]]
-PICTURE = picture_file()
+IMAGE = image_file()
 LARGE = 10**9
-HASH = hashlib.sha256(PICTURE).hexdigest()
+HASH = hashlib.sha256(IMAGE).hexdigest()
 
 
 @pytest.fixture
@@ -71,20 +71,20 @@ def identities(rows: Rows) -> set[str]:
 # Folders and prefixes.
 
 
-def test_folder_gives_a_row_per_picture_with_its_labels(place: str) -> None:
+def test_folder_gives_a_row_per_image_with_its_labels(place: str) -> None:
     files = ["train/0_real/a.jpg", "train/1_fake/b.PNG", "val/Glide/1_fake/ü #1?.webp", "c.jpg"]
-    put(place, {name: PICTURE + bytes(i) for i, name in enumerate(files)})
+    put(place, {name: IMAGE + bytes(i) for i, name in enumerate(files)})
     rows = by_name(place, rows_of(place))
     expected = [(0, "sdv1.4", "train"), (1, "sdv1.4", "train"), (1, "Glide", "val"), (None, None, None)]
     for i, (name, labels) in enumerate(zip(files, expected, strict=True)):
         row = rows.pop(name)
         assert (row["label"], row["generator"], row["split"]) == labels
         assert row["folder"] == (name.rpartition("/")[0] or None)
-        assert row["uri"] == f"{place}/{name}" and row["size_bytes"] == len(PICTURE) + i
+        assert row["uri"] == f"{place}/{name}" and row["size_bytes"] == len(IMAGE) + i
         assert row["etag"] == listing.describe(row["uri"]).etag != ""
         assert row["image_id"] == image_id(row["uri"], row["etag"])
         assert (row["container"], row["position"]) == (None, None)
-        assert fetch(row, LARGE) == PICTURE + bytes(i)
+        assert fetch(row, LARGE) == IMAGE + bytes(i)
     assert rows == {}
 
 
@@ -95,9 +95,9 @@ KEPT = [
 ]  # fmt: skip
 LEFT_OUT = {
     ".DS_Store": "hidden file", ".hidden.png": "hidden file", "a/._x.jpg": "hidden file", "._x.tar": "hidden file",
-    ".part-0.parquet.crc": "hidden file", "_SUCCESS": "empty marker object", "README.md": ".md is no picture",
-    "a/list.CSV": ".csv is no picture", "model.safetensors": ".safetensors is no picture",
-    "shard.tar.gz": ".gz is no picture", "more.tgz": ".tgz is no picture", "labels.json": ".json is no picture",
+    ".part-0.parquet.crc": "hidden file", "_SUCCESS": "empty marker object", "README.md": ".md is no image",
+    "a/list.CSV": ".csv is no image", "model.safetensors": ".safetensors is no image",
+    "shard.tar.gz": ".gz is no image", "more.tgz": ".tgz is no image", "labels.json": ".json is no image",
 }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_missing_source_is_said(place: str) -> None:
         Source(f"{place}/a.jpg").check()
 
 
-def test_folder_without_pictures_gives_no_row(place: str, tmp_path: Path) -> None:
+def test_folder_without_images_gives_no_row(place: str, tmp_path: Path) -> None:
     put(place, {"README.md": b"x"})
     assert rows_of(place) == []
     (tmp_path / "empty").mkdir()
@@ -297,7 +297,7 @@ def test_content_hash_of_any_text_type_is_understood(kind: pa.DataType, tmp_path
     assert [row["expected_hash"] for row in rows_of(tmp_path / "m.parquet")] == [HASH, None]
 
 
-def test_stored_pictures_have_no_expected_hash(tmp_path: Path) -> None:
+def test_stored_images_have_no_expected_hash(tmp_path: Path) -> None:
     columns = {"bytes": [b"x", b"y"], "content_hash": ["neither read nor judged" * 1000, None]}
     put(str(tmp_path), {"m.parquet": parquet_bytes(columns)})
     assert [row["expected_hash"] for row in rows_of(tmp_path / "m.parquet")] == [None, None]
@@ -321,7 +321,7 @@ def test_split_that_is_none_is_warned_of_once(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_manifest_of_pictures_in_a_container_is_a_source_like_it(kind: str, place: str) -> None:
+def test_manifest_of_images_in_a_container_is_a_source_like_it(kind: str, place: str) -> None:
     """As a split is stored: the same identities, and the same bytes."""
     contents = {f"g/{i % 2}_{('real', 'fake')[i % 2]}/{i}.png": bytes([i]) * (i + 1) for i in range(4)}
     container = f"{place}/data.{kind}"
@@ -382,7 +382,7 @@ def test_relative_manifest_is_found_from_the_current_folder(tmp_path: Path, monk
     assert [row["uri"] for row in rows_of("a/m.parquet")] == [f"{tmp_path}/a/x.jpg"] * 2
 
 
-def test_manifest_without_a_column_of_pictures_is_refused(place: str) -> None:
+def test_manifest_without_a_column_of_images_is_refused(place: str) -> None:
     put(place, {"m.parquet": parquet_bytes({"url": ["a"], "label": [1]})})
     message = r"m\.parquet has neither a `uri` column nor one of images .*, only label \(int64\), url \(string\)"
     with pytest.raises(SourceError, match=message):
@@ -397,7 +397,7 @@ def test_container_that_cannot_be_read_does_not_stop_the_rest(place: str, capsys
     assert source.left_out == {
         ".tar that cannot be read": 1,
         ".parquet that cannot be read": 1,
-        ".parquet without pictures": 1,
+        ".parquet without images": 1,
     }
     assert source.left_out.unread == 2  # what can be read, and holds no images, is no reason to worry
     said = capsys.readouterr().err
@@ -502,7 +502,7 @@ def test_store_that_fails_is_not_taken_for_a_damaged_container(s3_environment: S
 
 
 @pytest.mark.s3
-def test_picture_in_parquet_is_asked_for_again_and_says_so(s3_environment: SwiftServer) -> None:
+def test_image_in_parquet_is_asked_for_again_and_says_so(s3_environment: SwiftServer) -> None:
     with in_front_of(s3_environment) as proxy:
         bucket = put(new_bucket(), {"x.parquet": parquet_bytes({"bytes": [b"x" * 100]})})
         (row,) = rows_of(f"{bucket}/x.parquet")
@@ -511,7 +511,7 @@ def test_picture_in_parquet_is_asked_for_again_and_says_so(s3_environment: Swift
         assert fetched.data == b"x" * 100 and fetched.requests == 2
 
 
-def test_picture_that_is_stored_once_and_meant_often_does_not_fill_the_memory(
+def test_image_that_is_stored_once_and_meant_often_does_not_fill_the_memory(
     tmp_path: Path,
 ) -> None:
     often = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array([os.urandom(2**20)], pa.binary()))
@@ -526,19 +526,19 @@ def test_picture_that_is_stored_once_and_meant_often_does_not_fill_the_memory(
     assert pa.default_memory_pool().max_memory() - before < 50 * 2**20
 
 
-def test_stored_pictures_among_others_speak_for_themselves_only(place: str) -> None:
+def test_stored_images_among_others_speak_for_themselves_only(place: str) -> None:
     columns = {"uri": [f"{place}/a.jpg", None], "bytes": [b"x", b"y"], "label": ["real", None]}
     put(place, {"a.jpg": b"x", "b.parquet": parquet_bytes(columns)})
     uris = sorted(row["uri"] for row in Source(place).rows())
     assert uris == [f"{place}/a.jpg", f"{place}/b.parquet#0", f"{place}/b.parquet#1"]
 
 
-def test_manifest_among_pictures_is_not_followed(place: str, tmp_path: Path) -> None:
+def test_manifest_among_images_is_not_followed(place: str, tmp_path: Path) -> None:
     """Whoever may put a file into a bucket must not have others read."""
     put(place, {"a.jpg": b"x", "m.parquet": parquet_bytes({"uri": [str(tmp_path / "secret"), "s3://other/secret"]})})
     source = Source(place)
     assert [row["uri"] for row in source.rows()] == [f"{place}/a.jpg"]
-    assert source.left_out == {".parquet without pictures": 1}
+    assert source.left_out == {".parquet without images": 1}
 
 
 @pytest.mark.s3
@@ -581,8 +581,8 @@ def test_ending_of_sidecars_is_tried_where_it_is_asked_for(include: tuple[str, .
     found = {PurePosixPath(row["uri"]).name for source in (listed, tar) for row in source.rows()}
     expected = {(): {"a.jpg"}, ("*.txt",): {"a.txt", "b.txt"}, ("*.jpg", "*/*.TXT"): {"a.jpg"}}
     assert found == expected[include]
-    assert listed.left_out[".json is no picture"] == tar.left_out[".json is no picture"] == 1
-    assert (listed.left_out[".txt is no picture"] == 2) == (not include)
+    assert listed.left_out[".json is no image"] == tar.left_out[".json is no image"] == 1
+    assert (listed.left_out[".txt is no image"] == 2) == (not include)
 
 
 def test_excluded_container_is_not_opened(place: str) -> None:
@@ -657,13 +657,13 @@ def test_folder_named_like_a_file_is_a_folder(place: str) -> None:
     assert sorted(row["uri"] for row in rows_of(f"{place}/m.parquet")) == [f"{place}/a", f"{place}/b"]
 
 
-# Pictures inside Parquet.
+# Images inside Parquet.
 
 
-def test_parquet_holds_pictures(place: str) -> None:
-    pictures = [bytes([i]) * (i + 1) for i in range(25)]
-    pictures[7] = None  # type: ignore[call-overload]
-    columns = {"bytes": pictures, "label": [i % 2 for i in range(25)], "generator": ["g"] * 25}
+def test_parquet_holds_images(place: str) -> None:
+    images = [bytes([i]) * (i + 1) for i in range(25)]
+    images[7] = None  # type: ignore[call-overload]
+    columns = {"bytes": images, "label": [i % 2 for i in range(25)], "generator": ["g"] * 25}
     put(place, {"shard.parquet": parquet_bytes(columns, row_group_size=10)})
     rows = rows_of(place)
     assert [row["uri"] for row in rows] == [f"{place}/shard.parquet#{i}" for i in range(25)]
@@ -671,12 +671,12 @@ def test_parquet_holds_pictures(place: str) -> None:
     assert [row["label"] for row in rows] == columns["label"]
     identities(rows)
     for i in (24, 0, 10, 9, 7, 19, 20):
-        assert fetch(rows[i], LARGE) == (pictures[i] or b"")
+        assert fetch(rows[i], LARGE) == (images[i] or b"")
     with pytest.raises(FetchError):
         fetch({**rows[0], "position": 25}, LARGE)
 
 
-def test_pictures_of_one_uri_are_told_apart(tmp_path: Path) -> None:
+def test_images_of_one_uri_are_told_apart(tmp_path: Path) -> None:
     columns = {"bytes": [b"1", b"2", b"3"], "uri": ["http://x/a.jpg", "http://x/a.jpg", None]}
     put(str(tmp_path), {"shard.parquet": parquet_bytes(columns)})
     rows = rows_of(tmp_path / "shard.parquet")
@@ -718,7 +718,7 @@ def test_tar_gives_a_row_per_member(place: str) -> None:
     for name, row in rows.items():
         assert fetch(row, LARGE) == files[name] and row["size_bytes"] == len(files[name])
         assert row["container"] == f"{place}/shard-000.tar"
-    assert source.left_out == {".json is no picture": 1, "hidden file": 2}
+    assert source.left_out == {".json is no image": 1, "hidden file": 2}
     assert identities(list(rows.values())) == identities(rows_of(f"{place}/shard-000.tar"))
 
 
@@ -809,12 +809,12 @@ def containers(content: bytes) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("replacement", [PICTURE[::-1], PICTURE + b"longer", b"short", b""])
+@pytest.mark.parametrize("replacement", [IMAGE[::-1], IMAGE + b"longer", b"short", b""])
 def test_fetch_of_what_was_replaced_since_it_was_listed_has_changed(replacement: bytes, place: str) -> None:
-    put(place, containers(PICTURE))
+    put(place, containers(IMAGE))
     rows = rows_of(place)
     assert [row["listed"] for row in rows] == [True] * 4
-    assert {fetch(row, LARGE) for row in rows} == {PICTURE, b"more"}
+    assert {fetch(row, LARGE) for row in rows} == {IMAGE, b"more"}
     put(place, containers(replacement))
     fetching.close()  # what was read before is still there, and is what was listed
     for row in rows:
@@ -823,7 +823,7 @@ def test_fetch_of_what_was_replaced_since_it_was_listed_has_changed(replacement:
         assert not caught.value.may_be_outage
 
 
-def test_picture_of_a_manifest_may_have_any_version(place: str) -> None:
+def test_image_of_a_manifest_may_have_any_version(place: str) -> None:
     """Its etag column is somebody else's: it tells versions apart, and need not be the store's own."""
     columns = {"uri": [f"{place}/a.jpg"], "etag": ["2024-05-01"]}
     put(place, {"a.jpg": b"x", "manifest.parquet": parquet_bytes(columns)})
@@ -835,7 +835,7 @@ def test_picture_of_a_manifest_may_have_any_version(place: str) -> None:
 
 
 def test_rows_say_when_their_object_was_changed(place: str) -> None:
-    put(place, containers(PICTURE))
+    put(place, containers(IMAGE))
     for row in rows_of(place):
         assert row["modified_at"] == listing.describe(row["container"] or row["uri"]).modified_at
 
@@ -843,24 +843,24 @@ def test_rows_say_when_their_object_was_changed(place: str) -> None:
 @pytest.mark.s3
 def test_fetch_says_how_often_it_asked(s3_environment: SwiftServer) -> None:
     with in_front_of(s3_environment) as proxy:
-        bucket = put(new_bucket(), containers(PICTURE))
-        picture, member = (row for row in rows_of(bucket) if row["uri"].endswith((".jpg", ".png")))
-        for row, name in ((picture, "/a.jpg"), (member, "/b.tar")):
+        bucket = put(new_bucket(), containers(IMAGE))
+        image, member = (row for row in rows_of(bucket) if row["uri"].endswith((".jpg", ".png")))
+        for row, name in ((image, "/a.jpg"), (member, "/b.tar")):
             proxy.policy = Script(Action("slow_down"), Action("cut", 0.5), wanted=name)
             fetched = fetching.fetch(row, LARGE)
-            assert fetched.data == PICTURE and fetched.requests > 1
+            assert fetched.data == IMAGE and fetched.requests > 1
 
 
 @pytest.mark.s3
-def test_picture_in_a_parquet_survives_a_bad_network(s3_environment: SwiftServer) -> None:
+def test_image_in_a_parquet_survives_a_bad_network(s3_environment: SwiftServer) -> None:
     with in_front_of(s3_environment) as proxy:
-        pictures = [os.urandom(20_000) for _ in range(6)]
-        bucket = put(new_bucket(), {"c.parquet": parquet_bytes({"bytes": pictures}, row_group_size=2)})
+        images = [os.urandom(20_000) for _ in range(6)]
+        bucket = put(new_bucket(), {"c.parquet": parquet_bytes({"bytes": images}, row_group_size=2)})
         rows = rows_of(bucket)
         for fault in (Action("slow_down"), Action("reset"), Action("cut", 0.5)):
             fetching.close()
             proxy.policy = Script(*[fault] * 3, wanted="/c.parquet")
-            assert [fetching.fetch(row, LARGE).data for row in rows] == pictures
+            assert [fetching.fetch(row, LARGE).data for row in rows] == images
             assert proxy.counts[fault.kind] == 3
 
 
@@ -883,7 +883,7 @@ FILTERS: list[tuple[list[str], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("include", "exclude", "expected"), FILTERS)
-def test_pictures_are_chosen_by_their_path(
+def test_images_are_chosen_by_their_path(
     include: list[str], exclude: list[str], expected: list[str], place: str
 ) -> None:
     put(place, {name: b"x" for name in FILTERED})
@@ -911,7 +911,7 @@ def test_members_of_containers_are_chosen_by_their_own_names(place: str) -> None
     assert [fetch(row, LARGE) for row in rows] == [b"1"]
 
 
-def test_pictures_of_a_manifest_are_chosen_by_their_whole_uri(tmp_path: Path) -> None:
+def test_images_of_a_manifest_are_chosen_by_their_whole_uri(tmp_path: Path) -> None:
     uris = ["s3://one/a.jpg", "s3://two/a.jpg", "/disk/a.png"]
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": uris})})
     choices = [(["s3://one/*"], uris[:1]), (["*.jpg"], uris[:2]), (["*/a.png"], uris[2:]), (["/disk/*"], uris[2:])]

@@ -79,7 +79,7 @@ def test_transposed_convolution_equals_zero_insertion_and_sum() -> None:
 def test_pair_is_a_pure_function_of_seed_and_scene(pairs: list[tuple[bytes, bytes]]) -> None:
     assert synthetic.make_pair(7, seed=SEED, size_px=128) == pairs[7]
     assert synthetic.make_pair(7, seed=SEED + 1, size_px=128) != pairs[7]
-    assert len({picture for pair in pairs for picture in pair}) == 2 * len(pairs)
+    assert len({image for pair in pairs for image in pair}) == 2 * len(pairs)
 
 
 def test_pair_shares_size_and_content(pixels: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
@@ -99,9 +99,9 @@ def test_classes_have_one_distribution_of_formats_and_trivial_statistics(
 ) -> None:
     rows = np.empty((2, len(pairs), 6))
     for scene, label in np.ndindex(len(pairs), 2):
-        file, picture = Image.open(io.BytesIO(pairs[scene][label])), pixels[scene][label]
+        file, image = Image.open(io.BytesIO(pairs[scene][label])), pixels[scene][label]
         assert file.format == "JPEG" and file.mode == "RGB"
-        grey = luma(picture)
+        grey = luma(image)
         around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
         coarseness, subsampled = np.mean(file.quantization[0]), file.layer[0][1] == 2  # type: ignore[attr-defined]
         rows[label, scene] = (
@@ -112,7 +112,7 @@ def test_classes_have_one_distribution_of_formats_and_trivial_statistics(
             coarseness,
             subsampled,
         )
-    # The pictures are fixed by SEED, hence so are these numbers; equal distributions would give 0.5 +- 0.05.
+    # The images are fixed by SEED, hence so are these numbers; equal distributions would give 0.5 +- 0.05.
     areas = [auroc(rows[0, :, column], rows[1, :, column]) for column in range(6)]
     assert max(abs(area - 0.5) for area in areas) < 0.15, areas
     assert all(len(np.unique(rows[label, :, 4])) > 8 and 0.3 < rows[label, :, 5].mean() < 0.7 for label in (0, 1))

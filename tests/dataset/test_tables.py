@@ -14,10 +14,10 @@ from jobs.dataset import containers, fetching
 from jobs.dataset.source import Source
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
 from tests.fuzz.thrift import varint, varints
-from tests.support.tables import parquet_bytes, picture_file, put
+from tests.support.tables import image_file, parquet_bytes, put
 
 PLAIN: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-IMAGES = [picture_file(seed) for seed in range(3)]
+IMAGES = [image_file(seed) for seed in range(3)]
 
 
 def struct(images: list[bytes | None]) -> pa.Array:
@@ -248,7 +248,7 @@ def test_row_group_that_cannot_be_read_costs_itself_once(tmp_path: Path, monkeyp
     forks: list[Any] = []
     fork = containers._zygote.fork
     monkeypatch.setattr(containers._zygote, "fork", lambda *given: (forks.append(given), fork(*given))[1])
-    images = [picture_file(seed, width=16, height=16) for seed in range(60)]
+    images = [image_file(seed, width=16, height=16) for seed in range(60)]
     content = parquet_bytes({"bytes": images}, row_group_size=20, compression="none", use_dictionary=False)
     at = content.index(images[25][:60]) - 4  # the length of an image of the second group
     rows = rows_of(tmp_path, content[:at] + b"\xff\xff\xff\x7f" + content[at + 4 :])
@@ -278,7 +278,7 @@ def test_reader_that_the_machine_ends_costs_no_image(tmp_path: Path) -> None:
 
 
 def test_reader_that_the_machine_kills_twice_costs_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = rows_of(tmp_path, parquet_bytes({"bytes": [picture_file(seed, width=16, height=16) for seed in range(20)]}))
+    rows = rows_of(tmp_path, parquet_bytes({"bytes": [image_file(seed, width=16, height=16) for seed in range(20)]}))
     ask, kills = containers.Container._ask, [1, 2]
 
     def killing(self: containers.Container, request: dict[str, Any], rows: int = 0) -> Any:

@@ -21,7 +21,7 @@ from tests.support.tables import verdict_row, verdict_table
 Rows = list[dict[str, Any]]
 THRESHOLD = 0.3
 SIZES = {"Glide": (40, 25), "ADM": (7, 160), "sd v1.4": (300, 3), None: (12, 12)}
-"""Generator -> real and fake pictures."""
+"""Generator -> real and fake images."""
 QUICK = 50
 """Bootstrap samples where intervals do not matter."""
 
@@ -29,7 +29,7 @@ QUICK = 50
 def rows_of(
     generator: str | None, label: int, size: int, *, strength: float = 1.5, seed: int = 0, **values: Any
 ) -> Rows:
-    """Verdicts with ties on pictures of one class; the stronger, the easier to tell."""
+    """Verdicts with ties on images of one class; the stronger, the easier to tell."""
     rng = np.random.default_rng([seed, label, size])
     probabilities = 1 / (1 + np.exp(-(rng.normal(size=size) + strength * (label - 0.5))))
     rows = []
@@ -92,7 +92,7 @@ def test_metrics_per_generator_are_those_of_scikit_learn() -> None:
     assert result["failed"] == result["without_label"] == 0
 
 
-def test_macro_mean_counts_generators_not_pictures() -> None:
+def test_macro_mean_counts_generators_not_images() -> None:
     result = compare(verdict_table(*labelled_rows()), samples=QUICK)
     for name in METRICS:
         found = [numbers[name]["value"] for numbers in result["generators"].values()]
@@ -148,7 +148,7 @@ def test_without_uncertain_verdicts_the_decided_are_all() -> None:
         assert numbers["uncertain_share"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_failed_and_unlabelled_pictures_are_counted_and_in_no_number() -> None:
+def test_failed_and_unlabelled_images_are_counted_and_in_no_number() -> None:
     rows = labelled_rows()
     failed = [verdict_row(f"/f{i}", None, label=i % 2, generator="Glide") for i in range(4)]
     unlabelled = [verdict_row(f"/u{i}", 0.9, label=None) for i in range(5)] + [verdict_row("/uf", None)]
@@ -161,7 +161,7 @@ def test_failed_and_unlabelled_pictures_are_counted_and_in_no_number() -> None:
     assert result["all"] == {**before["all"], "failed": 4}
 
 
-def test_labelled_pictures_that_all_failed_have_no_metric() -> None:
+def test_labelled_images_that_all_failed_have_no_metric() -> None:
     failed = [verdict_row("/a", None, label=1, generator="g"), verdict_row("/b", None, label=0, generator="g")]
     result = compare(verdict_table(*failed), samples=QUICK)
     for numbers in (result["generators"]["g"], result["all"], result["macro_mean"]):
@@ -200,7 +200,7 @@ def test_number_of_samples_is_checked() -> None:
 # Intervals.
 
 
-def test_intervals_are_those_of_a_loop_that_draws_pictures_anew() -> None:
+def test_intervals_are_those_of_a_loop_that_draws_images_anew() -> None:
     rows = rows_of("g", 0, 60) + rows_of("g", 1, 90)
     numbers = compare(verdict_table(*rows), samples=3000)["generators"]["g"]
     labels = np.array([row["label"] for row in rows])
@@ -274,7 +274,7 @@ def test_neither_the_order_of_rows_nor_other_generators_change_a_generators_numb
 @pytest.mark.parametrize("metric", ["fake_acc", "auroc"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_mean_of_two_generators_of_one_size_is_known_more_closely_than_either(shared: bool, metric: str) -> None:
-    """If both drew the same places, and like pictures stood there, the mean would be known no better."""
+    """If both drew the same places, and like images stood there, the mean would be known no better."""
     rows = [row for name in "ab" for row in rows_of(name, 1, 200)]
     rows += [row for name in ("r" if shared else "ab") for row in rows_of(name, 0, 2000)]
     result = compare(verdict_table(*rows), samples=1000, pairs={"a": "r", "b": "r"} if shared else None)
@@ -366,7 +366,7 @@ def transformed_rows() -> Rows:
     ]
 
 
-def test_transformed_pictures_are_compared_apart() -> None:
+def test_transformed_images_are_compared_apart() -> None:
     rows = transformed_rows()
     plain = [row for row in rows if row["transform"] is None]
     result = compare(verdict_table(*rows), samples=QUICK)
@@ -410,13 +410,13 @@ def test_failed_transforms_are_counted_with_the_transform() -> None:
     assert (part["failed"], part["generators"]["a"]["failed"], result["failed"]) == (3, 3, 0)
 
 
-def test_unlabelled_transformed_pictures_are_not_counted_again() -> None:
+def test_unlabelled_transformed_images_are_not_counted_again() -> None:
     unlabelled = [verdict_row("/u", 0.5), verdict_row("/u", 0.5, transform="jpeg:75")]
     assert compare(verdict_table(*transformed_rows(), *unlabelled), samples=QUICK)["without_label"] == 1
 
 
-def test_transformed_pictures_alone_cannot_be_compared() -> None:
-    with pytest.raises(SourceError, match="none is of a picture as it is"):
+def test_transformed_images_alone_cannot_be_compared() -> None:
+    with pytest.raises(SourceError, match="none is of an image as it is"):
         compare(verdict_table(*rows_of("a", 0, 3, transform="jpeg:75")))
 
 

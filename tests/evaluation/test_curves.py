@@ -68,16 +68,16 @@ def test_reliability_is_the_share_of_fakes_per_bin() -> None:
 
 
 def test_wilson_ends_where_the_share_is_just_as_far_as_chance_allows() -> None:
-    share, pictures = np.array([0.0, 0.1, 0.5, 1.0, 0.25]), np.array([1, 10, 30, 7, 10_000])
-    for end in wilson(share, pictures):
+    share, images = np.array([0.0, 0.1, 0.5, 1.0, 0.25]), np.array([1, 10, 30, 7, 10_000])
+    for end in wilson(share, images):
         assert ((end >= 0) & (end <= 1)).all()
-        spread = Z * np.sqrt(end * (1 - end) / pictures)
+        spread = Z * np.sqrt(end * (1 - end) / images)
         np.testing.assert_allclose(np.abs(share - end), spread, atol=1e-7)
-    low, high = wilson(share, pictures)
+    low, high = wilson(share, images)
     assert (low <= share).all() and (high >= share).all() and (low < high).all()
 
 
-def test_histogram_counts_each_picture_once() -> None:
+def test_histogram_counts_each_image_once() -> None:
     rows = [*made_rows(), verdict_row("/0", 0.0, label=0), verdict_row("/1", 1.0, label=1)]
     found = curves(verdict_table(*rows))["histogram"]
     for label, name in enumerate(("real", "fake")):
@@ -131,7 +131,7 @@ def test_threshold_and_uncertain_band_are_what_the_verdicts_say() -> None:
     assert curves(verdict_table(*rows).drop_columns(["threshold"]))["threshold"] is None
 
 
-def test_transformed_and_unlabelled_pictures_are_on_no_curve() -> None:
+def test_transformed_and_unlabelled_images_are_on_no_curve() -> None:
     rows = made_rows(20, 20)
     others = [verdict_row("/t", 0.9, label=0, transform="jpeg:75"), verdict_row("/u", 0.9)]
     assert curves(verdict_table(*rows, *others)) == curves(verdict_table(*rows))

@@ -9,13 +9,12 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.experiments import ablation
-from jobs.experiments.paths import PREDICTIONS, RESULT, SETTINGS
+from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE, SETTINGS_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.storage import parquet, uris, writing
-from jobs.training import examples
 from nsnet import metrics
 from nsnet.errors import ConfigError, NullSpaceError, UsageError
-from tests.support.tables import picture_file, put
+from tests.support.tables import image_file, put
 
 COUNT = 60
 LABELS = np.arange(COUNT) % 2
@@ -23,7 +22,7 @@ LABELS = np.arange(COUNT) % 2
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    files = {f"{name}/{i}.png": picture_file(i) for name in ("0_real", "1_fake") for i in range(2)}
+    files = {f"{name}/{i}.png": image_file(i) for name in ("0_real", "1_fake") for i in range(2)}
     return put(str(tmp_path / "pictures"), files)
 
 
@@ -36,15 +35,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
         asked.append(request)
         if request.variant.startswith("original:tau"):
             raise NullSpaceError("ranks 1 to 7 are possible")
-        writing.write_json(uris.join(request.work, SETTINGS), request.identity(request.resolved()))
+        writing.write_json(uris.join(request.work, SETTINGS_FILE), request.identity(request.resolved()))
         best = {"epoch": 2, "residual_energy": 0.5 + 0.1 * request.seed, "val_ap": 0.75}
-        writing.write_json(uris.join(request.work, RESULT), {"best_epoch": best})
+        writing.write_json(uris.join(request.work, RESULT_FILE), {"best_epoch": best})
         if request.resolved().training.captions == "own":
             writing.write_json(uris.join(request.out, "detector.json"), {})
         write_predictions(request.work, skill(request.variant), request.seed)
 
     def make_split(request: TrainRequest, *_: Any) -> pa.Table:
-        return pa.Table.from_pylist([], schema=examples.SPLIT)
+        return pa.Table.from_pylist([], schema=schema.SPLIT)
 
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr("jobs.experiments.inputs._make_split", make_split)
@@ -56,7 +55,7 @@ def skill(variant: str) -> float:
 
 
 def write_predictions(work: str, separation: float, seed: int, splits: tuple[str, ...] = ("val", "test")) -> None:
-    """Predictions on sixty pictures of each split; those on validation are perfect, which must not count."""
+    """Predictions on sixty images of each split; those on validation are perfect, which must not count."""
     dice = np.random.default_rng([seed, round(10 * separation)])
     rows = []
     for split in splits:
@@ -69,7 +68,7 @@ def write_predictions(work: str, separation: float, seed: int, splits: tuple[str
                 "threshold": 0.5, "status": "scored", "detector_id": "d",
             })  # fmt: skip
     batch = pa.RecordBatch.from_pylist(rows[::-1], schema=schema.PREDICTIONS)
-    parquet.write([batch], schema.PREDICTIONS, uris.join(work, PREDICTIONS))
+    parquet.write([batch], schema.PREDICTIONS, uris.join(work, PREDICTIONS_FILE))
 
 
 def by_variant(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -88,13 +87,13 @@ def test_variants_are_trained_on_one_split_with_the_same_seeds(source: str, trai
     assert not any(request.caption_missing for request in trained)  # they were all made with the split
 
 
-def test_numbers_are_means_over_seeds_of_the_test_pictures(source: str, trained: Any, tmp_path: Path) -> None:
+def test_numbers_are_means_over_seeds_of_the_test_images(source: str, trained: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     rows = by_variant(ablation.ablate(source, out=out, variants=VARIANTS, seeds=(0, 3)))
     for variant in VARIANTS:
         row, aps = rows[variant], []
         for seed in (0, 3):
-            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS}", schema.PREDICTIONS))
+            table = next(parquet.read(f"{out}/{variant}-seed{seed}.training/{PREDICTIONS_FILE}", schema.PREDICTIONS))
             tested = [one for one in table.to_pylist() if one["split"] == "test"]
             aps.append(metrics.average_precision([r["label"] for r in tested], [r["prob_fake"] for r in tested]))
         assert row["test"]["ap"]["value"] == pytest.approx(np.mean(aps))
@@ -107,7 +106,7 @@ def test_numbers_are_means_over_seeds_of_the_test_pictures(source: str, trained:
 
 
 def test_difference_of_equal_predictions_is_nothing_at_all(source: str, trained: Any, tmp_path: Path) -> None:
-    """The same pictures are drawn for both: intervals of two variants may overlap where their difference is sure."""
+    """The same images are drawn for both: intervals of two variants may overlap where their difference is sure."""
     rows = by_variant(ablation.ablate(source, out=str(tmp_path / "out"), variants=("no-mapper", "advanced")))
     assert rows["no-mapper"]["difference"]["ap"]["value"] != 0
     for name in ("advanced", "no-mapper"):
@@ -143,7 +142,7 @@ def test_variant_without_a_null_space_is_told_and_the_others_go_on(source: str, 
     assert "original:tau=1e-6: ranks 1 to 7 are possible" in text and text.count("failed") == 1
 
 
-def test_without_test_pictures_the_numbers_are_undefined(source: str, trained: Any, tmp_path: Path) -> None:
+def test_without_test_images_the_numbers_are_undefined(source: str, trained: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     ablation.ablate(source, out=out, variants=("advanced",))
     write_predictions(f"{out}/advanced-seed0.training", 1.0, 0, splits=("val",))

@@ -54,7 +54,7 @@ def test_streamed_basis_is_that_of_one_decomposition(cluster: None, tmp_path: Pa
     for rank in (1, 3, 7, 12):
         expected = torch.from_numpy(directions[:rank].T.copy())
         assert principal_angle(expected, found.basis(rank=rank)) < 1e-6
-    with pytest.raises(SourceError, match="none of the training pictures has a caption"):
+    with pytest.raises(SourceError, match="none of the training images has a caption"):
         basis.spectrum(files, pa.array(["nobody"]), task_cpus=0.5)
 
 

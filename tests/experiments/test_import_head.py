@@ -18,7 +18,7 @@ from nsnet import bundle, recipes
 from nsnet.detector import Detector
 from nsnet.errors import UsageError, WeightsError
 from tests.support import models
-from tests.support.models import one_line, picture
+from tests.support.models import image, one_line
 from tests.support.tables import run_command
 
 DIM = 32
@@ -63,10 +63,10 @@ def test_logit_of_the_detector_is_that_of_the_head_on_the_frozen_feature(name: s
     assert detector.calibration.threshold == 0.5 and detector.calibration.temperature == 1.0
 
 
-def test_picture_is_judged_by_its_middle(tmp_path: Path) -> None:
+def test_image_is_judged_by_its_middle(tmp_path: Path) -> None:
     import_head(str(written(head(), tmp_path / "head.pth")), out=str(tmp_path / "out"), recipe="small")
     detector = Detector.load(tmp_path / "out")
-    whole = picture(0, 160, 128)
+    whole = image(0, 160, 128)
     left, top = (160 - models.SIDE_PX) // 2, (128 - models.SIDE_PX) // 2
     middle = whole.crop((left, top, left + models.SIDE_PX, top + models.SIDE_PX))
     framed = Image.new("RGB", whole.size, "red")
@@ -79,7 +79,7 @@ def test_picture_is_judged_by_its_middle(tmp_path: Path) -> None:
 
 def test_verdict_for_people_names_no_caption(tmp_path: Path) -> None:
     import_head(str(written(head(), tmp_path / "head.pth")), out=str(tmp_path / "out"), recipe="small")
-    picture(0).save(tmp_path / "a.png")
+    image(0).save(tmp_path / "a.png")
     code, told, _ = run_command("predict", str(tmp_path / "a.png"), "--detector", str(tmp_path / "out"))
     assert code == 0 and told.count("\n") == 2 and told.endswith("  96 × 80 px PNG\n")
 

@@ -1,4 +1,4 @@
-"""What a training needs: a wrong request is found before every picture is looked at."""
+"""What a training needs: a wrong request is found before every image is looked at."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,29 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.dataset.schema import SPLIT
 from jobs.experiments import basis, inputs
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
-from jobs.training.examples import SPLIT, Examples
+from jobs.training.examples import Examples
 from nsnet.errors import ConfigError, NullSpaceError, SourceError
 from tests.support.models import one_line
-from tests.support.tables import picture_file, put
+from tests.support.tables import image_file, put
 
 
 class LookedAt(Exception):
-    """Every picture was about to be looked at."""
+    """Every image was about to be looked at."""
 
 
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainRequest:
-    """A training on twelve pictures of two generators."""
+    """A training on twelve images of two generators."""
 
     def look(*_: object) -> None:
         raise LookedAt
 
     monkeypatch.setattr(inputs, "publish_facts", look)
-    files = {f"{g}/{name}/{i}.png": picture_file(i) for g in "ab" for name in ("0_real", "1_fake") for i in range(3)}
+    files = {f"{g}/{name}/{i}.png": image_file(i) for g in "ab" for name in ("0_real", "1_fake") for i in range(3)}
     return TrainRequest(source=put(str(tmp_path / "pictures"), files), out=Uri(str(tmp_path / "out")))
 
 
@@ -43,13 +44,13 @@ def prepare(request: TrainRequest) -> Any:
         (
             {"leave_out": "c"},
             ConfigError,
-            "no picture is of the generator 'c', which is to be left out; there are: a, b",
+            "no image is of the generator 'c', which is to be left out; there are: a, b",
         ),
         ({"split": "/nowhere/split.parquet"}, SourceError, "there is no split /nowhere/split.parquet"),
-        ({"workers": (1, 7)}, SourceError, "12 pictures are too few for 7 workers: at least two for each"),
+        ({"workers": (1, 7)}, SourceError, "12 images are too few for 7 workers: at least two for each"),
     ],
 )
-def test_wrong_request_is_found_before_pictures_are_looked_at(
+def test_wrong_request_is_found_before_images_are_looked_at(
     changed: dict[str, Any], error: type[Exception], message: str, request_: TrainRequest
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -64,11 +65,11 @@ def test_right_request_goes_on_to_look_at_them(request_: TrainRequest) -> None:
 
 
 def test_source_of_one_class_or_without_labels_is_refused(request_: TrainRequest, tmp_path: Path) -> None:
-    one = put(str(tmp_path / "one"), {f"0_real/{i}.png": picture_file(i) for i in range(6)})
-    with pytest.raises(SourceError, match="the source has 6 real and 0 fake pictures; both are needed"):
+    one = put(str(tmp_path / "one"), {f"0_real/{i}.png": image_file(i) for i in range(6)})
+    with pytest.raises(SourceError, match="the source has 6 real and 0 fake images; both are needed"):
         prepare(replace(request_, source=one))
-    none = put(str(tmp_path / "none"), {f"{i}.png": picture_file(i) for i in range(6)})
-    with pytest.raises(SourceError, match="6 of 6 pictures have no label"):
+    none = put(str(tmp_path / "none"), {f"{i}.png": image_file(i) for i in range(6)})
+    with pytest.raises(SourceError, match="6 of 6 images have no label"):
         prepare(replace(request_, source=none))
 
 

@@ -1,4 +1,4 @@
-"""What comes out of a training: thresholds know validation alone, and every prediction is stored with its picture."""
+"""What comes out of a training: thresholds know validation alone, and every prediction is stored with its image."""
 
 import json
 from typing import Any
@@ -12,7 +12,6 @@ from jobs.dataset import schema
 from jobs.evaluation.comparison import compare
 from jobs.experiments import predictions
 from jobs.storage import parquet
-from jobs.training import examples
 from jobs.training.checkpoints import Progress
 from jobs.training.examples import Examples
 from nsnet import calibration
@@ -24,7 +23,7 @@ POINT = OperatingPoint(rule="fpr", fpr=0.1, uncertain_share=0.1)
 
 
 def split() -> pa.Table:
-    """Pictures of two generators in three splits."""
+    """Images of two generators in three splits."""
     rows = []
     for i in range(COUNT):
         told = {
@@ -33,7 +32,7 @@ def split() -> pa.Table:
             "split": ("train", "val", "test")[i // 4 % 3],
         }
         rows.append(manifest_row(f"/p/{i:03d}.png", **told) | {"content_hash": f"{i:064x}", "group": i})
-    return pa.Table.from_pylist(rows, schema=examples.SPLIT).sort_by("image_id")
+    return pa.Table.from_pylist(rows, schema=schema.SPLIT).sort_by("image_id")
 
 
 def progress(found: Examples, *, test_shift: float = 0.0, test: bool = True, seed: int = 0) -> Progress:
@@ -70,7 +69,7 @@ def test_calibration_is_that_of_validation_whatever_the_test_says(found: Example
     assert moved.of("val").equals(judged.of("val")) and not moved.of("test").equals(judged.of("test"))
 
 
-def test_prediction_carries_its_own_pictures_identity_and_verdict(found: Examples) -> None:
+def test_prediction_carries_its_own_images_identity_and_verdict(found: Examples) -> None:
     state = progress(found)
     judged = predictions.judge(found, state, POINT)
     by_id = {row["image_id"]: row for row in found.table.to_pylist()}
@@ -93,7 +92,7 @@ def test_prediction_carries_its_own_pictures_identity_and_verdict(found: Example
     assert {row["verdict"] for row in predicted} == {"real", "fake", "uncertain"}
 
 
-def test_training_pictures_are_never_judged(found: Examples) -> None:
+def test_training_images_are_never_judged(found: Examples) -> None:
     assert set(predictions.judge(found, progress(found), POINT).table.column("split").to_pylist()) == {"val", "test"}
 
 
@@ -110,7 +109,7 @@ def test_record_has_the_numbers_of_both_parts_and_the_best_epoch(found: Examples
     assert text.startswith("epoch 2 of 3: validation AP 0.9000, residual energy 0.50") and "ADM" in text
 
 
-def test_without_test_pictures_the_record_says_so(found: Examples) -> None:
+def test_without_test_images_the_record_says_so(found: Examples) -> None:
     state = progress(found, test=False)
     result = predictions.describe(predictions.judge(found, state, POINT), state, {})
     assert result["test"] is None and "test" not in predictions.summary(result)

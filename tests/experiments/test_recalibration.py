@@ -85,7 +85,7 @@ def test_new_bundle_has_the_same_weights_and_the_calibration_of_the_validation_r
     assert scores[0].logit.tolist() == scores[1].logit.tolist() and new.calibration == found
     assert scores[0].prob_fake.tolist() != scores[1].prob_fake.tolist()
     card = (tmp_path / "out" / bundle.CARD).read_text()
-    assert "at most 5.000% of real pictures called fake" in card and "version 2" in card
+    assert "at most 5.000% of real images called fake" in card and "version 2" in card
 
 
 def test_test_rows_are_never_looked_at(trained: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from jobs.console.parameters import WorkersType
-from jobs.experiments.paths import SETTINGS
+from jobs.experiments.paths import SETTINGS_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.storage import uris, writing
 from jobs.storage.uris import Uri
@@ -111,7 +111,7 @@ def test_place_belongs_to_the_training_with_its_settings(name: str, tmp_path: Pa
     request = replace(REQUEST, out=str(tmp_path / "out"), variant="original:rank=4" if name == "basis" else "advanced")
     settings = identity(request)
     assert not request.belongs_to(settings)
-    writing.write_json(uris.join(request.work, SETTINGS), settings)
+    writing.write_json(uris.join(request.work, SETTINGS_FILE), settings)
     assert request.belongs_to(settings)
     other = replace(request, **CHANGES[name])
     with pytest.raises(UsageError, match=rf"other settings \(.*\b{name}\b.*\)") as caught:

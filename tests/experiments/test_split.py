@@ -12,7 +12,7 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.experiments import split
-from jobs.experiments.split import LISTED, Split, SplitConfig, describe, make, reuse
+from jobs.experiments.split import LISTED_COLUMNS, Split, SplitConfig, describe, make, reuse
 from jobs.runs.products import CAPTIONS, FACTS, Product
 from jobs.runs.publication import Run
 from jobs.storage import parquet
@@ -24,16 +24,16 @@ GENERATORS = ("progan", "sdv1.4", "dalle")
 
 
 def listed(count: int = 60, **columns: list[Any]) -> pa.Table:
-    """Pictures of three generators, real and fake, each of a content of its own and of no visible likeness."""
+    """Images of three generators, real and fake, each of a content of its own and of no visible likeness."""
     rows = []
     for i in range(count):
         row = {
-            **dict.fromkeys(LISTED.names),
+            **dict.fromkeys(LISTED_COLUMNS.names),
             **manifest_row(f"/p/{i:04d}.png", label=i % 2, generator=GENERATORS[i // 2 % 3]),
             "content_hash": f"{i:064x}", "perceptual_hash": None, "status": "scored",
         }  # fmt: skip
         rows.append(row | {name: values[i] for name, values in columns.items()})
-    return pa.Table.from_pylist(rows, schema=LISTED).sort_by("image_id")
+    return pa.Table.from_pylist(rows, schema=LISTED_COLUMNS).sort_by("image_id")
 
 
 def by_uri(found: Split | pa.Table) -> dict[str, dict[str, Any]]:
@@ -66,7 +66,7 @@ def test_what_stands_beside_a_given_training_set_is_used_for_nothing() -> None:
     assert Counter(row["split"] for row in rows.values()) == {"train": 64, "val": 16, "test": 40}
 
 
-def test_copy_of_a_given_test_picture_is_not_drawn_for_training() -> None:
+def test_copy_of_a_given_test_image_is_not_drawn_for_training() -> None:
     given = ["test" if i < 40 else None for i in range(120)]
     contents = [f"{i if i < 60 else i - 60:064x}" for i in range(120)]  # 60 to 99 are copies of the test's
     rows = by_uri(make(listed(120, split=given, content_hash=contents), SplitConfig()))
@@ -128,7 +128,7 @@ def test_leaks_of_given_splits_are_counted_and_told() -> None:
     contents[56] = contents[46]  # by which epoch and threshold are chosen
     found = make(listed(60, split=given, content_hash=contents), SplitConfig())
     assert found.leaking == 3
-    assert any("3 pictures of validation and test are near-duplicates" in line for line in split.describe(found))
+    assert any("3 images of validation and test are near-duplicates" in line for line in split.describe(found))
 
 
 @pytest.mark.parametrize("given", [None, "splits"])
@@ -154,18 +154,18 @@ def test_generator_that_is_not_there_cannot_be_left_out() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_left_out_and_listed_up_to_a_share() -> None:
+def test_unreadable_images_are_left_out_and_listed_up_to_a_share() -> None:
     status = ["failed" if i < 3 else "scored" for i in range(60)]
     errors = ["ImageCorruptError" if i < 3 else None for i in range(60)]
     table = listed(60, status=status, error_class=errors)
     found = make(table, SplitConfig(lost_share=0.05))
     assert sorted(row["uri"] for row in found.unreadable) == [f"/p/{i:04d}.png" for i in range(3)]
     assert found.unreadable[0]["error_class"] == "ImageCorruptError" and found.table.num_rows == 57
-    with pytest.raises(SourceError, match=r"3 of 60 training pictures are unreadable, more than 4%"):
+    with pytest.raises(SourceError, match=r"3 of 60 training images are unreadable, more than 4%"):
         make(table, SplitConfig(lost_share=0.04))
 
 
-def test_pictures_that_are_not_what_a_split_says_are_told_apart() -> None:
+def test_images_that_are_not_what_a_split_says_are_told_apart() -> None:
     status = ["failed" if i < 6 else "scored" for i in range(60)]
     errors = ["ObjectChangedError" if i < 6 else None for i in range(60)]
     with pytest.raises(SourceError, match="6 are not what the split says: it no longer matches its source"):
@@ -180,7 +180,7 @@ def test_one_class_only_is_refused(label: int, told: str) -> None:
 
 def test_validation_without_a_class_is_refused() -> None:
     given = ["val" if i % 2 and i < 10 else "train" for i in range(60)]
-    with pytest.raises(SourceError, match="the validation part has 0 real and 5 fake pictures"):
+    with pytest.raises(SourceError, match="the validation part has 0 real and 5 fake images"):
         make(listed(60, split=given), SplitConfig())
 
 
@@ -219,27 +219,27 @@ def test_stored_split_that_no_longer_matches_is_refused(what: str, tmp_path: Pat
 
 def changed(table: pa.Table, uris: list[str], **values: Any) -> pa.Table:
     rows = [row | values if row["uri"] in uris else row for row in table.to_pylist()]
-    return pa.Table.from_pylist(rows, schema=LISTED)
+    return pa.Table.from_pylist(rows, schema=LISTED_COLUMNS)
 
 
-def test_pictures_of_a_stored_split_may_be_unreadable_up_to_a_share(tmp_path: Path) -> None:
+def test_images_of_a_stored_split_may_be_unreadable_up_to_a_share(tmp_path: Path) -> None:
     uri = stored(tmp_path, listed(60))
     lost = ["/p/0007.png", "/p/0008.png"]
     failed = {"status": "failed", "error_class": "ImageCorruptError", "error_message": "cut off", "content_hash": None}
     found = reuse(uri, changed(listed(60), lost, **failed), 0.05)
     assert sorted(row["uri"] for row in found.unreadable) == lost and not {*lost} & by_uri(found).keys()
     assert found.table.num_rows == 58
-    with pytest.raises(SourceError, match=r"2 of 60 training pictures are unreadable, more than 1%"):
+    with pytest.raises(SourceError, match=r"2 of 60 training images are unreadable, more than 1%"):
         reuse(uri, changed(listed(60), lost, **failed), 0.01)
     with pytest.raises(SourceError, match=r"no longer matches .* 2 of 60 .*0007.png \(changed\)"):
         reuse(uri, changed(listed(60), lost, **failed | {"error_class": "ObjectChangedError"}), 0.05)
 
 
-def test_picture_that_could_not_be_captioned_is_named_whatever_may_be_lost(tmp_path: Path) -> None:
+def test_image_that_could_not_be_captioned_is_named_whatever_may_be_lost(tmp_path: Path) -> None:
     uri = stored(tmp_path, listed(60))
     silent = changed(listed(60), ["/p/0007.png"], status="failed", error_class="CaptionError", error_message="empty")
     for use in (lambda: make(silent, SplitConfig(lost_share=0.5)), lambda: reuse(uri, silent, 0.5)):
-        with pytest.raises(SourceError, match=r"1 pictures have no caption, .* such as /p/0007.png: .* --retry-failed"):
+        with pytest.raises(SourceError, match=r"1 images have no caption, .* such as /p/0007.png: .* --retry-failed"):
             use()
 
 
@@ -255,7 +255,7 @@ def test_split_is_stored_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "split.parquet").exists()
 
 
-# --- what is known of pictures ---------------------------------------------------------------------------------------
+# --- what is known of images ---------------------------------------------------------------------------------------
 
 NUMBERS = iter(range(100))
 
@@ -281,26 +281,26 @@ def write_listing(tmp_path: Path, numbers: range) -> str:
     return uri
 
 
-def test_newest_facts_of_each_listed_picture_are_known(tmp_path: Path) -> None:
+def test_newest_facts_of_each_listed_image_are_known(tmp_path: Path) -> None:
     out = str(tmp_path / "facts")
     publish(out, FACTS, [facts_of(i) for i in range(5)])
     publish(out, FACTS, [facts_of(2, content_hash="f" * 64)])
     publish(out, FACTS, [facts_of(1, content_hash="e" * 64)], maker="another")
-    found = split.known_pictures(write_listing(tmp_path, range(4)), out, FACTS, "m")
-    assert found.schema == LISTED
+    found = split.known_images(write_listing(tmp_path, range(4)), out, FACTS, "m")
+    assert found.schema == LISTED_COLUMNS
     known = {row["uri"]: row["content_hash"] for row in found.to_pylist()}
     assert known == {f"/p/{i}.png": "f" * 64 if i == 2 else f"{i:064x}" for i in range(4)}
     assert found["image_id"].to_pylist() == sorted(found["image_id"].to_pylist())
 
 
-def test_pictures_that_nothing_is_known_of_are_named(tmp_path: Path) -> None:
+def test_images_that_nothing_is_known_of_are_named(tmp_path: Path) -> None:
     out = str(tmp_path / "facts")
     publish(out, FACTS, [facts_of(i) for i in range(3)])
-    with pytest.raises(SourceError, match=r"2 pictures of the source are not in .*, such as /p/3\.png.*--caption-m"):
-        split.known_pictures(write_listing(tmp_path, range(5)), out, FACTS, "m")
+    with pytest.raises(SourceError, match=r"2 images of the source are not in .*, such as /p/3\.png.*--caption-m"):
+        split.known_images(write_listing(tmp_path, range(5)), out, FACTS, "m")
 
 
-def test_text_features_are_those_of_the_newest_caption_of_the_picture_as_it_is(tmp_path: Path) -> None:
+def test_text_features_are_those_of_the_newest_caption_of_the_image_as_it_is(tmp_path: Path) -> None:
     out = str(tmp_path / "captions")
 
     def captioned(number: int, value: float, **values: Any) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def test_text_features_are_those_of_the_newest_caption_of_the_picture_as_it_is(t
     publish(out, CAPTIONS, [captioned(1, 8.0)], maker="another")
     publish(out, CAPTIONS, [captioned(0, 0.0, text_features=None, status="failed")])
     rows = [manifest_row(f"/p/{i}.png") for i in (3, 1, 2, 0, 5)]
-    table = pa.Table.from_pylist([dict.fromkeys(examples.SPLIT.names) | row for row in rows], schema=examples.SPLIT)
+    table = pa.Table.from_pylist([dict.fromkeys(schema.SPLIT.names) | row for row in rows], schema=schema.SPLIT)
     table = table.sort_by("image_id")
     features = examples.load_text_features(out, "m", table)
     found = dict(zip(table["uri"].to_pylist(), features.tolist(), strict=True))

@@ -20,7 +20,7 @@ from nsnet.errors import ImageError, NsnetError
 from tests.fuzz import Payload
 from tests.fuzz.mutations import EXTREMES, extreme_integer, flip_bits, mutated, run_of_one_byte
 from tests.fuzz.thrift import varint, varints
-from tests.support.tables import parquet_bytes, picture_file
+from tests.support.tables import image_file, parquet_bytes
 
 MAX_ROWS: Final = 100_000
 """Rows that are taken of a list, which may have any number."""
@@ -37,7 +37,7 @@ def pickled(rows: int) -> pa.Array:
 @cache
 def corpus() -> list[bytes]:
     """Whole files of many kinds."""
-    image = picture_file(1, width=24, height=24)
+    image = image_file(1, width=24, height=24)
     uris = [f"{i}.png" for i in range(30)]
     fields = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
     stored = pa.array([{"bytes": image, "path": "a.png"}] * 3 + [None], pa.struct(fields))
@@ -66,7 +66,7 @@ def corpus() -> list[bytes]:
 def write(seed: int, folder: Path) -> None:
     """A folder with a good image and the Parquet file of a case."""
     rng = random.Random(f"tables {seed}")
-    (folder / "good.png").write_bytes(picture_file(2))
+    (folder / "good.png").write_bytes(image_file(2))
     (folder / "x.parquet").write_bytes(damaged(rng, rng.choice(corpus()), rng.choice(corpus())))
 
 
@@ -118,7 +118,7 @@ def _among_others(folder: Path) -> str:
     source = Source(str(folder))
     rows = list(source.rows())
     assert len(rows) <= 1 + (folder / "x.parquet").stat().st_size // 32, f"{len(rows)} rows"
-    assert [fetching.fetch(row, MAX_BYTES).data for row in rows if row["container"] is None] == [picture_file(2)]
+    assert [fetching.fetch(row, MAX_BYTES).data for row in rows if row["container"] is None] == [image_file(2)]
     stored = [row for row in rows if row["container"] is not None]
     if source.left_out.unread:
         assert all("x.parquet" in name for name in source.left_out.named)

@@ -11,7 +11,7 @@ from jobs.dataset import containers, fetching
 from jobs.dataset.source import Source
 from nsnet.errors import ImageError
 from tests.fuzz.mutations import EXTREMES, checked, mutated, pieces, repair
-from tests.support.tables import picture_file, tar_bytes
+from tests.support.tables import image_file, tar_bytes
 
 MAX_FETCHED: Final = 8
 MAX_BYTES: Final = 2**22
@@ -58,7 +58,7 @@ def sparse(old: bool) -> bytes:
 @cache
 def corpus() -> list[bytes]:
     """Whole tars of many layouts."""
-    image, long = picture_file(1, width=24, height=24), "folder/" * 30 + "x.png"
+    image, long = image_file(1, width=24, height=24), "folder/" * 30 + "x.png"
     plain = {
         "0_real/a.png": image,
         "a.json": b"{}",
@@ -98,7 +98,7 @@ def write(seed: int, folder: Path) -> None:
         data = mutated(rng, data, rng.choice(corpus()))
     if kind == 2:
         data = repair(rng, data, b"")
-    (folder / "good.png").write_bytes(picture_file(2))
+    (folder / "good.png").write_bytes(image_file(2))
     (folder / "x.tar").write_bytes(data)
 
 
@@ -128,7 +128,7 @@ def run(folder: Path) -> str:
     most = 1 + (folder / "x.tar").stat().st_size // tarfile.BLOCKSIZE
     assert len(rows) <= most, f"{len(rows)} rows"
     good = [row for row in rows if row["uri"] == f"{folder}/good.png"]
-    assert len(good) == 1 and fetching.fetch(good[0], MAX_BYTES).data == picture_file(2)
+    assert len(good) == 1 and fetching.fetch(good[0], MAX_BYTES).data == image_file(2)
     fetched = "fetched"
     for row in rows[:MAX_FETCHED] + rows[-MAX_FETCHED:]:
         try:

@@ -17,12 +17,12 @@ from jobs.runs import catalog
 from jobs.storage import listing
 from tests.support.multinode import ROLES, Nodes, running
 from tests.support.swift import SwiftServer
-from tests.support.tables import new_bucket, picture_file, put, save_bundle
+from tests.support.tables import image_file, new_bucket, put, save_bundle
 
 pytestmark = pytest.mark.faults
 
 KILLS = int(os.environ.get("NSNET_KILLS", "2"))
-PICTURES = 600
+IMAGES = 600
 RUN_SECONDS = 400.0
 
 Rows = dict[str, tuple[Any, ...]]
@@ -33,7 +33,7 @@ class Baseline(NamedTuple):
 
     rows: Rows
     seconds: float
-    """From the first picture to the end."""
+    """From the first image to the end."""
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(s3_environment: SwiftServer) -> str:
-    """A bucket of pictures, some of which are broken, and some of which repeat."""
-    files = {f"{i % 7}/{i}.jpg": picture_file(i, "JPEG", 160, 120) for i in range(PICTURES - 40)}
+    """A bucket of images, some of which are broken, and some of which repeat."""
+    files = {f"{i % 7}/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(IMAGES - 40)}
     files |= {f"broken/{i}.jpg": b"no picture %d" % i for i in range(20)}
-    files |= {f"again/{i}.jpg": picture_file(i, "JPEG", 160, 120) for i in range(20)}
+    files |= {f"again/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(20)}
     return put(f"{new_bucket()}/pictures", files)
 
 
@@ -62,10 +62,10 @@ def arguments(source: str, detector: Path, out: str, nodes: Nodes) -> list[str]:
 
 
 def rows_of(out: str) -> Rows:
-    """What was published for each picture, but for times and ids of the run; each picture once."""
+    """What was published for each image, but for times and ids of the run; each image once."""
     table = catalog.verdicts(out).to_table()
     rows = table.drop_columns(["run_id", "caption_run_id", "scored_at", "requests"]).to_pylist()
-    assert len({row["image_id"] for row in rows}) == len(rows) == PICTURES
+    assert len({row["image_id"] for row in rows}) == len(rows) == IMAGES
     return {row["uri"]: tuple(row.values()) for row in rows}
 
 

@@ -1,4 +1,4 @@
-"""Nights in a row over a bucket: each version of a picture is scored once by a detector, and captioned once at all."""
+"""Nights in a row over a bucket: each version of an image is scored once by a detector, and captioned once at all."""
 
 import time
 from pathlib import Path
@@ -11,11 +11,11 @@ from jobs.runs import catalog
 from jobs.storage import listing
 from jobs.workflows.score import score
 from nsnet.detector import Detector
-from tests.support.tables import new_bucket, picture_file, put, save_bundle
+from tests.support.tables import image_file, new_bucket, put, save_bundle
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("cluster")]
 
-PICTURES = 200
+IMAGES = 200
 NIGHT_2_SECONDS = 20.0
 """Far less than it takes to start a model; a few on an idle machine."""
 
@@ -33,46 +33,46 @@ def uris_of(run_id: str, out: str) -> set[str]:
 def test_each_night_scores_what_is_new_or_changed(detector: Path) -> None:
     bucket = new_bucket()
     source, out = f"{bucket}/pictures", f"{bucket}/out"
-    put(source, {f"{i}.jpg": picture_file(i, "JPEG", 100, 80) for i in range(PICTURES - 2)})
-    put(source, {"broken.jpg": b"no picture", "again.jpg": picture_file(0, "JPEG", 100, 80)})
+    put(source, {f"{i}.jpg": image_file(i, "JPEG", 100, 80) for i in range(IMAGES - 2)})
+    put(source, {"broken.jpg": b"no picture", "again.jpg": image_file(0, "JPEG", 100, 80)})
 
     first = score(source, detector=str(detector), out=out)
-    assert first["rows"] == PICTURES and first["listing"] == {"new": PICTURES}
-    assert first["counts"]["status"] == {"failed": 1, "scored": PICTURES - 1}
-    assert first["captions"] == {"made": PICTURES - 1, "reused": 0}
+    assert first["rows"] == IMAGES and first["listing"] == {"new": IMAGES}
+    assert first["counts"]["status"] == {"failed": 1, "scored": IMAGES - 1}
+    assert first["captions"] == {"made": IMAGES - 1, "reused": 0}
 
     started = time.monotonic()
     second = score(source, detector=str(detector), out=out)
     assert second["rows"] == 0
     assert time.monotonic() - started < NIGHT_2_SECONDS
-    assert [record["rows"] for record in catalog.runs(out)] == [PICTURES, 0]
+    assert [record["rows"] for record in catalog.runs(out)] == [IMAGES, 0]
     assert listing.subfolders(f"{out}/staging") == []
 
-    put(source, {f"new {i}.jpg": picture_file(1000 + i, "JPEG", 100, 80) for i in range(6)})
-    put(source, {f"{i}.jpg": picture_file(2000 + i, "JPEG", 100, 80) for i in range(2)})
+    put(source, {f"new {i}.jpg": image_file(1000 + i, "JPEG", 100, 80) for i in range(6)})
+    put(source, {f"{i}.jpg": image_file(2000 + i, "JPEG", 100, 80) for i in range(2)})
     third = score(source, detector=str(detector), out=out)
     expected = {f"{source}/{name}.jpg" for name in ("0", "1", *(f"new {i}" for i in range(6)))}
     assert uris_of(third["run_id"], out) == expected and third["rows"] == len(expected)
-    assert third["listing"] == {"new": 6, "changed": 2, "failed before": 1, "scored before": PICTURES - 3}
+    assert third["listing"] == {"new": 6, "changed": 2, "failed before": 1, "scored before": IMAGES - 3}
 
     retried = score(source, detector=str(detector), out=out, selection=Selection(retry_failed=True))
     assert uris_of(retried["run_id"], out) == {f"{source}/broken.jpg"}
     rows = catalog.verdicts(out).to_table(columns=["image_id", "status"]).to_pylist()
     scored = [row["image_id"] for row in rows if row["status"] == "scored"]
-    assert len(scored) == len(set(scored)) == PICTURES - 1 + 8
+    assert len(scored) == len(set(scored)) == IMAGES - 1 + 8
 
 
 def test_new_detector_scores_all_again_with_the_captions_that_there_are(
     detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = str(tmp_path / "pictures"), str(tmp_path / "out")
-    put(source, {f"{i}.jpg": picture_file(i, "JPEG", 100, 80) for i in range(30)})
+    put(source, {f"{i}.jpg": image_file(i, "JPEG", 100, 80) for i in range(30)})
     old = score(source, detector=str(detector), out=out)
     changed = Detector.load(detector)
     for parameter in changed.network.head.parameters():
         parameter.data.mul_(0.5)
     changed.save(tmp_path / "new", captioner=detector / "captioner")
-    put(source, {"30.jpg": picture_file(30, "JPEG", 100, 80)})
+    put(source, {"30.jpg": image_file(30, "JPEG", 100, 80)})
 
     new = score(source, detector=str(tmp_path / "new"), out=out)
     assert new["rows"] == 31 and new["detector_id"] != old["detector_id"]

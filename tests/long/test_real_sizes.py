@@ -173,7 +173,7 @@ def test_vit_l_14_and_blip_base_take_a_training_step_and_predict(
     np.testing.assert_allclose(scores.logit, expected.logit, atol=1e-5)
 
     assert loaded.captioner is not None and loaded.captioner.thumbnail_px == 384
-    verdicts = loaded.predict([models.picture(1, 640, 480), models.file_bytes(models.picture(2, 300, 500), "JPEG")])
+    verdicts = loaded.predict([models.image(1, 640, 480), models.file_bytes(models.image(2, 300, 500), "JPEG")])
     for verdict in verdicts:
         assert verdict.status == "scored", verdict
         assert verdict.verdict in ("real", "fake") and 0 <= verdict.prob_fake <= 1  # type: ignore[operator]

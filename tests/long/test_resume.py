@@ -24,7 +24,7 @@ from tests.support.preloaded import COMMAND, processes_below
 
 BATCH, SCENES, EPOCHS = 8, 28, 3
 STEPS = 2 * SCENES // BATCH
-"""Of an epoch: a scene is two pictures."""
+"""Of an epoch: a scene is two images."""
 COMPARED = 20
 SETTINGS = ("checkpoint_steps=2", "detector.lora.rank=0", "augmentation.jpeg_share=0.5", "augmentation.crop_share=0.5")
 WEIGHTS = (bundle.NETWORK, f"{bundle.CLIP}/open_clip_model.safetensors")
@@ -173,7 +173,7 @@ def test_any_number_of_workers_takes_the_same_steps(
     assert max(expected) - min(expected) > 0.1  # it learned: equal constants would prove nothing
 
 
-def test_loss_that_is_not_finite_ends_the_training_with_the_pictures_of_its_step(
+def test_loss_that_is_not_finite_ends_the_training_with_the_images_of_its_step(
     source: Path, captions: Path, request_for: Callable[..., TrainRequest]
 ) -> None:
     settings = ("head_lr=1e30", "warmup=0", "checkpoint_steps=1", "detector.lora.rank=0")
@@ -182,6 +182,6 @@ def test_loss_that_is_not_finite_ends_the_training_with_the_pictures_of_its_step
         train(request)
     assert not Path(request.out).exists() and not Path(request.work, "result.json").exists()
     told = json.loads(Path(request.work, "diverged.json").read_text())
-    assert told["step"] == 2 and len({picture["image_id"] for picture in told["pictures"]}) == BATCH
-    assert all(Path(picture["uri"]).is_relative_to(source / "train") for picture in told["pictures"])
+    assert told["step"] == 2 and len({image["image_id"] for image in told["pictures"]}) == BATCH
+    assert all(Path(image["uri"]).is_relative_to(source / "train") for image in told["pictures"])
     assert last_good_step(request) == 1

@@ -28,7 +28,7 @@ from nsnet.mapper import MapperConfig
 from nsnet.network import ProjectionConfig
 from tests.support import models
 
-TRAINING = {"epochs": 3, "ap": 0.75, "data": "pictures of a café"}
+TRAINING = {"epochs": 3, "ap": 0.75, "data": "images of a café"}
 
 
 @pytest.fixture(scope="module")
@@ -431,8 +431,8 @@ def test_bundle_of_version_1_is_read_by_its_own_rule_and_says_so(copied: Path, s
     described, present = bundle.read(copied), bundle.read(saved)
     assert described.detector_id == detector_id != present.detector_id
     assert detector_id in described.note and "format version 1" in described.note and present.note == ""
-    pictures = [models.picture(seed) for seed in range(2)]
-    assert Detector.load(copied).predict(pictures) == Detector.load(saved).predict(pictures)
+    images = [models.image(seed) for seed in range(2)]
+    assert Detector.load(copied).predict(images) == Detector.load(saved).predict(images)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -669,8 +669,8 @@ def test_captioner_with_pickled_weights_is_put_inside_as_safetensors(
     (public / "tf_model.h5").write_bytes(b"weights of another library")
     detector.save(tmp_path / "bundle", captioner=public)
     given, inside = (Detector.load(tmp_path / "bundle", captioner=folder) for folder in (captioner, None))
-    pictures = [models.picture(seed) for seed in range(4)]
-    assert inside.predict(pictures) == given.predict(pictures)
+    images = [models.image(seed) for seed in range(4)]
+    assert inside.predict(images) == given.predict(images)
     inside_folder = tmp_path / "bundle" / bundle.CAPTIONER
     assert {path.suffix for path in inside_folder.iterdir()} <= {".json", ".safetensors", ".txt"}
 

@@ -124,7 +124,7 @@ def gaps(p: Array) -> list[tuple[float, float]]:
 
 
 def counted(y: Labels, p: Array, threshold: float) -> tuple[int, int]:
-    """(false alarms, fakes missed), one picture after the other."""
+    """(false alarms, fakes missed), one image after the other."""
     pairs = list(zip(y.tolist(), p.tolist(), strict=True))
     false_alarms = sum(label == 0 and probability >= threshold for label, probability in pairs)
     return false_alarms, sum(label == 1 and probability < threshold for label, probability in pairs)

@@ -40,7 +40,7 @@ def captioner(folder: Path) -> Captioner:
 
 @pytest.fixture(scope="module")
 def thumbnails() -> NDArray[np.uint8]:
-    pixels = [np.asarray(models.picture(seed)) for seed in range(64)]
+    pixels = [np.asarray(models.image(seed)) for seed in range(64)]
     return np.stack([images.thumbnail(one, captions.TINY_SIDE_PX) for one in pixels])
 
 
@@ -128,7 +128,7 @@ def test_pixels_reach_the_model_as_hugging_faces_processor_makes_them(captioner:
     )
     try:
         for seed, (width, height) in enumerate([(96, 80), (64, 64), (40, 300), (700, 500)]):
-            image = models.picture(seed, width, height)
+            image = models.image(seed, width, height)
             captioner.caption(images.thumbnail(np.asarray(image), captioner.thumbnail_px)[None])
             expected = processor(images=image, return_tensors="pt")["pixel_values"]
             assert expected.std() > 0.3
@@ -142,12 +142,12 @@ def test_captions_are_those_of_a_plain_transformers_loop(captioner: Captioner, f
 
     processor = BlipProcessor(BlipImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     model = BlipForConditionalGeneration.from_pretrained(folder)
-    pictures = [models.picture(seed, 50 + 10 * seed, 90) for seed in range(12)]
+    files = [models.image(seed, 50 + 10 * seed, 90) for seed in range(12)]
     expected = []
-    for picture in pictures:
-        out = model.generate(**processor(images=picture, return_tensors="pt"), max_new_tokens=TINY.max_new_tokens)
+    for image in files:
+        out = model.generate(**processor(images=image, return_tensors="pt"), max_new_tokens=TINY.max_new_tokens)
         expected.append(processor.decode(out[0], skip_special_tokens=True))
-    thumbnails = np.stack([images.thumbnail(np.asarray(picture), captioner.thumbnail_px) for picture in pictures])
+    thumbnails = np.stack([images.thumbnail(np.asarray(image), captioner.thumbnail_px) for image in files])
     assert captioner.caption(thumbnails) == expected
     assert len(set(expected)) > 6
 

@@ -83,7 +83,7 @@ def test_undefined_is_said() -> None:
     assert rows[1][3:] == ["undefined"] * 4 and "0.000" not in card(training)
 
 
-def test_pictures_of_each_split_are_told() -> None:
+def test_images_of_each_split_are_told() -> None:
     assert table(card(record("A", "B")), "Data")[1:] == [["A", "4 + 5", "2 + 3"], ["B", "4 + 5", "0 + 0"]]
 
 
@@ -124,7 +124,7 @@ def test_block_of_code_cannot_be_ended_from_inside() -> None:
     ("point", "said"),
     [
         (OperatingPoint(), "most correct verdicts; version 1"),
-        (OperatingPoint(rule="fpr", fpr=0.001), "at most 0.100% of real pictures called fake"),
+        (OperatingPoint(rule="fpr", fpr=0.001), "at most 0.100% of real images called fake"),
         (
             OperatingPoint(rule="cost", false_alarm_cost=10, miss_cost=2, base_rate=0.01),
             "a false alarm costs 10, a miss 2, at 1.00% fakes",
@@ -139,7 +139,7 @@ def test_operating_point_is_said_in_words(point: OperatingPoint, said: str) -> N
 
 def test_limits_name_what_flatters_and_what_was_left_out() -> None:
     text = card(record("A") | {"leave_out": "pro_gan", "leaking": 12})
-    assert "No picture of pro\\_gan was trained on" in text and "12 pictures of validation and test are" in text
+    assert "No image of pro\\_gan was trained on" in text and "12 images of validation and test are" in text
     assert "accuracies flatter" in text.split("## Validation\n")[1]
     assert "accuracies flatter" not in text.split("## Validation\n")[0]
     plain = card(record("A"))

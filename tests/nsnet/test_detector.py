@@ -1,4 +1,4 @@
-"""The detector: built, trained in part, saved, loaded, and the same verdict for the same picture however it comes."""
+"""The detector: built, trained in part, saved, loaded, and the same verdict for the same image however it comes."""
 
 import io
 import math
@@ -283,7 +283,7 @@ def test_detector_that_was_built_scores_without_dropout_too() -> None:
 
 
 SINGLE: list[Any] = [
-    "a.png", np.str_("a.png"), b"bytes", Path("a.png"), models.picture(0), io.BytesIO(b"bytes"),
+    "a.png", np.str_("a.png"), b"bytes", Path("a.png"), models.image(0), io.BytesIO(b"bytes"),
     np.zeros((8, 8, 3), dtype=np.uint8), np.zeros((8, 8), dtype=np.uint8),
 ]  # fmt: skip
 
@@ -311,7 +311,7 @@ NO_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     "none": (None, TypeError, "of type NoneType"),
     "number": (7, TypeError, "of type int"),
     "dictionary": ({"bytes": b""}, TypeError, "of type dict"),
-    "list": ([models.picture(0)], TypeError, "of type list"),
+    "list": ([models.image(0)], TypeError, "of type list"),
     "numpy number": (np.uint8(7), TypeError, "of type uint8"),
     "bytearray": (bytearray(b"a"), TypeError, "of type bytearray"),
     "float array": (np.zeros((8, 8, 3)), TypeError, "an array of float64; predict takes uint8"),
@@ -335,18 +335,18 @@ def test_what_is_no_image_is_refused_before_any_is_judged(
     monkeypatch.setattr("nsnet.detector.try_prepare", lambda *_: pytest.fail("an image was read"))
     wrong, error, message = NO_IMAGES[kind]
     with pytest.raises(error, match=f"^image 2 is .*{message}") as caught:
-        detector.predict([models.picture(0), "missing.png", wrong], batch_size=1)
+        detector.predict([models.image(0), "missing.png", wrong], batch_size=1)
     models.one_line(caught.value)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_of_no_images_is_refused(batch_size: int, detector: Detector) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        detector.predict([models.picture(0)], batch_size=batch_size)
+        detector.predict([models.image(0)], batch_size=batch_size)
 
 
 def test_arrays_and_files_are_judged_as_the_images_they_hold(detector: Detector, tmp_path: Path) -> None:
-    image, grey = models.picture(3), models.picture(4).convert("L")
+    image, grey = models.image(3), models.image(4).convert("L")
     content = models.file_bytes(image)
     (tmp_path / "a.png").write_bytes(content)
     expected, expected_grey = (detector.predict([one])[0] for one in (image, grey))
@@ -375,7 +375,7 @@ class Slow(io.RawIOBase):
 
 
 def test_file_is_read_to_its_end_and_from_its_start(detector: Detector) -> None:
-    content = models.file_bytes(models.picture(3))
+    content = models.file_bytes(models.image(3))
     file = io.BytesIO(content)
     file.read()
     given: list[Any] = [content, Slow(content), file, file]
@@ -384,7 +384,7 @@ def test_file_is_read_to_its_end_and_from_its_start(detector: Detector) -> None:
 
 
 def test_file_or_path_over_the_limit_is_a_failed_verdict(detector: Detector, tmp_path: Path) -> None:
-    content = models.file_bytes(models.picture(3))
+    content = models.file_bytes(models.image(3))
     (tmp_path / "a.png").write_bytes(content)
     given = [tmp_path / "a.png", io.BytesIO(content), content]
     verdicts = detector.predict(given, limits=DecodeLimits(max_bytes=len(content) - 1))
@@ -464,7 +464,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [*recipes.VARIANTS, "rank-k:3"])
-def test_every_variant_is_saved_loaded_and_judges_a_picture(name: str, captioner: Path, tmp_path: Path) -> None:
+def test_every_variant_is_saved_loaded_and_judges_a_image(name: str, captioner: Path, tmp_path: Path) -> None:
     """With captions, or without any captioner: the hub that would have it is out of reach."""
     config = variant(name)
     built = trained(config)
@@ -474,10 +474,10 @@ def test_every_variant_is_saved_loaded_and_judges_a_picture(name: str, captioner
         loaded = Detector.load(tmp_path / "bundle", captioner=captioner if config.projection.needs_captions else None)
     assert loaded.config == config
     assert (loaded.captioner is None) == (not config.projection.needs_captions)
-    picture = models.picture(3, 100, 90)
-    (verdict,) = loaded.predict([picture])
+    image = models.image(3, 100, 90)
+    (verdict,) = loaded.predict([image])
     scored(verdict)
-    mosaic = select_mosaic(np.asarray(picture), SCORING_SEED, config.patches)[None]
+    mosaic = select_mosaic(np.asarray(image), SCORING_SEED, config.patches)[None]
     if config.projection.needs_captions:
         assert verdict.caption
         expected = built.score(mosaic, [verdict.caption])
@@ -495,8 +495,8 @@ def test_detector_without_captions_makes_no_thumbnail_and_takes_no_caption(kind:
     with models.hub_at(models.closed_address(), tmp_path / "cache"):
         loaded = Detector.load(tmp_path / "bundle")
     assert loaded.captioner is None and loaded.preparation().thumbnail_px == 0
-    pictures = [models.picture(seed) for seed in range(3)]
-    verdicts = loaded.predict([pictures[0], b"no picture", *pictures[1:]])
+    images = [models.image(seed) for seed in range(3)]
+    verdicts = loaded.predict([images[0], b"no picture", *images[1:]])
     assert [verdict.error_class for verdict in verdicts] == [None, "ImageUnidentifiedError", None, None]
     assert {verdict.caption for verdict in verdicts} == {None}
     mosaics = models.mosaics(2)
@@ -505,15 +505,15 @@ def test_detector_without_captions_makes_no_thumbnail_and_takes_no_caption(kind:
 
 @pytest.mark.parametrize("kind", [kind for kind in PROJECTIONS if kind not in WITHOUT_CAPTIONS])
 def test_detector_that_needs_captions_does_not_score_without(kind: str) -> None:
-    with pytest.raises(ConfigError, match="cannot judge a picture without its caption") as caught:
+    with pytest.raises(ConfigError, match="cannot judge an image without its caption") as caught:
         trained(PROJECTIONS[kind]).score(models.mosaics(1), None)
     models.one_line(caught.value)
 
 
-def test_picture_is_judged_by_its_middle_where_patches_are_not_chosen(tmp_path: Path) -> None:
+def test_image_is_judged_by_its_middle_where_patches_are_not_chosen(tmp_path: Path) -> None:
     trained(variant("linear")).save(tmp_path / "bundle")
     loaded = Detector.load(tmp_path / "bundle")
-    middle = np.asarray(models.picture(3, 64, 64))
+    middle = np.asarray(models.image(3, 64, 64))
     framed = np.random.default_rng(0).integers(0, 256, (2, 101, 90, 3), dtype=np.uint8)
     framed[:, 18:82, 13:77] = middle  # round(18.5) = 18
     first, *others = loaded.predict([Image.fromarray(pixels) for pixels in (middle, *framed)])
@@ -530,13 +530,13 @@ def test_published_linear_head_judges_features_of_the_stock_tower(tmp_path: Path
     built.network.head.classifier.load_state_dict(probe.state_dict())
     built.save(tmp_path / "bundle")
     loaded = Detector.load(tmp_path / "bundle")
-    picture = models.picture(4, 130, 90)
+    image = models.image(4, 130, 90)
     stock = clip.load_clip(built.config.clip)
-    pixels = torch.from_numpy(center_crop(np.asarray(picture), 64).copy()).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(center_crop(np.asarray(image), 64).copy()).permute(2, 0, 1).float() / 255
     normal = (pixels - torch.tensor(stock.mean).view(3, 1, 1)) / torch.tensor(stock.std).view(3, 1, 1)
     with torch.no_grad():
         expected = float(probe(stock.visual(normal[None]))[0, 0])
-    assert loaded.predict([picture])[0].logit == pytest.approx(expected, abs=1e-5)
+    assert loaded.predict([image])[0].logit == pytest.approx(expected, abs=1e-5)
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
@@ -547,9 +547,9 @@ def scored(verdict: Verdict) -> Verdict:
     return verdict
 
 
-def test_prediction_carries_all_that_is_known_of_the_picture(detector: Detector) -> None:
-    picture = models.picture(3, 90, 70)
-    (verdict,) = detector.predict([models.file_bytes(picture, "JPEG")])
+def test_prediction_carries_all_that_is_known_of_the_image(detector: Detector) -> None:
+    image = models.image(3, 90, 70)
+    (verdict,) = detector.predict([models.file_bytes(image, "JPEG")])
     scored(verdict)
     assert (verdict.width, verdict.height, verdict.format) == (90, 70, "JPEG")
     assert verdict.threshold == 0.4 and verdict.verdict == ("fake" if verdict.prob_fake >= 0.4 else "real")  # type: ignore[operator]
@@ -560,21 +560,21 @@ def test_prediction_carries_all_that_is_known_of_the_picture(detector: Detector)
 
 def test_probability_is_the_sigmoid_of_logit_over_temperature(saved: Path) -> None:
     detector = Detector.load(saved)
-    pictures = [models.picture(seed) for seed in range(6)]
-    for verdict in detector.predict(pictures):
+    images = [models.image(seed) for seed in range(6)]
+    for verdict in detector.predict(images):
         assert verdict.prob_fake == pytest.approx(1 / (1 + math.exp(-scored(verdict).logit / 0.5)), abs=1e-12)  # type: ignore[operator]
-    probabilities = sorted(v.prob_fake for v in detector.predict(pictures))  # type: ignore[type-var]
+    probabilities = sorted(v.prob_fake for v in detector.predict(images))  # type: ignore[type-var]
     between = (probabilities[2] + probabilities[3]) / 2
     detector.with_calibration(Calibration(temperature=0.5, threshold=between))
-    assert sorted(str(v.verdict) for v in detector.predict(pictures)) == ["fake"] * 3 + ["real"] * 3
+    assert sorted(str(v.verdict) for v in detector.predict(images)) == ["fake"] * 3 + ["real"] * 3
     detector.with_calibration(Calibration(temperature=0.5, threshold=between, uncertain_margin=0.999))
-    assert {v.verdict for v in detector.predict(pictures)} == {"uncertain"}
+    assert {v.verdict for v in detector.predict(images)} == {"uncertain"}
 
 
-def bad_pictures(folder: Path) -> dict[str, tuple[Any, str]]:
+def bad_images(folder: Path) -> dict[str, tuple[Any, str]]:
     """Name -> (what is given to `predict`, class of the error)."""
-    whole = models.file_bytes(models.picture(1, 200, 200), "PNG")
-    closed = models.picture(2)
+    whole = models.file_bytes(models.image(1, 200, 200), "PNG")
+    closed = models.image(2)
     closed.close()
     lazy = Image.open(io.BytesIO(whole[: len(whole) // 2]))
     (folder / "folder.png").mkdir()
@@ -595,14 +595,14 @@ def bad_pictures(folder: Path) -> dict[str, tuple[Any, str]]:
     }
 
 
-def test_bad_pictures_become_failed_verdicts_in_their_places(detector: Detector, tmp_path: Path) -> None:
-    picture = models.picture(5)
+def test_bad_images_become_failed_verdicts_in_their_places(detector: Detector, tmp_path: Path) -> None:
+    image = models.image(5)
     path = tmp_path / "good.png"
-    picture.save(path)
-    good: list[Any] = [path, str(path), path.read_bytes(), picture]
+    image.save(path)
+    good: list[Any] = [path, str(path), path.read_bytes(), image]
     (expected,) = detector.predict([path])
     inputs: list[tuple[Any, str | None]] = []
-    for i, bad in enumerate(bad_pictures(tmp_path).values()):
+    for i, bad in enumerate(bad_images(tmp_path).values()):
         inputs += [bad, (good[i % 4], None)]
     for batch_size in (1, 3, 100):
         verdicts = detector.predict([given for given, _ in inputs], batch_size=batch_size)
@@ -618,38 +618,38 @@ def test_bad_pictures_become_failed_verdicts_in_their_places(detector: Detector,
                 assert (verdict.verdict, verdict.prob_fake, verdict.logit, verdict.threshold) == (None,) * 4
 
 
-def test_nothing_but_bad_pictures_and_nothing_at_all_are_fine(detector: Detector, tmp_path: Path) -> None:
-    verdicts = detector.predict([given for given, _ in bad_pictures(tmp_path).values()])
+def test_nothing_but_bad_images_and_nothing_at_all_are_fine(detector: Detector, tmp_path: Path) -> None:
+    verdicts = detector.predict([given for given, _ in bad_images(tmp_path).values()])
     assert {verdict.status for verdict in verdicts} == {"failed"}
     assert detector.predict([]) == []
 
 
-def test_picture_over_the_limit_is_a_failed_verdict(detector: Detector) -> None:
+def test_image_over_the_limit_is_a_failed_verdict(detector: Detector) -> None:
     verdicts = detector.predict(
-        [models.picture(0, 200, 100), models.picture(0, 40, 40)], limits=DecodeLimits(max_pixels=5000)
+        [models.image(0, 200, 100), models.image(0, 40, 40)], limits=DecodeLimits(max_pixels=5000)
     )
     assert [verdict.error_class for verdict in verdicts] == ["ImageTooLargeError", None]
 
 
 def test_probability_does_not_depend_on_batch_order_or_neighbours(detector: Detector) -> None:
     sizes = [(96, 80), (33, 31), (1, 1), (300, 200), (64, 64), (50, 400), (31, 500), (128, 128)]
-    pictures = [models.picture(i, *sizes[i % 8]) for i in range(64)]  # one batch holds them all
-    alone = detector.predict(pictures, batch_size=1)
+    images = [models.image(i, *sizes[i % 8]) for i in range(64)]  # one batch holds them all
+    alone = detector.predict(images, batch_size=1)
     assert len({verdict.prob_fake for verdict in alone}) > 50
     order = np.random.default_rng(0).permutation(64)
     for batch_size in (8, 64):
         for chosen in (np.arange(64), order):
-            verdicts = detector.predict([pictures[i] for i in chosen], batch_size=batch_size)
+            verdicts = detector.predict([images[i] for i in chosen], batch_size=batch_size)
             for i, verdict in zip(chosen, verdicts, strict=True):
                 assert scored(verdict).prob_fake == pytest.approx(alone[i].prob_fake, abs=1e-5)
                 assert verdict.caption == alone[i].caption
-                assert (verdict.width, verdict.height) == pictures[i].size
+                assert (verdict.width, verdict.height) == images[i].size
 
 
-def test_same_picture_scores_the_same_whatever_it_is_called_and_in_whatever_form(
+def test_same_image_scores_the_same_whatever_it_is_called_and_in_whatever_form(
     detector: Detector, tmp_path: Path
 ) -> None:
-    content = models.file_bytes(models.picture(8))
+    content = models.file_bytes(models.image(8))
     names = ["real.png", "midjourney_fake_0001.png", "0_real", "a dog.jpg"]
     for name in names:
         (tmp_path / name).write_bytes(content)
@@ -666,11 +666,11 @@ def test_loading_does_not_disturb_other_random_numbers(saved: Path) -> None:
 
 
 def test_scoring_is_repeatable_to_the_last_bit(saved: Path, detector: Detector) -> None:
-    pictures = [models.picture(seed) for seed in range(5)]
-    first = detector.predict(pictures)
+    images = [models.image(seed) for seed in range(5)]
+    first = detector.predict(images)
     torch.manual_seed(12345)
-    assert detector.predict(pictures) == first
-    assert Detector.load(saved).predict(pictures) == first
+    assert detector.predict(images) == first
+    assert Detector.load(saved).predict(images) == first
 
 
 def test_mosaics_may_be_read_only(detector: Detector) -> None:
@@ -680,13 +680,13 @@ def test_mosaics_may_be_read_only(detector: Detector) -> None:
     assert np.array_equal(detector.score(mosaics, WORDS[:2]).logit, expected)
 
 
-def test_picture_without_a_caption_is_a_failed_verdict(saved: Path, tmp_path: Path) -> None:
+def test_image_without_a_caption_is_a_failed_verdict(saved: Path, tmp_path: Path) -> None:
     captions.save_tiny_captioner(tmp_path, seed=0)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     state["text_decoder.cls.predictions.bias"][3] = 1e6  # [SEP] comes first, and ends every caption
     save_file(state, path, metadata={"format": "pt"})
-    verdicts = Detector.load(saved, captioner=tmp_path).predict([models.picture(1), b"", models.picture(2)])
+    verdicts = Detector.load(saved, captioner=tmp_path).predict([models.image(1), b"", models.image(2)])
     assert [verdict.error_class for verdict in verdicts] == ["CaptionError", "ImageEmptyError", "CaptionError"]
     assert verdicts[0].error_stage == "caption" and verdicts[0].prob_fake is None
 
@@ -713,7 +713,7 @@ def test_captioner_in_the_bundle_goes_before_the_hub_and_the_given_one_before_bo
             Detector.load(tmp_path / "without")
         captions.save_tiny_captioner(folder, seed=1)
         instead = Detector.load(tmp_path / "with", captioner=folder)
-    said = [one.predict([models.picture(0)])[0].caption for one in (inside, given, instead)]
+    said = [one.predict([models.image(0)])[0].caption for one in (inside, given, instead)]
     assert said[0] == said[1] != said[2]
 
 

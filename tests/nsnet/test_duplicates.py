@@ -1,4 +1,4 @@
-"""Perceptual hashes: the same for copies, another for strangers, none for plain pictures; groups as brute force finds
+"""Perceptual hashes: the same for copies, another for strangers, none for plain images; groups as brute force finds
 them."""
 
 import csv
@@ -26,15 +26,15 @@ GOLDEN_HASH = "99e0047e7b47a5d1"
 
 
 def scene(seed: int, height: int = 240, width: int = 320) -> Pixels:
-    """A picture with large and small things in it: rectangles of random colours."""
+    """An image with large and small things in it: rectangles of random colours."""
     rng = np.random.default_rng(seed)
-    picture = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
+    image = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
     for size in np.geomspace(0.7, 0.05, 40):
         top, left = int(rng.uniform(-0.2, 1) * height), int(rng.uniform(-0.2, 1) * width)
         rows = slice(max(0, top), max(0, top + int(size * height)))
         columns = slice(max(0, left), max(0, left + int(size * width)))
-        picture[rows, columns] = rng.integers(0, 256, 3)
-    return picture
+        image[rows, columns] = rng.integers(0, 256, 3)
+    return image
 
 
 def jpeg(pixels: Pixels, quality: int) -> Pixels:
@@ -97,32 +97,32 @@ def test_half_of_the_bits_are_set() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [(240, 320), (500, 333), (1100, 400)])
-def test_copies_of_a_picture_are_near_it(seed: int, size: tuple[int, int]) -> None:
-    picture = scene(seed, *size)
-    copies = [jpeg(picture, quality) for quality in (95, 75, 50, 30)]
-    copies += [resized(picture, factor) for factor in (0.5, 0.75, 2.0)]
-    own = perceptual_hash(picture)
+def test_copies_of_a_image_are_near_it(seed: int, size: tuple[int, int]) -> None:
+    image = scene(seed, *size)
+    copies = [jpeg(image, quality) for quality in (95, 75, 50, 30)]
+    copies += [resized(image, factor) for factor in (0.5, 0.75, 2.0)]
+    own = perceptual_hash(image)
     assert max(bits_apart(own, perceptual_hash(copy)) for copy in copies) <= DISTANCE
-    assert bits_apart(own, perceptual_hash(cropped(picture, 0.98))) <= 3 * DISTANCE
+    assert bits_apart(own, perceptual_hash(cropped(image, 0.98))) <= 3 * DISTANCE
 
 
-def test_tall_picture_has_the_hash_of_its_rows() -> None:
+def test_tall_image_has_the_hash_of_its_rows() -> None:
     """Every row shows once, whatever is skipped: a row that is repeated changes nothing."""
-    picture = scene(1, 600, 300)
-    assert perceptual_hash(np.repeat(picture, 3, axis=0)) == perceptual_hash(picture)
+    image = scene(1, 600, 300)
+    assert perceptual_hash(np.repeat(image, 3, axis=0)) == perceptual_hash(image)
 
 
-def test_different_pictures_are_far_apart() -> None:
+def test_different_images_are_far_apart() -> None:
     hashes = [perceptual_hash(scene(seed)) for seed in range(60)]
     distances = [bits_apart(one, other) for one, other in combinations(hashes, 2)]
     assert min(distances) > 2 * DISTANCE and abs(np.mean(distances) - 32) < 2
 
 
-def test_mirrored_picture_is_another() -> None:
+def test_mirrored_image_is_another() -> None:
     assert bits_apart(perceptual_hash(scene(0)), perceptual_hash(scene(0)[:, ::-1])) > 2 * DISTANCE
 
 
-def test_brighter_or_weaker_picture_has_the_same_hash_and_its_negative_the_opposite() -> None:
+def test_brighter_or_weaker_image_has_the_same_hash_and_its_negative_the_opposite() -> None:
     cells = np.random.default_rng(1).integers(0, 100, (32, 32))
     own = perceptual_hash(grey(cells))
     assert own is not None
@@ -130,7 +130,7 @@ def test_brighter_or_weaker_picture_has_the_same_hash_and_its_negative_the_oppos
     assert bits_apart(own, perceptual_hash(grey(255 - cells))) == 64
 
 
-def test_symmetric_picture_has_equal_bits_where_its_coefficients_are_zero() -> None:
+def test_symmetric_image_has_equal_bits_where_its_coefficients_are_zero() -> None:
     """Rounding would set them at random, otherwise on each machine."""
     half = np.random.default_rng(2).integers(0, 256, (32, 16))
     own = perceptual_hash(grey(np.concatenate([half, half[:, ::-1]], axis=1)))
@@ -140,14 +140,14 @@ def test_symmetric_picture_has_equal_bits_where_its_coefficients_are_zero() -> N
 
 
 def test_hash_is_of_the_pixels_whatever_their_layout() -> None:
-    picture = scene(3)
+    image = scene(3)
     wide = np.zeros((480, 640, 3), np.uint8)
-    wide[::2, ::2] = picture
-    own = perceptual_hash(picture)
-    assert perceptual_hash(np.asfortranarray(picture)) == perceptual_hash(wide[::2, ::2]) == own
-    before = picture.copy()
-    perceptual_hash(picture)
-    np.testing.assert_array_equal(picture, before)
+    wide[::2, ::2] = image
+    own = perceptual_hash(image)
+    assert perceptual_hash(np.asfortranarray(image)) == perceptual_hash(wide[::2, ::2]) == own
+    before = image.copy()
+    perceptual_hash(image)
+    np.testing.assert_array_equal(image, before)
 
 
 def ramp(height: int, width: int, along: int) -> Pixels:
@@ -161,9 +161,9 @@ def plain(level: int, noise: int = 0, side: int = 128) -> Pixels:
 
 
 def spot(top: int, left: int, side: int = 12) -> Pixels:
-    picture = plain(250)
-    picture[top : top + side, left : left + side] = 0
-    return picture
+    image = plain(250)
+    image[top : top + side, left : left + side] = 0
+    return image
 
 
 PLAIN = {
@@ -174,22 +174,22 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_picture_has_no_hash(name: str) -> None:
+def test_plain_image_has_no_hash(name: str) -> None:
     assert perceptual_hash(PLAIN[name]) is None
     assert perceptual_hash(jpeg(PLAIN[name], 75)) is None
 
 
 @pytest.mark.parametrize(("share", "hashed"), [(0.02, False), (0.07, False), (0.1, True), (1.0, True)])
-def test_faint_picture_has_a_hash_while_its_contrast_is_enough(share: float, hashed: bool) -> None:
+def test_faint_image_has_a_hash_while_its_contrast_is_enough(share: float, hashed: bool) -> None:
     cells = np.random.default_rng(4).integers(-100, 101, (32, 32)) * share
     found = perceptual_hash(grey((128 + np.rint(cells)).astype(np.int64)))
     assert (found is not None) == hashed, np.abs(cells).mean()
 
 
 @pytest.mark.parametrize("shape", [(1, 400), (400, 1), (3, 5), (31, 33), (2000, 40)])
-def test_picture_of_any_size_has_a_hash(shape: tuple[int, int]) -> None:
-    picture = np.random.default_rng(5).choice(np.array([0, 255], np.uint8), shape)
-    found = perceptual_hash(np.repeat(picture[..., None], 3, axis=2))
+def test_image_of_any_size_has_a_hash(shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(5).choice(np.array([0, 255], np.uint8), shape)
+    found = perceptual_hash(np.repeat(image[..., None], 3, axis=2))
     # a row of noise is the same in each of 32 rows: only the 10 frequencies along it are not zero
     assert (found is None) == (1 in shape)
 
@@ -197,19 +197,19 @@ def test_picture_of_any_size_has_a_hash(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((40, 40), "u1"), ((40, 40, 4), "u1"), ((40, 40, 3), "f8"), ((0, 40, 3), "u1")]
 )
-def test_array_that_is_no_picture_is_refused(shape: tuple[int, ...], dtype: str) -> None:
+def test_array_that_is_no_image_is_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="uint8"):
         perceptual_hash(np.zeros(shape, dtype))
 
 
-def test_real_pictures_are_near_their_copies_and_far_from_each_other() -> None:
+def test_real_images_are_near_their_copies_and_far_from_each_other() -> None:
     if not DEV.is_dir():
         pytest.skip(f"{DEV} is not here")
     with (DEV / "manifest.csv").open(encoding="utf-8", newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)][::25]
-    pictures = [decode((DEV / path).read_bytes()) for path in paths]
-    hashes = [perceptual_hash(picture) for picture in pictures]
-    copies = [perceptual_hash(jpeg(resized(picture, 0.75), 75)) for picture in pictures]
+    images = [decode((DEV / path).read_bytes()) for path in paths]
+    hashes = [perceptual_hash(image) for image in images]
+    copies = [perceptual_hash(jpeg(resized(image, 0.75), 75)) for image in images]
     assert len(hashes) >= 15
     assert max(map(bits_apart, hashes, copies)) <= DISTANCE
     assert min(bits_apart(one, other) for one, other in combinations(hashes, 2)) > 2 * DISTANCE
@@ -248,7 +248,7 @@ def brute_force(contents: list[str], hashes: list[str | None], distance: int) ->
 
 
 def planted(count: int, seed: int) -> tuple[list[str], list[str | None]]:
-    """Random hashes, some a few bits from an earlier one, some missing; some pictures with the bytes of another."""
+    """Random hashes, some a few bits from an earlier one, some missing; some images with the bytes of another."""
     rng = np.random.default_rng(seed)
     values = [int(value) for value in rng.integers(0, 2**64, count, dtype=np.uint64)]
     for row in range(1, count):
@@ -328,7 +328,7 @@ def test_distance_of_the_module_is_used() -> None:
     assert near_duplicate_groups(unlike(3), hashes).tolist() == [0, 0, 2]
 
 
-def test_pictures_without_a_hash_are_grouped_by_their_bytes_only() -> None:
+def test_images_without_a_hash_are_grouped_by_their_bytes_only() -> None:
     contents = ["a", "b", "a", "c", "b"]
     assert near_duplicate_groups(contents, [None] * 5).tolist() == [0, 1, 0, 3, 1]
 
@@ -371,7 +371,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs() -> None:
     assert (groups == 0).all() and peak_bytes < 2**20
 
 
-def test_a_hundred_thousand_pictures_are_grouped_in_seconds() -> None:
+def test_a_hundred_thousand_images_are_grouped_in_seconds() -> None:
     rng = np.random.default_rng(8)
     n = 100_000
     values = rng.integers(0, 2**64, n, dtype=np.uint64)
@@ -382,7 +382,7 @@ def test_a_hundred_thousand_pictures_are_grouped_in_seconds() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_no_pictures_are_no_groups_and_one_is_one() -> None:
+def test_no_images_are_no_groups_and_one_is_one() -> None:
     assert near_duplicate_groups([], []).shape == (0,)
     assert near_duplicate_groups(["a"], ["0" * 16]).tolist() == [0]
     assert near_duplicate_groups(["a"], [None]).tolist() == [0]

@@ -134,7 +134,7 @@ def test_portable_map_that_is_cut_shows_no_memory_that_nobody_wrote() -> None:
         decode(b"P2 100 100 255\n1 2 3 ")
 
 
-def test_picture_in_an_icon_is_bounded_before_it_is_decoded() -> None:
+def test_image_in_an_icon_is_bounded_before_it_is_decoded() -> None:
     inner = png(8, 2)(3000, 3000)
     directory = struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(inner), 22)
     block = b"ic07" + struct.pack(">I", len(inner) + 8) + inner

@@ -529,7 +529,7 @@ def test_dds_of_masks_has_the_samples_that_they_leave(bits: int) -> None:
      ({"flags": 4, "code": b"DX10", "more": struct.pack("<5I", 98, 3, 4, 1, 0)}, "faces"),
      ({"flags": 0x40, "bits": 16}, "cut"), ({"flags": 0x40, "bits": 0}, "0 bits")],
 )  # fmt: skip
-def test_dds_that_is_no_flat_picture_is_refused(options: dict[str, Any], said: str) -> None:
+def test_dds_that_is_no_flat_image_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ImageCorruptError, match=said):
         decode(dds(64, 64, **options))
 
@@ -639,9 +639,9 @@ def test_photoshop_file_of_other_depths_or_modes_is_refused(mode: int, bits: int
         decode(psd(drawn(3, 8), mode, bits))
 
 
-def test_icon_shows_its_largest_picture_of_most_colours() -> None:
-    pictures = [Image.new("RGBA", (side, side), (side, 0, 0, 255)) for side in (16, 48, 32)]
-    data = saved(pictures[1], "ICO", sizes=[(16, 16), (48, 48), (32, 32)], append_images=pictures)
+def test_icon_shows_its_largest_image_of_most_colours() -> None:
+    images = [Image.new("RGBA", (side, side), (side, 0, 0, 255)) for side in (16, 48, 32)]
+    data = saved(images[1], "ICO", sizes=[(16, 16), (48, 48), (32, 32)], append_images=images)
     assert (decode(data) == (48, 0, 0)).all() and decode(data).shape == (48, 48, 3)
     poor, rich = (saved(Image.new(mode, (16, 16), colour), "PNG") for mode, colour in (("1", 1), ("RGB", (9, 8, 7))))
     head = struct.pack("<HHH", 0, 1, 2)

@@ -1,4 +1,4 @@
-"""Picture files to RGB arrays: what a viewer would show, at a bounded cost, and an `ImageError` for all the rest."""
+"""Image files to RGB arrays: what a viewer would show, at a bounded cost, and an `ImageError` for all the rest."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ HOSTILE = Path(__file__).parents[3] / "shared/data/hostile"
 HOSTILE_HEIC = "54_hopper.heif"
 ORIENTATION = 0x0112
 
-# Orientation -> how an upright picture is stored under it (EXIF 2.3, section 4.6.4 A).
+# Orientation -> how an upright image is stored under it (EXIF 2.3, section 4.6.4 A).
 STORED_UNDER: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -51,7 +51,7 @@ def noise(height: int = 40, width: int = 56, channels: int = 3, seed: int = 0) -
 
 
 def slope(height: int = 40, width: int = 56) -> Pixels:
-    """A smooth picture without any symmetry, which lossy formats keep to within a few levels."""
+    """A smooth image without any symmetry, which lossy formats keep to within a few levels."""
     down, right = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
     channels = [200 * down + 0 * right, 20 + 150 * right + 0 * down, 60 + 90 * down * right]
     return np.stack(channels, axis=2).astype(np.uint8)
@@ -128,7 +128,7 @@ def test_lossy_format_gives_nearly_the_stored_pixels(file_format: str) -> None:
     decoded = decode_image(encode(slope(), file_format, quality=95))
     assert_close(decoded.pixels, slope(), 12)
     assert np.abs(decoded.pixels.astype(int) - slope()).mean() < 2
-    # one picture in multi-picture wrapping is a JPEG
+    # one image in multi-image wrapping is a JPEG
     assert decoded.format == {"MPO": "JPEG"}.get(file_format, file_format)
 
 
@@ -325,7 +325,7 @@ def test_lab_tiff_has_the_colours_of_the_textbook(colour: tuple[int, int, int]) 
 
 
 @pytest.mark.parametrize(("file_format", "options"), [("PNG", {}), ("TIFF", {"compression": "group4"}), ("BMP", {})])
-def test_1_bit_picture_is_black_and_white(file_format: str, options: dict[str, str]) -> None:
+def test_1_bit_image_is_black_and_white(file_format: str, options: dict[str, str]) -> None:
     ink = noise(channels=1) > 127
     decoded = decode(encode(Image.fromarray(ink), file_format, **options))
     np.testing.assert_array_equal(decoded, np.repeat(ink[..., None] * np.uint8(255), 3, axis=2))
@@ -362,7 +362,7 @@ def test_animation_gives_its_first_frame_and_the_count(file_format: str, count: 
     assert (decoded.frames, decoded.format) == (count, file_format)
 
 
-def test_stereo_pair_gives_its_first_picture() -> None:
+def test_stereo_pair_gives_its_first_image() -> None:
     other = Image.fromarray(noise())
     decoded = decode_image(encode(slope(), "MPO", save_all=True, append_images=[other], quality=95))
     assert_close(decoded.pixels, slope(), 12)
@@ -378,10 +378,10 @@ def test_animation_cut_after_its_first_frame_still_decodes(share: float) -> None
     assert 1 <= cut.frames < whole.frames == 4
 
 
-def test_heic_of_several_pictures_gives_the_one_that_it_calls_its_own() -> None:
-    pictures = [Image.fromarray(slope()), Image.fromarray(slope()[:, ::-1].copy())]
+def test_heic_of_several_images_gives_the_one_that_it_calls_its_own() -> None:
+    images = [Image.fromarray(slope()), Image.fromarray(slope()[:, ::-1].copy())]
     for primary, expected in enumerate((slope(), slope()[:, ::-1])):
-        data = encode(pictures[0], "HEIF", save_all=True, append_images=pictures[1:], primary_index=primary, quality=95)
+        data = encode(images[0], "HEIF", save_all=True, append_images=images[1:], primary_index=primary, quality=95)
         decoded = decode_image(data)
         assert_close(decoded.pixels, expected, 12)
         assert (decoded.frames, decoded.format) == (2, "HEIF")
@@ -410,7 +410,7 @@ def test_transparent_heic_is_flattened_on_white() -> None:
 
 @pytest.mark.parametrize("orientation", STORED_UNDER)
 def test_heic_is_turned_upright_once(orientation: int) -> None:
-    """Cameras write the turn twice: as a property of the picture, which counts, and as EXIF, which does not."""
+    """Cameras write the turn twice: as a property of the image, which counts, and as EXIF, which does not."""
     stored = np.ascontiguousarray(STORED_UNDER[orientation](slope()))
     data = encode(stored, "HEIF", quality=95, exif=exif(orientation).tobytes())
     assert (b"irot" in data or b"imir" in data) == (orientation != 1) and b"Exif" in data
@@ -424,7 +424,7 @@ def test_heic_whose_turn_is_in_its_exif_only_is_shown_as_stored() -> None:
 
 
 def cropped_heic(side_px: int, width: int, height: int) -> bytes:
-    """A HEIC of a square, of which a property of the picture shows the middle only."""
+    """A HEIC of a square, of which a property of the image shows the middle only."""
     assert side_px % 2, "the encoder pads odd sides, and writes such a property"
     data = encode(Image.new("RGB", (side_px, side_px), (9, 99, 200)), "HEIF")
     at = data.index(b"clap") + 4
@@ -436,7 +436,7 @@ def test_heic_shows_the_part_that_it_names() -> None:
 
 
 def test_pixel_limit_counts_the_pixels_that_a_heic_does_not_show() -> None:
-    """They are decoded, too: a bomb may hide behind a small picture."""
+    """They are decoded, too: a bomb may hide behind a small image."""
     with pytest.raises(ImageTooLargeError):
         decode(cropped_heic(1001, 56, 40), DecodeLimits(max_pixels=1000 * 1000))
 
@@ -460,7 +460,7 @@ def test_second_page_that_is_damaged_does_not_lose_the_first() -> None:
         np.testing.assert_array_equal(decode(damaged), pixels)
 
 
-def test_no_bytes_is_an_empty_picture() -> None:
+def test_no_bytes_is_an_empty_image() -> None:
     with pytest.raises(ImageEmptyError, match="0 bytes"):
         decode(b"")
 
@@ -498,7 +498,7 @@ def test_png_that_claims_too_many_pixels_is_refused(width: int, height: int) -> 
         decode(data)
 
 
-def test_icon_whose_picture_outgrows_its_directory_is_refused() -> None:
+def test_icon_whose_image_outgrows_its_directory_is_refused() -> None:
     inner = encode(Image.new("1", (3000, 3000)), "PNG")
     directory = struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(inner), 22)
     assert decode(directory + inner).shape == (3000, 3000, 3)
@@ -540,7 +540,7 @@ def test_file_cut_short_is_corrupt(file_format: str, share: float) -> None:
         b"RIFF\x10\0\0\0WAVEfmt ", b"%PDF-1.7\n", bytes(4096), np.random.default_rng(0).bytes(4096),
     ],
 )  # fmt: skip
-def test_bytes_that_are_no_picture_are_unidentified(data: bytes) -> None:
+def test_bytes_that_are_no_image_are_unidentified(data: bytes) -> None:
     with pytest.raises(ImageUnidentifiedError, match=f"first bytes {data[:8].hex(' ')}"):
         decode(data)
 
@@ -609,7 +609,7 @@ DAMAGED_EXIF = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_EXIF)
-def test_unreadable_exif_leaves_the_picture_as_stored(damage: str) -> None:
+def test_unreadable_exif_leaves_the_image_as_stored(damage: str) -> None:
     jpeg = encode(slope(), "JPEG", quality=95)
     np.testing.assert_array_equal(decode(with_app1(jpeg, DAMAGED_EXIF[damage])), decode(jpeg))
 
@@ -628,7 +628,7 @@ def test_exif_that_points_at_itself_ends() -> None:
     np.testing.assert_array_equal(decode(looped), decode(jpeg)[::-1, ::-1])
 
 
-def test_picture_in_memory_is_left_as_it_was() -> None:
+def test_image_in_memory_is_left_as_it_was() -> None:
     image = Image.fromarray(noise(channels=4))
     image.getexif()[ORIENTATION] = 6
     before = image.tobytes()
@@ -637,13 +637,13 @@ def test_picture_in_memory_is_left_as_it_was() -> None:
     assert image.tobytes() == before
 
 
-def test_truncated_picture_opened_by_the_caller_is_an_image_error() -> None:
+def test_truncated_image_opened_by_the_caller_is_an_image_error() -> None:
     data = encode(noise(), "PNG")
     with Image.open(io.BytesIO(data[: len(data) // 2])) as image, pytest.raises(ImageCorruptError, match="truncated"):
         image_to_rgb(image)
 
 
-def test_oversized_picture_in_memory_is_refused() -> None:
+def test_oversized_image_in_memory_is_refused() -> None:
     with pytest.raises(ImageTooLargeError):
         image_to_rgb(Image.new("L", (100, 100)), DecodeLimits(max_pixels=9_999))
 
@@ -755,7 +755,7 @@ def test_quality_of_foreign_tables_is_the_nearest(expected: int) -> None:
     assert found is not None and distances[found - 1] == min(distances) and abs(found - expected) <= 2
 
 
-def test_quality_of_a_multi_picture_file_is_that_of_its_first_picture() -> None:
+def test_quality_of_a_multi_image_file_is_that_of_its_first_image() -> None:
     others = [Image.fromarray(slope())]
     data = encode(slope(), "MPO", save_all=True, append_images=others, quality=63)
     decoded = decode_image(data)

@@ -1,4 +1,4 @@
-"""The network's projections against brute force: one picture, one direction at a time, in NumPy and fp64."""
+"""The network's projections against brute force: one image, one direction at a time, in NumPy and fp64."""
 
 import copy
 from dataclasses import replace
@@ -62,7 +62,7 @@ def cosine(a: Array, b: Array) -> float:
 
 
 def nearest(own: Array, bank: Array, count: int) -> list[Array]:
-    """The captions of the bank with the largest cosines that are not the picture's own."""
+    """The captions of the bank with the largest cosines that are not the image's own."""
     others = [one for one in bank if cosine(own, one) <= SAME_CAPTION]
     return sorted(others, key=lambda one: -cosine(own, one))[:count]
 
@@ -142,7 +142,7 @@ def test_own_caption_in_the_bank_is_not_taken_twice(length: float) -> None:
     torch.testing.assert_close(torch.stack(alone), without.projected, rtol=1e-12, atol=1e-12)
 
 
-def test_smallest_bank_has_enough_captions_beside_the_picture_s_own() -> None:
+def test_smallest_bank_has_enough_captions_beside_the_image_s_own() -> None:
     text = randn(1, DIM, seed=4)
     bank = torch.cat([randn(2, DIM, seed=2), text])
     built = network(rank_k(3, 3), bank)
@@ -151,7 +151,7 @@ def test_smallest_bank_has_enough_captions_beside_the_picture_s_own() -> None:
     np.testing.assert_allclose(out.projected.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
-def test_caption_that_is_nearly_the_picture_s_own_is_taken() -> None:
+def test_caption_that_is_nearly_the_image_s_own_is_taken() -> None:
     text = randn(1, DIM, seed=4)
     close = text + 0.01 * randn(1, DIM, seed=5)
     bank = torch.cat([randn(3, DIM, seed=2), close])

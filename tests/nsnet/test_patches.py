@@ -27,12 +27,12 @@ from nsnet.patches import (
 
 Pixels = NDArray[np.uint8]
 
-# SHA-256 of select_mosaic(golden_picture(), seed=7). Made with:
-#   python -c "from tests.nsnet.test_patches import *; print(checksum(select_mosaic(golden_picture(), seed=7)))"
+# SHA-256 of select_mosaic(golden_image(), seed=7). Made with:
+#   python -c "from tests.nsnet.test_patches import *; print(checksum(select_mosaic(golden_image(), seed=7)))"
 GOLDEN_MOSAIC = "2d95b3129ed7f120050794eca2c4026dd6035eef8f2f728d7f4b17c41ccc8338"
 
 
-def golden_picture() -> Pixels:
+def golden_image() -> Pixels:
     """400 × 520 px in integer arithmetic: flat, slow, fast and periodic areas, so that no two patches nearly tie."""
     row, column = np.mgrid[:400, :520]
     hashed = (row * 7919 + column * 104_729 + row * column * 31) % 65_521
@@ -160,10 +160,10 @@ def test_entropy_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_entropy_does_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = np.random.default_rng(3).integers(0, 256, (100, 32, 32))
-    whole, picture = spectral_entropy(batch), select_mosaic(golden_picture())
+    whole, image = spectral_entropy(batch), select_mosaic(golden_image())
     monkeypatch.setattr(patches, "CHUNK_PATCHES", chunk)
     np.testing.assert_array_equal(spectral_entropy(batch), whole)
-    np.testing.assert_array_equal(select_mosaic(golden_picture()), picture)
+    np.testing.assert_array_equal(select_mosaic(golden_image()), image)
 
 
 @pytest.mark.parametrize("side", [8, 15, 32])
@@ -178,7 +178,7 @@ def test_patches_are_cut_row_by_row_with_cropped_and_replicated_edges(height: in
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((40, 40), "u1"), ((40, 40, 4), "u1"), ((40, 40, 3), "f8"), ((0, 40, 3), "u1")]
 )
-def test_array_that_is_no_picture_is_refused(shape: tuple[int, ...], dtype: str) -> None:
+def test_array_that_is_no_image_is_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(ValueError, match="uint8"):
         split_patches(np.zeros(shape, dtype))
 
@@ -330,7 +330,7 @@ def test_selection_leaves_its_input_alone() -> None:
 
 
 def test_mosaic_has_its_golden_checksum() -> None:
-    image = golden_picture()
+    image = golden_image()
     entropy = np.sort(spectral_entropy(split_patches(image).astype(np.float64).mean(axis=3)))
     assert np.diff(entropy).min() > 1e-7, "near ties would make the checksum depend on the machine"
     assert checksum(select_mosaic(image, seed=7)) == GOLDEN_MOSAIC
@@ -355,7 +355,7 @@ def test_slots_are_the_square_of_patches_across(patch_px: int, mosaic_px: int, s
     assert PatchConfig(patch_px=patch_px, mosaic_px=mosaic_px).slots == slots
 
 
-# --- the middle of the picture
+# --- the middle of the image
 
 
 def torchvision_crop(image: Pixels, side: int) -> Pixels:

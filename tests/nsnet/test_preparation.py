@@ -1,4 +1,4 @@
-"""Preparation: the same picture gives the same models' input, whichever way it comes."""
+"""Preparation: the same image gives the same models' input, whichever way it comes."""
 
 import io
 import subprocess
@@ -40,7 +40,7 @@ def rotated() -> Image.Exif:
     return exif
 
 
-PICTURES = {
+IMAGES = {
     "rgb": encode(Image.fromarray(noise(90, 120)), "PNG"),
     "jpeg turned": encode(Image.fromarray(noise(90, 120)), "JPEG", exif=rotated()),
     "webp turned": encode(Image.fromarray(noise(90, 120)), "WEBP", lossless=True, exif=rotated()),
@@ -65,15 +65,15 @@ def assert_equal(one: Prepared, other: Prepared) -> None:
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("name", PICTURES)
-def test_bytes_and_the_opened_picture_prepare_alike(name: str, loaded: bool) -> None:
-    with Image.open(io.BytesIO(PICTURES[name])) as image:
+@pytest.mark.parametrize("name", IMAGES)
+def test_bytes_and_the_opened_image_prepare_alike(name: str, loaded: bool) -> None:
+    with Image.open(io.BytesIO(IMAGES[name])) as image:
         if loaded:
             image.load()
-        assert_equal(prepare(image, CONFIG), prepare(PICTURES[name], CONFIG))
+        assert_equal(prepare(image, CONFIG), prepare(IMAGES[name], CONFIG))
 
 
-def test_picture_that_never_was_a_file_prepares_like_its_bytes() -> None:
+def test_image_that_never_was_a_file_prepares_like_its_bytes() -> None:
     image = Image.fromarray(noise(70, 50))
     from_memory, from_file = prepare(image, CONFIG), prepare(encode(image, "PNG"), CONFIG)
     np.testing.assert_array_equal(from_memory.patches, from_file.patches)
@@ -81,25 +81,25 @@ def test_picture_that_never_was_a_file_prepares_like_its_bytes() -> None:
     assert (from_memory.format, from_file.format) == ("memory", "PNG")
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_prepared_picture_is_its_pixels_patches_and_thumbnail(name: str) -> None:
-    pixels, prepared = decode(PICTURES[name]), prepare(PICTURES[name], CONFIG)
+@pytest.mark.parametrize("name", IMAGES)
+def test_prepared_image_is_its_pixels_patches_and_thumbnail(name: str) -> None:
+    pixels, prepared = decode(IMAGES[name]), prepare(IMAGES[name], CONFIG)
     np.testing.assert_array_equal(prepared.patches, select_patches(pixels, CONFIG.patches))
     np.testing.assert_array_equal(prepared.thumbnail, thumbnail(pixels, CONFIG.thumbnail_px))
     assert prepared.patches.shape == (16, 16, 16, 3) and prepared.thumbnail.shape == (48, 48, 3)
     assert (prepared.height, prepared.width) == pixels.shape[:2] and prepared.frames == 1
 
 
-def test_picture_over_the_limits_is_refused_either_way() -> None:
+def test_image_over_the_limits_is_refused_either_way() -> None:
     config = PreparationConfig(thumbnail_px=48, limits=DecodeLimits(max_pixels=90 * 120 - 1))
-    with Image.open(io.BytesIO(PICTURES["rgb"])) as image, pytest.raises(ImageTooLargeError):
+    with Image.open(io.BytesIO(IMAGES["rgb"])) as image, pytest.raises(ImageTooLargeError):
         prepare(image, config)
     with pytest.raises(ImageTooLargeError):
-        prepare(PICTURES["rgb"], config)
+        prepare(IMAGES["rgb"], config)
 
 
-def test_damaged_picture_is_an_image_error_either_way() -> None:
-    cut = PICTURES["rgb"][:5000]
+def test_damaged_image_is_an_image_error_either_way() -> None:
+    cut = IMAGES["rgb"][:5000]
     with Image.open(io.BytesIO(cut)) as image, pytest.raises(ImageCorruptError):
         prepare(image, CONFIG)
     with pytest.raises(ImageCorruptError):
@@ -183,7 +183,7 @@ def test_fingerprint_is_there_where_there_is_something_to_see() -> None:
     assert prepare(encode(Image.new("RGB", (90, 90), (9, 80, 200)), "PNG"), FULL).perceptual_hash is None
 
 
-def test_pictures_without_thumbnails_and_patches_can_be_stacked() -> None:
+def test_images_without_thumbnails_and_patches_can_be_stacked() -> None:
     config = PreparationConfig(patches=None)
     both = [prepare(encode(scene(seed=seed), "PNG"), config) for seed in range(2)]
     assert np.stack([one.patches for one in both]).shape == (2, 0, 0, 0, 3)
@@ -198,8 +198,8 @@ CHAINS = ["resize:0.5", "jpeg:30", "blur:2", "noise:10", "crop:0.5", "screenshot
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_transform_comes_before_patches_and_thumbnail_and_after_the_facts(chain: str, opened: bool) -> None:
-    picture = Image.open(io.BytesIO(JPEG)) if opened else JPEG
-    plain, changed = prepare(JPEG, FULL), prepare(picture, FULL, chain, seed=5)
+    image = Image.open(io.BytesIO(JPEG)) if opened else JPEG
+    plain, changed = prepare(JPEG, FULL), prepare(image, FULL, chain, seed=5)
     pixels = transforms.apply(decode(JPEG), transforms.parse(chain), seed=5, max_pixels=10**6)
     np.testing.assert_array_equal(changed.patches, select_patches(pixels, FULL.patches))
     np.testing.assert_array_equal(changed.thumbnail, thumbnail(pixels, FULL.thumbnail_px))

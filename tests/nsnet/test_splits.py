@@ -19,7 +19,7 @@ USUAL = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 class Row(NamedTuple):
-    """A picture; `group` has a meaning only beside the other rows."""
+    """An image; `group` has a meaning only beside the other rows."""
 
     group: int
     stratum: Hashable
@@ -161,7 +161,7 @@ def test_shares_of_a_stratum_are_met_within_one_group(rows: list[Row], shares: d
 
 
 @pytest.mark.parametrize("shares", [USUAL, {"train": 0.7, "val": 0.2, "test": 0.1}, dict.fromkeys(SPLITS, 1 / 3)])
-def test_single_pictures_are_shared_out_within_one(shares: dict[str, float]) -> None:
+def test_single_images_are_shared_out_within_one(shares: dict[str, float]) -> None:
     for count in (10, 11, 57, 100, 1999):
         rows = singles(count)
         found = sizes(rows, split(rows, shares))["a"]
@@ -172,7 +172,7 @@ def test_single_pictures_are_shared_out_within_one(shares: dict[str, float]) -> 
 @pytest.mark.parametrize(
     ("count", "expected"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 1, 1]), (10, [8, 1, 1])]
 )
-def test_small_stratum_gives_a_picture_to_every_split_while_there_is_one(count: int, expected: list[int]) -> None:
+def test_small_stratum_gives_a_image_to_every_split_while_there_is_one(count: int, expected: list[int]) -> None:
     rows = singles(count) + [row._replace(group=row.group + count) for row in singles(1000, "large")]
     assert sizes(rows, split(rows)) == {"a": expected, "large": [800, 100, 100]}
 
@@ -187,7 +187,7 @@ def test_large_group_goes_where_there_is_room_and_the_rest_evens_it_out() -> Non
 
 
 def test_groups_over_several_strata_are_evened_out_by_the_others() -> None:
-    """The same real pictures lie beside each of four generators, and some of them are told to be fake."""
+    """The same real images lie beside each of four generators, and some of them are told to be fake."""
     rows: list[Row] = []
     for number in range(200):
         rows += [Row(number, (generator, "real"), key(number)) for generator in "abcd"]
@@ -211,7 +211,7 @@ def test_strata_that_share_no_group_are_split_independently(rows: list[Row], sha
         assert split([rows[at] for at in chosen], shares) == [found[at] for at in chosen]
 
 
-def test_seed_draws_other_pictures() -> None:
+def test_seed_draws_other_images() -> None:
     rows = singles(2000)
     drawn = [{row.key for row, name in zip(rows, split(rows, seed=seed), strict=True) if name == "test"}
              for seed in range(6)]  # fmt: skip
@@ -228,7 +228,7 @@ def test_split_is_drawn_from_the_whole_range_of_keys() -> None:
 
 
 def test_splits_are_those_of_earlier_versions() -> None:
-    """A trained detector's test pictures must stay its test pictures."""
+    """A trained detector's test images must stay its test images."""
     found = split(singles(24), {"train": 0.5, "val": 0.25, "test": 0.25}, seed=7)
     assert "".join({"train": ".", "val": "v", "test": "t"}[name] for name in found) == "t.....vtv.vt.ttt.v..v..v"
 
@@ -269,19 +269,19 @@ def test_lists_of_different_lengths_are_refused() -> None:
         leave_out(np.array([0, 1]), ["a"], "a")
 
 
-Pictures = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["sd", "dalle", "progan", None])), max_size=40)
+Images = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["sd", "dalle", "progan", None])), max_size=40)
 
 
 @settings(max_examples=50, deadline=None)
-@given(Pictures)
-def test_left_out_rows_and_their_near_duplicates_are_found(pictures: list[tuple[int, str | None]]) -> None:
-    pictures = [*pictures, (3, "sd")]
-    groups = np.array([group for group, _ in pictures], np.int64)
-    held_out, excluded = leave_out(groups, [generator for _, generator in pictures], "sd")
-    touched = {group for group, generator in pictures if generator == "sd"}
+@given(Images)
+def test_left_out_rows_and_their_near_duplicates_are_found(images: list[tuple[int, str | None]]) -> None:
+    images = [*images, (3, "sd")]
+    groups = np.array([group for group, _ in images], np.int64)
+    held_out, excluded = leave_out(groups, [generator for _, generator in images], "sd")
+    touched = {group for group, generator in images if generator == "sd"}
     assert held_out.dtype == excluded.dtype == np.bool_
-    assert held_out.tolist() == [generator == "sd" for _, generator in pictures]
-    assert excluded.tolist() == [generator != "sd" and group in touched for group, generator in pictures]
+    assert held_out.tolist() == [generator == "sd" for _, generator in images]
+    assert excluded.tolist() == [generator != "sd" and group in touched for group, generator in images]
 
 
 def left_out_message(generators: Sequence[str | None], name: str) -> str:

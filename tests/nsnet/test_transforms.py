@@ -1,4 +1,4 @@
-"""Transforms of pictures, against the dumbest reference of each, and the chains that training draws."""
+"""Transforms of images, against the dumbest reference of each, and the chains that training draws."""
 
 import functools
 import hashlib
@@ -36,12 +36,12 @@ EVERY = ("jpeg:60", "blur:1.5", "resize:0.5", "resize:1.5", "noise:5", "crop:0.7
 GOLDEN = "216ee45866f7dc576a9765a6cd9eec7b03cee47f063b6bd11877e0febae48895"
 
 
-def random_picture(height: int, width: int, low: int = 0, high: int = 256, seed: int = 0) -> Pixels:
+def random_image(height: int, width: int, low: int = 0, high: int = 256, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(low, high, (height, width, 3), dtype=np.uint8)
 
 
-def smooth_picture(height: int = 96, width: int = 128) -> Pixels:
-    small = Image.fromarray(random_picture(7, 9))
+def smooth_image(height: int = 96, width: int = 128) -> Pixels:
+    small = Image.fromarray(random_image(7, 9))
     return np.array(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
@@ -51,8 +51,8 @@ def run(pixels: Pixels, text: str, seed: int = 0, max_pixels: int = MANY) -> Pix
 
 def golden() -> Pixels:
     row, column = np.mgrid[:120, :150]
-    picture = np.stack([(row * gain + column * 5 + row * column // 7) % 256 for gain in (2, 3, 4)], axis=2)
-    return run(picture.astype(np.uint8), "crop:0.75+blur:1.5+noise:5", seed=7)
+    image = np.stack([(row * gain + column * 5 + row * column // 7) % 256 for gain in (2, 3, 4)], axis=2)
+    return run(image.astype(np.uint8), "crop:0.75+blur:1.5+noise:5", seed=7)
 
 
 def checksum(pixels: Pixels) -> str:
@@ -121,8 +121,8 @@ CHAINS = st.lists(transform(), max_size=4).map(tuple)
 
 
 @pytest.mark.parametrize("text", ["", *EVERY, "resize:0.5+noise:5+jpeg:60", *ROBUSTNESS])
-def test_result_is_a_contiguous_picture_of_its_own(text: str) -> None:
-    pixels = random_picture(40, 56)
+def test_result_is_a_contiguous_image_of_its_own(text: str) -> None:
+    pixels = random_image(40, 56)
     before = pixels.copy()
     result = run(pixels, text)
     assert result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3
@@ -132,22 +132,22 @@ def test_result_is_a_contiguous_picture_of_its_own(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "resize:1", "crop:1", "blur:0.1", "noise:0.01"])
 def test_transform_that_does_nothing_gives_the_same_pixels(text: str) -> None:
-    pixels = random_picture(31, 17)
+    pixels = random_image(31, 17)
     result = run(pixels, text)
     np.testing.assert_array_equal(result, pixels)
     assert not np.shares_memory(result, pixels)
 
 
 @pytest.mark.parametrize("text", ROBUSTNESS)
-def test_every_standard_transform_changes_the_picture(text: str) -> None:
-    pixels = random_picture(40, 56)
+def test_every_standard_transform_changes_the_image(text: str) -> None:
+    pixels = random_image(40, 56)
     result = run(pixels, text)
     assert result.shape != pixels.shape or (result != pixels).mean() > 0.2
 
 
 @pytest.mark.parametrize("text", ["jpeg:90", "blur:3", "resize:0.3", "resize:4", "crop:0.01", "screenshot:1.5"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (33, 20)])
-def test_constant_picture_stays_constant(text: str, shape: tuple[int, int]) -> None:
+def test_constant_image_stays_constant(text: str, shape: tuple[int, int]) -> None:
     for level in (0, 77, 128, 255):
         result = run(np.full((*shape, 3), level, dtype=np.uint8), text)
         assert np.abs(result.astype(int) - level).max() <= (0 if text[0] in "brc" else 1), "codecs may round grey"
@@ -155,7 +155,7 @@ def test_constant_picture_stays_constant(text: str, shape: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("text", ["blur:2", "resize:0.5", "resize:1.7", "noise:9", "crop:0.4"])
 def test_channels_do_not_mix(text: str) -> None:
-    pixels = random_picture(30, 41)
+    pixels = random_image(30, 41)
     other = pixels.copy()
     other[..., 1] = 255 - other[..., 1]
     one, two = run(pixels, text), run(other, text)
@@ -164,8 +164,8 @@ def test_channels_do_not_mix(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", EVERY)
-def test_strided_reversed_and_read_only_pictures_are_taken_as_they_look(text: str) -> None:
-    pixels = random_picture(20, 28)
+def test_strided_reversed_and_read_only_images_are_taken_as_they_look(text: str) -> None:
+    pixels = random_image(20, 28)
     expected = run(pixels, text, seed=3)
     wide = np.zeros((40, 56, 3), dtype=np.uint8)
     wide[::2, ::2] = pixels
@@ -178,7 +178,7 @@ def test_strided_reversed_and_read_only_pictures_are_taken_as_they_look(text: st
 
 @pytest.mark.parametrize("text", EVERY)
 def test_result_is_a_pure_function_of_its_arguments(text: str) -> None:
-    pixels = smooth_picture(60, 80)
+    pixels = smooth_image(60, 80)
     np.random.seed(0)
     first = run(pixels, text, seed=11)
     np.random.seed(1)
@@ -189,19 +189,19 @@ def test_result_is_a_pure_function_of_its_arguments(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(chain=CHAINS, height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**64 - 1))
-def test_any_chain_gives_a_picture_of_the_computed_size(
+def test_any_chain_gives_a_image_of_the_computed_size(
     chain: tuple[Transform, ...], height: int, width: int, seed: int
 ) -> None:
     expected = [height, width]
     for step in chain:
         if step.name in ("resize", "crop", "screenshot"):
             expected = [max(1, int(side * step.value + 0.5)) for side in expected]
-    result = apply(random_picture(height, width), chain, seed=seed, max_pixels=MANY)
+    result = apply(random_image(height, width), chain, seed=seed, max_pixels=MANY)
     assert result.shape == (*expected, 3) and result.dtype == np.uint8
 
 
 def test_steps_of_a_chain_are_applied_in_order() -> None:
-    pixels = random_picture(40, 50)
+    pixels = random_image(40, 50)
     for text in ("blur:1+resize:0.5", "resize:0.5+blur:1", "jpeg:50+resize:2+jpeg:90", "resize:0.5+screenshot:0.5"):
         one_by_one = pixels
         for step in text.split("+"):
@@ -230,15 +230,15 @@ def test_pixels_have_their_golden_checksum() -> None:
 
 @pytest.mark.parametrize("quality", [1, 30, 75, 95, 100])
 def test_jpeg_is_pillows_with_half_as_many_colours_per_side(quality: int) -> None:
-    pixels = random_picture(37, 50)
+    pixels = random_image(37, 50)
     result = run(pixels, f"jpeg:{quality}")
     np.testing.assert_array_equal(result, through_pillow(pixels, "JPEG", quality=quality))
     np.testing.assert_array_equal(result, through_pillow(pixels, "JPEG", quality=quality, subsampling="4:2:0"))
     assert (result != through_pillow(pixels, "JPEG", quality=quality, subsampling="4:4:4")).any()
 
 
-def test_lower_jpeg_quality_is_farther_from_the_picture() -> None:
-    pixels = random_picture(64, 64)
+def test_lower_jpeg_quality_is_farther_from_the_image() -> None:
+    pixels = random_image(64, 64)
     errors = [np.abs(run(pixels, f"jpeg:{q}").astype(int) - pixels).mean() for q in (95, 80, 60, 40, 20, 5)]
     assert errors == sorted(errors) and errors[0] < errors[-1]
 
@@ -247,23 +247,23 @@ def test_lower_jpeg_quality_is_farther_from_the_picture() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 3), (7, 5)])
 def test_blur_is_the_sum_over_a_gaussian(sigma: float, shape: tuple[int, int]) -> None:
     """Half a level is rounding; the tail beyond 4 σ that is cut off moves what is left by less than 0.06 levels."""
-    pixels = random_picture(*shape, seed=shape[1])
+    pixels = random_image(*shape, seed=shape[1])
     error = np.abs(run(pixels, f"blur:{sigma:g}") - naive_blur(pixels, sigma))
     assert error.max() <= 0.5 + 0.06
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 3, 20])
 def test_blur_equals_scipys_up_to_ties(sigma: float) -> None:
-    pixels = random_picture(70, 311)
+    pixels = random_image(70, 311)
     exact = scipy.ndimage.gaussian_filter(pixels.astype(np.float64), (sigma, sigma, 0), mode="reflect", truncate=4.0)
     assert np.abs(run(pixels, f"blur:{sigma}") - exact).max() <= 0.5 + 1e-3
 
 
 def test_blurred_point_has_the_variance_that_was_asked_for() -> None:
     for sigma in (1.0, 1.5, 2.0):
-        picture = np.zeros((41, 41, 3), dtype=np.uint8)
-        picture[:, 20] = 255
-        profile = run(picture, f"blur:{sigma:g}")[20, :, 0].astype(float)
+        image = np.zeros((41, 41, 3), dtype=np.uint8)
+        image[:, 20] = 255
+        profile = run(image, f"blur:{sigma:g}")[20, :, 0].astype(float)
         variance = (profile * (np.arange(41) - 20) ** 2).sum() / profile.sum()
         assert variance == pytest.approx(sigma**2, rel=0.03)
 
@@ -271,14 +271,14 @@ def test_blurred_point_has_the_variance_that_was_asked_for() -> None:
 @pytest.mark.parametrize("block", [1, 500, 5000])
 @pytest.mark.parametrize("text", ["blur:1.5", "noise:20"])
 def test_blocks_do_not_show(text: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = random_picture(45, 37)
+    pixels = random_image(45, 37)
     whole = run(pixels, text, seed=2)
     monkeypatch.setattr(transforms, "BLOCK_SAMPLES", block)
     np.testing.assert_array_equal(run(pixels, text, seed=2), whole)
 
 
-def test_picture_larger_than_a_block_is_done_as_a_whole() -> None:
-    pixels = random_picture(300, 400)
+def test_image_larger_than_a_block_is_done_as_a_whole() -> None:
+    pixels = random_image(300, 400)
     assert pixels.size > 2 * transforms.BLOCK_SAMPLES
     exact = scipy.ndimage.gaussian_filter(pixels.astype(np.float64), (2, 2, 0))
     assert np.abs(run(pixels, "blur:2") - exact).max() <= 0.5 + 1e-3
@@ -288,7 +288,7 @@ def test_picture_larger_than_a_block_is_done_as_a_whole() -> None:
 @pytest.mark.parametrize("shape", [(24, 31), (1, 17), (17, 1), (1, 1)])
 def test_resize_is_bicubic_with_antialiasing(factor: float, shape: tuple[int, int]) -> None:
     """Within about 1 level: Pillow rounds after each direction. Mid greys, so that no overshoot is clipped between."""
-    pixels = random_picture(*shape, low=90, high=166)
+    pixels = random_image(*shape, low=90, high=166)
     height, width = (max(1, int(side * factor + 0.5)) for side in shape)
     exact = np.einsum("ah,hwc,bw->abc", scaling(shape[0], height), pixels, scaling(shape[1], width))
     result = run(pixels, f"resize:{factor}")
@@ -302,7 +302,7 @@ def test_resize_is_bicubic_with_antialiasing(factor: float, shape: tuple[int, in
 )
 def test_sides_are_rounded_half_up_and_hold_a_pixel(side: int, factor: float, expected: int) -> None:
     for name in ("resize", "screenshot", *(["crop"] if factor <= 1 else [])):
-        assert run(random_picture(side, 2 * side), f"{name}:{factor}").shape[0] == expected
+        assert run(random_image(side, 2 * side), f"{name}:{factor}").shape[0] == expected
 
 
 @pytest.mark.parametrize("std", [0.5, 2, 5, 10, 30])
@@ -352,7 +352,7 @@ def places_of(part: Pixels, whole: Pixels) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("share", "height", "width"), [(0.9, 18, 22), (0.5, 10, 12), (0.05, 1, 1), (0.001, 1, 1)])
-def test_crop_is_an_exact_part_of_the_picture(share: float, height: int, width: int) -> None:
+def test_crop_is_an_exact_part_of_the_image(share: float, height: int, width: int) -> None:
     pixels = np.arange(20 * 24 * 3).reshape(20, 24, 3).astype(np.uint8)
     pixels[..., 1] = (np.arange(20 * 24) // 256).reshape(20, 24)
     for seed in range(5):
@@ -371,14 +371,14 @@ def test_crop_takes_every_place_as_often() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 0.75, 1, 1.5])
 def test_screenshot_is_a_bilinear_resize_and_a_webp_of_quality_80(factor: float) -> None:
-    pixels = smooth_picture()
+    pixels = smooth_image()
     size = (int(128 * factor + 0.5), int(96 * factor + 0.5))
     shown = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.uint8)
     result = run(pixels, f"screenshot:{factor}")
     np.testing.assert_array_equal(result, through_pillow(shown, "WEBP", quality=80))
     assert result.shape == (size[1], size[0], 3)
     error = np.abs(result.astype(int) - shown)
-    assert 0.2 < error.mean() < 8, "re-encoded with loss, but still the picture"
+    assert 0.2 < error.mean() < 8, "re-encoded with loss, but still the image"
 
 
 # Limits
@@ -389,10 +389,10 @@ def test_screenshot_is_a_bilinear_resize_and_a_webp_of_quality_80(factor: float)
     [("resize:2", 400), ("resize:0.5+resize:4", 400), ("jpeg:75", 100), ("screenshot:1.5", 225), ("crop:0.5", 25)],
 )
 def test_pixel_limit_is_inclusive(text: str, pixels: int) -> None:
-    picture = random_picture(10, 10)
-    run(picture, text, max_pixels=pixels)
+    image = random_image(10, 10)
+    run(image, text, max_pixels=pixels)
     with pytest.raises(ImageTooLargeError, match=rf"px, the limit is {pixels - 1:,} pixels \(--max-pixels\)"):
-        run(picture, text, max_pixels=pixels - 1)
+        run(image, text, max_pixels=pixels - 1)
 
 
 def test_pixel_limit_holds_for_every_step_and_is_checked_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_pixel_limit_holds_for_every_step_and_is_checked_before_the_first(monkey
     for name in KINDS:
         monkeypatch.setitem(transforms._STEPS, name, lambda *_, name=name: done.append(name))
     with pytest.raises(ImageTooLargeError, match="resize:4 would give 40 × 80 px, the limit is 3,199 pixels"):
-        run(random_picture(20, 10), "jpeg:75+resize:4+resize:0.1", max_pixels=3199)
+        run(random_image(20, 10), "jpeg:75+resize:4+resize:0.1", max_pixels=3199)
     assert done == []
 
 
@@ -408,24 +408,24 @@ def test_pixel_limit_holds_for_every_step_and_is_checked_before_the_first(monkey
 def test_side_that_a_codec_cannot_hold_is_refused(text: str, longest: int) -> None:
     strip = np.zeros((1, longest + 1, 3), dtype=np.uint8)
     assert run(strip[:, 1:], text).shape == (1, longest, 3)
-    for picture in (strip, strip.swapaxes(0, 1)):
+    for image in (strip, strip.swapaxes(0, 1)):
         with pytest.raises(ImageTooLargeError, match=f"sides of up to {longest:,} px: resize or crop first"):
-            run(picture, text)
+            run(image, text)
     assert run(strip, f"resize:0.5+{text}").shape == (1, longest // 2 + 1, 3)
 
 
 def test_jpeg_meets_no_limit_of_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow warns above this number, and fails above twice as many."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert run(random_picture(20, 20), "jpeg:75").shape == (20, 20, 3)
+    assert run(random_image(20, 20), "jpeg:75").shape == (20, 20, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
 def test_webp_above_pillows_own_limit_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    assert run(random_picture(20, 20), "screenshot:1").shape == (20, 20, 3)
+    assert run(random_image(20, 20), "screenshot:1").shape == (20, 20, 3)
     with pytest.raises(ImageTooLargeError, match=r"WEBP of 21 × 20 px: Image size \(420 pixels\) exceeds limit"):
-        run(random_picture(20, 21), "screenshot:1")
+        run(random_image(20, 21), "screenshot:1")
 
 
 # Texts
@@ -556,7 +556,7 @@ def test_configuration_is_active_where_something_can_be_drawn(name: str) -> None
 
 @pytest.mark.parametrize("turn", range(4))
 @pytest.mark.parametrize("name", AUGMENTED)
-def test_pictures_get_a_kind_as_often_as_was_asked_for(name: str, turn: int) -> None:
+def test_images_get_a_kind_as_often_as_was_asked_for(name: str, turn: int) -> None:
     shares = dict(zip(AUGMENTED, np.roll([0.05, 0.3, 0.5, 0.9], turn).tolist(), strict=True))
     values = drawn(name, changed(AugmentationConfig(), **{f"{other}_share": share for other, share in shares.items()}))
     share = shares[name]

@@ -1,4 +1,4 @@
-"""The guarded decoder: what `prepare` gives, and whatever a picture does to its decoder costs that picture alone."""
+"""The guarded decoder: what `prepare` gives, and whatever an image does to its decoder costs that image alone."""
 
 import ast
 import json
@@ -38,12 +38,12 @@ from nsnet.errors import (
 from nsnet.images import DecodeLimits
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig, Prepared, prepare
-from tests.support.tables import big_picture_file, picture_file
+from tests.support.tables import big_image_file, image_file
 
 REPO_ROOT = Path(__file__).parents[2]
 LIMITS = DecodeLimits(max_bytes=1_000_000, max_pixels=40_000_000)
 CONFIG = PreparationConfig(thumbnail_px=16, patches=PatchConfig(patch_px=8, mosaic_px=16), limits=LIMITS)
-SMALL = picture_file()
+SMALL = image_file()
 
 
 def limited(**limits: Any) -> PreparationConfig:
@@ -93,9 +93,9 @@ def decoder() -> Iterator[GuardedDecoder]:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "HEIF"])
-def test_picture_is_prepared_as_without_the_guard(decoder: GuardedDecoder, file_format: str) -> None:
-    picture = picture_file(3, file_format, 90, 70)
-    assert_same(decoder.prepare(picture), prepare(picture, CONFIG))
+def test_image_is_prepared_as_without_the_guard(decoder: GuardedDecoder, file_format: str) -> None:
+    image = image_file(3, file_format, 90, 70)
+    assert_same(decoder.prepare(image), prepare(image, CONFIG))
 
 
 def test_side_lengths_of_the_configuration_reach_the_child() -> None:
@@ -106,23 +106,23 @@ def test_side_lengths_of_the_configuration_reach_the_child() -> None:
 
 HUGE_HEADER = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
 BROKEN = {
-    "over the pixel limit": (big_picture_file(), ImageTooLargeError),
+    "over the pixel limit": (big_image_file(), ImageTooLargeError),
     "extreme header": (HUGE_HEADER + bytes(4), ImageError),
     "text": (b"no picture at all", ImageUnidentifiedError),
     "one byte": (b"\xff", ImageUnidentifiedError),
     "zeros": (bytes(100_000), ImageUnidentifiedError),
-    "cut": (picture_file(1, "PNG", 200, 200)[:9_000], ImageCorruptError),
+    "cut": (image_file(1, "PNG", 200, 200)[:9_000], ImageCorruptError),
     "start of a JPEG": (b"\xff\xd8\xff\xe0" + bytes(30), ImageError),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_image_error_comes_through_with_class_and_message(decoder: GuardedDecoder, name: str) -> None:
-    picture, kind = BROKEN[name]
+    image, kind = BROKEN[name]
     with pytest.raises(ImageError) as direct:
-        prepare(picture, CONFIG)
+        prepare(image, CONFIG)
     with pytest.raises(kind) as guarded:
-        decoder.prepare(picture)
+        decoder.prepare(image)
     assert (type(guarded.value), str(guarded.value)) == (type(direct.value), str(direct.value))
     assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
@@ -135,10 +135,10 @@ def test_empty_and_oversized_bytes_never_reach_a_child(size: int, kind: type[Ima
     assert fresh._child is None
 
 
-# What one picture may cost.
+# What one image may cost.
 
 
-def test_child_killed_while_decoding_costs_one_picture() -> None:
+def test_child_killed_while_decoding_costs_one_image() -> None:
     with closing(GuardedDecoder(limited(max_pixels=120_000_000))) as decoder:
         decoder.prepare(SMALL)
         first = psutil.Process(pid_of(decoder))
@@ -151,13 +151,13 @@ def test_child_killed_while_decoding_costs_one_picture() -> None:
         killer = threading.Thread(target=kill_when_busy)
         killer.start()
         with pytest.raises(DecoderCrashError, match="SIGKILL"):
-            decoder.prepare(big_picture_file())
+            decoder.prepare(big_image_file())
         killer.join()
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
         assert pid_of(decoder) != first.pid and is_dead(first.pid)
 
 
-def test_child_killed_before_it_has_read_the_picture_costs_one_picture() -> None:
+def test_child_killed_before_it_has_read_the_image_costs_one_image() -> None:
     with closing(GuardedDecoder(CONFIG)) as decoder:
         decoder.prepare(SMALL)
         pid = pid_of(decoder)
@@ -169,7 +169,7 @@ def test_child_killed_before_it_has_read_the_picture_costs_one_picture() -> None
         killer.join()
 
 
-def test_child_that_died_between_two_pictures_costs_none() -> None:
+def test_child_that_died_between_two_images_costs_none() -> None:
     with closing(GuardedDecoder(CONFIG)) as decoder:
         decoder.prepare(SMALL)
         pid = pid_of(decoder)
@@ -180,7 +180,7 @@ def test_child_that_died_between_two_pictures_costs_none() -> None:
 
 @contextmanager
 def at_most(decoder: GuardedDecoder, seconds: float) -> Iterator[None]:
-    """Another time limit, for as long as it takes: on a busy machine a child may need longer for any picture."""
+    """Another time limit, for as long as it takes: on a busy machine a child may need longer for any image."""
     before = decoder.config
     decoder.config = replace(before, limits=replace(before.limits, max_seconds=seconds))
     yield
@@ -188,7 +188,7 @@ def at_most(decoder: GuardedDecoder, seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_picture(hangs: bool) -> None:
+def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_image(hangs: bool) -> None:
     with closing(GuardedDecoder(limited(max_pixels=120_000_000))) as decoder:
         decoder.prepare(SMALL)
         pid = pid_of(decoder)
@@ -199,23 +199,23 @@ def test_decoding_over_the_time_limit_ends_at_the_limit_and_costs_one_picture(ha
             at_most(decoder, 1.0),
             pytest.raises(ImageTimeoutError, match=r"longer than 1 s .*\(--max-seconds\)"),
         ):
-            decoder.prepare(bytes(900_000) if hangs else big_picture_file())
+            decoder.prepare(bytes(900_000) if hangs else big_image_file())
         assert 0.9 < time.monotonic() - started < 20
         assert is_dead(pid)
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
 
-def test_decoding_over_the_memory_limit_costs_one_picture() -> None:
+def test_decoding_over_the_memory_limit_costs_one_image() -> None:
     with closing(GuardedDecoder(limited(max_memory_bytes=100_000_000, max_pixels=120_000_000))) as decoder:
         decoder.prepare(SMALL)
         pid = pid_of(decoder)
         with pytest.raises(ImageCorruptError, match="MemoryError"):
-            decoder.prepare(big_picture_file())
+            decoder.prepare(big_image_file())
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
         assert pid_of(decoder) == pid
 
 
-# Pictures that do to the decoder what they say.
+# Images that do to the decoder what they say.
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def poisonous(poisoned: Zygote) -> Iterator[Callable[..., GuardedDecoder]]:
         decoder.close()
 
 
-def test_picture_that_crashes_its_decoder_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
+def test_image_that_crashes_its_decoder_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
     decoder = poisonous()
     pid = pid_of(decoder)
     for _ in range(3):
@@ -248,7 +248,7 @@ def test_picture_that_crashes_its_decoder_costs_itself(poisonous: Callable[..., 
     assert is_dead(pid)
 
 
-def test_picture_that_never_ends_costs_itself_and_its_time(poisonous: Callable[..., GuardedDecoder]) -> None:
+def test_image_that_never_ends_costs_itself_and_its_time(poisonous: Callable[..., GuardedDecoder]) -> None:
     decoder = poisonous()
     pid = pid_of(decoder)
     with at_most(decoder, 0.5), pytest.raises(ImageTimeoutError, match=r"longer than 0\.5 s"):
@@ -257,7 +257,7 @@ def test_picture_that_never_ends_costs_itself_and_its_time(poisonous: Callable[.
     assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
 
-def test_picture_that_takes_all_memory_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
+def test_image_that_takes_all_memory_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
     decoder = poisonous(max_memory_bytes=300_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DecoderCrashError):
@@ -286,15 +286,15 @@ def test_child_loads_no_torch(decoder: GuardedDecoder) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_hundreds_of_pictures_leave_no_descriptor_and_no_process(decoder: GuardedDecoder) -> None:
+def test_hundreds_of_images_leave_no_descriptor_and_no_process(decoder: GuardedDecoder) -> None:
     decoder.prepare(SMALL)
     before, pid, processes = descriptors(), pid_of(decoder), len(children())
-    pictures = [picture_file(seed, "JPEG") for seed in range(10)] + [picture_file(1)[:500], b"text"]
+    images = [image_file(seed, "JPEG") for seed in range(10)] + [image_file(1)[:500], b"text"]
     for i in range(300):
         try:
-            decoder.prepare(pictures[i % len(pictures)])
+            decoder.prepare(images[i % len(images)])
         except ImageError:
-            assert i % len(pictures) >= 10
+            assert i % len(images) >= 10
     assert (descriptors(), pid_of(decoder), len(children())) == (before, pid, processes)
 
 
@@ -332,7 +332,7 @@ time.sleep(120)
 
 def test_child_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PIL", "jobs", "json", "nsnet", "numpy"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file that lay beside the pictures was run')")
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file that lay beside the images was run')")
     monkeypatch.chdir(tmp_path)
     with closing(Zygote(decoding.SERVICE)) as zygote, closing(GuardedDecoder(CONFIG, zygote)) as decoder:
         assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
@@ -347,7 +347,7 @@ def test_child_that_cannot_start_is_an_error_of_its_own(monkeypatch: pytest.Monk
     assert decoder._child is None and descriptors() == before
 
 
-# A child that lies: it answers with the bytes of the picture that it is sent.
+# A child that lies: it answers with the bytes of the image that it is sent.
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +422,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("name", NONSENSE)
-def test_senseless_answer_costs_that_picture_and_the_child(name: str, echo: Callable[..., GuardedDecoder]) -> None:
+def test_senseless_answer_costs_that_image_and_the_child(name: str, echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo()
     decoder.prepare(answer())
     pid = pid_of(decoder)
@@ -433,20 +433,20 @@ def test_senseless_answer_costs_that_picture_and_the_child(name: str, echo: Call
 
 
 @pytest.mark.parametrize("said", [b"\x02", message(b"{")[:-1], answer()[:-1], answer()[: -len(PAYLOAD)]])
-def test_answer_that_does_not_end_costs_that_picture(said: bytes, echo: Callable[..., GuardedDecoder]) -> None:
+def test_answer_that_does_not_end_costs_that_image(said: bytes, echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo(max_seconds=0.5)
     with pytest.raises(ImageTimeoutError):
         decoder.prepare(said)
     assert decoder.prepare(answer(width=77)).width == 77
 
 
-def test_more_than_one_answer_is_not_taken_for_the_next_picture(echo: Callable[..., GuardedDecoder]) -> None:
+def test_more_than_one_answer_is_not_taken_for_the_next_image(echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo()
     assert decoder.prepare(answer(width=1) + answer(width=2)).width == 1
     assert decoder.prepare(answer(width=3)).width == 3
 
 
-def test_interrupted_answer_is_not_taken_for_the_next_picture(echo: Callable[..., GuardedDecoder]) -> None:
+def test_interrupted_answer_is_not_taken_for_the_next_image(echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo()
     decoder.prepare(answer())
     pid = pid_of(decoder)
@@ -478,12 +478,12 @@ UNKNOWN_CLASSES = [
 
 
 @pytest.mark.parametrize("kind", UNKNOWN_CLASSES)
-def test_unknown_error_class_is_a_corrupt_picture(kind: Any, echo: Callable[..., GuardedDecoder]) -> None:
+def test_unknown_error_class_is_a_corrupt_image(kind: Any, echo: Callable[..., GuardedDecoder]) -> None:
     with pytest.raises(ImageCorruptError, match="^so it said$"):
         echo().prepare(error(error_class=kind, error_message="so it said"))
 
 
-def test_error_classes_of_pictures_are_looked_up_by_name(echo: Callable[..., GuardedDecoder]) -> None:
+def test_error_classes_of_images_are_looked_up_by_name(echo: Callable[..., GuardedDecoder]) -> None:
     decoder = echo()
     for kind in (ImageError, ImageEmptyError, ImageTimeoutError, DecoderCrashError, FetchError):
         with pytest.raises(kind) as caught:

@@ -27,12 +27,12 @@ from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageCorruptError,
 from nsnet.images import DecodeLimits
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig
-from tests.support.tables import picture_file, verdict_row
+from tests.support.tables import image_file, verdict_row
 
 CONFIG = PreparationConfig(
     patches=PatchConfig(patch_px=8, mosaic_px=16), limits=DecodeLimits(max_seconds=0.6)
 )  # fmt: skip
-GOOD = picture_file()
+GOOD = image_file()
 
 
 class Decoder(GuardedDecoder):

@@ -35,29 +35,29 @@ from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
 from tests.support.models import FROZEN
 from tests.support.proxy import PASS, Action, Always, FaultyProxy, Script
-from tests.support.tables import new_bucket, one_thread, picture_file, put, save_bundle, todo_row, todo_table
+from tests.support.tables import image_file, new_bucket, one_thread, put, save_bundle, todo_row, todo_table
 
 REPORT = Progress()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
 CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
-COLUMNS = [*schema.SOURCE, *schema.PICTURE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS]
+COLUMNS = [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS]
 MOSAIC, THUMBNAIL = (pa.field(name, pa.binary()) for name in ("mosaic", "thumbnail"))
 PREPARED = pa.schema([*COLUMNS, MOSAIC, THUMBNAIL])
 CAPTIONED = pa.schema([*COLUMNS, MOSAIC])
 PIXELS = {"mosaic", "thumbnail"}
 
 FILES = {
-    "a.png": picture_file(1),
+    "a.png": image_file(1),
     "text.jpg": b"no picture",
-    "b.jpg": picture_file(2, "JPEG", 90, 70),
-    "cut.png": picture_file(3, "PNG", 80, 80)[:3000],
+    "b.jpg": image_file(2, "JPEG", 90, 70),
+    "cut.png": image_file(3, "PNG", 80, 80)[:3000],
     "empty.png": b"",
-    "large.png": picture_file(4, "PNG", 100, 100),
-    "c.webp": picture_file(5, "WEBP"),
-    "d.gif": picture_file(6, "GIF"),
-    "large with unknown size.png": picture_file(4, "PNG", 100, 100),
-    "e.png": picture_file(7, "PNG", 10, 10),
+    "large.png": image_file(4, "PNG", 100, 100),
+    "c.webp": image_file(5, "WEBP"),
+    "d.gif": image_file(6, "GIF"),
+    "large with unknown size.png": image_file(4, "PNG", 100, 100),
+    "e.png": image_file(7, "PNG", 10, 10),
 }
 OUTCOMES: dict[str, tuple[str | None, str | None]] = {
     "a.png": (None, None), "text.jpg": ("decode", "ImageUnidentifiedError"), "b.jpg": (None, None),
@@ -135,7 +135,7 @@ def embedder(models: Models) -> Embed:
 
 @pytest.fixture(scope="module")
 def all_failed(manifest: pa.Table) -> pa.Table:
-    """What is prepared of pictures that are not there."""
+    """What is prepared of images that are not there."""
     rows = [{**row, "uri": row["uri"] + ".absent"} for row in manifest.to_pylist()]
     return Prepare(config=CONFIG, schema=PREPARED)(todo_table(*rows))
 
@@ -176,16 +176,16 @@ class Watched:
         if name != self._method:
             return getattr(self._model, name)
 
-        def call(pictures: NDArray[np.uint8], *arguments: Any) -> Any:
-            self.calls.append(pictures.copy())
-            return getattr(self._model, name)(pictures, *arguments)
+        def call(images: NDArray[np.uint8], *arguments: Any) -> Any:
+            self.calls.append(images.copy())
+            return getattr(self._model, name)(images, *arguments)
 
         return call
 
     @property
     def distinct(self) -> int:
-        """How many different pictures it was shown."""
-        return len({picture.tobytes() for call in self.calls for picture in call})
+        """How many different images it was shown."""
+        return len({image.tobytes() for call in self.calls for image in call})
 
 
 def watched(captioner: Caption, scorer: Score, **changes: Any) -> tuple[Any, Any]:
@@ -221,7 +221,7 @@ def test_preparing_gives_every_row_its_outcome_in_order(manifest: pa.Table, prep
         assert row["error_message"] is None or "\n" not in row["error_message"]
 
 
-def test_prepared_pixels_and_facts_are_those_of_the_picture(prepared: pa.Table) -> None:
+def test_prepared_pixels_and_facts_are_those_of_the_image(prepared: pa.Table) -> None:
     rows = by_name(prepared)
     for name in GOOD:
         expected, row = prepare(FILES[name], CONFIG), rows[name]
@@ -271,7 +271,7 @@ def test_row_is_shown_transformed_and_in_its_own_order(tmp_path: Path) -> None:
     assert transform_seed(row["image_id"], 8) != seed != transform_seed("another", 7)
 
 
-def test_picture_that_is_not_what_its_manifest_says_fails(tmp_path: Path) -> None:
+def test_image_that_is_not_what_its_manifest_says_fails(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(FILES["a.png"])
     right, wrong = hashlib.sha256(FILES["a.png"]).hexdigest(), "0" * 64
     rows = [todo_row(str(tmp_path / "a.png"), expected_hash=digest) for digest in (right, wrong)]
@@ -289,7 +289,7 @@ def test_what_was_captioned_under_a_transform_has_an_id_of_its_own() -> None:
     assert len(keys) == 3
 
 
-def test_pictures_in_a_container_are_prepared(tmp_path: Path) -> None:
+def test_images_in_a_container_are_prepared(tmp_path: Path) -> None:
     (tmp_path / "x.bin.tar").write_bytes(b"12345" + FILES["a.png"] + b"more")
     size = len(FILES["a.png"])
     row = todo_row("x#a", container=str(tmp_path / "x.bin.tar"), position=5, size_bytes=size)
@@ -360,7 +360,7 @@ def test_progress_of_preparing_is_told(manifest: pa.Table) -> None:
 
 
 class Store:
-    """Pictures in a place that can go away and come back."""
+    """Images in a place that can go away and come back."""
 
     def __init__(self, place: str, leave: Callable[[], None], come_back: Callable[[], None]) -> None:
         self.place, self.leave, self.come_back = place, leave, come_back
@@ -381,14 +381,14 @@ class Store:
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
-    pictures = {name: FILES[name] for name in GOOD}
+    images = {name: FILES[name] for name in GOOD}
     if request.param == "disk":
         source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
-        put(str(source), pictures)
+        put(str(source), images)
         yield Store(str(source), lambda: os.rename(source, elsewhere), lambda: os.rename(elsewhere, source))
         return
     network: FaultyProxy = request.getfixturevalue("proxy")
-    yield Store(put(new_bucket() + "/source", pictures), network.stop, network.start)
+    yield Store(put(new_bucket() + "/source", images), network.stop, network.start)
     network.stop()
     network.start()
 
@@ -408,7 +408,7 @@ def on_question(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[
     return asked
 
 
-def test_store_that_stays_away_stops_the_run_and_fails_no_picture(store: Store) -> None:
+def test_store_that_stays_away_stops_the_run_and_fails_no_image(store: Store) -> None:
     store.leave()
     with pytest.raises(OutageError, match=r"has not answered for 0\.2 s .* run the same command again") as caught:
         store.prepare(0.2)
@@ -419,7 +419,7 @@ def test_store_that_stays_away_stops_the_run_and_fails_no_picture(store: Store) 
     assert store.report.total == {"prepared": len(GOOD), "asked_again": 0, "failed": 0}
 
 
-def test_store_that_comes_back_costs_no_picture(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_that_comes_back_costs_no_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.leave()
     asked = on_question(monkeypatch, 3, store.come_back)
     rows = store.prepare(3600.0)
@@ -429,8 +429,8 @@ def test_store_that_comes_back_costs_no_picture(store: Store, monkeypatch: pytes
     assert {row["status"] for row in rows} == {"scored"} and store.report.total["failed"] == 0
 
 
-def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures that came before are not fetched again; those that are really gone are found out afterwards."""
+def test_store_that_went_away_in_the_middle_costs_no_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that came before are not fetched again; those that are really gone are found out afterwards."""
     fetch, fetched = fetching.fetch, Counter[str]()
     missing = f"{store.place}/missing.png"
 
@@ -450,7 +450,7 @@ def test_store_that_went_away_in_the_middle_costs_no_picture(store: Store, monke
 
 
 @pytest.mark.s3
-def test_store_that_is_back_before_it_is_asked_costs_no_picture(
+def test_store_that_is_back_before_it_is_asked_costs_no_image(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An outage of as long as a fetch is tried, and no longer."""
@@ -467,7 +467,7 @@ def test_store_that_is_back_before_it_is_asked_costs_no_picture(
     assert [row["error_class"] for row in rows] == [None] * len(GOOD)
 
 
-def test_missing_picture_fails_at_once_where_its_source_is_there(store: Store) -> None:
+def test_missing_image_fails_at_once_where_its_source_is_there(store: Store) -> None:
     table = pa.concat_tables([store.table, todo_table(todo_row(f"{store.place}/missing.png"))])
     rows = store.prepare(0.0, table)  # an outage would end the run without a wait
     assert [row["status"] for row in rows] == ["scored"] * len(GOOD) + ["failed"]
@@ -475,7 +475,7 @@ def test_missing_picture_fails_at_once_where_its_source_is_there(store: Store) -
     assert store.report.total == {"prepared": len(GOOD) + 1, "asked_again": 0, "failed": 1}
 
 
-def test_all_pictures_missing_fail_where_their_source_holds_others(store: Store) -> None:
+def test_all_images_missing_fail_where_their_source_holds_others(store: Store) -> None:
     rows = store.prepare(0.0, todo_table(*(todo_row(f"{store.place}/gone/{i}.png") for i in range(20))))
     assert {row["error_class"] for row in rows} == {"ObjectMissingError"} and len(rows) == 20
 
@@ -490,7 +490,7 @@ def test_source_whose_mount_point_is_left_empty_is_an_outage(tmp_path: Path) -> 
         Prepare(config=CONFIG, schema=PREPARED, source=str(source), outage_seconds=0.1)(table)
 
 
-def test_replaced_picture_fails_and_the_others_do_not(store: Store) -> None:
+def test_replaced_image_fails_and_the_others_do_not(store: Store) -> None:
     rows = [{**dict.fromkeys(schema.TODO.names), **row} for row in Source(store.place).rows()]
     put(store.place, {"a.png": FILES["e.png"]})
     done = {Path(row["uri"]).name: row for row in store.prepare(0.0, todo_table(*rows))}
@@ -501,7 +501,7 @@ def test_replaced_picture_fails_and_the_others_do_not(store: Store) -> None:
 
 
 @pytest.mark.s3
-def test_denied_picture_fails_and_the_others_do_not(proxy: FaultyProxy) -> None:
+def test_denied_image_fails_and_the_others_do_not(proxy: FaultyProxy) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
     proxy.policy = Always(Action("refuse"), wanted="/b.jpg")
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
@@ -511,7 +511,7 @@ def test_denied_picture_fails_and_the_others_do_not(proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.s3
-def test_picture_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
+def test_image_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
     place, report = put(new_bucket(), {name: FILES[name] for name in GOOD}), Counts()
     proxy.policy = Script(Action("slow_down"), Action("slow_down"), wanted="GET " + place.removeprefix("s3:/") + "/b")
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
@@ -521,7 +521,7 @@ def test_picture_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.s3
-def test_all_requests_for_a_picture_are_counted_also_those_before_an_outage(
+def test_all_requests_for_a_image_are_counted_also_those_before_an_outage(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
@@ -554,7 +554,7 @@ def test_store_that_fails_for_many_and_gives_none_is_away_whatever_else_it_answe
 
 
 @pytest.mark.s3
-def test_one_picture_that_the_store_cannot_give_fails_and_the_others_do_not(proxy: FaultyProxy) -> None:
+def test_one_image_that_the_store_cannot_give_fails_and_the_others_do_not(proxy: FaultyProxy) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
     proxy.policy = Always(Action("refuse", status=500, code="InternalError"), wanted="/b.jpg")
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
@@ -627,7 +627,7 @@ def test_known_caption_of_another_content_is_made_anew(
     assert stage.captioner.distinct == len(GOOD) // 2
 
 
-def test_known_caption_does_not_save_a_picture_that_cannot_be_read(manifest: pa.Table, captioner: Caption) -> None:
+def test_known_caption_does_not_save_a_image_that_cannot_be_read(manifest: pa.Table, captioner: Caption) -> None:
     known = {name: ("known", content_of(name) if name in FILES else "0" * 64) for name in OUTCOMES}
     done = by_name(captioner(Prepare(config=CONFIG, schema=PREPARED)(with_known(manifest, known))))
     outcomes = {name: (row["error_stage"], row["error_class"]) for name, row in done.items()}
@@ -639,8 +639,8 @@ def test_known_caption_does_not_save_a_picture_that_cannot_be_read(manifest: pa.
 
 
 def prepared_of(folder: Path, seeds: list[int]) -> pa.Table:
-    """Pictures by these seeds, equal ones where they are equal, under a name of their own each."""
-    put(str(folder), {f"{i:03}.png": picture_file(seed, "PNG", 60, 50) for i, seed in enumerate(seeds)})
+    """Images by these seeds, equal ones where they are equal, under a name of their own each."""
+    put(str(folder), {f"{i:03}.png": image_file(seed, "PNG", 60, 50) for i, seed in enumerate(seeds)})
     rows = [todo_row(folder / f"{i:03}.png") for i in range(len(seeds))]
     return Prepare(config=CONFIG, schema=PREPARED)(todo_table(*rows))
 
@@ -655,7 +655,7 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """Different pictures, one after the other."""
+    """Different images, one after the other."""
     return prepared_of(tmp_path_factory.mktemp("several"), list(range(11)))
 
 
@@ -699,17 +699,15 @@ def test_verdict_is_of_the_caption_that_its_row_states(scorer: Score, captioned:
     assert together == alone and len(set(alone)) == 3
 
 
-def test_without_reuse_every_picture_is_computed(captioner: Caption, scorer: Score, repeated: pa.Table) -> None:
+def test_without_reuse_every_image_is_computed(captioner: Caption, scorer: Score, repeated: pa.Table) -> None:
     models = replace(captioner.models, reuse=False)
     caption, score = watched(captioner, scorer, models=models)
     done = score(caption(repeated))
-    assert len(caption.captioner.calls) == len(score.detector.calls) == 4  # 13 pictures, 4 in a batch
+    assert len(caption.captioner.calls) == len(score.detector.calls) == 4  # 13 images, 4 in a batch
     assert numbers(done) == numbers(like(scorer)(like(captioner)(repeated)))
 
 
-def test_failure_of_a_content_is_that_of_all_its_pictures(
-    scorer: Score, captioner: Caption, repeated: pa.Table
-) -> None:
+def test_failure_of_a_content_is_that_of_all_its_images(scorer: Score, captioner: Caption, repeated: pa.Table) -> None:
     score = like(scorer, detector=copy.deepcopy(scorer.detector))
     for parameter in score.detector.network.head.parameters():
         parameter.data.fill_(float("nan"))
@@ -720,7 +718,7 @@ def test_failure_of_a_content_is_that_of_all_its_pictures(
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 32])
-def test_every_call_of_a_model_has_the_same_number_of_pictures(
+def test_every_call_of_a_model_has_the_same_number_of_images(
     size: int, captioner: Caption, scorer: Score, prepared: pa.Table, several: pa.Table
 ) -> None:
     caption, score = watched(captioner, scorer, batch_size=size)
@@ -799,7 +797,7 @@ def test_caption_says_whose_it_is_and_of_which_content(captioner: Caption, prepa
             assert row["caption_id"] is row["caption_run_id"] is None
 
 
-def test_picture_without_a_caption_fails_there(captioner: Caption, prepared: pa.Table) -> None:
+def test_image_without_a_caption_fails_there(captioner: Caption, prepared: pa.Table) -> None:
     stage = like(captioner, captioner=copy.deepcopy(captioner.captioner))
     bias = dict(stage.captioner.model.named_parameters())["text_decoder.cls.predictions.bias"]
     with torch.no_grad():

@@ -17,7 +17,7 @@ import pytest
 from jobs.evaluation.comparison import METRICS, compare
 from jobs.evaluation.curves import curves
 from jobs.report.page import COLUMNS, MORE_COLUMNS, render
-from jobs.report.plots import COLOURS, MOST_ROWS, shown
+from jobs.report.plots import COLOURS, MAX_ROWS, shown
 from jobs.report.wording import alarms, per_cent
 from tests.support.tables import verdict_row, verdict_table
 
@@ -243,12 +243,12 @@ def test_kind_of_transform_with_several_levels_has_a_plot_and_all_others_share_o
 
 
 def test_plot_names_the_worst_of_many_generators_and_the_table_all() -> None:
-    names = [f"generator {i}" for i in range(MOST_ROWS + 5)]
+    names = [f"generator {i}" for i in range(MAX_ROWS + 5)]
     result = made_result(made_rows(*names, size=3))
     text = render(result)
     (plot,) = [plot for plot in plots(text) if plot.get("aria-labelledby", "").startswith("acc-")]
     labels = {"".join(element.itertext()) for element in plot.iter("text")}
-    assert len(labels & set(names)) == MOST_ROWS
+    assert len(labels & set(names)) == MAX_ROWS
     best = max(names, key=lambda name: (result["generators"][name]["acc"]["value"], name))
     assert best not in labels and "5 more, all better, are in the table only." in text
     assert all(f"<bdi>{name}</bdi>" in text for name in names)
@@ -301,10 +301,10 @@ def test_what_is_undefined_is_said_and_no_zero() -> None:
     assert "What an alarm is worth" not in lone
 
 
-def test_pictures_that_all_failed_have_a_page_all_the_same() -> None:
+def test_images_that_all_failed_have_a_page_all_the_same() -> None:
     result = made_result([verdict_row("/a", None, label=1, generator="g"), verdict_row("/b", None, label=0)])
     text = render(result)
-    assert "2 labelled pictures failed" in text and "undefined" in text and len(plots(text)) == 2
+    assert "2 labelled images failed" in text and "undefined" in text and len(plots(text)) == 2
 
 
 def test_verdicts_that_are_all_uncertain_have_a_page() -> None:
@@ -313,7 +313,7 @@ def test_verdicts_that_are_all_uncertain_have_a_page() -> None:
 
 
 @pytest.mark.parametrize(("split", "warned"), [("test", False), ("val", True), ("train", True)])
-def test_numbers_on_pictures_that_were_trained_on_are_warned_of(split: str, warned: bool) -> None:
+def test_numbers_on_images_that_were_trained_on_are_warned_of(split: str, warned: bool) -> None:
     seen = [split] if warned else []
     result = made_result(made_rows("g"), rows={"split": split, "used": 60, "left_out": 7, "seen": seen})
     text = render(result)

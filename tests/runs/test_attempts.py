@@ -1,4 +1,4 @@
-"""Attempts: each picture of a manifest is done by exactly one of them, whatever dies and whoever wakes up late."""
+"""Attempts: each image of a manifest is done by exactly one of them, whatever dies and whoever wakes up late."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from jobs.dataset import schema
 from jobs.dataset.manifest import image_id
 from jobs.pipeline import models
 from jobs.runs import attempts, names, removal
-from jobs.runs.attempts import COMMITS, LEAST_COMMIT_ROWS, MOST_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
+from jobs.runs.attempts import COMMITS, MAX_COMMIT_ROWS, MIN_COMMIT_ROWS, Attempt, begin, commit_rows, unfinished
 from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.storage.database import Database
 from nsnet.errors import StorageError
@@ -516,7 +516,7 @@ def test_copy_helps_where_the_same_version_has_no_caption(on_disk: str) -> None:
     assert known(on_disk, [SAME], published) == [of("/b/cat.jpg")]
 
 
-def test_picture_captioned_by_several_runs_is_planned_once(on_disk: str) -> None:
+def test_image_captioned_by_several_runs_is_planned_once(on_disk: str) -> None:
     published = [captioned("/a/cat.jpg"), captioned("/a/cat.jpg"), captioned("/b/cat.jpg")]
     assert known(on_disk, [SAME], published) == [of("/a/cat.jpg")]
 
@@ -550,10 +550,10 @@ def test_captions_that_fit_nothing_are_not_kept(on_disk: str, monkeypatch: pytes
     published = [*many, captioned("/done.jpg", etag=""), captioned("/a/cat.jpg"), captioned("/c/dog.jpg"), *many]
     second = begin_next(on_disk, batches(published, schema.CAPTIONED), CAPTIONER)
     assert [row["known_caption"] for row in todo(second)] == [of("/a/cat.jpg")[0], of("/c/dog.jpg")[0]]
-    assert kept == [0, 2]  # captions of pictures that are done already are of no use either
+    assert kept == [0, 2]  # captions of images that are done already are of no use either
 
 
-def test_caption_hash_and_run_are_of_one_picture_among_many_alike(on_disk: str) -> None:
+def test_caption_hash_and_run_are_of_one_image_among_many_alike(on_disk: str) -> None:
     uris = [f"/{i}/{i % 3}.jpg" for i in range(30_000)]
     told = {f"caption {i}": (f"hash {i * 7919 % 30_011}", f"run {i * 104_729 % 30_011}") for i in range(len(uris))}
     published = (
@@ -663,7 +663,7 @@ def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, rea
         unfinished(str(tmp_path))
     message = str(caught.value)
     assert message.startswith(f"{folder}/run.json is damaged (") and reason in message and "\n" not in message
-    assert message.endswith(f"remove {folder} while no run writes here, and its pictures are planned anew")
+    assert message.endswith(f"remove {folder} while no run writes here, and its images are planned anew")
     assert listing.exists(f"{folder}/manifest.parquet")
 
 
@@ -723,9 +723,9 @@ def test_folders_of_others_beside_the_attempts_are_none(on_disk: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 1000, 10**5, 10**6, 10**7, 10**9])
 def test_rows_of_a_commit_are_bounded_and_so_is_the_number_of_commits(count: int) -> None:
     rows = commit_rows(count)
-    assert LEAST_COMMIT_ROWS <= rows <= MOST_COMMIT_ROWS
-    assert rows == MOST_COMMIT_ROWS or count / (rows + 1) < COMMITS  # not more commits than that
-    assert rows == LEAST_COMMIT_ROWS or count / rows >= COMMITS  # and not more to lose than needed for it
+    assert MIN_COMMIT_ROWS <= rows <= MAX_COMMIT_ROWS
+    assert rows == MAX_COMMIT_ROWS or count / (rows + 1) < COMMITS  # not more commits than that
+    assert rows == MIN_COMMIT_ROWS or count / rows >= COMMITS  # and not more to lose than needed for it
 
 
 # With Ray Data itself.

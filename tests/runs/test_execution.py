@@ -1,4 +1,4 @@
-"""Which run a night continues, gives up or plans, without Ray: no picture is ever published twice by a detector."""
+"""Which run a night continues, gives up or plans, without Ray: no image is ever published twice by a detector."""
 
 import io
 import json
@@ -29,7 +29,7 @@ NAMES = [f"{i}.jpg" for i in range(5)]
 
 
 def write_rows(attempt: attempts.Attempt, run_id: str, most: int | None = None) -> None:
-    """Finish what is left for an attempt, or so many pictures of it."""
+    """Finish what is left for an attempt, or so many images of it."""
     todo = [row for entry in listing.list_files(attempt.todo) for row in read_rows(entry.uri)] if attempt.count else []
     rows = [verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run_id) for row in todo[:most]]
     parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, rows_file(attempt.folder))
@@ -48,7 +48,7 @@ class Verdicts:
 
 
 def work_of(run: Run) -> Work:
-    """How pictures become rows here."""
+    """How images become rows here."""
     return Work(title="score", stages=("scored",), stream=lambda attempt: cast(Any, Verdicts(attempt, run.run_id)))
 
 
@@ -92,7 +92,7 @@ class Nights:
         return record if record["files"] else None
 
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
-        """An attempt that does what is left, or so many pictures of it."""
+        """An attempt that does what is left, or so many images of it."""
         attempt = attempts.begin(run.staging, lock_number)
         write_rows(attempt, run.run_id, most)
         return attempt
@@ -102,7 +102,7 @@ class Nights:
         return listing.subfolders(f"{self.out}/staging")
 
     def published(self) -> Counter[str]:
-        """How often each picture of the source was published, by its name."""
+        """How often each image of the source was published, by its name."""
         uris = catalog.verdicts(self.out).to_table(columns=["uri"]).column("uri").to_pylist()
         return Counter(uri.removeprefix(f"{self.source}/") for uri in uris)
 
@@ -135,10 +135,10 @@ def test_run_with_equal_settings_is_continued(nights: Nights, said: list[str]) -
         "shuffle_seed": 1,
     }  # tuples are lists in JSON
     first = nights.killed(**selection)
-    manifest = reading.read_bytes(f"{first.staging}/{attempts.MANIFEST}")
+    manifest = reading.read_bytes(f"{first.staging}/{attempts.MANIFEST_FILE}")
     said.clear()
     assert nights.killed(**selection) == first
-    assert reading.read_bytes(f"{first.staging}/{attempts.MANIFEST}") == manifest
+    assert reading.read_bytes(f"{first.staging}/{attempts.MANIFEST_FILE}") == manifest
     assert nights.staged() == [first.run_id] and said == []
     record = nights.whole(**selection)
     assert record is not None and record["run_id"] == first.run_id and record["rows"] == 3
@@ -154,7 +154,7 @@ def test_run_that_is_continued_keeps_what_was_finished(nights: Nights) -> None:
     assert nights.published() == Counter(NAMES)
 
 
-def test_continued_run_does_not_see_pictures_that_came_since(nights: Nights) -> None:
+def test_continued_run_does_not_see_images_that_came_since(nights: Nights) -> None:
     nights.killed()
     put(nights.source, {"new.jpg": b"x"})
     nights.whole()
@@ -240,7 +240,7 @@ def test_parts_of_a_publication_that_was_cut_and_overtaken_are_removed(nights: N
 
 def test_run_that_was_overtaken_by_one_over_another_source_is_planned_anew(nights: Nights, tmp_path: Path) -> None:
     first = nights.killed()
-    other = put(f"{tmp_path}/other", {"0.jpg": b"x"})  # it may hold the same pictures: nobody looks
+    other = put(f"{tmp_path}/other", {"0.jpg": b"x"})  # it may hold the same images: nobody looks
     nights.whole({"source": other})
     record = nights.whole()
     assert record is not None and record["run_id"] != first.run_id and record["rows"] == 5
@@ -326,7 +326,7 @@ def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: p
 def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
     run = nights.killed(retry_failed=True)
-    told = reading.read_json(f"{run.staging}/{attempts.SETTINGS}")
+    told = reading.read_json(f"{run.staging}/{attempts.RUN_FILE}")
     selection = json.loads(json.dumps(to_dict(Selection(retry_failed=True))))
     del selection["columns"]  # none are named, as in the settings of older runs
     assert (
@@ -434,7 +434,7 @@ def test_run_that_found_nothing_to_do_overtakes_nobody(nights: Nights) -> None:
 def test_record_that_cannot_be_written_leaves_nothing_to_continue(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the next night would continue a run of nothing, and look at no new picture."""
+    """Else the next night would continue a run of nothing, and look at no new image."""
     nights.whole()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the store is away"):
         patch.setattr(writing, "create", lambda *_: (_ for _ in ()).throw(OSError("the store is away")))

@@ -211,12 +211,12 @@ def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("staged", "message"),
     [
-        (URIS[:9], "10 pictures were planned and 9 rows came: 1 missing, 0 surplus, 0 doubled"),
-        ([*URIS, URIS[3]], "10 pictures were planned and 11 rows came: 0 missing, 0 surplus, 1 doubled"),
-        ([*URIS, "/other.jpg"], "10 pictures were planned and 11 rows came: 0 missing, 1 surplus, 0 doubled"),
-        ([*URIS[1:], URIS[1]], "10 pictures were planned and 10 rows came: 1 missing, 0 surplus, 1 doubled"),
-        ([*URIS[1:], "/other.jpg"], "10 pictures were planned and 10 rows came: 1 missing, 1 surplus, 0 doubled"),
-        ([], "10 pictures were planned and 0 rows came: 10 missing, 0 surplus, 0 doubled"),
+        (URIS[:9], "10 images were planned and 9 rows came: 1 missing, 0 surplus, 0 doubled"),
+        ([*URIS, URIS[3]], "10 images were planned and 11 rows came: 0 missing, 0 surplus, 1 doubled"),
+        ([*URIS, "/other.jpg"], "10 images were planned and 11 rows came: 0 missing, 1 surplus, 0 doubled"),
+        ([*URIS[1:], URIS[1]], "10 images were planned and 10 rows came: 1 missing, 0 surplus, 1 doubled"),
+        ([*URIS[1:], "/other.jpg"], "10 images were planned and 10 rows came: 1 missing, 1 surplus, 0 doubled"),
+        ([], "10 images were planned and 0 rows came: 10 missing, 0 surplus, 0 doubled"),
     ],
 )
 def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str], message: str, out: str) -> None:
@@ -232,7 +232,7 @@ def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str],
 
 def test_run_without_any_staged_file_is_not_published(out: str) -> None:
     run = Run(out=out)
-    with pytest.raises(VerificationError, match="10 pictures were planned and 0 rows came: 10 missing"):
+    with pytest.raises(VerificationError, match="10 images were planned and 0 rows came: 10 missing"):
         run.publish(*stage(run), {})
     assert catalog.runs(out) == []
 
@@ -414,7 +414,7 @@ def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
 def test_run_that_a_later_plan_overtakes_takes_itself_back(
     moment: str, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that slept after its last look at the lock: meanwhile its pictures were planned anew and published."""
+    """A process that slept after its last look at the lock: meanwhile its images were planned anew and published."""
     run, earlier = Run(out=out), publish(out, "20260101T000000Z-aaaaaa", rows_for(URIS[:1]))
     publish(out, "20260103T000000Z-dddddd", rows_for(URIS[:1]), detector_id="another")
     staged, create = stage(run, rows_for(URIS)), writing.create
@@ -736,12 +736,12 @@ def test_published_rows_of_a_detector_come_oldest_run_first(out: str) -> None:
 
 
 def test_published_captions_of_a_captioner_come_whatever_the_detector(out: str) -> None:
-    rows = [{**row, "caption": f"a picture of {row['uri']}"} for row in rows_for(["/a", "/b", "/c"])]
+    rows = [{**row, "caption": f"an image of {row['uri']}"} for row in rows_for(["/a", "/b", "/c"])]
     publish(out, "20260102T000000Z-000000", rows[:1], detector_id="one", captioner_id="blip")
     publish(out, "20260103T000000Z-000000", rows[1:2], detector_id="two", captioner_id="blip")
     publish(out, "20260104T000000Z-000000", rows[2:], detector_id="two", captioner_id="other")
     found = asked(out, schema.CAPTIONED, captioner_id="blip")
-    assert [row["caption"] for row in found] == ["a picture of /a", "a picture of /b"]
+    assert [row["caption"] for row in found] == ["an image of /a", "an image of /b"]
     assert [row["uri"] for row in asked(out, schema.DONE, detector_id="two", captioner_id="blip")] == ["/b"]
 
 

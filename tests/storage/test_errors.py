@@ -29,7 +29,7 @@ SLOW_DOWN, RESET, LOSE = Action("slow_down"), Action("reset"), Action("lose_answ
 
 
 @pytest.fixture
-def picture(proxy: FaultyProxy) -> str:
+def image(proxy: FaultyProxy) -> str:
     """The URI of an object behind the proxy."""
     return put(new_bucket(), {"a.jpg": CONTENT}) + "/a.jpg"
 
@@ -110,7 +110,7 @@ def test_answer_that_s3fs_translated_means_the_same(status: int, code: str) -> N
 
 @pytest.mark.parametrize("attempt", range(1, 12))
 def test_wait_is_spread_below_a_bound_that_doubles(attempt: int) -> None:
-    bound = min(errors.LONGEST_WAIT_SECONDS, errors.FIRST_WAIT_SECONDS * 2**attempt)
+    bound = min(errors.MAX_WAIT_SECONDS, errors.FIRST_WAIT_SECONDS * 2**attempt)
     waits = [wait_seconds(attempt) for _ in range(2000)]
     assert 0.0 <= min(waits) < 0.05 * bound and 0.95 * bound < max(waits) <= bound
     assert abs(sum(waits) / len(waits) - bound / 2) < 0.05 * bound
@@ -118,7 +118,7 @@ def test_wait_is_spread_below_a_bound_that_doubles(attempt: int) -> None:
 
 
 def test_wait_of_many_attempts_is_bounded() -> None:
-    assert max(wait_seconds(attempt) for attempt in (50, 500, 1000)) <= errors.LONGEST_WAIT_SECONDS
+    assert max(wait_seconds(attempt) for attempt in (50, 500, 1000)) <= errors.MAX_WAIT_SECONDS
 
 
 FETCH_ERRORS: list[tuple[Exception, type[FetchError], bool]] = [
@@ -135,7 +135,7 @@ FETCH_ERRORS: list[tuple[Exception, type[FetchError], bool]] = [
 
 
 @pytest.mark.parametrize(("error", "kind", "may_be_outage"), FETCH_ERRORS, ids=lambda value: repr(value)[:40])
-def test_error_becomes_that_of_a_picture(error: Exception, kind: type[FetchError], may_be_outage: bool) -> None:
+def test_error_becomes_that_of_a_image(error: Exception, kind: type[FetchError], may_be_outage: bool) -> None:
     made = fetch_error(error, 3)
     assert type(made) is kind and made.may_be_outage is may_be_outage
     assert made.requests == 3 and "(asked 3 times)" in str(made) and type(error).__name__ in str(made)
@@ -153,11 +153,11 @@ def test_message_is_one_short_line() -> None:
 
 
 @pytest.mark.s3
-def test_fetch_without_a_fault_takes_one_request(proxy: FaultyProxy, picture: str) -> None:
-    etag = listing.describe(picture).etag
+def test_fetch_without_a_fault_takes_one_request(proxy: FaultyProxy, image: str) -> None:
+    etag = listing.describe(image).etag
     for start, length in ((0, None), (0, len(CONTENT) + 1), (100, 50)):
         before = proxy.requests("GET ")
-        fetched = reading.fetch(picture, start, length, etag)
+        fetched = reading.fetch(image, start, length, etag)
         assert fetched.data == CONTENT[start:][:length] and fetched.requests == 1
         assert proxy.requests("GET ") - before == 1
 
@@ -178,25 +178,25 @@ UNSEEN = ("reset", "lost answer", "cut in the head")
 @pytest.mark.s3
 @pytest.mark.parametrize("length", [None, len(CONTENT) + 1])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_fault_costs_another_request(fault: str, length: int | None, proxy: FaultyProxy, picture: str) -> None:
+def test_one_fault_costs_another_request(fault: str, length: int | None, proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Script(FAULTS[fault], wanted="GET ")
-    fetched = reading.fetch(picture, 0, length)
+    fetched = reading.fetch(image, 0, length)
     assert fetched.data == CONTENT and proxy.requests("GET ") == 2
     # aiohttp asks again by itself, and tells nobody, where a connection that it had kept breaks before the answer
     assert fetched.requests == 2 or (fault in UNSEEN and fetched.requests == 1)
 
 
 @pytest.mark.s3
-def test_part_of_an_object_survives_a_cut(proxy: FaultyProxy, picture: str) -> None:
+def test_part_of_an_object_survives_a_cut(proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Script(Action("cut", 10), Action("cut", 0.9), wanted="GET ")
-    assert reading.fetch(picture, 1000, 500).data == CONTENT[1000:1500]
+    assert reading.fetch(image, 1000, 500).data == CONTENT[1000:1500]
     assert proxy.counts["cut"] == 2
 
 
 @pytest.mark.s3
-def test_requests_of_several_faults_are_counted(proxy: FaultyProxy, picture: str) -> None:
+def test_requests_of_several_faults_are_counted(proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Script(SLOW_DOWN, SLOW_DOWN, Action("cut", 0.5), SLOW_DOWN, wanted="GET ")
-    fetched = reading.fetch(picture)
+    fetched = reading.fetch(image)
     assert fetched.data == CONTENT and proxy.requests("GET ") == 5 and fetched.requests > 1
 
 
@@ -210,36 +210,36 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.s3
 @pytest.mark.parametrize("at", [None, 0, 0.5])
 def test_store_that_stalls_for_too_long_is_asked_again(
-    at: float | None, impatient: None, proxy: FaultyProxy, picture: str
+    at: float | None, impatient: None, proxy: FaultyProxy, image: str
 ) -> None:
     proxy.policy = Script(Action("stall", at, 600.0), wanted="GET ")
-    assert reading.fetch(picture).data == CONTENT
+    assert reading.fetch(image).data == CONTENT
     assert proxy.requests("GET ") == 2
 
 
 @pytest.mark.s3
-def test_stall_shorter_than_the_time_limit_is_waited_for(proxy: FaultyProxy, picture: str) -> None:
+def test_stall_shorter_than_the_time_limit_is_waited_for(proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Script(Action("stall", 0.5, 0.5), wanted="GET ")
-    assert reading.fetch(picture).requests == proxy.requests("GET ") == 1
+    assert reading.fetch(image).requests == proxy.requests("GET ") == 1
 
 
 @pytest.mark.s3
 def test_body_that_only_trickles_is_asked_for_again(
-    proxy: FaultyProxy, picture: str, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystems, "READ_SECONDS", 2)
-    monkeypatch.setattr(reading, "SLOWEST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr(reading, "MIN_BYTES_PER_SECOND", 10**9)
     proxy.policy = Script(Action("trickle", seconds=20.0), wanted="GET ")  # a piece a second, none too late
-    assert reading.fetch(picture, 0, len(CONTENT)).data == CONTENT
+    assert reading.fetch(image, 0, len(CONTENT)).data == CONTENT
     assert proxy.requests("GET ") == 2
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", [SLOW_DOWN, RESET, LOSE, Action("cut", 0.5)], ids=lambda action: action.kind)
-def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, picture: str) -> None:
+def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Always(fault, wanted="GET ")
     with pytest.raises(FetchError) as caught:
-        reading.fetch(picture)
+        reading.fetch(image)
     assert type(caught.value) is FetchError and caught.value.may_be_outage
     # botocore makes at most four of each, and aiohttp some of each of those
     assert ATTEMPTS <= caught.value.requests <= proxy.requests("GET ") <= 12 * ATTEMPTS
@@ -247,18 +247,18 @@ def test_asking_ends_after_some_attempts(fault: Action, proxy: FaultyProxy, pict
 
 
 @pytest.mark.s3
-def test_store_that_is_away_is_a_possible_outage(proxy: FaultyProxy, picture: str) -> None:
+def test_store_that_is_away_is_a_possible_outage(proxy: FaultyProxy, image: str) -> None:
     with proxy.away(), pytest.raises(FetchError) as caught:
-        reading.fetch(picture)
+        reading.fetch(image)
     assert type(caught.value) is FetchError and caught.value.may_be_outage
-    assert reading.fetch(picture).data == CONTENT
+    assert reading.fetch(image).data == CONTENT
 
 
 @pytest.mark.s3
-def test_denied_object_is_not_asked_for_again(proxy: FaultyProxy, picture: str) -> None:
+def test_denied_object_is_not_asked_for_again(proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Always(Action("refuse", status=403, code="AccessDenied"), wanted="GET ")
     with pytest.raises(ObjectDeniedError) as caught:
-        reading.fetch(picture)
+        reading.fetch(image)
     assert caught.value.requests == proxy.requests("GET ") == 1 and not caught.value.may_be_outage
 
 
@@ -294,11 +294,11 @@ def test_object_that_is_gone_is_missing(place: str) -> None:
 
 
 @pytest.mark.s3
-def test_deleted_object_is_asked_for_once(proxy: FaultyProxy, picture: str) -> None:
-    entry = listing.describe(picture)
-    writing.remove_file(picture)
+def test_deleted_object_is_asked_for_once(proxy: FaultyProxy, image: str) -> None:
+    entry = listing.describe(image)
+    writing.remove_file(image)
     with pytest.raises(ObjectMissingError):
-        reading.fetch(picture, 0, 100, entry.etag)
+        reading.fetch(image, 0, 100, entry.etag)
     assert proxy.requests("GET ") == 1
 
 
@@ -316,20 +316,20 @@ def test_object_that_was_replaced_has_changed(content: bytes, start: int, length
 
 
 @pytest.mark.s3
-def test_object_that_is_replaced_between_two_attempts_has_changed(proxy: FaultyProxy, picture: str) -> None:
-    etag = listing.describe(picture).etag
+def test_object_that_is_replaced_between_two_attempts_has_changed(proxy: FaultyProxy, image: str) -> None:
+    etag = listing.describe(image).etag
     replaced = threading.Event()
 
     def replace(request: Any) -> Action:
         if request.operation == "GET" and not replaced.is_set():
             replaced.set()
-            put(picture.removesuffix("/a.jpg"), {"a.jpg": CONTENT[::-1]})
+            put(image.removesuffix("/a.jpg"), {"a.jpg": CONTENT[::-1]})
             return Action("reset")
         return Action()
 
     proxy.policy = replace
     with pytest.raises(ObjectChangedError):
-        reading.fetch(picture, 0, None, etag)
+        reading.fetch(image, 0, None, etag)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -385,15 +385,15 @@ def test_attempts_are_apart_by_growing_waits(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture
-def wrong_keys(picture: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def wrong_keys(image: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The object, and a client whose keys are no longer right."""
     monkeypatch.setattr(filesystems, "_refreshed_at", float("-inf"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(PermissionError):
-            listing.describe(picture)
-    yield picture
+            listing.describe(image)
+    yield image
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -465,37 +465,37 @@ def test_disk_answers_for_a_manifest_as_long_as_that_is_there(tmp_path: Path) ->
 
 @pytest.mark.s3
 def test_store_that_is_away_or_breaks_every_answer_does_not_answer(
-    proxy: FaultyProxy, picture: str, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = picture.removesuffix("/a.jpg")
-    assert probes.store_is_up(picture, source)
+    source = image.removesuffix("/a.jpg")
+    assert probes.store_is_up(image, source)
     with proxy.away():
-        assert not probes.store_is_up(picture, source)
+        assert not probes.store_is_up(image, source)
     for fault in (SLOW_DOWN, RESET, Action("cut", 0.5), Action("refuse", status=500, code="InternalError")):
         proxy.policy = Always(fault)
-        assert not probes.store_is_up(picture, source), fault
+        assert not probes.store_is_up(image, source), fault
     monkeypatch.setattr(probes, "PROBE_TIMEOUT_SECONDS", 0.5)
     proxy.policy = Always(Action("stall", None, 600.0))
     started = time.monotonic()
-    assert not probes.store_is_up(picture, source)
+    assert not probes.store_is_up(image, source)
     assert time.monotonic() - started < 20
 
 
 @pytest.mark.s3
-def test_store_that_denies_answers(proxy: FaultyProxy, picture: str) -> None:
+def test_store_that_denies_answers(proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Always(Action("refuse", status=403, code="AccessDenied"))
-    assert probes.store_is_up(picture, None)
+    assert probes.store_is_up(image, None)
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
-def test_store_that_no_longer_takes_the_keys_does_not_answer(code: str, proxy: FaultyProxy, picture: str) -> None:
+def test_store_that_no_longer_takes_the_keys_does_not_answer(code: str, proxy: FaultyProxy, image: str) -> None:
     proxy.policy = Always(Action("refuse", status=400 if code == "ExpiredToken" else 403, code=code))
-    assert not probes.store_is_up(picture, None)
+    assert not probes.store_is_up(image, None)
 
 
 @pytest.mark.s3
-def test_bucket_that_is_gone_does_not_answer(proxy: FaultyProxy, picture: str) -> None:
+def test_bucket_that_is_gone_does_not_answer(proxy: FaultyProxy, image: str) -> None:
     assert not probes.store_is_up("s3://there-is-no-such-bucket/a.jpg", None)
 
 

@@ -27,7 +27,7 @@ from nsnet import bundle
 from nsnet.errors import NsnetError, SourceError
 from tests.fuzz.driver import status
 from tests.fuzz.thrift import varint, varints
-from tests.support.tables import parquet_bytes, picture_file, verdict_row
+from tests.support.tables import image_file, parquet_bytes, verdict_row
 
 EXTENSION = "ray.data.arrow_pickled_object"
 
@@ -103,7 +103,7 @@ def test_no_column_beside_stored_images_is_unpickled(column: str, mark: Path, tm
     with pytest.raises(NsnetError, match=EXTENSION):
         for row in source.Source(uri).rows():
             fetching.fetch(row, 10**6)
-    (tmp_path / "data" / "y.png").write_bytes(picture_file())
+    (tmp_path / "data" / "y.png").write_bytes(image_file())
     beside = source.Source(str(tmp_path / "data"))
     for row in beside.rows():
         if row["container"]:  # listed before its bytes are looked at
@@ -175,8 +175,8 @@ def read_work(uri: str) -> object:
 @pytest.mark.parametrize(
     ("read", "columns", "column"),
     [
-        (read_split, examples.SPLIT, "uri"),
-        (read_split, examples.SPLIT, "group"),
+        (read_split, schema.SPLIT, "uri"),
+        (read_split, schema.SPLIT, "group"),
         (read_predictions, PREDICTIONS, "detector_id"),
         (read_predictions, PREDICTIONS, "logit"),
         (read_work, schema.TODO, "known_caption"),

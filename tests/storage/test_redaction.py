@@ -22,7 +22,7 @@ from jobs.storage import uris
 from jobs.storage.redaction import SecretsFilter, guard_logs, holds_secrets, shown, without_secrets
 from nsnet.errors import FetchError, UsageError
 from tests.support.models import closed_address
-from tests.support.tables import picture_file, put, run_command, save_bundle
+from tests.support.tables import image_file, put, run_command, save_bundle
 
 SHOWN = [
     ("http://me:s3cret@store:8080/a", "http://***@store:8080/a"),
@@ -126,7 +126,7 @@ def test_logs_hold_no_secret_in_message_arguments_and_traceback() -> None:
     assert text.rstrip().endswith("OSError: https://***@store")
 
 
-def test_row_of_a_failed_picture_holds_no_secret() -> None:
+def test_row_of_a_failed_image_holds_no_secret() -> None:
     row = rows.failed({"uri": "x"}, FetchError("no answer from https://me:s3cret@store/x?sig=s3cret"))
     assert row["error_message"] == "no answer from https://***@store/x?***"
 
@@ -175,9 +175,9 @@ def test_command_shows_and_writes_no_secret(
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     s3fs.S3FileSystem.clear_instance_cache()
-    pictures = put(str(tmp_path / "in"), {f"{label}/{i}.png": picture_file(i) for i, label in
+    images = put(str(tmp_path / "in"), {f"{label}/{i}.png": image_file(i) for i, label in
                                           enumerate(["0_real", "1_fake"] * 2)})  # fmt: skip
-    given = {"source": pictures, "out": str(tmp_path / "out"), "detector": bundle, "captions": "", "split": ""}
+    given = {"source": images, "out": str(tmp_path / "out"), "detector": bundle, "captions": "", "split": ""}
     options: list[str] = []
     if place in given:
         given[place] = f"s3://KEY:{SECRET}@bucket/x"

@@ -1,4 +1,4 @@
-"""Small real models and pictures, shared by the tests of CLIP, captions, bundle and detector."""
+"""Small real models and images, shared by the tests of CLIP, captions, bundle and detector."""
 
 import io
 import socket
@@ -88,8 +88,8 @@ def as_if_trained(config: DetectorConfig = FROZEN, seed: int = 0, clip_weights: 
     return detector
 
 
-def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
-    """A picture of its own for every seed: smooth below, noise on top."""
+def image(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """An image of its own for every seed: smooth below, noise on top."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -98,7 +98,7 @@ def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
 
 
 def file_bytes(image: Image.Image, format: str = "PNG") -> bytes:
-    """A picture as the content of a file."""
+    """An image as the content of a file."""
     buffer = io.BytesIO()
     image.save(buffer, format=format)
     return buffer.getvalue()

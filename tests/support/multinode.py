@@ -124,7 +124,7 @@ class Score:
 
     @property
     def prepared(self) -> int:
-        """Pictures that the last line of progress tells of."""
+        """Images that the last line of progress tells of."""
         told = [line for line in self.lines if line.startswith("score: scored ")]
         return int(told[-1].partition("prepared ")[2].partition(",")[0]) if told else 0
 

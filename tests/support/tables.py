@@ -1,4 +1,4 @@
-"""Small pictures, sources, manifest rows and verdict tables, shared by the tests of the jobs."""
+"""Small images, sources, manifest rows and verdict tables, shared by the tests of the jobs."""
 
 import io
 import logging
@@ -34,8 +34,8 @@ def rows_file(attempt: str, task: int = 0) -> str:
     return f"{attempt}/rows/{WRITE}_{task:06d}-0.parquet"
 
 
-def picture_file(seed: int = 0, file_format: str = "PNG", width: int = 56, height: int = 40, **options: Any) -> bytes:
-    """The content of a picture file, one of its own for every seed."""
+def image_file(seed: int = 0, file_format: str = "PNG", width: int = 56, height: int = 40, **options: Any) -> bytes:
+    """The content of an image file, one of its own for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, file_format, **options)
@@ -43,7 +43,7 @@ def picture_file(seed: int = 0, file_format: str = "PNG", width: int = 56, heigh
 
 
 @cache
-def big_picture_file(side_px: int = 8000) -> bytes:
+def big_image_file(side_px: int = 8000) -> bytes:
     """A small file that keeps a decoder busy for seconds: a square of one grey."""
     buffer = io.BytesIO()
     Image.new("L", (side_px, side_px), 128).save(buffer, "PNG")

@@ -44,7 +44,7 @@ def bucket(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     synthetic.write_bucket(folder / "training" / "train", range(40), seed=0, size_px=224, processes=1)
     synthetic.write_bucket(folder / "training" / "val", range(40, 48), seed=0, size_px=224, processes=1)
     synthetic.write_bucket(folder / "held out", range(100, 112), seed=0, size_px=224, processes=1)
-    (folder / "held out" / "readme.txt").write_text("no picture")
+    (folder / "held out" / "readme.txt").write_text("no image")
     (folder / "held out" / "upsampler" / "0_real" / "bröken #1.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     system, _ = filesystems.filesystem("s3://bucket")
     system.mkdir("end-to-end")
@@ -100,7 +100,7 @@ def test_training_writes_a_bundle_and_refuses_to_train_over_it(bucket: str, dete
     }  # fmt: skip
     assert described["calibration"]["fitted_on"] == 16 and described["calibration"]["point"]["rule"] == "fpr"
     card = reading.read_bytes(f"{detector}/MODEL_CARD.md").decode()
-    assert "| upsampler | 8 | 8 |" in card and "at most 10.000% of real pictures called fake" in card
+    assert "| upsampler | 8 | 8 |" in card and "at most 10.000% of real images called fake" in card
     with pytest.raises(UsageError, match="already holds a trained detector"):
         train(request(bucket, detector))
 
@@ -143,18 +143,18 @@ def test_predictions_of_a_training_are_what_scoring_gives(bucket: str, detector:
 
 @pytest.fixture(scope="module")
 def scored(bucket: str, detector: str) -> dict[str, Any]:
-    """The record of a run over the held out pictures; its verdicts lie in `scored` of the bucket."""
+    """The record of a run over the held out images; its verdicts lie in `scored` of the bucket."""
     return score(f"{bucket}/held out", detector=detector, out=f"{bucket}/scored")
 
 
-def test_scoring_from_s3_to_s3_gives_one_row_per_picture_the_same_in_any_batch(
+def test_scoring_from_s3_to_s3_gives_one_row_per_image_the_same_in_any_batch(
     bucket: str, detector: str, scored: dict[str, Any]
 ) -> None:
     source = f"{bucket}/held out"
     score(source, detector=detector, out=f"{bucket}/scored-one-by-one", batch_size=1)
     first, one_by_one = by_uri(f"{bucket}/scored"), by_uri(f"{bucket}/scored-one-by-one")
     assert scored["rows"] == len(first) == 25
-    assert scored["left_out"] == {".txt is no picture": 1}
+    assert scored["left_out"] == {".txt is no image": 1}
     assert scored["counts"]["status"] == {"failed": 1, "scored": 24}
     (failed,) = [row for row in first.values() if row["status"] == "failed"]
     assert failed["uri"] == f"{source}/upsampler/0_real/bröken #1.jpg"
@@ -176,7 +176,7 @@ def test_evaluation_of_published_verdicts_is_written(bucket: str, scored: dict[s
     assert set(result["generators"]) == {"upsampler"} and result["all"]["real"] + result["all"]["fake"] == 24
 
 
-def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Path) -> None:
+def test_captions_are_one_row_per_image_and_a_record(bucket: str, tmp_path: Path) -> None:
     record = caption(f"{bucket}/held out", out=str(tmp_path))
     table = pq.read_table(tmp_path / "captions", partitioning=None, schema=schema.CAPTIONS)
     assert table.num_rows == record["rows"] == 25
@@ -186,7 +186,7 @@ def test_captions_are_one_row_per_picture_and_a_record(bucket: str, tmp_path: Pa
     assert all(words) and len(words) == 24
     assert record["counts"]["status"] == {"failed": 1, "scored": 24}
     assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
-    assert record["left_out"] == {".txt is no picture": 1}
+    assert record["left_out"] == {".txt is no image": 1}
     assert catalog.runs(str(tmp_path), products.CAPTIONS) == [record] and catalog.runs(str(tmp_path)) == []
     assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
     assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
@@ -222,7 +222,7 @@ def test_manifest_image_parquet_and_tar_score_like_the_folder(bucket: str, detec
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="the collection of hostile files is not here")
-def test_every_hostile_picture_gets_its_row(detector: str, tmp_path: Path) -> None:
+def test_every_hostile_image_gets_its_row(detector: str, tmp_path: Path) -> None:
     record = score(str(HOSTILE), detector=detector, out=str(tmp_path))
     rows = {Path(uri).name: row for uri, row in by_uri(str(tmp_path)).items()}
     with (HOSTILE / "manifest.csv").open(encoding="utf-8") as file:
@@ -230,7 +230,7 @@ def test_every_hostile_picture_gets_its_row(detector: str, tmp_path: Path) -> No
     # The collection was made when HEIC was not decoded. Now it is, on purpose; nothing else may change.
     assert expected[HOSTILE_HEIC] == "error row"
     expected[HOSTILE_HEIC] = "decodes"
-    assert record["left_out"] == {".csv is no picture": 1}
+    assert record["left_out"] == {".csv is no image": 1}
     outcome = {"scored": "decodes", "failed": "error row"}
     assert {name: outcome[str(row["status"])] for name, row in rows.items()} == expected
     assert all(row["error_stage"] and row["error_class"] and row["error_message"] for row in rows.values()
@@ -248,18 +248,18 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     attempts.write_todo(plan.uri, str(tmp_path / "todo"))
     monkeypatch.setattr(stream, "cluster_shares", lambda: resources.shares(cpus=16, gpus=2))
     preparation = PreparationConfig(thumbnail_px=64)
-    pictures_stream = stream.prepared(
+    images_stream = stream.prepared(
         str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
         batch_size=256,
     )  # fmt: skip
-    pictures_stream = pictures_stream.captioned(
+    images_stream = images_stream.captioned(
         CaptionerConfig(model=None), stream.with_pixels(stream.SCORING_COLUMNS, preparation)
     )
-    pictures_stream = pictures_stream.through(
-        Score, pictures_stream.shares.scorers, pictures_stream.models, 256, pictures_stream.report
+    images_stream = images_stream.through(
+        Score, images_stream.shares.scorers, images_stream.models, 256, images_stream.report
     )
-    assert pictures_stream.models.device == "cuda"
-    assert pictures_stream.shares.scorers == 2
+    assert images_stream.models.device == "cuda"
+    assert images_stream.shares.scorers == 2
 
 
 def test_training_refuses_a_source_without_both_classes(bucket: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_scores_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
     save_tiny_captioner(tmp_path / "captioner", seed=0)
     Detector.build(recipes.TINY.detector).save(tmp_path / "bundle", captioner=tmp_path / "captioner")
     mosaics = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), dtype=np.uint8)
-    captions = [f"a picture of {i} things" for i in range(16)]
+    captions = [f"an image of {i} things" for i in range(16)]
     on_cpu, on_gpu = (
         Detector.load(tmp_path / "bundle", device=device).score(mosaics, captions) for device in ("cpu", "cuda")
     )

@@ -1,4 +1,4 @@
-"""Which pictures each process is given in each step, and that they arrive so."""
+"""Which images each process is given in each step, and that they arrive so."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.dataset import schema
+from jobs.dataset.schema import SPLIT
 from jobs.pipeline.preparing import transform_seed
 from jobs.training import examples
-from jobs.training.examples import SPLIT, Examples
+from jobs.training.examples import Examples
 from jobs.training.ingest import FETCHED, Arrival, Ingest
 from jobs.training.order import Order, image_seed
 from nsnet import transforms
@@ -20,7 +21,7 @@ from nsnet.errors import SourceError
 from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
 from nsnet.transforms import AugmentationConfig
-from tests.support.tables import manifest_row, picture_file
+from tests.support.tables import image_file, manifest_row
 
 COUNTS = [(20, 8), (7, 8), (8, 8), (1, 2), (33, 4)]
 CONFIG = PreparationConfig(patches=PatchConfig(patch_px=32, mosaic_px=64))
@@ -36,7 +37,7 @@ def order(count: int, batch_size: int, rank: int = 0, world_size: int = 1, **val
 
 @pytest.mark.parametrize(("count", "batch_size"), COUNTS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_picture_is_used_once_in_every_epoch(count: int, batch_size: int, world_size: int) -> None:
+def test_every_image_is_used_once_in_every_epoch(count: int, batch_size: int, world_size: int) -> None:
     for epoch in range(3):
         seen: Counter[int] = Counter()
         for rank in range(world_size):
@@ -74,7 +75,7 @@ def test_order_that_is_not_shuffled_is_that_of_the_rows() -> None:
     assert [row for step in range(3) for row in one.whole(step).tolist()] == one.rows.tolist()
 
 
-def test_seed_of_a_picture_is_of_seed_epoch_and_picture() -> None:
+def test_seed_of_a_image_is_of_seed_epoch_and_image() -> None:
     seeds = {image_seed(*key) for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
     assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
 
@@ -84,10 +85,10 @@ def test_seed_of_a_picture_is_of_seed_epoch_and_picture() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures, one of them damaged, one that is not there."""
+    """Ten images, one of them damaged, one that is not there."""
     place = tmp_path_factory.mktemp("ingest")
     for i in range(9):
-        (place / f"{i}.png").write_bytes(picture_file(i, "PNG", 90 + i, 80))
+        (place / f"{i}.png").write_bytes(image_file(i, "PNG", 90 + i, 80))
     (place / "4.png").write_bytes(b"no picture")
     return place
 
@@ -116,7 +117,7 @@ def expected_mosaic(split: Examples, row: int, slot_seed: int, chain: str = "") 
 
 
 def check(arrival: Arrival, split: Examples, seeds: dict[int, int], chains: dict[int, str]) -> None:
-    """Good pictures are what preparing them here gives; bad ones are not valid and named once."""
+    """Good images are what preparing them here gives; bad ones are not valid and named once."""
     for at, row in enumerate(arrival.rows.tolist()):
         if arrival.valid[at]:
             expected = expected_mosaic(split, row, seeds[row], chains[row])
@@ -171,5 +172,5 @@ def test_split_that_is_none_is_named(tmp_path: Path) -> None:
             examples.read_split(str(uri))
 
 
-def test_columns_that_pictures_are_fetched_by_are_in_a_split() -> None:
+def test_columns_that_images_are_fetched_by_are_in_a_split() -> None:
     assert set(FETCHED) <= set(SPLIT.names) and set(FETCHED) <= set(schema.MANIFEST.names)

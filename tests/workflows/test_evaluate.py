@@ -18,7 +18,7 @@ from jobs.dataset.plan import write_manifest
 from jobs.dataset.schema import PREDICTIONS
 from jobs.evaluation.comparison import compare, long_table
 from jobs.evaluation.verdicts import NEEDED
-from jobs.report.text import WIDEST, as_text
+from jobs.report.text import MAX_COLUMNS, as_text
 from jobs.runs import catalog
 from jobs.runs.publication import Run
 from jobs.storage import writing
@@ -30,7 +30,7 @@ from tests.support.tables import manifest_row, manifest_table, run_command, verd
 
 Rows = list[dict[str, Any]]
 SIZES = {"Glide": (40, 25), "ADM": (7, 160), "sd v1.4": (300, 3), None: (12, 12)}
-"""Generator -> real and fake pictures."""
+"""Generator -> real and fake images."""
 QUICK = 50
 """Bootstrap samples where intervals do not matter."""
 FILES = ["evaluation.json", "evaluation.parquet", "evaluation.txt", "report.html"]
@@ -70,8 +70,8 @@ def test_table_shows_the_worst_generator_first_and_all_in_columns() -> None:
     ]  # fmt: skip
     names = [re.split("  +", line)[0] for line in lines[2:]]
     worst_first = sorted(result["generators"], key=lambda name: result["generators"][name]["acc"]["value"])
-    assert names == [*worst_first, "macro mean", "all pictures"]
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= WIDEST
+    assert names == [*worst_first, "macro mean", "all images"]
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= MAX_COLUMNS
     for line, name in zip(lines[2:], worst_first, strict=False):
         numbers = result["generators"][name]
         for metric in ("acc", "ap"):
@@ -83,7 +83,7 @@ def test_table_shows_the_worst_generator_first_and_all_in_columns() -> None:
 def test_table_leaves_intervals_out_where_they_do_not_fit_and_shortens_names() -> None:
     rows = [{**row, "generator": "g" * 10_000} for row in labelled_rows()]
     lines = as_text(compare(verdict_table(*rows), samples=QUICK)).splitlines()
-    assert "(" not in "".join(lines) and max(map(len, lines)) <= WIDEST
+    assert "(" not in "".join(lines) and max(map(len, lines)) <= MAX_COLUMNS
     assert lines[2].startswith("g" * (MAX_NAME_LETTERS - 1) + "… ")
 
 
@@ -94,8 +94,8 @@ def test_table_says_what_is_undefined_failed_unlabelled_and_uncertain() -> None:
     text = as_text(compare(verdict_table(*rows), samples=1))
     (line,) = [line for line in text.splitlines() if line.startswith("one class")]
     assert line.split()[2:] == ["0", "4", "0.7500", line.split()[5], "–", "0.7500", "–", "–", "–"]
-    assert "1 labelled pictures failed and are in no number above" in text
-    assert "1 pictures have no label and are in no number above" in text
+    assert "1 labelled images failed and are in no number above" in text
+    assert "1 images have no label and are in no number above" in text
     assert "1 verdicts are uncertain: acc counts them as not right; without them it is –" in text
     assert "–: undefined, one class only" in text
 
@@ -167,7 +167,7 @@ def test_verdicts_of_several_detectors_need_a_choice(tmp_path: Path) -> None:
         evaluate(uri, out=str(tmp_path / "out"), detector_id="c")
 
 
-def test_picture_judged_by_two_runs_counts_once_as_the_newest_has_it(tmp_path: Path) -> None:
+def test_image_judged_by_two_runs_counts_once_as_the_newest_has_it(tmp_path: Path) -> None:
     first = [verdict_row("/a", None, label=0), verdict_row("/b", 0.1, label=1), verdict_row("/c", 0.9, label=1)]
     second = [verdict_row("/a", 0.2, label=0), verdict_row("/b", 0.7, label=1)]
     publish(tmp_path, second, "20260103T000000Z-000000")

@@ -13,16 +13,16 @@ import torch
 
 from nsnet.detector import Detector, Verdict
 from tests.support.swift import SwiftServer
-from tests.support.tables import new_bucket, one_thread, picture_file, put, run_command, save_bundle
+from tests.support.tables import image_file, new_bucket, one_thread, put, run_command, save_bundle
 
 REPO_ROOT = Path(__file__).parents[2]
 FILES = {
-    "a.png": picture_file(1),
-    "cut.png": picture_file(2, "PNG", 80, 80)[:3000],
-    "ü 图.jpg": picture_file(3, "JPEG", 90, 70),
+    "a.png": image_file(1),
+    "cut.png": image_file(2, "PNG", 80, 80)[:3000],
+    "ü 图.jpg": image_file(3, "JPEG", 90, 70),
     "text.png": b"no picture",
     "empty.png": b"",
-    "b.webp": picture_file(4, "WEBP"),
+    "b.webp": image_file(4, "WEBP"),
 }
 GOOD = ["a.png", "ü 图.jpg", "b.webp"]
 
@@ -68,7 +68,7 @@ def test_verdicts_are_those_of_the_detector_in_the_order_asked(
     assert len({verdict.prob_fake for verdict in expected.values()}) == len(GOOD)
 
 
-def test_pictures_that_cannot_be_judged_are_lines_in_their_place(bundle: str, folder: str) -> None:
+def test_images_that_cannot_be_judged_are_lines_in_their_place(bundle: str, folder: str) -> None:
     names = ["text.png", "a.png", "missing.png", "cut.png", "empty.png", "b.webp"]
     code, lines, err = predict(bundle, *(f"{folder}/{name}" for name in names), folder)
     assert code == 3 and err == ""
@@ -81,7 +81,7 @@ def test_pictures_that_cannot_be_judged_are_lines_in_their_place(bundle: str, fo
     assert heads[-1].startswith(f"{folder}: not judged: FetchError: ")
 
 
-def test_json_has_one_object_per_picture(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
+def test_json_has_one_object_per_image(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
     names = ["a.png", "missing.png", "ü 图.jpg", "cut.png"]
     code, lines, _ = predict(bundle, "--json", *(f"{folder}/{name}" for name in names))
     values = [json.loads(line) for line in lines]
@@ -119,12 +119,12 @@ def test_escape_codes_and_bytes_in_names_do_not_reach_the_terminal(
 
 
 def test_limits_are_kept(bundle: str, folder: str) -> None:
-    picture = f"{folder}/a.png"
+    image = f"{folder}/a.png"
     size = len(FILES["a.png"])
-    assert predict(bundle, picture, "--max-bytes", str(size))[0] == 0
-    code, lines, _ = predict(bundle, picture, "--max-bytes", str(size - 1))
+    assert predict(bundle, image, "--max-bytes", str(size))[0] == 0
+    code, lines, _ = predict(bundle, image, "--max-bytes", str(size - 1))
     assert code == 3 and lines[0].endswith(f"{size:,} bytes, the limit is {size - 1:,} (--max-bytes)")
-    code, lines, _ = predict(bundle, picture, "--max-pixels", "2000")
+    code, lines, _ = predict(bundle, image, "--max-pixels", "2000")
     assert code == 3 and "ImageTooLargeError: 56 × 40 px, the limit is 2,000 pixels" in lines[0]
 
 
@@ -143,7 +143,7 @@ def test_other_scheme_and_missing_gpu_are_refused(bundle: str, folder: str) -> N
 
 
 @pytest.mark.s3
-def test_detector_and_pictures_may_lie_in_a_bucket(
+def test_detector_and_images_may_lie_in_a_bucket(
     bundle: str,
     expected: dict[str, Verdict],
     s3_environment: SwiftServer,
