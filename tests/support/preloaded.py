@@ -79,7 +79,7 @@ def processes_below(pid: int) -> list[psutil.Process]:
     return found
 
 
-def serve(address: str) -> dict[str, Any]:
+def serve(listener: socket.socket) -> dict[str, Any]:
     """Fork for each launcher that connects, until standard input ends; returns in each fork alone, with its request.
 
     A launcher that is killed takes its fork along, and is told how its fork ended.
@@ -87,12 +87,8 @@ def serve(address: str) -> dict[str, Any]:
     stdin = sys.stdin.fileno()
     launchers: dict[int, socket.socket] = {}
     selector = selectors.DefaultSelector()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen(64)
     selector.register(listener, selectors.EVENT_READ)
     selector.register(stdin, selectors.EVENT_READ)
-    print("ready", flush=True)
     while True:
         for key, _ in selector.select():
             if key.fd == stdin:
@@ -151,12 +147,16 @@ def leave(selector: selectors.BaseSelector) -> None:
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does for its processes
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(sys.argv[1])
+    listener.listen(64)
+    print("ready", flush=True)  # launchers wait for the rest, while the cluster starts
     for name in MODULES:
         importlib.import_module(name)
     assert "ray" not in sys.modules
     gc.collect()
     gc.freeze()
-    request = serve(sys.argv[1])
+    request = serve(listener)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
