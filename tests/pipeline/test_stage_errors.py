@@ -4,6 +4,8 @@ Costs 15 s of the cluster that others need as well.
 """
 
 import errno
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +22,13 @@ RAISED: list[tuple[Exception, type[Exception], str]] = [
     (MemoryError("33 GiB"), StorageError, "^MemoryError: 33 GiB: out of memory"),
     (KeyError("uri"), KeyError, r"in raises\b"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_actor_is_left() -> Iterator[None]:
+    """Ray keeps the actors of a failed dataset, and their CPU, as long as anything holds its error."""
+    yield
+    gc.collect()
 
 
 def error_of(stage: Any, *arguments: Any) -> Exception:
