@@ -116,7 +116,7 @@ def test_order_of_a_manifest_of_many_batches_is_kept(on_disk: str) -> None:
 def test_what_is_left_lies_in_a_file_per_task(
     count: int, rows: int, on_disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"TASKS": 4, "LEAST_TASK_ROWS": 32, "MOST_TASK_ROWS": 50}.items():
+    for name, value in {"TASKS": 4, "MIN_TASK_ROWS": 32, "MAX_TASK_ROWS": 50}.items():
         monkeypatch.setattr(attempts, name, value)
     plan(on_disk, *(manifest_row(f"/{i}") for i in range(count)))
     sizes = [pq.read_metadata(uri).num_rows for uri in todo_files(begin_next(on_disk))]
