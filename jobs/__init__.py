@@ -1,1 +1,1 @@
-"""Everything that knows Ray, storage or the command line."""
+"""All code that uses Ray, storage or the command line."""

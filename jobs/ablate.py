@@ -1,4 +1,4 @@
-"""`nsnet ablate`: variants of a recipe, trained and tested on one split with the same seeds, in one table."""
+"""`nsnet ablate`: train and test variants of a recipe on one split with the same seeds, and print one table."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from nsnet.errors import ConfigError
 
 @click.command()
 @click.argument("source", type=parameters.URI)
-@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI for trainings and table.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI for the trainings and the table.")
 @click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
-@click.option("--variant", "variants", multiple=True, help=f"Of the recipe; several. Default: {', '.join(VARIANTS)}.")
-@click.option("--seeds", default="0", show_default=True, help="Seeds of weights and order, such as 0,1,2.")
-@click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of the split, the same for all.")
+@click.option("--variant", "variants", multiple=True, help=f"Repeatable; default: {', '.join(VARIANTS)}.")
+@click.option("--seeds", default="0", show_default=True, help="Seeds of weights and image order, such as 0,1,2.")
+@click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of the one split of all trainings.")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
 @click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
@@ -26,7 +26,7 @@ from nsnet.errors import ConfigError
     "--captions",
     type=parameters.URI,
     default=None,
-    help="Where nsnet caption published; default: captions are made below OUT.",
+    help="Output of nsnet caption; default: make captions below OUT.",
 )
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
 @parameters.max_left_out_option
@@ -38,14 +38,14 @@ from nsnet.errors import ConfigError
 def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) -> int:
     """Train variants of a recipe on SOURCE, test them on the same images, and print one table with intervals.
 
-    What was finished is kept: the same command continues.
+    Finished trainings are kept: run the same command again to continue.
     """
     limits = parameters.limits_from(options)
     try:
-        numbers = tuple(int(part) for part in seeds.split(","))
+        seed_numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise ConfigError(f"--seeds {seeds}: give numbers such as 0,1,2") from None
-    ablate(source, variants=variants or VARIANTS, seeds=numbers, limits=limits, **options)
+    ablate(source, variants=variants or VARIANTS, seeds=seed_numbers, limits=limits, **options)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`nsnet audit`: what a source holds, and what in it would fool a detector or a benchmark."""
+"""`nsnet audit`: report the content of a source and what in it would mislead a detector or a benchmark."""
 
 from dataclasses import fields
 from typing import Any
@@ -18,10 +18,10 @@ from nsnet.duplicates import DISTANCE
     "--out",
     type=parameters.URI,
     default=None,
-    help=f"Where facts, {RESULT_FILE}, {REPORT_FILE} and {COPIES_FILE} go; default: only print.",
+    help=f"Folder or s3:// URI for facts, {RESULT_FILE}, {REPORT_FILE} and {COPIES_FILE}; default: only print.",
 )
-@click.option("--distance", default=DISTANCE, show_default=True, help="Bits in which hashes of near-duplicates differ.")
-@click.option("--seed", default=0, show_default=True, help="Of what is drawn for the metadata's AUROC.")
+@click.option("--distance", default=DISTANCE, show_default=True, help="Most differing hash bits of near-duplicates.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sample for the metadata's AUROC.")
 @parameters.selection_options
 @parameters.max_failed_option
 @parameters.max_left_out_option
@@ -29,10 +29,10 @@ from nsnet.duplicates import DISTANCE
 @parameters.address_option
 @parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Report what SOURCE holds by generator and class, what lies in it twice, and how well file format, size, bytes per
-    pixel and JPEG quality alone tell real from fake.
+    """Report the images of SOURCE by generator and class, duplicates, and how well file format, size, bytes per pixel
+    and JPEG quality alone separate real from fake.
 
-    Images are looked at once: with --out, the next audit of the source looks at what is new or changed.
+    With --out, the next audit of the source reads only new and changed images.
     """
     limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})

@@ -1,4 +1,4 @@
-"""`nsnet calibrate`: a detector for another operating point, from the validation predictions of its training."""
+"""`nsnet calibrate`: make a detector for another operating point, from the validation predictions of its training."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ from jobs.storage.uris import Uri
     "--predictions",
     type=parameters.URI,
     required=True,
-    help="predictions.parquet of its training; only validation is used.",
+    help="predictions.parquet of its training; only validation rows are used.",
 )
 @click.option(
     "--operating-point", required=True, help="accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share)."
 )
 @click.option(
     "--uncertain", type=parameters.ShareType(), default=None,
-    help="Share of images nearest to the threshold that are called uncertain; default: what the point says, or none.",
+    help="Share of images nearest to the threshold to call uncertain; default: that of the operating point, or none.",
 )  # fmt: skip
-@click.option("--out", type=parameters.URI, required=True, help="Where the new bundle goes: a folder or s3:// URI.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the new bundle.")
 @parameters.debug_option
 def command(detector: Uri, **options: Any) -> int:
-    """Write DETECTOR again with temperature, threshold and band for another operating point, as a detector of its own.
+    """Write a copy of DETECTOR with the temperature, threshold and uncertain band of another operating point.
 
-    Weights stay; test images are never looked at.
+    The weights stay the same; test images are never used.
     """
     calibrate(detector, **options)
     return 0

@@ -1,4 +1,4 @@
-"""`nsnet caption`: a source of images to captions and their text features, once for all trainings."""
+"""`nsnet caption`: publish captions and text features of a source, once for all trainings."""
 
 from dataclasses import fields
 from typing import Any
@@ -13,11 +13,11 @@ from jobs.workflows.caption import caption
 
 @click.command()
 @click.argument("source", type=parameters.URI)
-@click.option("--out", type=parameters.URI, required=True, help="Where captions are published: a folder or s3:// URI.")
-@click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are asked.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish captions in.")
+@click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are used.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
 @parameters.selection_options
-@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
+@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of exiting with code 4.")
 @parameters.max_failed_option
 @parameters.max_left_out_option
 @parameters.weights_options
@@ -25,11 +25,10 @@ from jobs.workflows.caption import caption
 @parameters.address_option
 @parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Caption the images of SOURCE that have no caption in OUT yet: one published row each, with the caption and its
-    features by the frozen text tower, or the reason why there is none. The same command continues a run that was
-    stopped.
+    """Caption the images of SOURCE that have no caption in OUT yet. Each gets one published row, with the caption and
+    its features by the frozen text tower, or with an error. The same command continues a stopped run.
 
-    Training reads them (`nsnet train --captions OUT`), and loads neither captioner nor text tower.
+    Training reads these rows (`nsnet train --captions OUT`), and loads neither captioner nor text tower.
     """
     limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})

@@ -1,4 +1,4 @@
-"""The console script: `nsnet COMMAND`. Each command is a module, which also runs as `python -m jobs.COMMAND`."""
+"""Console script `nsnet COMMAND`. Each command is a module, which also runs as `python -m jobs.COMMAND`."""
 
 import importlib
 from typing import Final
@@ -8,16 +8,16 @@ import click
 from jobs.console.main import run
 
 COMMANDS: Final = {
-    "audit": "Look for what would fool a detector in a labelled source.",
+    "audit": "Find what would mislead a detector in a labelled source.",
     "caption": "Caption the images of a source, once for all trainings.",
     "train": "Train a detector on labelled images.",
     "ablate": "Train variants of a recipe on one split, and compare them.",
     "calibrate": "Choose another operating point for a detector.",
-    "import-head": "Make a detector of a published linear head.",
-    "score": "Score what is new or changed in a source and publish the verdicts.",
+    "import-head": "Make a detector from a published linear head.",
+    "score": "Score new and changed images of a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
     "predict": "Judge single images, without a cluster.",
-    "demo": "Make images, train, score and evaluate, on this machine.",
+    "demo": "Make images, train, score and evaluate on this machine.",
 }
 
 
@@ -42,15 +42,15 @@ class _Group(click.Group):
 @click.group(cls=_Group)
 @click.version_option(package_name="nsnet")
 def group() -> None:
-    """Tell AI-generated images from real ones, over whole object-store buckets.
+    """Detect AI-generated images in whole object-store buckets.
 
-    Exit codes: 0 done; 1 a bug or the infrastructure; 2 wrong usage; 3 finished, but more images failed than allowed;
-    4 another run holds the lock.
+    Exit codes: 0 done; 1 a bug or an infrastructure error; 2 wrong usage; 3 finished, but more images failed than
+    allowed; 4 another run holds the lock.
     """
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the console script."""
     run(group, "nsnet")
 
 

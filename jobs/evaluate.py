@@ -1,4 +1,4 @@
-"""`nsnet evaluate`: verdicts against labels, per generator and as the unweighted mean over generators, as a report."""
+"""`nsnet evaluate`: report verdicts against labels, per generator and as the unweighted mean over generators."""
 
 from typing import Any
 
@@ -16,29 +16,29 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
     "--out",
     type=parameters.URI,
     required=True,
-    help="Folder for evaluation.json, .txt and .parquet, and for report.html.",
+    help="Folder for evaluation.json, .txt and .parquet, and report.html.",
 )
 @click.option(
     "--detector",
     type=parameters.URI,
     default=None,
-    help="Bundle that scores the images, when a labelled source is given.",
+    help="Bundle that scores the images of a labelled source.",
 )
-@click.option("--detector-id", default=None, help="Only verdicts of this detector, where several have scored.")
+@click.option("--detector-id", default=None, help="Use only verdicts of this detector.")
 @click.option(
     "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|CHAIN,…]",
-    help="Score each image under these transforms as well, such as jpeg:75,resize:0.5+jpeg:75.",
+    help="Also score each image under these transforms, such as jpeg:75,resize:0.5+jpeg:75.",
 )  # fmt: skip
 @click.option(
     "--pair", "pairs", multiple=True, metavar="FAKE=REAL",
-    help="Compare a generator with fakes only with the reals of another; several; auto: as benchmarks do.",
+    help="Compare a generator without reals with the reals of another; repeatable; auto: as benchmarks do.",
 )  # fmt: skip
-@click.option("--split", default=None, help="Rows of this split, or all. Default: test, where there is one.")
+@click.option("--split", default=None, help="Rows of this split, or all. Default: test, if present.")
 @click.option(
     "--threshold", type=click.FloatRange(0, 1), default=None,
-    help="Call fake from this probability on, as benchmarks do with 0.5, whatever the detector said.",
+    help="Call fake from this probability on, instead of the detector's threshold; benchmarks use 0.5.",
 )  # fmt: skip
-@click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples of the intervals.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples for the intervals.")
 @parameters.max_failed_option
 @parameters.column_option
 @parameters.max_left_out_option
@@ -50,15 +50,15 @@ def command(
 ) -> int:
     """Compare published verdicts (an output of `nsnet score`, or a Parquet file of it) with their labels.
 
-    Given a labelled source of images instead, with --detector, scores it first, below OUT; the same command
-    continues. Labels, generators and splits are then those that the source gives now. The predictions of a training
-    (OUT.training/predictions.parquet) are verdicts as well.
+    With --detector, the argument is a labelled source of images. It is scored first, below OUT; the same command
+    continues a stopped run. Labels, generators and splits are then the current ones of the source. The predictions of
+    a training (OUT.training/predictions.parquet) are verdicts as well.
     """
     result = evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
-    if result["source"] is None:  # the command that scored has checked this
+    if result["source"] is None:  # `nsnet score` has checked the failed images
         return 0
-    failed, all_scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
-    failed_code = main.exit_code({"status": {"failed": failed}}, all_scored + failed, max_failed)
+    failed, scored = result["failed"], result["all"]["real"] + result["all"]["fake"]
+    failed_code = main.exit_code({"status": {"failed": failed}}, scored + failed, max_failed)
     return max(failed_code, main.left_out_code(result, max_left_out))
 
 

@@ -1,4 +1,4 @@
-"""`nsnet import-head`: a published linear head on CLIP features, such as UniversalFakeDetect's, to a bundle."""
+"""`nsnet import-head`: make a bundle from a published linear head on CLIP features, such as UniversalFakeDetect's."""
 
 from typing import Any
 
@@ -11,9 +11,7 @@ from jobs.storage.uris import Uri
 
 @click.command("import-head")
 @click.argument("head", type=parameters.MODEL_PATH)
-@click.option(
-    "--out", type=parameters.URI, required=True, help="Where the detector bundle goes: a folder or s3:// URI."
-)
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the detector bundle.")
 @click.option("--recipe", default="vit-l-14", show_default=True, help="The CLIP that the head was trained on.")
 @click.option(
     "--clip-weights",
@@ -23,10 +21,11 @@ from jobs.storage.uris import Uri
 )
 @parameters.debug_option
 def command(head: Uri, **options: Any) -> int:
-    """Make a detector of HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
-    frozen CLIP image tower: a .safetensors file, or a .pth file, of which nothing but tensors is read.
+    """Make a detector from HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
+    frozen CLIP image tower: a .safetensors file, or a .pth file, from which only tensors are read.
 
-    It looks at the middle of an image, as UniversalFakeDetect does, and calls it fake from a probability of 0.5 on.
+    The detector crops the centre of an image, as UniversalFakeDetect does, and calls it fake from a probability of 0.5
+    on.
     """
     import_head(head, **options)
     return 0

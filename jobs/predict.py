@@ -1,4 +1,4 @@
-"""`nsnet predict`: verdicts on single images, in this process, without Ray."""
+"""`nsnet predict`: judge single images in this process, without Ray."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from jobs.workflows.predict import as_text, predict
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, on a line of its own.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if a GPU is available.")
 @parameters.weights_options
 @parameters.limit_options
 @parameters.debug_option
 def command(images: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Judge one or more images (paths or s3:// URIs), each with its reasons.
+    """Judge one or more images (paths or s3:// URIs) and print the reasons.
 
-    Exit code 3 when an image could not be judged.
+    The exit code is 3 when an image could not be judged.
     """
     failures = 0
     for values in predict(images, limits=parameters.limits_from(options), **options):

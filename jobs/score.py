@@ -1,4 +1,4 @@
-"""`nsnet score`: a source of images to published verdicts, exactly once per version of an image and detector."""
+"""`nsnet score`: publish verdicts on a source of images, exactly once per image version and detector."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,19 +15,19 @@ from jobs.workflows.score import score
 @click.command()
 @click.argument("source", type=parameters.URI)
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
-@click.option("--out", type=parameters.URI, required=True, help="Where verdicts are published: a folder or s3:// URI.")
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish verdicts in.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
 @parameters.selection_options
 @click.option(
-    "--reuse/--no-reuse", default=True, show_default=True, help="Take over published captions; do equal files once."
+    "--reuse/--no-reuse", default=True, show_default=True, help="Reuse published captions; score equal files once."
 )
-@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of leaving with exit code 4.")
+@click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of exiting with code 4.")
 @click.option(
     "--outage-seconds",
     type=float,
     default=OUTAGE_SECONDS,
     show_default=True,
-    help="Stop, to be continued, when the store of the images does not answer for so long.",
+    help="Stop when the store of the images does not answer for this long; the same command continues.",
 )
 @parameters.max_failed_option
 @parameters.max_left_out_option
@@ -36,8 +36,8 @@ from jobs.workflows.score import score
 @parameters.address_option
 @parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Score the images of SOURCE that this detector has not judged yet: one published row each, a verdict or the
-    reason why there is none. The same command continues a run that was stopped.
+    """Score the images of SOURCE that this detector has not judged yet. Each gets one published row, with a verdict or
+    an error. The same command continues a stopped run.
 
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a
     WebDataset tar.

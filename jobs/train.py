@@ -1,4 +1,4 @@
-"""`nsnet train`: labelled images to a detector bundle."""
+"""`nsnet train`: train a detector bundle on labelled images."""
 
 from typing import Any
 
@@ -13,32 +13,30 @@ from jobs.storage.uris import Uri
 
 @click.command()
 @click.argument("source", type=parameters.URI)
-@click.option(
-    "--out", type=parameters.URI, required=True, help="Where the detector bundle goes: a folder or s3:// URI."
-)
+@click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the detector bundle.")
 @click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
 @click.option("--variant", default="advanced", show_default=True, help="advanced, original[:RULE], linear, rank-k[:K].")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
 @click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, order and split.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, image order and split.")
 @click.option(
     "--captions",
     type=parameters.URI,
     default=None,
-    help="Where nsnet caption published; default: captions are made beside OUT.",
+    help="Output of nsnet caption; default: make captions beside OUT.",
 )
-@click.option("--caption-missing", is_flag=True, help="Caption images that have no caption there, on the way.")
+@click.option("--caption-missing", is_flag=True, help="Caption images that have no caption in --captions.")
 @click.option(
-    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same images."
+    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same split."
 )
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Keep this generator's images for the test.")
 @click.option(
     "--operating-point",
     default="accuracy",
     show_default=True,
-    help="What the threshold is for: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
+    help="Goal of the threshold: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
 )
 @click.option(
     "--max-failed", type=parameters.ShareType(), default="5%", show_default=True, help="Share of unreadable images."
@@ -53,8 +51,8 @@ def command(source: Uri, **options: Any) -> int:
     """Train a detector on the labelled images of SOURCE and write it as a bundle.
 
     Labels come from 0_real|1_fake, nature|ai or real|fake folders, or from a `label` column. `train`, `val` and `test`
-    folders, or a `split` column, are kept; a pool without them is split by content. The same command continues after a
-    stop. Split, records and predictions lie in OUT.training.
+    folders, or a `split` column, are kept; images without them are split by content. The same command continues a
+    stopped training. Split, records and predictions are in OUT.training.
     """
     train(TrainRequest(source=source, limits=parameters.limits_from(options), **options))
     return 0

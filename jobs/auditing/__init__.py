@@ -1,1 +1,1 @@
-"""What `nsnet audit` finds in a labelled source: inventory, duplicates, labels that metadata give away; its text."""
+"""Findings of `nsnet audit` in a labelled source: inventory, duplicates, metadata bias; and their text."""

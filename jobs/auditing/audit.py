@@ -1,4 +1,4 @@
-"""An audit: facts of a source's images, what they show, and the report."""
+"""Audit a source: collect facts of its images, analyse them, and write the report."""
 
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def audit(
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Audit a source, print the report, and store it where there is an `out`; returns the result."""
+    """Audit a source, print the report, and store it if `out` is given; returns the result."""
     if not 0 <= distance < BITS or not 0 <= seed < 2**32:
         raise ConfigError(
             f"--distance must be 0 to {BITS - 1} bits and --seed 0 to {2**32 - 1}, got {distance} and {seed}"
@@ -61,7 +61,7 @@ def audit(
 
 @contextmanager
 def _place(out: Uri | None) -> Iterator[Uri]:
-    """Where facts are published: the output, or a folder that is removed afterwards."""
+    """The output, or else a temporary folder, to publish facts in."""
     if out is not None:
         yield out
         return
@@ -70,9 +70,10 @@ def _place(out: Uri | None) -> Iterator[Uri]:
 
 
 def _images(source: Uri, place: Uri, selection: Selection, listed_anew: bool) -> tuple[pa.Table, int]:
-    """The images of the source as it is now with their facts, and how many nothing is known of.
+    """The source's current images with their facts, and the number of images without facts.
 
-    An output also knows images that are gone, so that the source has to be listed; a new one knows no others.
+    An existing output may also hold facts of deleted images, so the source is listed again; a temporary one holds only
+    current images.
     """
     facts = catalog.published(place, inventory.KNOWN_COLUMNS, products.FACTS, facts_id=FACTS_ID)
     if not listed_anew:
@@ -86,7 +87,7 @@ def _images(source: Uri, place: Uri, selection: Selection, listed_anew: bool) ->
 
 
 def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tuple[dict[str, Any], pa.Table]:
-    """What rows of `inventory.IMAGES` show, JSON-ready, and the images that have a copy (`copies.COPIES`)."""
+    """JSON-ready findings on rows of `inventory.IMAGES`, and the images that have a copy (`duplicates.COPIES`)."""
     seen = inventory.readable(table)
     say(f"comparing {seen.num_rows:,} images with each other")
     contents, alike = duplicates.groups(seen, distance)
@@ -114,7 +115,7 @@ def _described(
     table: pa.Table, rows: inventory.Indices, groups: inventory.Indices, seed: int, generator: str,
     lent: tuple[str, inventory.Indices] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What some rows of the table hold, and what their metadata tell of them; with the reals that another lends."""
+    """Classes and metadata bias of these rows. `lent`: another generator's name and reals to compare the fakes with."""
     say(f"metadata of {generator}: {len(rows):,} images")
     reals_of, compared = (None, rows) if lent is None else (lent[0], np.concatenate([rows, lent[1]]))
     return {

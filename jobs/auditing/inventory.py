@@ -1,4 +1,4 @@
-"""What a source holds: its images with their published facts, counted and described by generator and class.
+"""Inventory of a source: its images with published facts, counted and described by generator and class.
 
 Dimensions: n images.
 """
@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.int64]
 LISTED_COLUMNS: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")]
 )
-"""What is asked of a listing."""
+"""Columns that a listing must have."""
 KNOWN_COLUMNS: Final = pa.schema(
     [
         schema.FACTS.field(name)
@@ -30,9 +30,9 @@ KNOWN_COLUMNS: Final = pa.schema(
         )
     ]
 )  # fmt: skip
-"""What is asked of published facts."""
+"""Columns that published facts must have."""
 IMAGES: Final = pa.schema([*list(LISTED_COLUMNS)[1:], *list(KNOWN_COLUMNS)[1:]])
-"""An image of the listing with what is known of it."""
+"""Columns of a listed image with its facts."""
 
 CLASSES: Final = ("real", "fake", "unlabelled")
 """Names of label 0, label 1 and no label."""
@@ -40,10 +40,10 @@ NO_SPLIT: Final = "(none)"
 
 
 def images(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -> tuple[pa.Table, int]:
-    """(rows of `IMAGES` in the order of their URIs, images of the listing that nothing is known of).
+    """(rows of `IMAGES` ordered by URI, number of listed images without facts).
 
-    `listing`: rows of `LISTED_COLUMNS`. `facts`: rows of `KNOWN_COLUMNS`, oldest run first: of several rows of an image
-    the newest counts; images that are not listed do not count.
+    `listing`: rows of `LISTED_COLUMNS`. `facts`: rows of `KNOWN_COLUMNS`, oldest run first; the newest row of an image
+    counts, and images that are not listed are ignored.
     """
     with database() as rows:
         rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED_COLUMNS)
@@ -59,12 +59,12 @@ def images(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The images that did not fail."""
+    """The images whose decoding did not fail."""
     return table.filter(pc.equal(table.column("status"), "scored")).combine_chunks()
 
 
 def by_generator(table: pa.Table) -> Iterator[tuple[str, Indices]]:
-    """Each generator with the numbers of its rows, in the order of the names."""
+    """Yield each generator with its row numbers, ordered by name."""
     names = table.column("generator").combine_chunks().fill_null(NO_GENERATOR).dictionary_encode()
     codes = names.indices.to_numpy(zero_copy_only=False)
     order = np.argsort(codes, kind="stable")
@@ -74,7 +74,7 @@ def by_generator(table: pa.Table) -> Iterator[tuple[str, Indices]]:
 
 
 def lent_reals(parts: Mapping[str, Indices], numbers: Indices) -> dict[str, tuple[str, Indices]]:
-    """Generator with fakes only -> the one whose reals its benchmark compares it with, and the rows of these.
+    """Generator without reals -> the generator whose reals its benchmark uses, and the rows of those reals.
 
     `parts`: rows of each generator; `numbers`: `class_numbers` of all rows.
     """
@@ -84,42 +84,42 @@ def lent_reals(parts: Mapping[str, Indices], numbers: Indices) -> dict[str, tupl
 
 
 def class_numbers(table: pa.Table) -> Indices:
-    """(n,) place of each image's class in `CLASSES`."""
+    """(n,) index of each image's class in `CLASSES`."""
     return np.asarray(table.column("label").fill_null(2).to_numpy(), dtype=np.int64)
 
 
 def failures(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """Error class -> number of images, and the URI of one of them; the most frequent first."""
+    """Error class -> number of images and an example URI; the most frequent class first."""
     failed = table.filter(pc.not_equal(table.column("status"), "scored"))
-    found = failed.group_by("error_class").aggregate([("uri", "count"), ("uri", "min")]).to_pylist()
-    found.sort(key=lambda row: (-row["uri_count"], str(row["error_class"])))
-    return {str(row["error_class"]): {"pictures": row["uri_count"], "example": row["uri_min"]} for row in found}
+    by_class = failed.group_by("error_class").aggregate([("uri", "count"), ("uri", "min")]).to_pylist()
+    by_class.sort(key=lambda row: (-row["uri_count"], str(row["error_class"])))
+    return {str(row["error_class"]): {"pictures": row["uri_count"], "example": row["uri_min"]} for row in by_class}
 
 
 def splits(table: pa.Table) -> dict[str, dict[str, dict[str, int]]]:
-    """Split -> generator -> class -> number of images; empty where no image has a split."""
+    """Split -> generator -> class -> number of images; empty if no image has a split."""
     if table.column("split").null_count == table.num_rows:
         return {}
     keys = ["split", "generator", "label"]
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    by_split: dict[str, dict[str, dict[str, int]]] = {}
     for row in (
         table.group_by(keys).aggregate([("uri", "count")]).sort_by([(key, "ascending") for key in keys]).to_pylist()
     ):
-        by_name = found.setdefault(row["split"] or NO_SPLIT, {})
+        by_name = by_split.setdefault(row["split"] or NO_SPLIT, {})
         counts = by_name.setdefault(row["generator"] or NO_GENERATOR, dict.fromkeys(CLASSES, 0))
         counts[CLASSES[2 if row["label"] is None else row["label"]]] += row["uri_count"]
-    return found
+    return by_split
 
 
 def describe(table: pa.Table) -> dict[str, dict[str, Any]]:
-    """Class -> what its images are like; classes without an image are left out."""
+    """Class -> description of its images, for classes that have images."""
     numbers = class_numbers(table)
-    rows = ((name, np.flatnonzero(numbers == i)) for i, name in enumerate(CLASSES))
-    return {name: _describe(table.take(some)) for name, some in rows if len(some)}
+    by_class = ((name, np.flatnonzero(numbers == i)) for i, name in enumerate(CLASSES))
+    return {name: _describe(table.take(rows)) for name, rows in by_class if len(rows)}
 
 
 def _describe(table: pa.Table) -> dict[str, Any]:
-    """Counts are of all images, the rest of those that could be read: None where there is none."""
+    """Counts cover all images, other values only readable ones; None if there are none."""
     seen = readable(table)
     width, height = (seen.column(name).to_numpy().astype(np.int64) for name in ("width", "height"))
     area = np.maximum(width * height, 1)
@@ -137,8 +137,8 @@ def _describe(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def _quantiles(values: npt.NDArray[Any], at: tuple[float, ...]) -> list[float] | None:
-    return [float(value) for value in np.quantile(values, at)] if len(values) else None
+def _quantiles(values: npt.NDArray[Any], levels: tuple[float, ...]) -> list[float] | None:
+    return [float(value) for value in np.quantile(values, levels)] if len(values) else None
 
 
 def _most_common(width: Indices, height: Indices) -> dict[str, Any] | None:

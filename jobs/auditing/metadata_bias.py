@@ -1,9 +1,9 @@
-"""How well real and fake can be told apart without looking at an image: by its file's format, size, bytes and quality.
+"""Measure how well file metadata alone (format, size, bytes per pixel, JPEG quality) separate real from fake.
 
 Dimensions: n images, k columns.
 
-Where that works, a detector may learn it instead of the generator's traces, and a benchmark rewards it (Grommelt et al.
-2024, "Fake or JPEG?"). A small random forest is asked about images that it was not fitted on; its AUROC counts.
+If they do, a detector may learn them instead of the generator's traces, and a benchmark rewards it (Grommelt et al.
+2024, "Fake or JPEG?"). The measure is the AUROC of a small random forest on images that it was not fitted on.
 """
 
 from dataclasses import dataclass
@@ -20,60 +20,60 @@ Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 
 BOUND: Final = 0.6
-"""Metadata tell a generator's images apart where the lower end of the AUROC's interval is above this.
+"""A generator is biased if the lower end of its AUROC's interval is above this.
 
-Of 360 made-up sets of 20, 40 and 100 images whose metadata say nothing, two are called so. Of the eight sets of
-real files that it was tried on three are, with lower ends of 0.65 and above over five seeds; the next one has 0.42."""
+Of 360 synthetic sets of 20, 40 and 100 images with uninformative metadata, two were called biased. Of eight sets of
+real files, three were, with lower ends of at least 0.65 over five seeds; the next one had 0.42."""
 MIN_IMAGES: Final = 10
-"""Different images (near-duplicates count once) that each class must have."""
+"""Minimum distinct images (near-duplicates count once) per class."""
 MAX_IMAGES: Final = 10_000
-"""Images of each class that are looked at, drawn at random: more would only make an interval of ± 0.01 narrower."""
+"""Maximum images per class, drawn at random: more would only narrow an interval of ± 0.01."""
 MAX_RATIO: Final = 20
-"""Images of a class for each of the other at most: more say no more, and trees would hardly meet the rare class."""
+"""Maximum ratio of the classes: more images add nothing, and trees would rarely see the rare class."""
 
 FOLDS: Final = 5
 TREES: Final = 50
 TREE_IMAGES: Final = 2000
-"""Images that a tree is grown on at most: a rule that needs more to be found is none that a detector takes up."""
+"""Maximum training images per tree; a detector is unlikely to learn a weaker shortcut."""
 LEAF_IMAGES: Final = 3
 
 CONFIDENCE_Z: Final = 1.96
 WIDENING: Final = 4.0 / 3.0
-"""Factor on the standard error. The interval's formula takes the scores as given, but the forests that gave them shared
-most of their images: of made-up sets of 20 to 100 images, with a rule and without, the AUROCs were spread 1.3 to
-1.4 times as wide as the formula says."""
+"""Factor on the standard error. The interval's formula takes the scores as fixed, but the forests that gave them share
+most of their images: on synthetic sets of 20 to 100 images, with and without a shortcut, the AUROCs spread 1.3 to 1.4
+times as wide as the formula predicts."""
 
 UNREADABLE: Final = -1
-"""In place of the group of an image that failed."""
+"""Group number of a failed image."""
 
 SIZE: Final = ("width", "height", "area", "aspect")
 CAUSES: Final = ("format", "size", "bytes per pixel", "JPEG quality")
-"""What a person can do something about, in the words of a report."""
+"""Causes of bias that a user can remove, as named in a report."""
 SINGLE: Final = (*SIZE, "bytes per pixel", "JPEG quality", "format")
-"""What has an AUROC of its own."""
+"""Values with an AUROC of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What is known of n images without looking at them."""
+    """File metadata of n images."""
 
     columns: dict[str, Array]
-    """(n, k) of each of `CAUSES`: formats one by one as 0 or 1; `SIZE`; JPEG quality NaN where there is none."""
+    """(n, k) for each of `CAUSES`: one-hot formats; `SIZE`; JPEG quality, NaN if the image has none."""
     labels: Indices
     """(n,) real = 0, fake = 1."""
     groups: Indices
-    """(n,) near-duplicate group: it is never in two folds."""
+    """(n,) near-duplicate group, which is never split over two folds."""
 
     def at(self, rows: Indices) -> "Metadata":
-        """Those of some rows."""
+        """The metadata of these rows."""
         columns = {name: values[rows] for name, values in self.columns.items()}
         return Metadata(columns=columns, labels=self.labels[rows], groups=self.groups[rows])
 
 
 def metadata(table: pa.Table, groups: Indices) -> Metadata:
-    """Of those rows of `inventory.IMAGES` that have a label and a group; `groups`: near-duplicate group of each."""
-    some = pc.is_valid(table.column("label")).to_numpy() & (groups != UNREADABLE)
-    table, groups = table.filter(pa.array(some)), groups[some]
+    """The metadata of labelled and readable rows of `inventory.IMAGES`; `groups`: near-duplicate group of each row."""
+    usable = pc.is_valid(table.column("label")).to_numpy() & (groups != UNREADABLE)
+    table, groups = table.filter(pa.array(usable)), groups[usable]
     names = ("width", "height", "size_bytes", "jpeg_quality")
     width, height, size_bytes, quality = (np.asarray(table.column(name).to_numpy(), dtype=np.float64) for name in names)
     area = np.maximum(width * height, 1.0)
@@ -91,11 +91,11 @@ def metadata(table: pa.Table, groups: Indices) -> Metadata:
 
 
 def measure(known: Metadata, seed: int = 0) -> dict[str, Any]:
-    """What a generator's metadata say of its labels; JSON-ready.
+    """Measure how well metadata predict the labels; JSON-ready.
 
-    `auroc` with its 95 % `interval`, `biased`, `told_by` (causes that suffice alone, the strongest first, with AUROC
-    and interval of each), `single` (AUROC of every one of `SINGLE` in the better direction, without a model), and
-    `undefined`: why there are no such numbers. What is undefined is None, never 0.
+    Keys: `auroc` with its 95 % `interval`, `biased`, `told_by` (causes that suffice alone, the strongest first, each
+    with AUROC and interval), `single` (AUROC of each of `SINGLE` in the better direction, without a model), and
+    `undefined` (the reason if there is no AUROC). Undefined numbers are None, never 0.
     """
     counts = {name: int((known.labels == label).sum()) for label, name in enumerate(("real", "fake"))}
     result: dict[str, Any] = {**counts, "auroc": None, "interval": None, "biased": None, "told_by": {}}
@@ -110,7 +110,7 @@ def measure(known: Metadata, seed: int = 0) -> dict[str, Any]:
 
 
 def undefined(known: Metadata) -> str | None:
-    """Why these images cannot tell anything; None: they can."""
+    """The reason why these images cannot be judged; None: they can."""
     different = [len(np.unique(known.groups[known.labels == label])) for label in (0, 1)]
     if not all(different):
         return "one class only" if any(different) else "no image with a label"
@@ -118,7 +118,7 @@ def undefined(known: Metadata) -> str | None:
 
 
 def separation(known: Metadata, columns: Array, seed: int = 0) -> dict[str, Any]:
-    """AUROC and interval of cross-validated forests on columns (n, k); NaN is a value like any other."""
+    """AUROC and interval of cross-validated forests on columns (n, k); NaN counts as a value of its own."""
     auroc, error = clustered_auroc(known.labels, _scores(known, columns, seed), known.groups)
     reach = CONFIDENCE_Z * WIDENING * error
     return {"auroc": auroc, "interval": [max(auroc - reach, 0.0), min(auroc + reach, 1.0)]}
@@ -127,14 +127,13 @@ def separation(known: Metadata, columns: Array, seed: int = 0) -> dict[str, Any]
 def clustered_auroc(labels: Indices, scores: Array, groups: Indices) -> tuple[float, float]:
     """(AUROC, its standard error) of scores (n,) of both classes.
 
-    DeLong et al. 1988, with the sum over clusters of Obuchowski 1997: images of one group are no independent
-    witnesses.
-    Where the classes are separated without an error it is 0, which does not mean that the AUROC is known exactly.
+    DeLong et al. 1988, with the sum over clusters of Obuchowski 1997, because images of one group are not independent.
+    The standard error is 0 for perfectly separated classes, which does not mean that the AUROC is known exactly.
     """
     fake = labels == 1
     m, n = int(fake.sum()), int((~fake).sum())
     ranks = _ranks(scores)
-    shares = np.empty(len(scores))  # of the other class that an image is on the right side of
+    shares = np.empty(len(scores))  # for each image, the share of the other class that it is ranked correctly against
     shares[fake] = (ranks[fake] - _ranks(scores[fake])) / n
     shares[~fake] = 1.0 - (ranks[~fake] - _ranks(scores[~fake])) / m
     auroc = float(shares[fake].mean())
@@ -144,78 +143,79 @@ def clustered_auroc(labels: Indices, scores: Array, groups: Indices) -> tuple[fl
 
 
 def folds(labels: Indices, groups: Indices, seed: int) -> Indices:
-    """(n,) fold of each image: no group is cut, and classes are dealt out evenly.
+    """(n,) fold of each image: groups stay whole, and classes are spread evenly.
 
-    Groups lie in the order of their share of fakes, so that those with a real one are a run, and those with a fake one:
-    each fold gets some of either once there are `FOLDS` of them. (scikit-learn's way takes seconds for 10,000 groups.)
+    Groups are dealt to the folds in the order of their share of fakes. Groups with a real image are then consecutive,
+    and so are those with a fake one: each fold gets some of each class that has at least `FOLDS` groups.
+    (scikit-learn's StratifiedGroupKFold takes seconds for 10,000 groups.)
     """
     _, group = np.unique(groups, return_inverse=True)
     sizes = np.bincount(group)
     share = np.bincount(group, weights=labels) / sizes
     order = np.lexsort((np.random.default_rng(seed).random(len(sizes)), sizes, share))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order)) % FOLDS
-    return np.asarray(place[group])
+    fold = np.empty_like(order)
+    fold[order] = np.arange(len(order)) % FOLDS
+    return np.asarray(fold[group])
 
 
 def _ranks(values: Array) -> Array:
-    """(n,) from 1; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[place])
+    """(n,) ranks from 1; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[inverse])
 
 
 def _scores(known: Metadata, columns: Array, seed: int) -> Array:
-    """(n,) share of the trees that call an image fake, by forests that have not seen it or a near-duplicate of it."""
-    from sklearn.ensemble import RandomForestClassifier  # a second to import
+    """(n,) predicted probability of fake, by forests that were not fitted on the image or a near-duplicate of it."""
+    from sklearn.ensemble import RandomForestClassifier  # takes a second to import
 
     columns = np.where(np.isnan(columns), -1.0, columns)
     scores = np.zeros(len(columns))
-    if (columns == columns[:1]).all():  # else the shares of the folds' classes would pass for knowledge
+    if (columns == columns[:1]).all():  # the class shares of the folds would otherwise look like a signal
         return scores
     fold = folds(known.labels, known.groups, seed)
     for number in range(FOLDS):
-        fitted, asked = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        fitted, held_out = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         forest = RandomForestClassifier(
             TREES, min_samples_leaf=LEAF_IMAGES, max_samples=min(len(fitted), TREE_IMAGES), n_jobs=1,
             random_state=seed,
         )  # fmt: skip
         forest.fit(columns[fitted], known.labels[fitted])
-        scores[asked] = forest.predict_proba(columns[asked])[:, 1]
+        scores[held_out] = forest.predict_proba(columns[held_out])[:, 1]
     return scores
 
 
 def _sample(known: Metadata, seed: int) -> Metadata:
-    """At most `MAX_IMAGES` images of each class, and `MAX_RATIO` for each of the other."""
+    """A random sample of at most `MAX_IMAGES` images per class, and `MAX_RATIO` times the other class."""
     rng = np.random.default_rng(seed)
-    rows = [np.flatnonzero(known.labels == label) for label in (0, 1)]
-    most = min(MAX_IMAGES, MAX_RATIO * min(len(some) for some in rows))
-    rows = [rng.choice(some, most, replace=False) if len(some) > most else some for some in rows]
-    return known.at(np.sort(np.concatenate(rows)))
+    by_class = [np.flatnonzero(known.labels == label) for label in (0, 1)]
+    most = min(MAX_IMAGES, MAX_RATIO * min(len(rows) for rows in by_class))
+    by_class = [rng.choice(rows, most, replace=False) if len(rows) > most else rows for rows in by_class]
+    return known.at(np.sort(np.concatenate(by_class)))
 
 
 def _causes(known: Metadata, seed: int) -> dict[str, dict[str, Any]]:
-    """The causes that suffice alone, the strongest first. JPEG quality is asked of images that have one."""
-    found = {}
+    """The causes that suffice alone, the strongest first. JPEG quality is measured on images that have one."""
+    sufficient = {}
     for name in CAUSES:
-        some = known.at(np.flatnonzero(~np.isnan(known.columns[name]).any(axis=1)))
-        if undefined(some) is None:
-            alone = separation(some, some.columns[name], seed)
+        with_value = known.at(np.flatnonzero(~np.isnan(known.columns[name]).any(axis=1)))
+        if undefined(with_value) is None:
+            alone = separation(with_value, with_value.columns[name], seed)
             if alone["interval"][0] > BOUND:
-                found[name] = alone
-    return dict(sorted(found.items(), key=lambda item: -item[1]["auroc"]))
+                sufficient[name] = alone
+    return dict(sorted(sufficient.items(), key=lambda item: -item[1]["auroc"]))
 
 
 def _single(known: Metadata) -> dict[str, float | None]:
-    """AUROC of each single value, in the better direction; of formats that of the one that tells most."""
+    """AUROC of each single value in the better direction; for formats, that of the most informative one."""
     columns = known.columns
     values = {name: columns["size"][:, i : i + 1] for i, name in enumerate(SIZE)} | columns
     return {name: _best(known.labels, values[name]) for name in SINGLE}
 
 
 def _best(labels: Indices, columns: Array) -> float | None:
-    found = []
+    aurocs = []
     for column in columns.T:
-        some = ~np.isnan(column)
-        auroc = metrics.auroc(labels[some], column[some])
-        found += [max(auroc, 1.0 - auroc)] if auroc is not None else []
-    return max(found, default=None)
+        defined = ~np.isnan(column)
+        auroc = metrics.auroc(labels[defined], column[defined])
+        aurocs += [max(auroc, 1.0 - auroc)] if auroc is not None else []
+    return max(aurocs, default=None)

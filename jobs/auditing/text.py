@@ -1,4 +1,4 @@
-"""What an audit found, as tables and sentences for a terminal; names from a source are made harmless."""
+"""Format an audit's result as tables and sentences for a terminal; names from the source are made printable."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -10,30 +10,30 @@ from jobs.console.tables import MAX_NAME_LETTERS, UNDEFINED
 Row = list[str]
 
 FORMATS: Final = 3
-"""Formats of a class that are shown."""
+"""Most formats per class to show."""
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The report; its last line says what metadata tell."""
+    """The report; its last line is the conclusion on metadata."""
     parts = [_head(result), _contents(result), _splits(result), _copies(result["duplicates"]), _metadata(result)]
     shown = [lines for part in parts if (lines := list(part))]
     return "\n\n".join("\n".join(lines) for lines in [*shown, [conclusion(result)]])
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """One sentence: which generators' labels can be told from metadata alone, and from which."""
+    """One sentence that names the generators whose labels metadata alone reveal, and the causes."""
     measured = {name: group["metadata"] for name, group in result["generators"].items()}
-    judged = {name: found for name, found in measured.items() if found["biased"] is not None}
+    judged = {name: metadata for name, metadata in measured.items() if metadata["biased"] is not None}
     biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
-    words = f"{len(biased)} of {len(judged)} generators can be told from metadata alone"
+    sentence = f"{len(biased)} of {len(judged)} generators are separable by metadata alone"
     if biased:
-        words += ": " + ", ".join(f"{_name(name)} ({_causes(judged[name])})" for name in biased)
+        sentence += ": " + ", ".join(f"{_name(name)} ({_causes(judged[name])})" for name in biased)
     if len(judged) < len(measured):
-        words += f"; {len(measured) - len(judged)} cannot be judged"
+        sentence += f"; {len(measured) - len(judged)} cannot be judged"
     together = result["everything"]["metadata"]
     if together["biased"] and not biased:
-        words += f"; all together, real and fake can be told from metadata alone ({_causes(together)})"
-    return words
+        sentence += f"; all together, real and fake are separable by metadata alone ({_causes(together)})"
+    return sentence
 
 
 def _causes(measured: dict[str, Any]) -> str:
@@ -48,7 +48,7 @@ def _head(result: dict[str, Any]) -> Iterator[str]:
     for name, error in result["failed"].items():
         yield f"  failed with {printable(name)}: {error['pictures']:,}, such as {printable(error['example'])}"
     if result["not_examined"]:
-        yield f"  {result['not_examined']:,} more were not looked at, and are in no number below"
+        yield f"  {result['not_examined']:,} more were not examined and are not counted below"
 
 
 def _contents(result: dict[str, Any]) -> Iterator[str]:
@@ -62,7 +62,7 @@ def _contents(result: dict[str, Any]) -> Iterator[str]:
         ],
         left=2,
     )
-    yield "width and height: least/median/most; bytes per pixel, JPEG quality: quartiles; one number: all are equal"
+    yield "width, height: minimum/median/maximum; bytes per pixel, JPEG quality: quartiles; one number if all are equal"
 
 
 def _content(seen: dict[str, Any]) -> Row:
@@ -97,19 +97,19 @@ def _splits(result: dict[str, Any]) -> Iterator[str]:
         yield from _table(["split", "generator", *inventory.CLASSES], rows, left=2)
 
 
-def _copies(found: dict[str, Any]) -> Iterator[str]:
-    kinds = {"equal files": found["exact"], f"alike (≤ {found['distance']} bits)": found["alike"]}
+def _copies(counted: dict[str, Any]) -> Iterator[str]:
+    kinds = {"equal files": counted["exact"], f"alike (≤ {counted['distance']} bits)": counted["alike"]}
     rows = [
         [words, *(f"{number:,}" for number in (seen["groups"], seen["pictures"]))]
         + [f"{seen[place]['groups']:,}" for place in ("within_a_split", "across_splits", "across_labels")]
         for words, seen in kinds.items()
     ]
     yield from _table(["copies", "groups", "images", "within a split", "across splits", "real and fake"], rows)
-    yield "alike: equal files, too; the last three columns count groups"
-    across = found["alike"]["across_splits"]
+    yield "alike includes equal files; the last three columns count groups"
+    across = counted["alike"]["across_splits"]
     for split, count in across["by_split"].items():
-        yield f"{_name(split)}: {count:,} images are alike to an image of another split"
-    for words, seen in (("in two splits", across), ("real and fake", found["alike"]["across_labels"])):
+        yield f"{_name(split)}: {count:,} images have a copy in another split"
+    for words, seen in (("in two splits", across), ("real and fake", counted["alike"]["across_labels"])):
         for one, other in seen["examples"]:
             yield f"  {words}: {printable(one)} and {printable(other)}"
 
@@ -119,11 +119,11 @@ def _metadata(result: dict[str, Any]) -> Iterator[str]:
     lenders = {name: group["reals_of"] for name, group in result["generators"].items() if group["reals_of"]}
     rows = [[_name(name), *_measured(measured)] for name, measured in groups.items()]
     rows.append(["all generators", *_measured(result["everything"]["metadata"])])
-    yield "how well metadata alone tell real from fake, on images that the rule was not made from, and single values:"
+    yield "how well metadata alone separate real from fake (cross-validated AUROC), and each single value:"
     yield from _table(
-        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "told by"], rows
+        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "causes"], rows
     )
-    yield f"told by: what suffices alone, where the interval lies above {metadata_bias.BOUND}"
+    yield f"causes: metadata that suffice alone, if the interval lies above {metadata_bias.BOUND}"
     for lender in sorted(set(lenders.values())):
         borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
         yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
@@ -134,8 +134,8 @@ def _metadata(result: dict[str, Any]) -> Iterator[str]:
         _name(name) for name, measured in groups.items() if measured["interval"] and measured["interval"][1] < 0.5
     ]:
         yield (
-            "below 0.5: a rule learnt from some images is wrong of the others, as where each has its counterpart of "
-            f"the other class, and tells nothing: {', '.join(matched)}"
+            "AUROC below 0.5: the rule does not generalise (for example, each real has a fake of the same size); treat "
+            f"as no signal: {', '.join(matched)}"
         )
 
 
@@ -165,7 +165,7 @@ def _name(name: str) -> str:
 
 
 def _table(heading: Row, rows: list[Row], left: int = 1) -> Iterator[str]:
-    """Lines of a table, the first columns of words on the left."""
+    """Lines of a table; the first `left` columns are left-aligned."""
     widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
     for number, row in enumerate([heading, *rows]):
         cells = (

@@ -1,4 +1,4 @@
-"""Verdicts against labels: reading them, grouping by generator, every metric with its interval, curves.
+"""Evaluate verdicts against labels: reading, grouping by generator, metrics with intervals, curves.
 
-Numbers only. The page that shows them is `report`.
+It computes only numbers; `report` displays them.
 """

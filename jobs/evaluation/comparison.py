@@ -1,17 +1,17 @@
-"""Verdict rows against their labels: every metric with its interval, per generator, as their mean, and over all.
+"""Compare verdicts with labels: metrics with intervals, per generator, as their mean, and over all images.
 
 Dimensions: K bootstrap samples.
 
-A verdict "uncertain" is no right answer. `acc`, `real_acc` and `fake_acc` are shares of all images that were judged
-rightly, so that no detector gains by not answering. `acc_decided` is the share of right ones among the other verdicts,
-to be read beside `uncertain_share`: a detector that answers only where it is easy looks good there. An uncertain
-verdict raises no alarm, which is what the precisions count; the other metrics are of the probabilities alone.
+An "uncertain" verdict is not correct. `acc`, `real_acc` and `fake_acc` are shares of all images that were judged
+correctly, so that a detector gains nothing by abstaining. `acc_decided` is the share of correct ones among the other
+verdicts; read it with `uncertain_share`, since a detector that decides only easy images scores well there. An uncertain
+verdict raises no alarm, which is what the precisions count. The other metrics use only the probabilities.
 
-The mean over generators gives each the same weight, however many images it has. Intervals are percentiles of a
-bootstrap that draws reals and fakes of each generator anew; reals that several generators are compared with are drawn
-once for all of them, or the mean would seem better known than it is. `ece` has none: drawing adds noise to each bin,
-and the interval would lie above the value. A TPR at a false positive rate of 1/m has none below m reals, nor has a mean
-of such. Neither the order of rows nor other generators change a generator's numbers.
+The mean over generators weights each generator equally. Intervals are percentiles of a bootstrap that resamples the
+reals and the fakes of each generator. Reals that several generators share are resampled once for all of them; else the
+interval of the mean would be too narrow. `ece` has no interval: resampling adds noise to each bin, and the interval
+would lie above the value. A TPR at a false positive rate of 1/m has no interval with fewer than m reals, and neither
+has a mean of such TPRs. A generator's numbers do not depend on the order of rows or on other generators.
 """
 
 import os
@@ -35,10 +35,10 @@ from nsnet.transforms import KINDS
 
 METRICS: Final = (*metrics.METRICS, "acc_decided", "uncertain_share")
 ROBUSTNESS_METRICS: Final = ("acc", "ap", "auroc", "tpr_at_fpr_1")
-"""What is compared under each transform."""
+"""Metrics to compute under each transform."""
 WITHOUT_INTERVAL: Final = frozenset({"ece"})
 OF_BOTH: Final = ("acc", "acc_decided")
-"""Metrics that are another number where there is one class only: the mean over generators leaves such a one out."""
+"""Metrics with another meaning if there is one class only: the mean leaves out generators with one class."""
 SAMPLES: Final = 1000
 CONFIDENCE: Final = 0.95
 
@@ -54,31 +54,31 @@ LONG: Final = pa.schema(
         pa.field("fake", pa.int64()),
     ]
 )
-"""One row per group, transform and metric."""
+"""Columns of the long table: one row per group, transform and metric."""
 MACRO_MEAN: Final = "(macro mean)"
 ALL: Final = "(all)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Metrics of one group: their values, and those of its bootstrap samples. NaN is undefined."""
+    """Metrics of one group and of its bootstrap samples. NaN is undefined."""
 
     values: dict[str, Array]
-    """Metric -> ()."""
+    """Metric -> value ()."""
     samples: dict[str, Array]
-    """Metric -> (K,)."""
+    """Metric -> values (K,) of the bootstrap samples."""
     without_interval: frozenset[str] = WITHOUT_INTERVAL
-    """Metrics whose samples say nothing."""
+    """Metrics whose samples give no valid interval."""
 
     def numbers(self, names: Sequence[str] = METRICS) -> dict[str, dict[str, float | None]]:
-        """Metric -> value, low and high; None where undefined."""
+        """Metric -> value, low and high; None if undefined."""
         intervals = metrics.intervals({name: self.samples[name] for name in names}, CONFIDENCE)
-        found = {}
+        numbers = {}
         for name in names:
             low, high = (None, None) if name in self.without_interval else intervals[name] or (None, None)
             value = float(self.values[name])
-            found[name] = {"value": None if np.isnan(value) else value, "low": low, "high": high}
-        return found
+            numbers[name] = {"value": None if np.isnan(value) else value, "low": low, "high": high}
+        return numbers
 
 
 def compare(
@@ -86,19 +86,19 @@ def compare(
 ) -> dict[str, Any]:
     """Compare verdict rows (`schema.VERDICTS`) with their labels; JSON-ready, None is undefined.
 
-    `pairs`: generator with fakes only -> the one whose reals it is compared with; one that only lends its reals is no
-    generator of the result. Rows with a transform go to `robustness`, and into no other number. Raises `SourceError`
-    where there is nothing to compare, `ConfigError` for pairs that do not fit.
+    `pairs`: generator without reals -> the generator whose reals it is compared with. A generator that only lends its
+    reals is not in the result. Rows with a transform count only in `robustness`. Raises `SourceError` if there is
+    nothing to compare, `ConfigError` for pairs that do not fit.
     """
     if samples < 1:
         raise ConfigError(f"an interval needs at least 1 bootstrap sample, got {samples}")
     known = table.filter(pc.is_valid(table.column("label")))
     if known.num_rows == 0:
-        raise SourceError("no verdict has a label: nothing can be compared")
+        raise SourceError("no verdict has a label: give verdicts on a labelled source")
     chains = groups.transforms_of(known)
     plain = known.filter(pc.equal(chains, UNTRANSFORMED))
     if plain.num_rows == 0:
-        raise SourceError("all labelled verdicts are of transformed images, none is of an image as it is")
+        raise SourceError("all labelled verdicts are of transformed images: untransformed ones are needed")
     parts, pairs = groups.split(plain), dict(pairs or {})
     groups.check_pairs(parts, pairs)
     everything = groups.join(list(parts.values()))
@@ -118,16 +118,16 @@ def compare(
 
 
 def step(chain: str) -> tuple[str, float] | None:
-    """Kind and value of a chain of one step; None for longer ones, and for what is no chain."""
+    """Kind and value of a chain of one step; None for a longer or invalid chain."""
     name, _, value = chain.partition(":")
     return (name, float(value)) if name in KINDS and re.fullmatch(r"\d+(\.\d+)?", value) else None
 
 
 def _strength(chain: str) -> tuple[bool, int, float, str]:
-    """The order of chains: single steps first, by kind, from weak to strong."""
-    if (found := step(chain)) is None:
+    """Sort key of chains: single steps first, by kind, from weak to strong."""
+    if (parsed := step(chain)) is None:
         return True, 0, 0.0, chain
-    kind, value = found
+    kind, value = parsed
     return False, list(KINDS).index(kind), -value if kind in ("jpeg", "crop") else value, chain
 
 
@@ -138,22 +138,22 @@ def _under_transform(table: pa.Table, pairs: Mapping[str, str], samples: int, se
 
 
 def _generators(parts: Mapping[str, Group], names: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
-    """Numbers of each generator and of their unweighted mean, over those for which a metric is defined."""
+    """Metrics of each generator, and their unweighted mean over the generators for which a metric is defined."""
 
     def measure(item: tuple[str, Group]) -> Measured:
         name, group = item
         return _measure(group.rows, samples, _seed(seed, group.reals_of), _seed(seed, name))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of it is NumPy's, which lets other threads work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy does most of the work and releases the GIL
         measured = list(pool.map(measure, parts.items()))
-    whole = [each for each, group in zip(measured, parts.values(), strict=True) if group.rows.both_classes]
-    counted = {name: whole if name in OF_BOTH else measured for name in names}
+    both_classes = [each for each, group in zip(measured, parts.values(), strict=True) if group.rows.both_classes]
+    averaged = {name: both_classes if name in OF_BOTH else measured for name in names}
     mean = Measured(
-        values={name: _mean([each.values[name] for each in some]) for name, some in counted.items()},
-        samples={name: _mean([each.samples[name] for each in some]) for name, some in counted.items()},
+        values={name: _mean([each.values[name] for each in members]) for name, members in averaged.items()},
+        samples={name: _mean([each.samples[name] for each in members]) for name, members in averaged.items()},
         without_interval=WITHOUT_INTERVAL.union(*(each.without_interval for each in measured)),
     )
-    defined = {name: sum(not np.isnan(each.values[name]) for each in some) for name, some in counted.items()}
+    defined = {name: sum(not np.isnan(each.values[name]) for each in members) for name, members in averaged.items()}
     return {
         "generators": {
             name: group.rows.counts() | each.numbers(names)
@@ -168,14 +168,14 @@ def _seed(seed: int, name: str) -> tuple[int, int]:
 
 
 def _measure(rows: LabelledScores, samples: int, reals_seed: tuple[int, ...], fakes_seed: tuple[int, ...]) -> Measured:
-    """Groups with the same reals and `reals_seed` draw the same of them."""
-    given = rows.labels, rows.probabilities, rows.said == FAKE
-    values = {name: np.asarray(np.nan if x is None else x) for name, x in metrics.summary(*given).items()}
-    drawn = metrics.bootstrap(*given, samples=samples, seed=reals_seed)
+    """Metrics of a group. Groups with the same reals and `reals_seed` draw the same bootstrap samples of them."""
+    inputs = rows.labels, rows.probabilities, rows.said == FAKE
+    values = {name: np.asarray(np.nan if x is None else x) for name, x in metrics.summary(*inputs).items()}
+    drawn = metrics.bootstrap(*inputs, samples=samples, seed=reals_seed)
     counts = rows.confusion()
     seeds = (*reals_seed, REAL), (*fakes_seed, FAKE)
     redrawn = np.stack([_redraw(n, samples, seed) for n, seed in zip(counts, seeds, strict=True)], axis=1)
-    # of so few reals a sample repeats the highest or lacks it, and says little of what other reals would score
+    # with so few reals, a sample either repeats or lacks the highest one, so the interval would be invalid
     few = {name for name, limit in metrics.FPR_LIMITS.items() if counts[REAL].sum() * limit < 1.0 - 1e-9}
     return Measured(
         values=values | _of_verdicts(counts), samples=drawn | _of_verdicts(redrawn),
@@ -184,8 +184,8 @@ def _measure(rows: LabelledScores, samples: int, reals_seed: tuple[int, ...], fa
 
 
 def _redraw(counts: groups.Integers, samples: int, seed: tuple[int, ...]) -> groups.Integers:
-    """(K, 3) verdicts of bootstrap samples of images of which so many (3,) got each: to draw images is to draw
-    their verdicts."""
+    """(K, 3) verdict counts of bootstrap samples, given the verdict counts (3,) of the images: resampling the images
+    is the same as resampling their verdicts."""
     total = int(counts.sum())
     if not total:
         return np.zeros((samples, 3), dtype=np.int64)
@@ -193,14 +193,14 @@ def _redraw(counts: groups.Integers, samples: int, seed: tuple[int, ...]) -> gro
 
 
 def _of_verdicts(counts: groups.Integers) -> dict[str, Array]:
-    """Metrics (...,) of images (..., 2, 3) by label and verdict; NaN where there is no image."""
+    """Metrics (...,) from counts (..., 2, 3) by label and verdict; NaN if there is no image."""
     reals, fakes, uncertain = counts[..., 0, :].sum(-1), counts[..., 1, :].sum(-1), counts[..., UNCERTAIN].sum(-1)
-    passed, found = counts[..., 0, REAL], counts[..., 1, FAKE]
+    real_correct, fake_correct = counts[..., 0, REAL], counts[..., 1, FAKE]
     return {
-        "acc": _ratio(passed + found, reals + fakes),
-        "real_acc": _ratio(passed, reals),
-        "fake_acc": _ratio(found, fakes),
-        "acc_decided": _ratio(passed + found, reals + fakes - uncertain),
+        "acc": _ratio(real_correct + fake_correct, reals + fakes),
+        "real_acc": _ratio(real_correct, reals),
+        "fake_acc": _ratio(fake_correct, fakes),
+        "acc_decided": _ratio(real_correct + fake_correct, reals + fakes - uncertain),
         "uncertain_share": _ratio(uncertain, reals + fakes),
     }
 
@@ -211,7 +211,7 @@ def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Array:
 
 
 def _mean(values: Sequence[Array]) -> Array:
-    """Mean over groups, of arrays of one shape, without those that are NaN; NaN where all are, or none is there."""
+    """Mean over arrays of one shape, without NaN; NaN if all are NaN or there is no array."""
     if not values:
         return np.asarray(np.nan)
     stacked = np.stack(values)

@@ -1,4 +1,4 @@
-"""Verdict rows with labels, by generator: which images are compared with which.
+"""Group labelled verdict rows by generator, each with the reals to compare its fakes with.
 
 Dimensions: n images.
 """
@@ -35,12 +35,12 @@ class LabelledScores:
     probabilities: Array
     """(n,), in [0, 1]."""
     said: Integers
-    """(n,), place of the verdict in `SAID`."""
+    """(n,), index of the verdict in `SAID`."""
     failed: int = 0
-    """Images beside these that failed."""
+    """Number of further images that failed."""
 
     def take(self, chosen: npt.NDArray[Any], failed: int = 0) -> "LabelledScores":
-        """Some rows, by mask or by places."""
+        """The chosen rows, by mask or index."""
         return LabelledScores(
             labels=self.labels[chosen],
             probabilities=self.probabilities[chosen],
@@ -54,11 +54,11 @@ class LabelledScores:
         return 0 < int(self.labels.sum()) < len(self.labels)
 
     def confusion(self) -> Integers:
-        """(2, 3) images by label and verdict."""
+        """(2, 3) number of images by label and verdict."""
         return np.bincount(self.labels * 3 + self.said, minlength=6).reshape(2, 3)
 
     def counts(self) -> dict[str, Any]:
-        """Images, JSON-ready."""
+        """JSON-ready numbers of images."""
         table = self.confusion()
         return {
             "real": int(table[0].sum()),
@@ -76,9 +76,9 @@ class Group:
     """A generator: its fakes, and the reals that they are compared with."""
 
     rows: LabelledScores
-    """Reals first."""
+    """Reals, then fakes."""
     reals_of: str
-    """The generator whose reals these are."""
+    """The generator that the reals belong to."""
 
 
 Parts = dict[tuple[str, int], LabelledScores]
@@ -86,7 +86,7 @@ Parts = dict[tuple[str, int], LabelledScores]
 
 
 def join(parts: Sequence[LabelledScores]) -> LabelledScores:
-    """All rows in one; at least one part."""
+    """Concatenate the rows of at least one part."""
     return LabelledScores(
         labels=np.concatenate([part.labels for part in parts]),
         probabilities=np.concatenate([part.probabilities for part in parts]),
@@ -96,23 +96,23 @@ def join(parts: Sequence[LabelledScores]) -> LabelledScores:
 
 
 def transforms_of(table: pa.Table) -> Any:
-    """Chains of the rows (n,) as Arrow strings; `UNTRANSFORMED` for images as they were, and without the column."""
+    """Chains of the rows (n,) as Arrow strings; `UNTRANSFORMED` if the value or the column is missing."""
     if "transform" not in table.column_names:
         return pa.array([UNTRANSFORMED] * table.num_rows, pa.string())
     return pc.fill_null(table.column("transform"), UNTRANSFORMED)
 
 
 def split(table: pa.Table) -> Parts:
-    """Labelled verdicts by generator and label, each in an order that does not depend on the table's.
+    """Labelled verdicts by generator and label, in an order that does not depend on the table's.
 
-    Raises `SourceError` for rows that say they are scored, and hold no verdict or no probability.
+    Raises `SourceError` for scored rows without a valid verdict or probability.
     """
     scored = pc.equal(table.column("status"), "scored").to_numpy(zero_copy_only=False)
-    places = pc.fill_null(pc.index_in(table.column("verdict"), pa.array(SAID)), -1)
+    verdicts = pc.fill_null(pc.index_in(table.column("verdict"), pa.array(SAID)), -1)
     rows = LabelledScores(
         labels=table.column("label").to_numpy().astype(np.int64),
         probabilities=table.column("prob_fake").cast(pa.float64()).to_numpy(),  # null becomes NaN
-        said=places.to_numpy().astype(np.int64),
+        said=verdicts.to_numpy().astype(np.int64),
     )
     _check(rows.take(scored))
     generators = pc.fill_null(table.column("generator"), NO_GENERATOR)
@@ -121,10 +121,10 @@ def split(table: pa.Table) -> Parts:
     parts = {}
     for code, name in enumerate(names):
         for label in (0, 1):
-            here = (codes == code) & (rows.labels == label)
-            part = rows.take(here & scored, int((here & ~scored).sum()))
+            mask = (codes == code) & (rows.labels == label)
+            part = rows.take(mask & scored, int((mask & ~scored).sum()))
             order = np.lexsort((part.said, part.probabilities))
-            # neighbours in this order are alike: bootstraps of groups of one size must not draw the same places of it
+            # shuffle, because bootstraps of equal-sized groups draw the same positions, which would have similar scores
             np.random.default_rng(crc32(name.encode())).shuffle(order)
             parts[name, label] = part.take(order, part.failed)
     return parts
@@ -133,19 +133,19 @@ def split(table: pa.Table) -> Parts:
 def _check(scored: LabelledScores) -> None:
     if not np.isin(scored.labels, (0, 1)).all():
         raise SourceError("labels must be 0 (real) or 1 (fake)")
-    good = (scored.probabilities >= 0.0) & (scored.probabilities <= 1.0)  # not for NaN
+    good = (scored.probabilities >= 0.0) & (scored.probabilities <= 1.0)  # False for NaN
     if not good.all():
         raise SourceError(f"{int((~good).sum())} scored rows have no probability in [0, 1]")
     if (scored.said < 0).any():
-        raise SourceError(f"{int((scored.said < 0).sum())} scored rows have another verdict than {', '.join(SAID)}")
+        raise SourceError(f"{int((scored.said < 0).sum())} scored rows have a verdict other than {', '.join(SAID)}")
 
 
 def groups(parts: Parts, pairs: Mapping[str, str]) -> dict[str, Group]:
-    """The generators, each with its own reals or those of its pair, where they are here.
+    """The generators, each with its own reals or, if present, those of its pair.
 
-    One that only lends its reals is no generator. Its images may be in several groups, and so may its failed ones.
+    A generator that only lends its reals has no group; its images and failures may count in several groups.
     """
-    found = {}
+    by_name = {}
     lenders = {real for fake, real in pairs.items() if (fake, 1) in parts}
     for name in dict.fromkeys(name for name, _ in parts):
         fakes, reals_of = parts[name, 1], pairs.get(name, name)
@@ -153,12 +153,12 @@ def groups(parts: Parts, pairs: Mapping[str, str]) -> dict[str, Group]:
             reals_of = name
         if name in lenders and not len(fakes.labels) and not fakes.failed:
             continue
-        found[name] = Group(rows=join([parts[reals_of, 0], fakes]), reals_of=reals_of)
-    return found
+        by_name[name] = Group(rows=join([parts[reals_of, 0], fakes]), reals_of=reals_of)
+    return by_name
 
 
 def check_pairs(parts: Parts, pairs: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for a pair whose first has reals, or whose second has none."""
+    """Raise `ConfigError` for a pair whose first generator has reals, or whose second has none."""
     for fake, real in pairs.items():
         pair = f"the pair {fake}={real} does not fit"
         for name in (fake, real):
@@ -171,7 +171,7 @@ def check_pairs(parts: Parts, pairs: Mapping[str, str]) -> None:
 
 
 def find_pairs(table: pa.Table) -> dict[str, str]:
-    """Pairs of benchmarks (`layouts.paired_reals`) for those generators of verdict rows that have no reals."""
+    """Pairs of benchmarks (`benchmarks.paired_reals`) for the generators in these rows that have no reals."""
     chosen = pc.and_(pc.is_valid(table.column("label")), pc.equal(transforms_of(table), UNTRANSFORMED))
     labelled = table.filter(chosen)
     names = pc.fill_null(labelled.column("generator"), NO_GENERATOR)

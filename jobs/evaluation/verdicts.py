@@ -1,7 +1,7 @@
-"""Verdicts from storage: of a published output, or of a Parquet file that anybody wrote.
+"""Read verdicts from a published output, or from a Parquet file of any origin.
 
-Such files come from joins in pandas and from spreadsheets. Whatever the type of a column, its values are taken where
-their meaning is clear; labels mean what they mean in a source (`labels.meanings`).
+Such files come from joins in pandas and from spreadsheets. Values of any column type are accepted if their meaning is
+clear; labels have the same meanings as in a source (`labels.meanings`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,44 +24,44 @@ from nsnet.errors import SourceError
 
 NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
 WANTED: Final = ("image_id", "threshold", "transform", "split")
-"""Columns that verdicts may have besides."""
+"""Optional columns of verdicts."""
 TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT_COLUMN]}
 APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
-"""Columns whose values part the rows of a file: an image may be one of several generators' reals."""
+"""Columns that identify a row of a file: an image may be among the reals of several generators."""
 STATUSES: Final = ("scored", "failed")
 MAX_SHOWN: Final = 12
-"""Names or values in a message."""
+"""Most names or values in a message."""
 
 Converter = Callable[[Any], Any]
 
 
 class NoVerdictsError(SourceError):
-    """What lies there are no verdicts; it may be a source of images."""
+    """The location holds no verdicts; it may be a source of images."""
 
 
 def read(uri: Uri) -> pa.Table:
-    """Verdict rows of a published output or a Parquet file: `NEEDED`, and of `WANTED` what there is.
+    """Verdict rows of a published output or a Parquet file: `NEEDED`, and the existing columns of `WANTED`.
 
-    An image that several runs have judged counts once, as the newest run has it. Raises `NoVerdictsError` where
-    there are none, `SourceError` for a damaged file, and for values that are no verdicts or no labels.
+    The newest run's row of an image counts. Raises `NoVerdictsError` if there are no verdicts, `SourceError` for a
+    damaged file or for invalid values.
     """
     if not listing.is_folder(uri):
         if not listing.exists(uri):
-            raise SourceError(f"there is no {uri}")
+            raise SourceError(f"{uri} does not exist")
         if not uri.lower().endswith(".parquet"):
-            raise NoVerdictsError(f"{uri} holds no published verdicts: it is no folder and no .parquet file")
+            raise NoVerdictsError(f"{uri} holds no published verdicts: it is neither a folder nor a .parquet file")
         return _from_file(uri)
     if not any(record["files"] for record in catalog.runs(uri)):
         prefix = uri.rstrip("/") + "/"
         files = [entry.uri.removeprefix(prefix) for entry in islice(listing.list_files(uri), 3)]
-        found = f"there are files such as {', '.join(sorted(files))}" if files else "it holds no file"
-        raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {found}")
+        content = f"it holds files such as {', '.join(sorted(files))}" if files else "it is empty"
+        raise NoVerdictsError(f"{uri} holds no published verdicts (runs/*.json); {content}")
     names = [*NEEDED, *(name for name in WANTED if name in schema.VERDICTS.names)]
     columns = pa.schema([schema.VERDICTS.field(name) for name in names])
     return pa.Table.from_batches(catalog.newest(uri, columns), columns)
 
 
-# A file that anybody wrote.
+# Parquet files of any origin.
 
 
 def _from_file(uri: str) -> pa.Table:
@@ -81,28 +81,28 @@ def _from_file(uri: str) -> pa.Table:
 
 
 def _once(table: pa.Table, uri: str) -> pa.Table:
-    """Each image once for each of `APART`, as its last row has it, where a file names images.
+    """The last row for each combination of `APART`, if the file has image ids.
 
-    What any row of an image says counts as its label; one that is labelled both ways has none.
+    Rows of an image share its label; an image that is labelled both real and fake has none.
     """
     if "image_id" not in table.column_names:
         return table
     table = table.append_column("row", pa.array(np.arange(table.num_rows)))
     named = table.filter(pc.is_valid(table.column("image_id")))
-    apart = named.group_by([name for name in APART if name in table.column_names])
-    last = apart.aggregate([("row", "max")]).column("row_max")
-    said = named.group_by("image_id").aggregate([("label", "min"), ("label", "max")])
-    both = pc.fill_null(pc.not_equal(said.column("label_min"), said.column("label_max")), False)
-    repeats, strange = named.num_rows - len(last), pc.sum(both).as_py() or 0
+    distinct = named.group_by([name for name in APART if name in table.column_names])
+    last = distinct.aggregate([("row", "max")]).column("row_max")
+    by_image = named.group_by("image_id").aggregate([("label", "min"), ("label", "max")])
+    both = pc.fill_null(pc.not_equal(by_image.column("label_min"), by_image.column("label_max")), False)
+    repeats, contradictory = named.num_rows - len(last), pc.sum(both).as_py() or 0
     if repeats:
         say(f"warning: {uri}: {repeats:,} rows repeat an image: the last row of each counts")
-    if strange:
-        say(f"warning: {uri}: {strange:,} images are labelled both real and fake: they have no label")
-    if repeats or strange:
+    if contradictory:
+        say(f"warning: {uri}: {contradictory:,} images are labelled both real and fake: their labels are ignored")
+    if repeats or contradictory:
         kept = pc.or_(pc.is_in(table.column("row"), last), pc.is_null(table.column("image_id")))
         table = table.filter(kept)
-        label = pc.if_else(both, pa.scalar(None, TYPES["label"]), said.column("label_min"))
-        label = label.take(pc.index_in(table.column("image_id"), said.column("image_id")))
+        label = pc.if_else(both, pa.scalar(None, TYPES["label"]), by_image.column("label_min"))
+        label = label.take(pc.index_in(table.column("image_id"), by_image.column("image_id")))
         label = pc.if_else(pc.is_null(table.column("image_id")), table.column("label"), label)
         table = table.set_column(table.column_names.index("label"), "label", label)
     return table.drop_columns(["row"])
@@ -113,27 +113,27 @@ def _reading(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{uri} is no Parquet file: {error}") from error
+        raise SourceError(f"{uri} is not a readable Parquet file: {error}") from error
 
 
 def _column(file: ParquetFile, name: str) -> str | None:
-    """What a file calls a column: the name itself, or the only one that differs from it by case alone."""
+    """A column's name in the file: the same name, or the only one that differs by case alone; None: no such column."""
     names: list[str] = file.schema.names
-    found = [other for other in names if other == name] or [other for other in names if other.lower() == name]
-    if len(found) > 1:
-        raise SourceError(f"{file.name} has {len(found)} columns that may be `{name}`: {_shown(found)}; keep one")
-    return found[0] if found else None
+    matches = [other for other in names if other == name] or [other for other in names if other.lower() == name]
+    if len(matches) > 1:
+        raise SourceError(f"{file.name} has {len(matches)} columns that may be `{name}`: {_shown(matches)}; keep one")
+    return matches[0] if matches else None
 
 
-def _convert(file: ParquetFile, name: str, called: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of any plain type as verdicts have it; `called`: its name in the file."""
+def _convert(file: ParquetFile, name: str, file_name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of any plain type, converted to the type of verdicts; `file_name`: its name in the file."""
     convert: Converter = labels.text
     if pa.types.is_floating(TYPES[name]):
         convert = _number(file, name)
     elif name == "status":
         convert = _status(file)
     elif name in ("label", "verdict"):
-        names = labels.class_names(file.key_value, called)
+        names = labels.class_names(file.key_value, file_name)
         values = {_plain(value) for chunk in column.chunks for value in pc.unique(chunk).to_pylist()}
         values = {value for value in values if not labels.is_missing(value)}
         convert = _label(file, values, names) if name == "label" else _verdict(values, names)
@@ -141,7 +141,7 @@ def _convert(file: ParquetFile, name: str, called: str, column: pa.ChunkedArray)
 
 
 def _mapped(column: pa.ChunkedArray, convert: Converter, kind: pa.DataType) -> pa.ChunkedArray:
-    """Each distinct value converted once; what stands for none is null."""
+    """A column with each distinct value converted once; missing values become null."""
 
     def one(chunk: pa.Array) -> pa.Array:
         encoded = chunk.dictionary_encode()
@@ -153,26 +153,26 @@ def _mapped(column: pa.ChunkedArray, convert: Converter, kind: pa.DataType) -> p
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as text: not all writers say that their texts are texts."""
+    """Bytes as text, because not all writers mark text columns as text."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
 def _label(file: ParquetFile, values: set[Any], names: Sequence[str] | None) -> Converter:
-    found = labels.meanings(values, names)
-    if not found and values:
-        called = f", which the file calls {_shown(names)}" if names is not None else ""
+    meanings = labels.meanings(values, names)
+    if not meanings and values:
+        named = f", which the file names {_shown(names)}" if names is not None else ""
         raise SourceError(
-            f"{file.name}: the values of `label` are {_shown(sorted(values, key=str))}{called}: none means real (0) or "
-            "fake (1), so that there is nothing to compare verdicts with"
+            f"{file.name}: the values of `label` are {_shown(sorted(values, key=str))}{named}: none means real (0) or "
+            "fake (1); use these labels"
         )
-    return (found or {}).get
+    return (meanings or {}).get
 
 
 def _verdict(values: set[Any], names: Sequence[str] | None) -> Converter:
-    """`SAID` in any case, and whatever means a label; another text stays what it is."""
+    """Converts `SAID` in any case, and words that mean a label; other texts stay as they are."""
     others = {value for value in values if str(value).strip().lower() not in SAID}
     meant = dict(labels.meanings(others, names) or {})
-    for value in others - meant.keys():  # a verdict is about nothing else
+    for value in others - meant.keys():  # a verdict can only mean real or fake
         if (label := labels.paired_label(str(value)[: labels.MAX_WORD])) is not None:
             meant[value] = label
 
@@ -198,7 +198,7 @@ def _number(file: ParquetFile, name: str) -> Converter:
         try:
             return float(value)
         except ValueError:
-            raise SourceError(f"{file.name}: {name} {str(value)[:40]!r} is no number") from None
+            raise SourceError(f"{file.name}: {name} {str(value)[:40]!r} is not a number") from None
 
     return convert
 

@@ -1,4 +1,4 @@
-"""From a request for a detector to its bundle: inputs, split, projection, training, predictions, export; ablations.
+"""Make a detector bundle from a request: inputs, split, projection, training, predictions, export; also ablations.
 
-The top of the tree: it uses every other package, and nothing but commands uses it.
+The top layer: it uses every other package, and only commands use it.
 """

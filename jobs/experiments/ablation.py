@@ -1,4 +1,4 @@
-"""An ablation: variants of a recipe trained on one split, and compared on the same test images."""
+"""Train variants of a recipe on one split, and compare them on the same test images."""
 
 import re
 from dataclasses import replace
@@ -27,10 +27,10 @@ VARIANTS: Final = (
     "linear", "no-projection", "original:energy=0.5", "original:energy=0.9", "original:energy=0.99", "advanced",
     "no-mapper", "no-alignment", "constant-caption", "shuffled-captions",
 )  # fmt: skip
-"""What is compared unless it is said otherwise: ranks of `original` by energy, so that they suit any embedding."""
+"""Default variants; `original` gets its rank by energy, which works for any embedding dimension."""
 SHOWN: Final = ("ap", "auroc", "acc")
 BASELINE: Final = "advanced"
-"""The variant that the others are compared with."""
+"""Variant to compare the others with."""
 
 
 def ablate(
@@ -45,7 +45,7 @@ def ablate(
     leave_out: str | None = None,
     **training: Any,
 ) -> dict[str, Any]:
-    """Train and test each variant with each seed; returns the table. What is wrong with a request is found first."""
+    """Train and test each variant with each seed; returns the table. Checks all requests before the first training."""
     from jobs.experiments.inputs import share_split
 
     shared = TrainRequest(
@@ -70,7 +70,7 @@ def ablate(
             continue
         try:
             train(request)
-        except NullSpaceError as error:  # of this variant alone; anything else ends the command
+        except NullSpaceError as error:  # concerns only this variant; any other error ends the command
             say(f"  {error}")
             failed[request.variant] = str(error)
     rows = [_row(variant, [r for r in requests if r.variant == variant], failed) for variant in variants]
@@ -85,9 +85,9 @@ def ablate(
 
 
 def _is_finished(request: TrainRequest) -> bool:
-    """A control has no bundle, which is the last that a training writes."""
-    control = request.resolved().training.captions != "own"
-    return listing.exists(uris.join(request.work, RESULT_FILE) if control else uris.join(request.out, DESCRIPTION))
+    """Whether a training is finished: its last file exists, the bundle's description; a control writes no bundle."""
+    is_control = request.resolved().training.captions != "own"
+    return listing.exists(uris.join(request.work, RESULT_FILE) if is_control else uris.join(request.out, DESCRIPTION))
 
 
 def _name(variant: str, seed: int) -> str:
@@ -95,11 +95,11 @@ def _name(variant: str, seed: int) -> str:
 
 
 def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> dict[str, Any]:
-    """What is known of a variant: the mean over its seeds."""
+    """Table row of a variant: validation results as means over its seeds, or its error."""
     if variant in failed:
         return {"variant": variant, "error": failed[variant]}
-    results_of = [reading.read_json(uris.join(request.work, RESULT_FILE), {"best_epoch": dict}) for request in requests]
-    bests = [result["best_epoch"] for result in results_of]
+    results = [reading.read_json(uris.join(request.work, RESULT_FILE), {"best_epoch": dict}) for request in requests]
+    bests = [result["best_epoch"] for result in results]
     return {
         "variant": variant,
         "residual_energy": float(np.mean([best["residual_energy"] for best in bests])),
@@ -109,26 +109,26 @@ def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> 
 
 
 def _add_tests(rows: list[dict[str, Any]], requests: list[TrainRequest]) -> None:
-    """Add to each row what the test images say, and how far that is from `advanced`, with intervals.
+    """Add to each row the metrics on the test images and their difference from `advanced`, with intervals.
 
-    Over images that every training has judged, drawn alike for all variants and seeds, so that differences of two
-    variants are of the same images. Intervals are over images, not over seeds.
+    Only images that every training has judged count. All variants and seeds share the bootstrap samples, so that a
+    difference of two variants compares the same images. Intervals are over images, not over seeds.
     """
-    alive = {row["variant"]: row for row in rows if "error" not in row}
+    trained = {row["variant"]: row for row in rows if "error" not in row}
     tables = {
         variant: [
             _tested(uris.join(request.work, PREDICTIONS_FILE)) for request in requests if request.variant == variant
         ]
-        for variant in alive
+        for variant in trained
     }
-    every = [set(table.column("image_id").to_pylist()) for some in tables.values() for table in some]
-    ids = pa.array(sorted(set.intersection(*every)) if every else [], pa.string())
-    drawn = {variant: _drawn(some, ids) for variant, some in tables.items()}
-    for variant, row in alive.items():
-        row["test"] = _with_intervals(*drawn[variant]) if len(ids) else None
+    id_sets = [set(table.column("image_id").to_pylist()) for of_seeds in tables.values() for table in of_seeds]
+    ids = pa.array(sorted(set.intersection(*id_sets)) if id_sets else [], pa.string())
+    measured = {variant: _metrics_and_samples(of_seeds, ids) for variant, of_seeds in tables.items()}
+    for variant, row in trained.items():
+        row["test"] = _with_intervals(*measured[variant]) if len(ids) else None
         row["test_pictures"] = len(ids)
-        if len(ids) and BASELINE in drawn and variant != BASELINE:
-            (value, samples), (base, base_samples) = drawn[variant], drawn[BASELINE]
+        if len(ids) and BASELINE in measured and variant != BASELINE:
+            (value, samples), (base, base_samples) = measured[variant], measured[BASELINE]
             row["difference"] = _with_intervals(
                 {name: _minus(value[name], base[name]) for name in value},
                 {name: samples[name] - base_samples[name] for name in samples},
@@ -141,13 +141,15 @@ def _tested(uri: str) -> pa.Table:
     return table.filter(pc.equal(table.column("split"), "test")).sort_by("image_id")
 
 
-def _drawn(tables: list[pa.Table], ids: pa.Array) -> tuple[dict[str, float | None], dict[str, metrics.Array]]:
-    """Metrics on these images, and on bootstrap samples of them: means over the seeds."""
+def _metrics_and_samples(
+    tables: list[pa.Table], ids: pa.Array
+) -> tuple[dict[str, float | None], dict[str, metrics.Array]]:
+    """Metrics on these images, and on bootstrap samples of them, as means over the seeds."""
     tables = [table.filter(pc.is_in(table.column("image_id"), value_set=ids)) for table in tables]
     labels = tables[0].column("label").to_numpy()
     probabilities = np.stack([table.column("prob_fake").to_numpy() for table in tables])
-    said = np.stack([pc.equal(table.column("verdict"), "fake").to_numpy() for table in tables])
-    return metrics.summary(labels, probabilities, said), metrics.bootstrap(labels, probabilities, said)
+    called_fake = np.stack([pc.equal(table.column("verdict"), "fake").to_numpy() for table in tables])
+    return metrics.summary(labels, probabilities, called_fake), metrics.bootstrap(labels, probabilities, called_fake)
 
 
 def _with_intervals(values: dict[str, float | None], samples: dict[str, metrics.Array]) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _minus(first: float | None, second: float | None) -> float | None:
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """The table for people, in the order of the variants."""
+    """The table as text, in the order of the variants."""
     heading = ["variant", "residual energy", "validation AP", *(f"test {name}" for name in SHOWN)]
     heading.append(f"test ap − {BASELINE}'s")
     cells = [[row["variant"], *_cells(row)] for row in rows]
@@ -183,7 +185,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*cells, _cell(row["difference"]["ap"], sign="+") if "difference" in row else ""]
 
 
-def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
-    if found is None or found["value"] is None or found["low"] is None:
+def _cell(metric: dict[str, Any] | None, sign: str = "") -> str:
+    if metric is None or metric["value"] is None or metric["low"] is None:
         return "undefined"
-    return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+    return f"{metric['value']:{sign}.3f} [{metric['low']:{sign}.3f}, {metric['high']:{sign}.3f}]"

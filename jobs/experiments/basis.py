@@ -1,4 +1,4 @@
-"""What is computed from all captions of a training at once, by Ray, as a stream: semantic basis, bank of captions.
+"""Compute the semantic basis or the caption bank from all captions of a training; Ray streams the captions of a basis.
 
 Dimensions: n captions, D embedding, R rank, N captions of a bank.
 """
@@ -37,7 +37,7 @@ TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle",
 
 
 def caption_files(captions: Uri, features_id: str) -> list[str]:
-    """Files of published captions and features of one maker."""
+    """URIs of the files with one maker's published captions and features."""
     records = catalog.runs(captions, products.CAPTIONS)
     return [
         uris.join(captions, file["path"])
@@ -48,16 +48,16 @@ def caption_files(captions: Uri, features_id: str) -> list[str]:
 
 
 def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSpectrum:
-    """Singular values and directions of the caption features in some Parquet files.
+    """Singular values and directions of the caption features in these Parquet files.
 
-    `ids`: the images whose captions count. Each task reduces what it reads to one triangle of D × D, the driver
-    merges them as they come, in the order of the files: memory does not depend on the number of captions.
+    `ids`: the images whose captions count. Each task reduces its file to one D × D triangle, and the driver merges the
+    triangles in the order of the files, so memory does not depend on the number of captions.
     """
     if not files:
         raise SourceError("there are no published captions to compute a semantic basis from")
-    wanted = [ray.put(ids.sort())]
+    ids_ref = [ray.put(ids.sort())]
     total: StreamingSVD | None = None
-    for count, triangle in _triangles(files, wanted, task_cpus):
+    for count, triangle in _triangles(files, ids_ref, task_cpus):
         part = StreamingSVD.from_triangle(triangle, count)
         total = part if total is None else total.merge(part)
     if total is None:
@@ -66,13 +66,13 @@ def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSp
 
 
 def _triangles(
-    files: list[str], wanted: list[Any], task_cpus: float
+    files: list[str], ids_ref: list[Any], task_cpus: float
 ) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     dataset = ray.data.read_datasource(ParquetFiles(files, columns), num_cpus=task_cpus, override_num_blocks=len(files))
 
     def reduce(table: pa.Table) -> pa.Table:
-        return _reduced(table, ray.get(wanted[0]))
+        return _reduced(table, ray.get(ids_ref[0]))
 
     triangles = dataset.map_batches(
         reduce, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, compute=TaskPoolStrategy(),
@@ -87,11 +87,11 @@ def _triangles(
                 yield count, torch.from_numpy(np.frombuffer(data[8:], dtype=np.float64).reshape(-1, dim).copy())
 
 
-def _reduced(table: pa.Table, wanted: pa.Array) -> pa.Table:
+def _reduced(table: pa.Table, ids: pa.Array) -> pa.Table:
     """The triangle of a block's features, as one row."""
     column = schema.TEXT_FEATURES.name
-    at = pc.index_in(table.column("image_id"), value_set=wanted)
-    chosen = table.filter(pc.and_(pc.is_valid(at), pc.is_valid(table.column(column))))
+    positions = pc.index_in(table.column("image_id"), value_set=ids)
+    chosen = table.filter(pc.and_(pc.is_valid(positions), pc.is_valid(table.column(column))))
     if chosen.num_rows == 0:
         return pa.table({"count": [0], "triangle": [b""]}, schema=TRIANGLE)
     features = _matrix(chosen.column(column))
@@ -109,10 +109,10 @@ def _matrix(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
 def bank(
     image_ids: Iterable[str], text_features: npt.NDArray[np.float32], *, size: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """A sample of distinct captions' features, (≤ size, D): a pure function of the set of images and the seed."""
-    keyed = sorted(range(len(text_features)), key=_key(list(image_ids), seed).__getitem__)
+    """Features (≤ size, D) of a sample of distinct captions: a pure function of the set of images and the seed."""
+    shuffled = sorted(range(len(text_features)), key=_keys(list(image_ids), seed).__getitem__)
     chosen: dict[bytes, int] = {}
-    for row in keyed:
+    for row in shuffled:
         if len(chosen) == size:
             break
         if np.isfinite(text_features[row]).all():
@@ -120,20 +120,20 @@ def bank(
     return text_features[list(chosen.values())]
 
 
-def _key(image_ids: list[str], seed: int) -> list[bytes]:
+def _keys(image_ids: list[str], seed: int) -> list[bytes]:
     return [hashlib.sha256(f"{seed}/{image_id}".encode()).digest() for image_id in image_ids]
 
 
 def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
-    """The experiment with what its projection computes from all training captions: basis or bank, stored beside."""
+    """The experiment with its projection fitted to all training captions; stores the basis or bank if it is new."""
     request, recipe = experiment.request, experiment.recipe
     projection = recipe.detector.projection
     if projection.fitted:
         return experiment
     if examples.text_features is not None and projection.rank >= (dim := examples.text_features.shape[1]):
         raise NullSpaceError(
-            f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: ranks of 1 to "
-            f"{dim - 1} are possible"
+            f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: choose a rank of 1 "
+            f"to {dim - 1}"
         )
     from safetensors.numpy import load_file, save_file
 
@@ -149,9 +149,9 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
         if projection.kind == "global":
             resources.connect(request.address)
             files = basis.caption_files(experiment.facts.place, experiment.facts.maker)
-            found = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
+            decomposition = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
             assert recipe.basis is not None
-            tensors = {"semantic_basis": found.basis(**vars(recipe.basis)).float().numpy()}
+            tensors = {"semantic_basis": decomposition.basis(**vars(recipe.basis)).float().numpy()}
             say(f"semantic basis: rank {tensors['semantic_basis'].shape[1]} ({recipe.basis})")
         else:
             features = examples.text_features[rows]

@@ -1,4 +1,4 @@
-"""The demo: the main job on a bucket of its own making: draw, train, score, evaluate."""
+"""Run the demo: draw a labelled bucket, then train, score and evaluate on it."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from nsnet.errors import UsageError
 TRAINING_SCENES: Final = range(0, 300)
 VALIDATION_SCENES: Final = range(300, 380)
 HELD_OUT_SCENES: Final = range(1000, 1150)
-"""Disjoint: the real and the fake image of a scene are always on the same side."""
+"""The three ranges are disjoint, so that the real and the fake image of a scene are always in the same part."""
 
 
 def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = No
 
 
 def _progress(name: str, total: int) -> Any:
-    """A line that is redrawn on a terminal, and silence in a log."""
+    """A callback that redraws a progress line on a terminal; None if stderr is no terminal."""
     if not sys.stderr.isatty():
         return None
     return lambda done: output.redraw(f"images: {name}, scene {done}/{total}", last=done == total)

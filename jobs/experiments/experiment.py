@@ -1,4 +1,4 @@
-"""A training, resolved: what was asked for, and what that comes to. Made once, and given to every part of the way."""
+"""A resolved training: the request and the recipe, models and settings that follow from it. Every step receives it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,25 +17,25 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Where facts of the images, and captions if they are needed, are published."""
+    """Location of the images' published facts, or of captions if they are needed."""
 
     place: Uri
     product: Product
     maker: str
-    """Id of the captioner and the text tower, or of the version of the facts."""
+    """Id of the captioner and the text tower, or version of the facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training: its request, recipe, models, settings, and the places of its files."""
+    """One training: its request, recipe, models, settings, and file locations."""
 
     request: TrainRequest
     recipe: "Recipe"
-    """With everything that was asked for; once it is fitted, with the rank or the bank of its projection."""
+    """The recipe with the request's changes and, after fitting, the rank or bank size of its projection."""
     models: Models
-    """The weights that were given, instead of the hub's."""
+    """Local weights that replace the hub's."""
     settings: dict[str, Any]
-    """What makes it the same training: `TrainRequest.identity`, before anything was fitted."""
+    """Identity of the training: `TrainRequest.identity` before fitting."""
 
     @classmethod
     def resolve(cls, request: TrainRequest) -> Self:
@@ -50,14 +50,14 @@ class Experiment:
 
     @property
     def needs_captions(self) -> bool:
-        """As the function of that name says of its recipe."""
+        """Whether training reads captions."""
         return needs_captions(self.recipe)
 
     @cached_property
     def facts(self) -> Facts:
-        """The facts of the source's images, published by `nsnet caption` or at the training's own place.
+        """Location of the facts of the source's images, published by `nsnet caption` or in the training's folder.
 
-        About 1 s per GB of weights, whose digests are in the id. Raises `WeightsError`.
+        Takes about 1 s per GB of weights, because the id contains their digests. Raises `WeightsError`.
         """
         if not self.needs_captions and self.request.captions is None:
             from jobs.workflows.examine import FACTS_ID
@@ -69,5 +69,5 @@ class Experiment:
         return Facts(place=place, product=products.CAPTIONS, maker=features_id(self.recipe.detector, self.models))
 
     def file(self, name: str) -> Uri:
-        """A file or folder (`paths`) at the training's own place."""
+        """URI of a file or folder (`paths`) in the training's folder."""
         return uris.join(self.request.work, name)

@@ -1,4 +1,4 @@
-"""A trained network as a detector bundle."""
+"""Write a trained network as a detector bundle."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def write_bundle(
     experiment: Experiment, best: dict[str, Any], calibration: Calibration, result: dict[str, Any], folder: Path
 ) -> str:
-    """Write the bundle to a folder of this machine; returns the detector's id. `best`: weights of the best epoch."""
+    """Write the bundle to a local folder; returns the detector's id. `best`: weights of the best epoch."""
     from jobs.training import checkpoints
     from nsnet.detector import Detector
 
@@ -32,7 +32,7 @@ def write_bundle(
 
 
 def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None:
-    """The captioner that goes into the bundle; None: it needs none, or the hub has it at a pinned revision."""
+    """Folder of the captioner to include in the bundle; None: not needed, or the hub has it at a pinned revision."""
     from nsnet.captions import save_tiny_captioner
 
     if not recipe.detector.projection.needs_captions:

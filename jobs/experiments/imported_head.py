@@ -1,4 +1,4 @@
-"""A published linear head on CLIP features, such as UniversalFakeDetect's, as a bundle."""
+"""Make a bundle from a published linear head on CLIP features, such as UniversalFakeDetect's."""
 
 import pickle
 import tempfile
@@ -15,7 +15,7 @@ from nsnet.errors import UsageError, WeightsError
 
 
 def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: Uri | None = None) -> str:
-    """Write the bundle; returns the detector's id. Raises `WeightsError` where head and tower do not fit."""
+    """Write the bundle; returns the detector's id. Raises `WeightsError` if head and tower do not fit."""
     from nsnet import recipes
     from nsnet.detector import Detector
 
@@ -27,9 +27,9 @@ def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: 
     config = recipes.variant(recipes.get(recipe), "linear").detector
     detector = Detector.build(config, Path(clip_weights) if clip_weights else None)
     expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        raise WeightsError(f"{path} holds {found}; a linear head of {config.clip.model} has {expected}")
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if given != expected:
+        raise WeightsError(f"{path} holds {given}; a linear head of {config.clip.model} has {expected}")
     detector.network.head.classifier.load_state_dict(tensors)
     origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
     with tempfile.TemporaryDirectory() as scratch:
@@ -40,7 +40,7 @@ def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The tensors of a file, which may come from strangers."""
+    """The tensors of an untrusted file."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -61,5 +61,5 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
         raise WeightsError(
-            f"{path} is no file of tensors: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{path} is not a file of tensors: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error

@@ -1,4 +1,4 @@
-"""What a training needs before its first step: facts of its images, a split, captions, a basis or bank of them."""
+"""Make the inputs of a training: facts of its images, captions, and a split."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ from jobs.storage.left_out import first_named
 from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
-if TYPE_CHECKING:  # these import torch and Ray, which take seconds
+if TYPE_CHECKING:  # these import torch and Ray, which takes seconds
     import pyarrow as pa
 
     from jobs.training.examples import Examples
 
 
 def publish_facts(experiment: Experiment) -> None:
-    """Make the facts that are missing, where that is allowed."""
+    """Publish missing facts or captions, unless the request forbids it."""
     request, facts = experiment.request, experiment.facts
     if facts.product is products.FACTS:
         from jobs.workflows.examine import examine
@@ -42,31 +42,31 @@ def publish_facts(experiment: Experiment) -> None:
 
 
 def examples_of(experiment: Experiment) -> "Examples":
-    """The split and its captions' features; what is missing of them is made."""
+    """The examples of the split with caption features; makes the split if it is missing."""
     from jobs.training import examples
 
     stored, workers = experiment.file(SPLIT_FILE), experiment.request.workers[1]
     if not listing.exists(stored):
         _store_split(experiment)
-    found = examples.Examples(table=examples.read_split(stored))
-    if len(found.rows("train")) < 2 * workers:
+    loaded = examples.Examples(table=examples.read_split(stored))
+    if len(loaded.rows("train")) < 2 * workers:
         raise SourceError(
-            f"{len(found.rows('train'))} training images are too few for {workers} workers: at least two for each"
+            f"{len(loaded.rows('train'))} training images are too few for {workers} workers: at least two for each"
         )
     if not experiment.needs_captions:
-        return found
+        return loaded
     facts = experiment.facts
-    features = examples.load_text_features(facts.place, facts.maker, found.table)
-    if missing := examples.without_captions(found.table, features):
+    features = examples.load_text_features(facts.place, facts.maker, loaded.table)
+    if missing := examples.without_captions(loaded.table, features):
         raise SourceError(
-            f"{len(missing)} of {found.table.num_rows} images have no caption in {facts.place}, such as "
+            f"{len(missing)} of {loaded.table.num_rows} images have no caption in {facts.place}, such as "
             f"{missing[0]['uri']}: run nsnet caption for them first, or give --caption-missing"
         )
-    return replace(found, text_features=features)
+    return replace(loaded, text_features=features)
 
 
 def share_split(experiment: Experiment) -> Uri:
-    """Make the split of a training without training: for others to use, as their `split`; its URI."""
+    """Make the split of a training without training, for other trainings to use as `split`; returns its URI."""
     stored = experiment.file(SPLIT_FILE)
     if not experiment.request.belongs_to(experiment.settings) or not listing.exists(stored):
         _store_split(experiment)
@@ -74,7 +74,7 @@ def share_split(experiment: Experiment) -> Uri:
 
 
 def _store_split(experiment: Experiment) -> None:
-    """Make the split and store it; from then on the training's place belongs to these settings."""
+    """Make and store the split; from then on the training's folder belongs to these settings."""
     from jobs.training import examples
 
     made = _make_split(experiment)
@@ -83,7 +83,7 @@ def _store_split(experiment: Experiment) -> None:
 
 
 def _make_split(experiment: Experiment) -> "pa.Table":
-    """Find out what there is to know of the images, and split them."""
+    """Collect facts of the images, and split them."""
     from jobs.experiments import split
 
     request, training = experiment.request, experiment.recipe.training
@@ -117,8 +117,8 @@ def _make_split(experiment: Experiment) -> "pa.Table":
 def _check_labels(labels: dict[int | None, int], count: int) -> None:
     if labels.get(None):
         raise SourceError(
-            f"{labels[None]} of {count} images have no label: put them below 0_real and 1_fake (or nature and ai, "
-            "real and fake) folders, or give a manifest with a label column"
+            f"{labels[None]} of {count} images have no label: put them into 0_real and 1_fake (or nature and ai, real "
+            "and fake) folders, or give a manifest with a label column"
         )
     if len(labels) < 2:
         real, fake = labels.get(0, 0), labels.get(1, 0)
@@ -126,7 +126,7 @@ def _check_labels(labels: dict[int | None, int], count: int) -> None:
 
 
 def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
-    """What a listing can tell of a request, before every image is looked at, which may take hours."""
+    """Check the request against the listing, before hours of reading every image."""
     import numpy as np
 
     from jobs.storage import parquet

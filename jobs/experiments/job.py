@@ -1,4 +1,4 @@
-"""A training from its request to its bundle: inputs, Ray Train, calibration, export."""
+"""Carry out a training: inputs, Ray Train, calibration, export of the bundle."""
 
 import tempfile
 from pathlib import Path
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def train(request: TrainRequest) -> dict[str, Any]:
-    """Train and write a bundle; returns what is known of the training (`result.json`).
+    """Train and write a bundle; returns the record of the training (`result.json`).
 
-    Whatever is wrong with the request is found before Ray or a model is started.
+    Checks the request before it starts Ray or a model.
     """
     experiment, point = Experiment.resolve(request), OperatingPoint.parse(request.operating_point)
     probes.check_output(request.out)
@@ -40,17 +40,17 @@ def train(request: TrainRequest) -> dict[str, Any]:
             say("continuing an unfinished training")
         examples = inputs.examples_of(experiment)
 
-        from jobs.experiments import basis  # it imports Ray Data and torch
+        from jobs.experiments import basis  # imports Ray Data and torch
 
         experiment = basis.fit_projection(experiment, examples)
 
-        from jobs.experiments.trainer import run_trainer  # it imports Ray Train
+        from jobs.experiments.trainer import run_trainer  # imports Ray Train
 
         return _finish(experiment, examples, run_trainer(experiment, examples), point)
 
 
 def _finish(experiment: Experiment, examples: "Examples", last: Path, point: OperatingPoint) -> dict[str, Any]:
-    """The weights of the best epoch, calibrated on validation, as a bundle; predictions and numbers beside it."""
+    """Calibrate the weights of the best epoch on validation; write them as a bundle, with predictions and metrics."""
     from jobs.experiments import predictions
     from jobs.experiments.export import write_bundle
     from jobs.experiments.split import Split
@@ -67,15 +67,15 @@ def _finish(experiment: Experiment, examples: "Examples", last: Path, point: Ope
         "training": settings["training"], "split": split.counts(), "leaking": split.leaking, "work": request.work
     }  # fmt: skip
     result = predictions.describe(judged, progress, origin)
-    for_use = experiment.recipe.training.captions == "own"  # a control is for comparison alone
+    writes_bundle = experiment.recipe.training.captions == "own"  # a control is only for comparison
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
         detector_id = request.variant
-        if for_use:
+        if writes_bundle:
             detector_id = write_bundle(experiment, progress.best, judged.calibration, result, folder)
         predictions.write_predictions(judged, detector_id, experiment.file(PREDICTIONS_FILE))
         writing.write_json(experiment.file(RESULT_FILE), result)
-        if for_use:  # last: where a bundle is, the training is finished
+        if writes_bundle:  # last, because a bundle marks a finished training
             writing.upload_folder(folder, request.out, last=DESCRIPTION)
             say(f"detector {detector_id}: {request.out}")
     say(predictions.summary(result))

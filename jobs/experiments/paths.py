@@ -1,11 +1,11 @@
-"""Names of files at the place of a training."""
+"""File names in a training's folder."""
 
 from typing import Final
 
 PREDICTIONS_FILE: Final = "predictions.parquet"
 RESULT_FILE: Final = "result.json"
 SETTINGS_FILE: Final = "settings.json"
-"""Where a training's place says what it is of; from then on the place belongs to it."""
+"""Settings of the training that the folder belongs to."""
 SPLIT_FILE: Final = "split.parquet"
 UNREADABLE_FILE: Final = "unreadable.json"
 FITTED_FILE: Final = "fitted.safetensors"

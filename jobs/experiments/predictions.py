@@ -1,4 +1,4 @@
-"""What came out of a training: predictions on validation and test, calibration, numbers with intervals, in one record.
+"""Results of a training: predictions on validation and test, calibration, metrics with intervals, and their record.
 
 Dimensions: n images of validation and test.
 """
@@ -33,7 +33,7 @@ class Judged:
 
 
 def judge(examples: Examples, progress: Progress, point: OperatingPoint) -> Judged:
-    """Calibrate on validation, and judge validation and test with it."""
+    """Calibrate on validation, and judge validation and test with that calibration."""
     labels = examples.labels
     rows, logits = (progress.validation[name].numpy() for name in (ROWS, LOGITS))
     fitted = calibration.fit(labels[rows], logits, point)
@@ -60,16 +60,16 @@ def _table(examples: Examples, split: str, rows: Any, logits: Any, fitted: Calib
 
 
 def write_predictions(judged: Judged, detector_id: str, uri: str) -> None:
-    """Store predictions under the name of their detector."""
-    named = pa.array([detector_id] * judged.table.num_rows, pa.string())
-    table = judged.table.set_column(judged.table.schema.get_field_index("detector_id"), "detector_id", named)
+    """Store predictions with the id of their detector."""
+    ids = pa.array([detector_id] * judged.table.num_rows, pa.string())
+    table = judged.table.set_column(judged.table.schema.get_field_index("detector_id"), "detector_id", ids)
     parquet.write(table.combine_chunks().to_batches(), PREDICTIONS, uri)
 
 
 def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict[str, Any]:
-    """The record of a training: what was asked for, epochs, calibration, numbers; JSON-ready.
+    """The JSON-ready record of a training: origin, epochs, calibration, metrics.
 
-    `origin`: what the record says besides. Without test images `test` is null.
+    `origin`: further keys of the record. Without test images `test` is null.
     """
     from jobs.evaluation.comparison import compare
 

@@ -1,4 +1,4 @@
-"""A detector for another operating point, from the validation predictions of its training."""
+"""Make a detector for another operating point, from the validation predictions of its training."""
 
 import json
 import shutil
@@ -57,22 +57,24 @@ def calibrate(
 
 
 def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:
-    """Labels and logits of the validation images, of this detector or one that it was calibrated from."""
+    """Labels and logits of the validation images, from this detector or the one that it was calibrated from."""
     try:
         table = pa.Table.from_batches(parquet.read(uri, PREDICTIONS), PREDICTIONS)
     except FileNotFoundError as error:
-        raise SourceError(f"there is no {uri}") from error
+        raise SourceError(f"{uri} does not exist") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise SourceError(f"{uri} holds no predictions of a training: {' '.join(str(error).split())[:200]}") from error
+        raise SourceError(
+            f"{uri} does not hold a training's predictions: {' '.join(str(error).split())[:200]}"
+        ) from error
     known = {detector.detector_id, detector.training.get("calibrated_from")}
     makers = set(table.column("detector_id").to_pylist())
-    if strange := sorted(map(str, makers - known)):
-        raise SourceError(f"{uri} is of detector {', '.join(strange[:3])}, not of {detector.detector_id}")
+    if others := sorted(map(str, makers - known)):
+        raise SourceError(f"{uri} is of detector {', '.join(others[:3])}, not of {detector.detector_id}")
     table = table.filter(pc.equal(table.column("split"), "val"))
     labels, logits = table.column("label").to_pylist(), table.column("logit").to_numpy()
     if {*labels} != {0, 1} or not np.isfinite(logits).all():
         raise SourceError(
-            f"the {len(labels)} validation images of {uri} must be real and fake ones, each with its label and a "
+            f"the {len(labels)} validation images of {uri} must be both real and fake, each with its label and a "
             "finite logit"
         )
     return labels, logits

@@ -1,4 +1,4 @@
-"""What a training was asked for, and what that comes to."""
+"""The request for a training, and the recipe that it resolves to."""
 
 import json
 from dataclasses import dataclass, replace
@@ -11,35 +11,35 @@ from nsnet.config import override, to_dict
 from nsnet.errors import ConfigError, UsageError
 from nsnet.images import DecodeLimits
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds
+if TYPE_CHECKING:  # imports torch, which takes seconds
     from nsnet.recipes import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What is to be trained, on what, and where."""
+    """A request for a training: its source, recipe, changes of the recipe, and output."""
 
     source: Uri
     out: Uri
     recipe: str = "tiny"
     variant: str = "advanced"
     workers: tuple[int, int] = (1, 1)
-    """Fewest and most training processes; with fewer than the most, training goes on with what there is."""
+    """Minimum and maximum number of training processes; training uses as many as the cluster can run."""
     epochs: int | None = None
     batch_size: int | None = None
     settings: tuple[str, ...] = ()
     """Overrides, as `NAME=VALUE`."""
     seed: int = 0
     captions: Uri | None = None
-    """Where `nsnet caption` published; None: captions are made at the training's own place."""
+    """Output of `nsnet caption`; None: captions are made in the training's folder."""
     caption_missing: bool = False
-    """Caption what is missing there, on the way."""
+    """Caption images that have no caption in `captions`."""
     split: Uri | None = None
     """A stored split to use; None: a new one is made."""
     columns: tuple[str, ...] = ()
-    """Names of columns of Parquet files, as `plan.Selection` takes them."""
+    """Column names of Parquet files, as in `plan.Selection`."""
     leave_out: str | None = None
-    """Generator that is kept for the test."""
+    """Generator whose images are kept for the test."""
     operating_point: str = "accuracy"
     max_failed: float = 0.05
     max_left_out: int = 0
@@ -56,17 +56,19 @@ class TrainRequest:
                 f"--workers must be N or FEWEST-MOST, at least 1, and --seed ≥ 0, got {low}-{high}, {self.seed}"
             )
         if self.split is not None and self.leave_out is not None:
-            raise ConfigError("--split and --leave-out exclude each other: a stored split says what is trained on")
+            raise ConfigError(
+                "give --split or --leave-out, not both: a stored split decides which images are trained on"
+            )
         if not uris.is_local(self.out) and "/" not in uris.arrow_path(self.out):
-            raise UsageError(f"--out {self.out} is a whole bucket; name a place in it for the detector")
+            raise UsageError(f"--out {self.out} is a whole bucket; give a prefix in it for the detector")
 
     @property
     def work(self) -> Uri:
-        """Where split, checkpoints and records lie: beside the bundle, which holds nothing but itself."""
+        """Folder of split, checkpoints and records, beside the bundle, which must hold no other files."""
         return Uri(f"{self.out}.training")
 
     def resolved(self) -> "Recipe":
-        """The recipe with everything that was asked for. Raises `ConfigError`."""
+        """The recipe with the request's changes. Raises `ConfigError`."""
         from nsnet import recipes
 
         chosen = recipes.variant(recipes.get(self.recipe), self.variant)
@@ -81,9 +83,7 @@ class TrainRequest:
             if not separator:
                 raise ConfigError(f"--set {setting}: give NAME=VALUE, such as patience=3 or detector.lora.rank=8")
             if name.startswith(("detector.captioner.", "detector.clip.")):
-                raise ConfigError(
-                    f"--set {setting}: captions and features are those of a recipe; choose another --recipe"
-                )
+                raise ConfigError(f"--set {setting}: the recipe fixes captioner and CLIP; choose another --recipe")
             if name.startswith("detector."):
                 detector = override(detector, name.removeprefix("detector."), value)
             else:
@@ -91,22 +91,22 @@ class TrainRequest:
         return replace(chosen, detector=detector, training=training)
 
     def belongs_to(self, settings: dict[str, Any]) -> bool:
-        """Whether its place holds something of a training with these settings; `UsageError` where they are others."""
+        """Whether the training's folder belongs to these settings; raises `UsageError` if it belongs to others."""
         uri = uris.join(self.work, SETTINGS_FILE)
         if not listing.exists(uri):
             return False
         remedy = f"restore it from a copy, or choose another --out; without it, {self.work} belongs to no training"
-        found = reading.read_json(uri, {}, remedy)
-        if found != settings:
-            changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+        stored = reading.read_json(uri, {}, remedy)
+        if stored != settings:
+            changed = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
             raise UsageError(
-                f"{self.work} holds a training with other settings ({', '.join(changed)}); give the same command to "
+                f"{self.work} holds a training with other settings ({', '.join(changed)}); run its original command to "
                 "continue it, or choose another --out"
             )
         return True
 
     def identity(self, recipe: "Recipe") -> dict[str, Any]:
-        """What makes it the same training, whatever the machines; JSON-ready."""
+        """JSON-ready identity of the training, independent of machines and number of processes."""
         names = ("source", "recipe", "variant", "seed", "captions", "split", "leave_out", "clip_weights", "captioner")
         settings = {name: getattr(self, name) for name in names}
         settings |= {"columns": self.columns} if self.columns else {}
@@ -121,5 +121,5 @@ class TrainRequest:
 
 
 def needs_captions(recipe: "Recipe") -> bool:
-    """Whether training reads captions: a global basis is made of them, though an image is judged without."""
+    """Whether training reads captions. A global basis is computed from them, though judging an image needs none."""
     return recipe.detector.projection.kind != "none"

@@ -1,4 +1,4 @@
-"""Who is trained on, validated and tested on: a source's images, with what is known of them, to a stored split."""
+"""Split a source's images, with their published facts, into training, validation and test."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,63 +25,63 @@ KNOWN_COLUMNS: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("image_id", "content_hash", "perceptual_hash", "status", "error_class")]
     + [schema.FACTS.field("error_message")]
 )
-"""What a split asks of published facts or captions."""
+"""Columns of published facts or captions that a split needs."""
 LISTED_COLUMNS: Final = pa.schema([*schema.MANIFEST, *list(KNOWN_COLUMNS)[1:]])
 UNREADABLE: Final = ("uri", "error_class", "error_message")
 MAX_NAMED: Final = 10
-"""Images that a message names at most."""
+"""Most images that messages name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How a source is split."""
+    """Settings of a split."""
 
     seed: int = 0
     validation_share: float = 0.15
-    """Share of the images that are free for it, in (0, 1)."""
+    """Share of the free images for validation, in (0, 1)."""
     test_share: float = 0.15
-    """Likewise, in [0, 1); only of a source without any split, and where no generator is left out."""
+    """Share of the free images for test, in [0, 1); only if the source has no split and no generator is left out."""
     leave_out: str | None = None
-    """Generator of which all images, real and fake, are kept for the test."""
+    """Generator whose images, real and fake, are all kept for the test."""
     lost_share: float = 0.05
     """Share of images that may be unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A split, and what is worth telling of it."""
+    """A split, and the images that it lacks."""
 
     table: pa.Table
-    """Rows of `examples.SPLIT`; `split` is null where an image is used for nothing."""
+    """Rows of `examples.SPLIT`; `split` is null for an unused image."""
     unreadable: list[dict[str, Any]] = field(default_factory=list)
-    """URI and error of images that are not in it."""
+    """URI and error of unreadable images, which are not in the table."""
 
     @property
     def leaking(self) -> int:
-        """Images of validation and test that are near-duplicates of what was trained on, or chosen by."""
+        """Number of validation images with near-duplicates in training, and of test images with any in either part."""
         pairs = list(
             zip(self.table.column("split").to_pylist(), self.table.column("group").to_pylist(), strict=True)
         )  # fmt: skip
-        trained, chosen = ({group for name, group in pairs if name == which} for which in ("train", "val"))
-        seen = {"val": trained, "test": trained | chosen}
+        training, validation = ({group for name, group in pairs if name == part} for part in ("train", "val"))
+        seen = {"val": training, "test": training | validation}
         return sum(group in seen.get(name, ()) for name, group in pairs)
 
     def counts(self) -> dict[str, Any]:
         """Split -> generator -> [real, fake]."""
-        found: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
         columns = (self.table.column(name).to_pylist() for name in ("split", "generator", "label"))
         for (split, generator, label), number in sorted(
             Counter(zip(*columns, strict=True)).items(), key=lambda item: [str(part) for part in item[0]]
         ):
-            pair = found.setdefault(split or "unused", {}).setdefault(generator or "(none)", [0, 0])
+            pair = counts.setdefault(split or "unused", {}).setdefault(generator or "(none)", [0, 0])
             pair[label] += number
-        return found
+        return counts
 
 
 def known_images(manifest: str, facts: Uri, product: Product, maker: str) -> pa.Table:
-    """The manifest's rows with what a maker published of them (`LISTED_COLUMNS`), ordered by id; of several the newest.
+    """The manifest's rows with a maker's newest published facts (`LISTED_COLUMNS`), ordered by id.
 
-    Raises `SourceError` for rows that nothing is known of.
+    Raises `SourceError` for rows without published facts.
     """
     with database() as rows:
         rows.create("manifest", "*", schema.MANIFEST)
@@ -102,14 +102,14 @@ def known_images(manifest: str, facts: Uri, product: Product, maker: str) -> pa.
                 "them first, or give --caption-missing"
             )
         batches = rows.select("select * from manifest join known using (image_id) order by image_id")
-        found = [batch.select(LISTED_COLUMNS.names).cast(LISTED_COLUMNS) for batch in batches]
-    return pa.Table.from_batches(found, LISTED_COLUMNS)
+        listed = [batch.select(LISTED_COLUMNS.names).cast(LISTED_COLUMNS) for batch in batches]
+    return pa.Table.from_batches(listed, LISTED_COLUMNS)
 
 
 def make(listed: pa.Table, config: SplitConfig) -> Split:
-    """Split what `known_images` gave: the source's own splits are kept, what they lack is drawn from the rest.
+    """Split the result of `known_images`: keep the source's own splits, and draw missing ones from the other images.
 
-    No near-duplicate group is cut by what is drawn. Raises `SourceError` where the images do not suffice.
+    Drawn splits keep each near-duplicate group together. Raises `SourceError` if there are too few images.
     """
     table, unreadable = _readable(listed, config.lost_share)
     groups = near_duplicate_groups(
@@ -118,8 +118,8 @@ def make(listed: pa.Table, config: SplitConfig) -> Split:
     names = _assigned(table, groups, config)
     table = table.set_column(table.schema.get_field_index("split"), schema.SPLIT_COLUMN, pa.array(names, pa.string()))
     table = table.append_column(SPLIT.field("group"), pa.array(groups))
-    at = table.schema.get_field_index("expected_hash")  # what was looked at is what will be trained on
-    table = table.set_column(at, SPLIT.field("expected_hash"), table.column("content_hash"))
+    position = table.schema.get_field_index("expected_hash")  # training then refuses changed images
+    table = table.set_column(position, SPLIT.field("expected_hash"), table.column("content_hash"))
     split = Split(table=table.select(SPLIT.names).cast(SPLIT), unreadable=unreadable)
     check(split.table)
     return split
@@ -127,40 +127,40 @@ def make(listed: pa.Table, config: SplitConfig) -> Split:
 
 def check(table: pa.Table) -> None:
     """Raise `SourceError` unless training and validation both have real and fake images."""
-    for name, what in (("train", "training"), ("val", "validation")):
+    for name, part in (("train", "training"), ("val", "validation")):
         labels = table.filter(pc.equal(table.column("split"), name)).column("label").to_pylist()
         real, fake = labels.count(0), labels.count(1)
         if not real or not fake:
-            raise SourceError(f"the {what} part has {real} real and {fake} fake images; both are needed")
+            raise SourceError(f"the {part} part has {real} real and {fake} fake images; both are needed")
 
 
 def _readable(listed: pa.Table, lost_share: float) -> tuple[pa.Table, list[dict[str, Any]]]:
     good = pc.equal(listed.column("status"), "scored")
-    lost: list[dict[str, Any]] = listed.filter(pc.invert(good)).select(UNREADABLE).to_pylist()
-    for row in lost[:MAX_NAMED]:
+    unreadable: list[dict[str, Any]] = listed.filter(pc.invert(good)).select(UNREADABLE).to_pylist()
+    for row in unreadable[:MAX_NAMED]:
         say(f"  unreadable: {row['uri']}: {row['error_class']}: {row['error_message']}")
-    _check_lost(lost, listed.num_rows, lost_share)
-    return listed.filter(good), lost
+    _check_unreadable(unreadable, listed.num_rows, lost_share)
+    return listed.filter(good), unreadable
 
 
-def _check_lost(lost: list[dict[str, Any]], count: int, lost_share: float) -> None:
-    """Raise `SourceError` where too many images are unreadable, or one is whole and could not be captioned."""
-    if silent := [row["uri"] for row in lost if row["error_class"] == CaptionError.__name__]:
+def _check_unreadable(unreadable: list[dict[str, Any]], count: int, lost_share: float) -> None:
+    """Raise `SourceError` if too many images are unreadable, or if a readable image has no caption."""
+    if uncaptioned := [row["uri"] for row in unreadable if row["error_class"] == CaptionError.__name__]:
         raise SourceError(
-            f"{len(silent)} images have no caption, though they can be read, such as {silent[0]}: run nsnet caption "
+            f"{len(uncaptioned)} readable images have no caption, such as {uncaptioned[0]}: run nsnet caption "
             "--retry-failed"
         )
-    if len(lost) > lost_share * count:
-        changed = sum(row["error_class"] == "ObjectChangedError" for row in lost)
-        hint = f"; {changed} are not what the split says: it no longer matches its source" if changed else ""
+    if len(unreadable) > lost_share * count:
+        changed = sum(row["error_class"] == "ObjectChangedError" for row in unreadable)
+        hint = f"; {changed} differ from the split, which no longer matches its source" if changed else ""
         raise SourceError(
-            f"{len(lost)} of {count} training images are unreadable, more than {lost_share:.0%} "
-            f"(--max-failed), such as {lost[0]['uri']} ({lost[0]['error_class']}): mend the source{hint}"
+            f"{len(unreadable)} of {count} training images are unreadable, more than {lost_share:.0%} "
+            f"(--max-failed), such as {unreadable[0]['uri']} ({unreadable[0]['error_class']}): repair the source{hint}"
         )
 
 
 def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], config: SplitConfig) -> list[str | None]:
-    """The split of each row; None: used for nothing."""
+    """The split of each row; None: unused."""
     given: list[str | None] = table.column("split").to_pylist()
     generators: list[str | None] = table.column("generator").to_pylist()
     names = list(given)
@@ -169,14 +169,14 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
         held_out, beside = splits.leave_out(groups, generators, config.leave_out)
         for i in np.flatnonzero(held_out):
             names[i] = "test"
-        for i in np.flatnonzero(beside):  # an image's twin would tell of it
+        for i in np.flatnonzero(beside):  # near-duplicates of test images must not be trained on
             names[i] = None if names[i] != "test" else "test"
         fixed = fixed | held_out | beside
-    if "train" in given:  # what stands beside a training set of its source is not for training: it may be anything
+    if "train" in given:  # images outside the source's own splits may be anything, so they are not used
         fixed = fixed | np.array([name is None for name in given])
-    # what was left out is the test: images of known generators would hide how little is known of it
+    # the left-out generator is the whole test: images of trained generators would raise its result
     test_share = 0.0 if any(given) or config.leave_out is not None else config.test_share
-    # what is drawn must not be a copy of what the source keeps for validation and test
+    # drawn images must not be near-duplicates of the source's own validation and test images
     fixed = fixed | (np.isin(groups, groups[fixed]) & np.array([name is None for name in given]))
     share = 0.0 if "val" in given else config.validation_share
     free = np.flatnonzero(~fixed)
@@ -192,44 +192,44 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
 
 
 def reuse(stored: str, listed: pa.Table, lost_share: float = 0.0) -> Split:
-    """A stored split over a source as it is now; so large a share of its images may be unreadable.
+    """A stored split applied to the current source, of whose images a share of `lost_share` may be unreadable.
 
-    Raises `SourceError` where the two no longer match.
+    Raises `SourceError` if the two no longer match.
     """
     table = examples.read_split(stored)
-    now = dict(zip(listed.column("uri").to_pylist(), listed.to_pylist(), strict=True))
-    rows, strange, lost = [], [], []
+    by_uri = dict(zip(listed.column("uri").to_pylist(), listed.to_pylist(), strict=True))
+    rows, mismatched, unreadable = [], [], []
     for row in table.to_pylist():
-        found = now.get(row["uri"])
-        if found is not None and found["status"] != "scored" and found["error_class"] != "ObjectChangedError":
-            lost.append({name: found[name] for name in UNREADABLE})
-        elif found is None or found["content_hash"] != row["content_hash"]:
-            strange.append(f"{row['uri']} ({'gone' if found is None else 'changed'})")
+        current = by_uri.get(row["uri"])
+        if current is not None and current["status"] != "scored" and current["error_class"] != "ObjectChangedError":
+            unreadable.append({name: current[name] for name in UNREADABLE})
+        elif current is None or current["content_hash"] != row["content_hash"]:
+            mismatched.append(f"{row['uri']} ({'missing' if current is None else 'changed'})")
         else:
-            rows.append({**found, "split": row["split"], "group": row["group"], "expected_hash": row["content_hash"]})
-    if strange:
+            rows.append({**current, "split": row["split"], "group": row["group"], "expected_hash": row["content_hash"]})
+    if mismatched:
         raise SourceError(
-            f"the split {stored} no longer matches its source: {len(strange)} of {table.num_rows} images are gone or "
-            f"changed, such as {', '.join(strange[:3])}; make a new split, or restore the images"
+            f"the split {stored} no longer matches its source: {len(mismatched)} of {table.num_rows} images are "
+            f"missing or changed, such as {', '.join(mismatched[:3])}; make a new split, or restore the images"
         )
-    _check_lost(lost, table.num_rows, lost_share)
-    if beyond := len(now) - len(rows) - len(lost):
-        say(f"  {beyond} images of the source are not in the split and are not used")
+    _check_unreadable(unreadable, table.num_rows, lost_share)
+    if unused := len(by_uri) - len(rows) - len(unreadable):
+        say(f"  {unused} images of the source are not in the split and are not used")
     kept = pa.Table.from_pylist(rows, schema=SPLIT).sort_by("image_id")
     check(kept)
-    return Split(table=kept, unreadable=lost)
+    return Split(table=kept, unreadable=unreadable)
 
 
 def describe(split: Split) -> list[str]:
-    """A split in lines for a person."""
+    """A split as lines for the console."""
     sizes = Counter(split.table.column("split").to_pylist())
     lines = [
         f"split: {sizes['train']} training, {sizes['val']} validation and {sizes['test']} test images"
-        + (f", {sizes[None]} used for nothing" if sizes[None] else "")
+        + (f", {sizes[None]} unused" if sizes[None] else "")
     ]
     if split.leaking:
         lines.append(
-            f"warning: {split.leaking} images of validation and test are near-duplicates of images that are "
-            "trained on or chosen by, as the source splits them: their numbers flatter; nsnet audit lists them"
+            f"warning: {split.leaking} validation and test images are near-duplicates of images in training or "
+            "validation, as the source splits them, so the metrics are too high; nsnet audit lists them"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The steps of a training under Ray Train: number of processes, resources, and the configuration of each."""
+"""Run a training under Ray Train: number of processes, resources, and worker configuration."""
 
 import tempfile
 import uuid
@@ -26,7 +26,7 @@ from nsnet.errors import NsnetError
 from nsnet.preparation import PreparationConfig
 
 RESTARTS: Final = 8
-"""How often a training goes on after a worker died, for reasons other than a node that was drained."""
+"""Most restarts after a worker died; restarts after a drained node do not count."""
 
 
 class TrainingFailedError(NsnetError):
@@ -60,7 +60,7 @@ def run_trainer(experiment: Experiment, examples: Examples) -> Path:
     total = experiment.recipe.training.epochs * len(examples.rows("train"))
     with progress.watch(board, "train", total, ("trained",)):
         try:
-            result = cast(Any, trainer.fit())  # Ray's types are those of its older version
+            result = cast(Any, trainer.fit())  # Ray's type hints are those of its older version
         except RayTrainError as error:
             raise TrainingFailedError(f"training failed: {_first_cause(error)}") from error
     if result.error is not None:
@@ -68,12 +68,12 @@ def run_trainer(experiment: Experiment, examples: Examples) -> Path:
     if result.return_value is not None:
         raise TrainingFailedError(f"training stopped: {result.return_value}")
     if result.checkpoint is None or FINISHED not in (result.metrics or {}):
-        raise TrainingFailedError("training ended without its last checkpoint; the same command goes on")
+        raise TrainingFailedError("training ended without its last checkpoint; run the same command again")
     return Path(result.checkpoint.to_directory(tempfile.mkdtemp(prefix="nsnet-trained-")))
 
 
 def _first_cause(error: BaseException) -> str:
-    """What a person can act on, of an error that Ray has wrapped."""
+    """The root cause of an error that Ray has wrapped, in one line."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = errors.root_cause(next(iter(failures.values()), error))
     if (line := errors.explain(cause)) is not None:

@@ -1,5 +1,4 @@
-"""Ray Data stages from a manifest's rows to verdicts: fetching, guarded decoding, captioning, scoring; and their
-progress.
+"""Ray Data stages from manifest rows to verdicts: fetching, guarded decoding, captioning, scoring, and progress.
 
-Thin shells over `nsnet`. Which rows are due, and how results are published, belongs to `runs`.
+The stages are thin shells over `nsnet`. `runs` decides which rows are due and how results are published.
 """

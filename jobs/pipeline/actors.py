@@ -1,7 +1,7 @@
-"""Ray Data stages: thin shells that turn columns into arrays and delegate to `nsnet`.
+"""Ray Data actors that caption, embed and score: thin shells that turn columns into arrays and call `nsnet`.
 
-A stage passes rows that already failed through untouched. Pixels travel as fixed-length binary columns and are dropped
-as soon as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic side, S thumbnail side.
+A stage does not change rows that already failed. Pixels travel as fixed-length binary columns and are dropped as soon
+as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic side, S thumbnail side.
 """
 
 from datetime import UTC, datetime
@@ -21,17 +21,17 @@ from nsnet.errors import (
     ScoreError,
 )
 
-if TYPE_CHECKING:  # these modules import torch, which decoding workers must not wait for
+if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captions import Captioner, CaptionerConfig
     from nsnet.clip import Clip, ClipConfig
     from nsnet.detector import Detector
 
 CACHE_ENTRIES: Final = 65_536
-"""Contents whose results an actor remembers."""
+"""Results that an actor caches."""
 
 
 class ResultCache:
-    """Results by content, so that bytes which repeat are computed once; the oldest give way."""
+    """A cache of results by content, so that repeated bytes are computed once; evicts the oldest."""
 
     def __init__(self, entries: int = CACHE_ENTRIES) -> None:
         self.entries = entries
@@ -47,16 +47,16 @@ class ResultCache:
         self._values[key] = value
 
     def trim(self) -> None:
-        """Forget what is too much; between batches, so that a batch finds all that it put there."""
+        """Evict the oldest surplus entries. Call it between batches only: a batch needs all that it stored."""
         while len(self._values) > self.entries:
             del self._values[next(iter(self._values))]
 
 
 class Caption:
-    """Thumbnails to captions, in an actor with the captioner; drops the thumbnail.
+    """An actor with the captioner that turns thumbnails into captions and drops the thumbnails.
 
-    The captioner is loaded for the first row without a known caption. Every call has the same number of images: a
-    caption does then not depend, in its last bits, on the neighbours that a block happened to have.
+    It loads the captioner at the first row without a known caption. Every model call has the same number of images, so
+    that a caption does not depend, in its last bits, on the other rows of its block.
     """
 
     def __init__(
@@ -68,40 +68,40 @@ class Caption:
 
     @cached_property
     def captioner(self) -> "Captioner":
-        """The model."""
+        """The captioner, loaded on first use."""
         from nsnet.captions import Captioner
 
         self.models.use_threads()
         return Captioner.load(self.config, self.models.captioner_folder(self.config), self.models.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows, alive = _light_rows(table)
-        wanting = [i for i in alive if rows[i].get("caption") is None]
-        for some in _batches(_first_of_each(rows, wanting, self.models, self.memory), self.batch_size):
+        rows, usable = _light_rows(table)
+        uncaptioned = [i for i in usable if rows[i].get("caption") is None]
+        for batch in _batches(_first_of_each(rows, uncaptioned, self.models, self.memory), self.batch_size):
             side = self.captioner.thumbnail_px
-            thumbnails = _pixels(table, "thumbnail", some, (side, side, 3))
+            thumbnails = _pixels(table, "thumbnail", batch, (side, side, 3))
             captions = self.captioner.caption(_padded(thumbnails, self.batch_size))
-            for i, caption in zip(some, captions, strict=False):
+            for i, caption in zip(batch, captions, strict=False):
                 self.memory[self.models.key(rows[i])] = caption
-        for i in alive:
+        for i in usable:
             if rows[i].get("caption") is None:
                 caption = self.memory[self.models.key(rows[i])]
                 rows[i] |= {"caption": caption, "caption_run_id": self.models.run_id}
                 if caption is None:
-                    rows[i] = failed(rows[i], CaptionError("the captioner gave no word"))
+                    rows[i] = failed(rows[i], CaptionError("the captioner returned an empty caption"))
                     continue
             rows[i]["caption_id"] = caption_id(
                 self.models.captioner_id, rows[i]["content_hash"], rows[i].get("transform")
             )
         self.memory.trim()
-        self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
+        self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in usable))
         return _with_heavy(rows, table, self.schema)
 
 
 class Embed:
-    """Captions to features of the frozen text tower, in an actor; for training, which then needs no text tower.
+    """An actor that adds the features of captions by the frozen text tower, so that training needs no text tower.
 
-    Every call has the same number of captions, as in `Caption`.
+    Every model call has the same number of captions, as in `Caption`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Embed:
 
     @cached_property
     def clip(self) -> "Clip":
-        """The model; not loaded in `__init__`, of whose errors Ray passes on the text alone."""
+        """The CLIP model; not loaded in `__init__`, because Ray reports only the text of errors raised there."""
         from nsnet.clip import find_weights, load_clip
 
         self.models.use_threads()
@@ -121,20 +121,22 @@ class Embed:
         return clip
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows, alive = _light_rows(table)
-        for some in _batches(alive, self.batch_size):
-            captions = [rows[i]["caption"] for i in some]
-            features = self.clip.encode_text(captions + captions[:1] * (self.batch_size - len(some))).cpu().numpy()
-            for i, feature in zip(some, features, strict=False):
+        rows, usable = _light_rows(table)
+        for batch in _batches(usable, self.batch_size):
+            captions = [rows[i]["caption"] for i in batch]
+            features = self.clip.encode_text(captions + captions[:1] * (self.batch_size - len(batch))).cpu().numpy()
+            for i, feature in zip(batch, features, strict=False):
                 rows[i]["text_features"] = feature.tolist()
         self.report.add(embedded=len(rows))
         return _with_heavy(rows, table, self.schema)
 
 
 class Score:
-    """Mosaics, and captions where the detector uses them, to verdicts, in an actor with the detector; drops the mosaic.
+    """An actor with the detector that turns mosaics, and captions if the detector uses them, into verdicts; drops the
+    mosaics.
 
-    Every call has the same number of images, as in `Caption`: a continued run gives the same bits as a whole one.
+    Every model call has the same number of images, as in `Caption`: a continued run gives the same bits as an
+    uninterrupted one.
     """
 
     def __init__(self, models: Models, batch_size: int, report: Progress) -> None:
@@ -143,7 +145,7 @@ class Score:
 
     @cached_property
     def detector(self) -> "Detector":
-        """The model; not loaded in `__init__`, as in `Embed`."""
+        """The detector; not loaded in `__init__`, as in `Embed`."""
         from nsnet.detector import Detector
 
         models = self.models
@@ -159,23 +161,23 @@ class Score:
         return detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows, alive = _light_rows(table)
+        rows, usable = _light_rows(table)
         side = self.detector.config.patches.mosaic_px
-        for some in _batches(_first_of_each(rows, alive, self.models, self.memory), self.batch_size):
-            mosaics = _padded(_pixels(table, "mosaic", some, (side, side, 3)), self.batch_size)
+        for batch in _batches(_first_of_each(rows, usable, self.models, self.memory), self.batch_size):
+            mosaics = _padded(_pixels(table, "mosaic", batch, (side, side, 3)), self.batch_size)
             captions = None
             if self.detector.config.projection.needs_captions:
-                captions = [rows[i]["caption"] for i in some]
-                captions += captions[:1] * (self.batch_size - len(some))
+                captions = [rows[i]["caption"] for i in batch]
+                captions += captions[:1] * (self.batch_size - len(batch))
             scores = self.detector.score(mosaics, captions)
-            for at, i in enumerate(some):
+            for k, i in enumerate(batch):
                 self.memory[self.models.key(rows[i])] = {
-                    "logit": float(scores.logit[at]),
-                    "prob_fake": float(scores.prob_fake[at]),
-                    "verdict": scores.verdict[at],
-                    "residual_energy": float(scores.residual_energy[at]),
+                    "logit": float(scores.logit[k]),
+                    "prob_fake": float(scores.prob_fake[k]),
+                    "verdict": scores.verdict[k],
+                    "residual_energy": float(scores.residual_energy[k]),
                 }
-        for i in alive:
+        for i in usable:
             result = self.memory[self.models.key(rows[i])]
             if np.isfinite(result["logit"]):
                 rows[i] |= result
@@ -188,12 +190,12 @@ class Score:
             "run_id": self.models.run_id,
             "scored_at": datetime.now(UTC),
         }
-        self.report.add(scored=len(rows), failed=sum(rows[i]["status"] == "failed" for i in alive))
+        self.report.add(scored=len(rows), failed=sum(rows[i]["status"] == "failed" for i in usable))
         return to_table([{**row, **constant} for row in rows], schema.VERDICTS)
 
 
 def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory: ResultCache) -> list[int]:
-    """Of the rows at these positions, the first of each content that is not remembered yet."""
+    """Positions of the first row of each content that is not cached yet, among these positions."""
     first: dict[str, int] = {}
     for i in positions:
         key = models.key(rows[i])
@@ -203,18 +205,18 @@ def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory:
 
 
 def _padded(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """A batch filled up to a fixed size with its first image."""
+    """A batch, padded to a fixed size with its first image."""
     return np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
 
 
 def _light_rows(table: pa.Table) -> tuple[RowDicts, list[int]]:
-    """RowDicts without the pixel columns, and the positions of those that have not failed."""
+    """Rows without the pixel columns, and the positions of those that have not failed."""
     rows: RowDicts = table.drop_columns([name for name in PIXEL_COLUMNS if name in table.column_names]).to_pylist()
     return rows, [i for i, row in enumerate(rows) if row["status"] != "failed"]
 
 
 def _with_heavy(rows: RowDicts, table: pa.Table, wanted: pa.Schema) -> pa.Table:
-    """RowDicts as a table of the wanted schema, its pixel columns taken over from the input without a copy."""
+    """Rows as a table of the wanted schema, with the input's pixel columns, which are not copied."""
     kept = [name for name in wanted.names if name in PIXEL_COLUMNS]
     light = pa.schema([field for field in wanted if field.name not in kept])
     result = to_table(rows, light)
@@ -228,6 +230,6 @@ def _batches(positions: list[int], size: int) -> list[list[int]]:
 
 
 def _pixels(table: pa.Table, name: str, positions: list[int], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """A binary column's values at some rows as one uint8 array (rows, *shape)."""
+    """Values of a binary column at these positions, as one uint8 array (rows, *shape)."""
     column = table.column(name)
     return np.stack([np.frombuffer(column[i].as_buffer(), dtype=np.uint8).reshape(shape) for i in positions])

@@ -1,7 +1,7 @@
-"""Parquet files as a source of Ray Data: one task for each file, read by our own reader.
+"""A Ray Data source of Parquet files: one task per file, with our own reader.
 
-Ray's reader believes the Arrow schema that lies in a file; `jobs.storage.parquet_file` says why ours does not. Work and
-captions lie in buckets that others may write to.
+Ray's reader trusts the Arrow schema in a file; `jobs.storage.parquet_file` explains why ours does not. Work and
+captions are in buckets that others may write to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from jobs.storage import parquet
 
 
 class ParquetFiles(Datasource):
-    """Some columns of Parquet files, as tables of exactly this schema."""
+    """Columns of Parquet files, as tables of exactly this schema."""
 
     def __init__(self, uris: Sequence[str], columns: pa.Schema) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,7 +26,7 @@ class ParquetFiles(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *limits: Any, **settings: Any) -> list[ReadTask]:
-        """A task for each file, however many Ray would like."""
+        """One task per file; ignores the parallelism that Ray asks for."""
         return [
             ReadTask(
                 partial(_tables, uri, self._columns),

@@ -1,7 +1,7 @@
-"""Decoding in a guarded child: an image that crashes, hangs or floods its decoder costs itself and nothing else.
+"""Decode images in a guarded child process: an image that crashes, hangs or floods its decoder fails alone.
 
 request   {"size_bytes", "transform", "seed"}, the image's bytes
-answer    what is known of the image, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); or an error, alone
+answer    header with facts, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); or only a header with an error
 """
 
 import re
@@ -17,7 +17,7 @@ from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, Image
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
 
 FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
-"""What an answer's header says of an image."""
+"""Keys of an answer's header."""
 MAX_REMARK: Final = 200
 SERVICE: Final = "jobs.pipeline.decoding"
 
@@ -25,7 +25,7 @@ _zygote = Zygote(SERVICE)
 
 
 class GuardedDecoder:
-    """Prepares images in one guarded child, which is started on first use and again after a crash or a timeout."""
+    """Prepares images in one guarded child process, which starts on first use and restarts after a crash or timeout."""
 
     def __init__(self, config: PreparationConfig, zygote: Zygote = _zygote) -> None:
         self.config = config
@@ -33,22 +33,22 @@ class GuardedDecoder:
         self._shapes = shapes(config)
         self._child: Child | None = None
         self.computed = 0.0
-        """Seconds that the last image was computed on."""
+        """Seconds of computing that the last image took."""
 
     def prepare(self, image: bytes, transform: str = "", seed: int = 0, max_seconds: float | None = None) -> Prepared:
         """Like `preparation.prepare`; also raises `ImageTimeoutError` and `DecoderCrashError`.
 
-        `max_seconds`: of computing, in place of the configured limit.
+        `max_seconds`: limit of computing time; None: the configured limit.
         """
         self.computed = 0.0
         if not image or len(image) > self.config.limits.max_bytes:
-            return prepare(image, self.config)  # raises, at no cost
+            return prepare(image, self.config)  # raises, and needs no child
         child = self._running()
         clock = Clock(child.pid, self.config.limits.max_seconds if max_seconds is None else max_seconds)
         try:
             child.send(clock, {"size_bytes": len(image), "transform": transform, "seed": seed}, image)
             return self._answer(child, clock)
-        except ImageError:  # a whole answer
+        except ImageError:  # the answer was complete
             raise
         except (EOFError, BrokenPipeError) as error:
             raise DecoderCrashError(f"the decoder ended with {exit_reason(self._end())} on this image") from error
@@ -57,8 +57,8 @@ class GuardedDecoder:
             raise ImageTimeoutError(f"decoding took longer than {error} (--max-seconds)") from error
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             self._end()
-            raise DecoderCrashError(f"the decoder's answer makes no sense ({type(error).__name__})") from error
-        except BaseException:  # the rest of this answer must not be taken for the next one
+            raise DecoderCrashError(f"the decoder's answer is malformed ({type(error).__name__})") from error
+        except BaseException:  # the rest of this answer must not be read as the next one
             self._end()
             raise
         finally:
@@ -72,9 +72,9 @@ class GuardedDecoder:
     def _answer(self, child: Child, clock: Clock) -> Prepared:
         header = child.receive(clock)
         if "error_class" in header:
-            kind = getattr(errors, str(header["error_class"]), ImageCorruptError)
-            known = isinstance(kind, type) and issubclass(kind, ImageError)
-            raise (kind if known else ImageCorruptError)(_text(header["error_message"]))
+            error_class = getattr(errors, str(header["error_class"]), ImageCorruptError)
+            is_known = isinstance(error_class, type) and issubclass(error_class, ImageError)
+            raise (error_class if is_known else ImageCorruptError)(_text(header["error_message"]))
         patches, thumbnail = (
             np.frombuffer(child.read(int(np.prod(shape)), clock), dtype=np.uint8).reshape(shape)
             for shape in self._shapes
@@ -105,20 +105,20 @@ class GuardedDecoder:
 
 
 def _text(value: Any) -> str:
-    """What the child says, without lone surrogates, which no table can hold."""
+    """The child's text without lone surrogates, which no table can hold."""
     return str(value).encode("utf-8", "replace").decode()
 
 
 def _count(value: Any) -> int:
     number = int(value)
     if not 0 < number < 2**31:
-        raise ValueError(f"{number} is no number of pixels or frames")
+        raise ValueError(f"{number} is not a number of pixels or frames")
     return number
 
 
 def _hash(value: Any) -> str | None:
     if value is not None and not re.fullmatch("[0-9a-f]{16}", str(value)):
-        raise ValueError("no perceptual hash")
+        raise ValueError("not a perceptual hash")
     return value if value is None else str(value)
 
 
@@ -126,19 +126,19 @@ def _hash(value: Any) -> str | None:
 
 
 def preload() -> None:
-    """Load what decoding needs later, when no file can be opened any more."""
+    """Load what decoding needs, before the child loses the right to open files."""
     preparation.preload(PreparationConfig(thumbnail_px=16, fingerprint=True))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:
-    """The child's loop: until the end of the input."""
+    """Answer requests in the child until the input ends."""
     config = from_dict(PreparationConfig, settings)
     while (request := frames.receive(requests)) is not None:
         image = requests.read(request["size_bytes"])
         try:
-            done = prepare(image, config, request["transform"], request["seed"])
+            prepared = prepare(image, config, request["transform"], request["seed"])
         except ImageError as error:
             frames.send(answers, {"error_class": type(error).__name__, "error_message": str(error)})
             continue
-        header = {name: getattr(done, name) for name in FACTS}
-        frames.send(answers, header, done.patches.data, done.thumbnail.data)
+        header = {name: getattr(prepared, name) for name in FACTS}
+        frames.send(answers, header, prepared.patches.data, prepared.thumbnail.data)

@@ -1,4 +1,4 @@
-"""Where actors find their models, and the identities that rows get from them."""
+"""Locations of the actors' models, and the model identities that rows carry."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Where actors find their models. A remote bundle is fetched to a cache on the node where the actor runs."""
+    """Locations of the actors' models. A remote bundle is fetched to a cache on the actor's node."""
 
     detector: Uri | None = None
-    """URI of a bundle; None: nothing was trained yet."""
+    """URI of a bundle; None: no detector is trained yet."""
     clip_weights: Uri | None = None
     """Local path that replaces the hub's CLIP weights."""
     captioner: Uri | None = None
     """Local transformers folder that replaces the hub's captioner."""
     device: str = "cpu"
     threads: int = 1
-    """Threads of an actor that computes on the CPU."""
+    """Threads per actor on the CPU."""
     run_id: str | None = None
-    """Run that the rows are marked with."""
+    """Run that is written into the rows."""
     detector_id: str | None = None
-    """Identity of the detector, which the bundle must still have when an actor loads it."""
+    """Identity that the bundle must have when an actor loads it."""
     captioner_id: str = ""
     """Identity of the captioner."""
     reuse: bool = True
     """Compute repeated bytes once."""
 
     def key(self, row: dict[str, Any]) -> str:
-        """Rows of the same key have the same results. A known caption belongs to it: that of a copy may be another."""
+        """Rows with the same key have the same results. The key includes a known caption, since copies may differ."""
         content = row["content_hash"] if self.reuse else row["image_id"]
         return f"{content} {row.get('transform') or ''} {row.get('caption') or ''}"
 
@@ -46,18 +46,18 @@ class Models:
         return bundles.fetch_bundle(self.detector, bundle.DESCRIPTION)
 
     def captioner_folder(self, config: "CaptionerConfig") -> Path | None:
-        """The captioner's folder: as given, in the bundle, or the hub's; None: the tiny one."""
+        """The captioner's folder: the given one, else the bundle's, else the hub's; None: the tiny captioner."""
         from nsnet.captions import find_captioner
 
-        own = bundle.captioner_of(self.bundle_folder()) if self.detector is not None else None
-        return find_captioner(config, Path(self.captioner) if self.captioner else own)
+        bundled = bundle.captioner_of(self.bundle_folder()) if self.detector is not None else None
+        return find_captioner(config, Path(self.captioner) if self.captioner else bundled)
 
     def clip_path(self) -> Path | None:
-        """The given CLIP weights."""
+        """Path of the given CLIP weights."""
         return Path(self.clip_weights) if self.clip_weights else None
 
     def use_threads(self) -> None:
-        """Bound this process's compute threads: actors share their node's cores."""
+        """Limit this process's compute threads, since actors share their node's cores."""
         import torch
 
         if self.device == "cpu":
@@ -65,6 +65,6 @@ class Models:
 
 
 def caption_id(captioner_id: str, content_hash: str, transform: str | None = None) -> str:
-    """Identity of a caption: the captioner's, and 16 hexadecimal digits of the SHA-256 of what it was shown."""
-    shown = hashlib.sha256(f"{content_hash}/{transform}".encode()).hexdigest() if transform else content_hash
-    return f"{captioner_id}-{shown[:16]}"
+    """Identity of a caption: the captioner's, and 16 hexadecimal digits of the SHA-256 of the captioned content."""
+    input_hash = hashlib.sha256(f"{content_hash}/{transform}".encode()).hexdigest() if transform else content_hash
+    return f"{captioner_id}-{input_hash[:16]}"

@@ -1,10 +1,10 @@
-"""How long a decoding process waits for an image.
+"""Timeouts of a decoding process: a short first try, and a second try within the run's budget.
 
-Every image gets a short first try, within which nearly all honest ones are done. It grows with the time that others
-take and with the size of the file: a large photograph is a large file, and poison mostly a small one. What is not done
-by then is tried once more, after the others of its block, with the full limit (`--max-seconds`), as far as the run's
-budget for slow images goes (`poison.Budget`). What failed is remembered by its content, so that the same bytes cost
-nothing again.
+Nearly all honest images finish within the first try. Its limit grows with the time that other images take and with the
+size of the file: a large photograph is a large file, while an image that hangs its decoder is mostly small. An image
+that times out is tried once more after the others of its block, with the full limit (`--max-seconds`), as long as the
+run's budget for slow images lasts (`poison.Budget`). Failures are remembered by content, so that the same bytes are not
+decoded again.
 """
 
 from collections import deque
@@ -18,87 +18,88 @@ from nsnet.errors import DecoderCrashError, ImageBudgetError, ImageError, ImageT
 from nsnet.preparation import Prepared
 
 FIRST_SECONDS: Final = 0.3
-"""Of computing, for the first try of an image, before it is known what others take."""
+"""Limit of computing time for a first try, until `MIN_SEEN` images have been decoded."""
 MIN_FIRST_SECONDS: Final = 0.1
-"""And later at least so long,"""
+"""Smallest limit after that."""
 FIRST_FACTOR: Final = 10.0
-"""and so many times what the others take (the median): 5 % of poison then cost half of what the others cost."""
+"""The limit after that, as a multiple of the median time: 5 % of hanging images then add half of the others' time."""
 FIRST_SECONDS_PER_BYTE: Final = 0.2e-6
-"""In both cases so many more for each byte of its file."""
+"""Added to either limit for each byte of the file."""
 MIN_SEEN: Final = 32
+"""Images that the median needs."""
 MAX_SEEN: Final = 512
-"""Images after which it is known what others take, and how many of the last of them count."""
+"""Latest images that the median covers."""
 MAX_REMEMBERED: Final = 10_000
-"""Contents that a process remembers."""
+"""Failed contents that a process remembers."""
 
 
 class Lender(Protocol):
-    """Where a decoding process asks for its run's budget."""
+    """Access of a decoding process to its run's budget."""
 
     def lease(self, seconds: float) -> float:
-        """Seconds of computing that a slow image may take, at most as many as wanted; 0: none are left."""
+        """Seconds of computing granted to a slow image, at most `seconds`; 0: the budget is spent."""
 
     def settle(self, leased: float, good: float, slow: float) -> None:
         """As `Budget.settle`."""
 
 
 class Patience:
-    """One process's tries of the images of a run."""
+    """Decodes the images of a run in one process, with first and second tries."""
 
     def __init__(self, decoder: GuardedDecoder, lender: Lender) -> None:
         self._decoder, self._lender = decoder, lender
         self._failed: dict[str, tuple[str, str]] = {}
         self.remembered: Remembered = {}
-        """What failed in earlier runs."""
+        """Failures of earlier runs."""
         self._seen: deque[float] = deque(maxlen=MAX_SEEN)
-        self._good = 0.0
+        self._good_seconds = 0.0
 
     def first(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared | None:
-        """The first try; None: it takes longer, try it `again` once the others are done. Raises an `ImageError`."""
+        """Make the first try; None: it timed out, call `again` after the other images. Raises `ImageError`."""
         self._refuse(key(content_hash, transform))
         full = self._decoder.config.limits.max_seconds
-        limit = min(full, self._short() + FIRST_SECONDS_PER_BYTE * len(image))
+        limit = min(full, self._first_seconds() + FIRST_SECONDS_PER_BYTE * len(image))
         try:
-            done = self._decoder.prepare(image, transform, seed, limit)
+            prepared = self._decoder.prepare(image, transform, seed, limit)
         except ImageError as error:
             if isinstance(error, ImageTimeoutError) and limit < full:
                 return None
             self._remember(key(content_hash, transform), error)
             raise
-        self._good += self._decoder.computed
+        self._good_seconds += self._decoder.computed
         self._seen.append(self._decoder.computed)
-        return done
+        return prepared
 
     def again(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared:
-        """The second and last try, as far as the run's budget goes. Raises an `ImageError`."""
+        """Make the second and last try, within the run's budget. Raises `ImageError`."""
         name = key(content_hash, transform)
-        self._refuse(name)  # the same bytes may stand twice in a block
+        self._refuse(name)  # the same bytes may occur twice in a block
         full = self._decoder.config.limits.max_seconds
         self.settle()
         leased = self._lender.lease(full)
         try:
             if not leased:
                 raise ImageTimeoutError
-            done = self._decoder.prepare(image, transform, seed, leased)
+            prepared = self._decoder.prepare(image, transform, seed, leased)
         except ImageError as error:
             if isinstance(error, ImageTimeoutError) and leased < full:
                 raise ImageBudgetError(
-                    "decoding it takes long, and the run's budget for slow images is used up: the next run tries again"
+                    "decoding is slow and the run's budget for slow images is spent: the next run tries again"
                 ) from error
             self._remember(name, error)
             raise
         finally:
             self._lender.settle(leased, 0.0, self._decoder.computed if leased else 0.0)
         self._seen.append(self._decoder.computed)
-        return done
+        return prepared
 
     def settle(self) -> None:
-        """Tell the run what was spent on good images since the last time."""
-        if self._good:
-            self._lender.settle(0.0, self._good, 0.0)
-            self._good = 0.0
+        """Report the seconds spent on first tries since the last call to the run's budget."""
+        if self._good_seconds:
+            self._lender.settle(0.0, self._good_seconds, 0.0)
+            self._good_seconds = 0.0
 
-    def _short(self) -> float:
+    def _first_seconds(self) -> float:
         if len(self._seen) < MIN_SEEN:
             return FIRST_SECONDS
         return max(MIN_FIRST_SECONDS, FIRST_FACTOR * median(self._seen))
@@ -111,6 +112,6 @@ class Patience:
         self._failed[name] = type(error).__name__, f"{error} (the same bytes were tried before)"
 
     def _refuse(self, name: str) -> None:
-        """Raise the error that these bytes ended with before."""
-        if found := self._failed.get(name) or self.remembered.get(name):
-            raise getattr(errors, found[0])(found[1])
+        """Raise the remembered error of these bytes, if any."""
+        if failure := self._failed.get(name) or self.remembered.get(name):
+            raise getattr(errors, failure[0])(failure[1])

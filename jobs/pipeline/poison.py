@@ -1,4 +1,4 @@
-"""Images that hang or kill their decoder: what is remembered of them, and what they may cost a run."""
+"""Images that hang or kill their decoder: keys to remember them by, and a run's time budget for them."""
 
 import time
 from collections.abc import Mapping
@@ -8,42 +8,42 @@ from jobs.isolation.guard import WALL_FACTOR
 from nsnet.errors import DecoderCrashError, ImageTimeoutError
 
 KINDS: Final = (DecoderCrashError.__name__, ImageTimeoutError.__name__)
-"""Error classes of what is remembered."""
+"""Error classes that are remembered."""
 SLOW_SHARE: Final = 0.25
-"""Second tries of slow images may take this share of the time that the others took."""
+"""Budget of second tries, as a share of the time that first tries took."""
 SECONDS_PER_CPU: Final = 8.0
-"""Or so many seconds for each CPU of the cluster, and one whole try at least."""
+"""Smallest budget per CPU of the cluster; it covers one full try at least."""
 MIN_LEASE_SECONDS: Final = 1.0
-"""Less is not worth a try."""
+"""Shortest lease that is granted, unless less was requested."""
 
 Remembered = Mapping[str, tuple[str, str]]
 """Content and transform (`key`) -> error class and message."""
 
 
 def key(content_hash: str, transform: str) -> str:
-    """What decides whether decoding ends as it did before."""
+    """Key of a decoding: the same key gives the same result."""
     return f"{content_hash} {transform}"
 
 
 class Budget:
-    """What second tries of slow images may cost a run, in seconds of computing; its decoding processes ask for leases.
+    """A run's budget for second tries of slow images, in seconds of computing, granted to decoding processes as leases.
 
-    It does not matter how a try ends: what a stranger can send a thousand times may be a valid image, too.
+    Successful tries count as well: an attacker can also send a thousand slow but valid images.
     """
 
     def __init__(self, cpus: float, max_seconds: float) -> None:
         self._least = max(max_seconds, SECONDS_PER_CPU * cpus)
         self._at_once = max(1.0, cpus)
         self._leased: list[tuple[float, float]] = []
-        """Seconds that are lent, and the time (monotonic) after which their worker is taken for dead."""
+        """Leased seconds, and the monotonic time after which the worker counts as dead."""
         self.good = self.slow = 0.0
 
     def lease(self, seconds: float) -> float | None:
-        """Seconds that an image may take, at most so many; 0: none are left; None: ask again, since it depends on what
-        others leave of their leases.
+        """Seconds granted to an image, at most `seconds`; 0: the budget is spent; None: ask again later, since open
+        leases may return unused seconds.
 
-        As many tries as there are CPUs may have the same seconds lent to them: to wait for each other would cost more
-        than what they may spend too much.
+        As many tries as there are CPUs may lease the same seconds: waiting for each other would cost more than the
+        possible overspending.
         """
         left = max(self._least, SLOW_SHARE * self.good) - self.slow
         if left < min(seconds, MIN_LEASE_SECONDS):
@@ -57,7 +57,7 @@ class Budget:
         return granted
 
     def settle(self, leased: float, good: float, slow: float) -> None:
-        """Give a lease back, and tell what was spent since the last time on good images, and on second tries."""
+        """Return a lease, and add the seconds spent since the last call on first tries (`good`) and second (`slow`)."""
         for lease in self._leased:
             if lease[0] == leased:
                 self._leased.remove(lease)

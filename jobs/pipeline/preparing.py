@@ -1,4 +1,4 @@
-"""The first stage: bytes of an image to its patches, thumbnail and facts. CPU only, no torch."""
+"""The first stage: turn an image's bytes into patches, thumbnail and facts. CPU only, no torch."""
 
 import hashlib
 import itertools
@@ -25,19 +25,19 @@ from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
 
 BYTES_PER_BLOCK: Final = 256 * 2**20
-"""Most bytes of files that a task holds at a time, a larger single one aside."""
+"""Most file bytes that a task holds at a time, unless a single file is larger."""
 FETCH_THREADS: Final = 8
-"""Objects of a block that are fetched at a time."""
+"""Objects of a block that are fetched in parallel."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 OUTAGE_FAILURES: Final = 8
-"""A store that fails for so many images of a block and gives none is away, whatever else it answers."""
+"""Outage: a store fails for this many images of a block and delivers none, even if it answers."""
 Decode = Callable[[bytes, str, str, int], Prepared | None]
-"""A try of an image: its bytes, their hash, the transform and its seed."""
+"""Decodes an image, given its bytes, their hash, the transform and its seed; None: it timed out."""
 
 
 @cache
 def _patience(config: PreparationConfig, board_name: str | None) -> Patience:
-    """One guarded child per worker process: Ray keeps worker processes, so it lives through many blocks."""
+    """The worker process's decoder with one guarded child. Ray reuses worker processes, so it serves many blocks."""
     return Patience(GuardedDecoder(config), Progress(board_name=board_name))
 
 
@@ -45,32 +45,32 @@ def _patience(config: PreparationConfig, board_name: str | None) -> Patience:
 class Prepare:
     """Fetch, hash, decode, transform, select patches, make the thumbnail: one pass over the bytes, CPU only, no torch.
 
-    A row whose known caption is of these very bytes gets no thumbnail. A row may bring a `transform`, and a `slot_seed`
-    that orders its mosaic in the place of scoring's. Raises `OutageError` when the store of the
-    images is away for longer than `outage_seconds`: rows that fail for no fault of theirs would be worse.
+    A row whose known caption is of the same bytes gets no thumbnail. A row may have a `transform`, and a `slot_seed`
+    that orders its mosaic instead of scoring's. Raises `OutageError` when an outage of the images' store lasts longer
+    than `outage_seconds`, because failing rows of sound images would be worse.
     """
 
     config: PreparationConfig
     schema: pa.Schema
-    """Columns to keep of the manifest and to add; `mosaic` and `thumbnail` are binary."""
+    """Columns of the result; `mosaic` and `thumbnail` are binary."""
     report: Progress = field(default_factory=Progress)
     source: Uri | None = None
-    """URI of the source, which must be there for a missing image to be taken for one."""
+    """URI of the source. An image counts as missing only if the source exists."""
     outage_seconds: float = OUTAGE_SECONDS
     remembered: Remembered = field(default_factory=dict)
-    """What failed in earlier runs, and is not decoded again."""
+    """Failures of earlier runs, which are not decoded again."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
         manifest = table.to_pylist()
         rows = self._rows(manifest, self._fetch(manifest))
-        again = sum(row["requests"] > 1 for row in rows)
+        retried = sum(row["requests"] > 1 for row in rows)
         self.report.add(
-            prepared=len(rows), asked_again=again, failed=sum(row["status"] == "failed" for row in rows)
+            prepared=len(rows), asked_again=retried, failed=sum(row["status"] == "failed" for row in rows)
         )  # fmt: skip
         return to_table([self._blank(row) if row["status"] == "failed" else row for row in rows], self.schema)
 
     def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
-        """The same for a long table, in blocks that leave as they are done."""
+        """Prepare a long table; yields blocks as they are prepared."""
         start = held = 0
         for i, size in enumerate(table.column("size_bytes").to_pylist()):
             fetched = size if size is not None and size <= self.config.limits.max_bytes else 0
@@ -82,9 +82,9 @@ class Prepare:
             yield self(table.slice(start))
 
     def _blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A failed row with pixels of as many bytes as if it had not failed. Ray cuts blocks by bytes: a task that is
-        repeated, where other images fail than before, must give the same rows in the same blocks, or rows are lost
-        (verification then says so, and the next attempt makes them). A known caption is taken to be of these bytes.
+        """A failed row with as many pixel bytes as a successful one. Ray cuts blocks by bytes: a retried task in which
+        other images fail must give the same rows in the same blocks, or rows are lost (verification then reports it,
+        and the next attempt makes them). A known caption is assumed to be of these bytes.
         """
         pixels = {}
         if self.config.patches is not None:
@@ -94,55 +94,53 @@ class Prepare:
         return {**row, **pixels}
 
     def _fetch(self, manifest: RowDicts) -> list[tuple[Fetched | ImageError, int]]:
-        """Bytes or the reason why there are none, of each row, and how often its store was asked; asked for again as
-        long as the store is to blame.
-        """
+        """Bytes or the error of each row, and its number of requests; retries while the store is the cause."""
         fetch = _fetch_with(self.config.limits.max_bytes)
         end = time.monotonic() + self.outage_seconds
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             fetched = list(pool.map(fetch, manifest))
             requests = [result.requests for result in fetched]
             for repetition in itertools.count():
-                lost, away = self._lost(manifest, fetched)
-                if not lost or (repetition and not away):
+                retriable, is_outage = self._retriable(manifest, fetched)
+                if not retriable or (repetition and not is_outage):
                     return list(zip(fetched, requests, strict=True))
-                if away:
-                    self._wait(manifest[lost[0]], fetched[lost[0]], end)
-                for i, result in zip(lost, pool.map(fetch, [manifest[i] for i in lost]), strict=True):
+                if is_outage:
+                    self._wait(manifest[retriable[0]], fetched[retriable[0]], end)
+                for i, result in zip(retriable, pool.map(fetch, [manifest[i] for i in retriable]), strict=True):
                     fetched[i] = result
                     requests[i] += result.requests
-        raise AssertionError("the loop above only ends by itself")
+        raise AssertionError("unreachable: the loop ends by return or raise")
 
     def _wait(self, row: dict[str, Any], result: Fetched | ImageError, end: float) -> None:
-        """Wait until the store of a row answers, a moment at least: what is missing now may only have been away."""
+        """Wait until the store of a row answers, for one poll at least: an object may be missing due to an outage."""
         while time.monotonic() < end:
             time.sleep(min(OUTAGE_POLL_SECONDS, self.outage_seconds))
             if probes.store_is_up(row["container"] or row["uri"], self.source):
                 return
         raise OutageError(
-            f"the store of the images has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): what "
-            "was finished is kept, run the same command again once it is back"
+            f"the store of the images has not answered for {self.outage_seconds:g} s ({row['uri']}: {result}): run "
+            "the same command again once it answers; finished images are kept"
         )
 
-    def _lost(self, manifest: RowDicts, fetched: list[Fetched | ImageError]) -> tuple[list[int], bool]:
-        """Rows that are worth another request, and whether their store is away: it does not answer, or it fails for
-        many images and gives none.
+    def _retriable(self, manifest: RowDicts, fetched: list[Fetched | ImageError]) -> tuple[list[int], bool]:
+        """Rows to fetch again, and whether their store has an outage: it does not answer, or it fails for many images
+        and delivers none.
         """
-        lost = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
-        stores = {i: uris.failure_domain(manifest[i]["container"] or manifest[i]["uri"]) for i in lost}
-        asked = {store: manifest[i]["container"] or manifest[i]["uri"] for i, store in stores.items()}
-        silent = {store for store, uri in asked.items() if not probes.store_is_up(uri, self.source)}
-        if silent:
-            return [i for i in lost if stores[i] in silent], True
-        lost = [i for i in lost if not isinstance(fetched[i], ObjectMissingError)]
-        gives = any(isinstance(result, Fetched | ObjectChangedError) for result in fetched)
-        return lost, len(lost) >= OUTAGE_FAILURES and not gives
+        retriable = [i for i, result in enumerate(fetched) if isinstance(result, FetchError) and result.may_be_outage]
+        stores = {i: uris.failure_domain(manifest[i]["container"] or manifest[i]["uri"]) for i in retriable}
+        probed = {store: manifest[i]["container"] or manifest[i]["uri"] for i, store in stores.items()}
+        down = {store for store, uri in probed.items() if not probes.store_is_up(uri, self.source)}
+        if down:
+            return [i for i in retriable if stores[i] in down], True
+        retriable = [i for i in retriable if not isinstance(fetched[i], ObjectMissingError)]
+        delivers = any(isinstance(result, Fetched | ObjectChangedError) for result in fetched)
+        return retriable, len(retriable) >= OUTAGE_FAILURES and not delivers
 
     def _rows(self, manifest: RowDicts, fetched: list[tuple[Fetched | ImageError, int]]) -> RowDicts:
-        """Each image's row. Those that are slow are tried again once the others are done."""
+        """The rows of all images. Slow images are tried again after the others."""
         patience = _patience(self.config, self.report.board_name)
         patience.remembered = self.remembered
-        rows = [self._row(row, *came, patience.first) for row, came in zip(manifest, fetched, strict=True)]
+        rows = [self._row(row, *result, patience.first) for row, result in zip(manifest, fetched, strict=True)]
         for i, row in enumerate(rows):
             if row is None:
                 rows[i] = self._row(manifest[i], *fetched[i], patience.again)
@@ -152,39 +150,39 @@ class Prepare:
     def _row(
         self, row: dict[str, Any], fetched: Fetched | ImageError, requests: int, decode: Decode
     ) -> dict[str, Any] | None:
-        """The row of an image; None where `decode` gave none."""
+        """The row of an image; None if `decode` timed out."""
         row = {**row, "requests": requests}
         if isinstance(fetched, ImageError):
             return failed(row, fetched)
         content_hash = hashlib.sha256(fetched.data).hexdigest()
         row |= {"content_hash": content_hash, "size_bytes": len(fetched.data)}
         if row.get("expected_hash") not in (None, content_hash):
-            return failed(row, ObjectChangedError("its content is not what the manifest says (content_hash)"))
+            return failed(row, ObjectChangedError("its content does not match content_hash in the manifest"))
         slot_seed = row.get("slot_seed", SCORING_SEED)
         try:
             seed = transform_seed(row["image_id"], slot_seed)
-            done = decode(fetched.data, content_hash, row.get("transform") or "", seed)
+            prepared = decode(fetched.data, content_hash, row.get("transform") or "", seed)
         except ImageError as error:
             return failed(row, error)
-        if done is None:
+        if prepared is None:
             return None
         row |= {
-            "width": done.width, "height": done.height, "format": done.format, "frames": done.frames,
-            "remark": done.remark,
-            "jpeg_quality": done.quality, "perceptual_hash": done.perceptual_hash,
+            "width": prepared.width, "height": prepared.height, "format": prepared.format, "frames": prepared.frames,
+            "remark": prepared.remark,
+            "jpeg_quality": prepared.quality, "perceptual_hash": prepared.perceptual_hash,
         }  # fmt: skip
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
         elif self.config.thumbnail_px:
-            row["thumbnail"] = done.thumbnail.tobytes()
+            row["thumbnail"] = prepared.thumbnail.tobytes()
         if self.config.patches is not None:
-            row["mosaic"] = assemble_mosaic(done.patches, self.config.patches.slot_seed(slot_seed)).tobytes()
+            row["mosaic"] = assemble_mosaic(prepared.patches, self.config.patches.slot_seed(slot_seed)).tobytes()
         row["status"] = "scored"
         return row
 
 
 def transform_seed(image_id: str, slot_seed: int) -> int:
-    """Seed of a transform's random choices: of the image, and in training of the epoch."""
+    """Seed of a transform's random choices, from the image and, in training, the epoch."""
     digest = hashlib.sha256(f"{slot_seed}/{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -198,7 +196,7 @@ def _fetch_with(max_bytes: int) -> Callable[[dict[str, Any]], Fetched | ImageErr
             fetched = fetching.fetch(row, max_bytes)
         except ImageError as error:
             return error
-        if len(fetched.data) > max_bytes:  # only its beginning was read, which has no hash worth keeping
+        if len(fetched.data) > max_bytes:  # only the beginning was read, so its hash would be useless
             too_large = ImageTooLargeError(f"more than {max_bytes:,} bytes, the limit (--max-bytes)")
             too_large.requests = fetched.requests
             return too_large

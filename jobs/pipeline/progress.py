@@ -1,4 +1,4 @@
-"""Progress of a pipeline: stages count into a board, the driver prints one line."""
+"""Progress of a pipeline: stages add counts to a board, and the driver prints one line."""
 
 import sys
 import threading
@@ -16,15 +16,15 @@ from jobs.pipeline.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
-"""Between lines where the output is a file and a line cannot be redrawn."""
+"""Interval of progress lines if the output is a file, where a line cannot be redrawn."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Board:
-    """Counts per stage. It only informs: after a lost node a retried block counts twice here, never in the results."""
+    """An actor with counts per stage, for display only: a block that is retried counts twice here, not in results."""
 
     def __init__(self, cpus: float = 1.0, max_seconds: float = 0.0) -> None:
-        """`cpus`, `max_seconds`: of the cluster, and for one image: what the run's `Budget` begins with."""
+        """`cpus` of the cluster and `max_seconds` per image set the run's `Budget`."""
         self.counts: Counter[str] = Counter()
         self.lines: list[str] = []
         self._budget = Budget(cpus, max_seconds)
@@ -42,7 +42,7 @@ class Board:
         self._budget.settle(leased, good, slow)
 
     def log(self, line: str) -> None:
-        """A line for the console."""
+        """Add a line for the console."""
         self.lines.append(line)
 
     def snapshot(self) -> tuple[dict[str, int], list[str]]:
@@ -52,9 +52,9 @@ class Board:
 
 
 def start_board(name: str, *budget: float) -> Any:
-    """A board that workers find by its name; it lives as long as its handle is held. `budget`: as `Board` takes it.
+    """Start a board that workers find by name; it lives as long as its handle. `budget`: arguments of `Board`.
 
-    On the driver's own node, where there is room: others may go in the middle of a run, and its counts with them.
+    It runs on the driver's node if possible: another node may be lost in the middle of a run, and the counts with it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return cast(Any, Board).options(name=name, scheduling_strategy=here).remote(*budget)
@@ -62,7 +62,7 @@ def start_board(name: str, *budget: float) -> Any:
 
 @contextmanager
 def watch(board: Any, title: str, total: int, stages: Sequence[str]) -> Iterator[None]:
-    """Print the board's counts while the body runs: the last stage as share of the total, the others behind it."""
+    """Print the board's counts while the body runs: the last stage as a share of the total, then the other stages."""
     stop = threading.Event()
     thread = threading.Thread(target=_print_loop, args=(board, title, total, stages, stop), daemon=True)
     thread.start()

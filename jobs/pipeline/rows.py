@@ -1,4 +1,4 @@
-"""Rows between stages: dictionaries and Arrow tables, the mark of a failed row, and the progress that stages report."""
+"""Rows between stages, as dictionaries and Arrow tables; failed rows; and the progress that stages report."""
 
 import time
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
 
 ROWS_PER_BLOCK: Final = 32
-"""Images per block: some 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+"""Images per block: about 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
 LEASE_POLL_SECONDS: Final = 0.25
 PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
 """Columns of pixels, as bytes."""
@@ -20,17 +20,17 @@ RowDicts = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How stages tell of their progress: to a `jobs.pipeline.progress.Board`, by its name."""
+    """Reports progress of stages to the `jobs.pipeline.progress.Board` of this name."""
 
     board_name: str | None = None
 
     def add(self, **counts: int) -> None:
-        """Count, without waiting."""
+        """Add to the board's counts, without waiting."""
         if self.board_name is not None:
             board(self.board_name).add.remote(counts)
 
     def lease(self, seconds: float) -> float:
-        """Seconds that a slow image may take (`poison.Budget`), at most so many; waits while others use the rest."""
+        """Seconds granted to a slow image (`poison.Budget`), at most `seconds`; waits while others lease the rest."""
         if self.board_name is None:
             return seconds
         import ray
@@ -64,5 +64,5 @@ def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
 
 
 def to_table(rows: RowDicts, schema: pa.Schema) -> pa.Table:
-    """Rows as a table of exactly this schema: missing values are null, other keys are dropped."""
+    """Rows as a table of exactly this schema; missing values become null, other keys are dropped."""
     return pa.Table.from_pylist(rows, schema=schema)

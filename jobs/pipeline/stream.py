@@ -1,4 +1,4 @@
-"""The stream of images through Ray Data: manifest → decoding tasks → captioning actors → further actors → Parquet."""
+"""The Ray Data pipeline of images: manifest → decoding tasks → captioning actors → further actors → Parquet."""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from nsnet.preparation import PreparationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """A pipeline under construction: its dataset, and what its stages share."""
+    """A pipeline under construction: its dataset, and the settings that its stages share."""
 
     dataset: Dataset
     shares: Shares
@@ -39,21 +39,21 @@ class Stream:
     """Images per model call."""
     report: Progress
     board: Any
-    """The progress board; it lives as long as somebody holds it."""
+    """Handle of the progress board, which keeps it alive."""
 
     def captioned(self, captioner: CaptionerConfig, keep: pa.Schema) -> "Stream":
-        """Append the captioning actors, which drop the thumbnails and keep these columns."""
+        """Append the captioning actors, which keep these columns and drop the thumbnails."""
         return self.through(
             Caption, self.shares.captioners, self.models, captioner, keep, self.batch_size, self.report
         )  # fmt: skip
 
     def through(self, actor: Any, actors: int, *arguments: Any) -> "Stream":
-        """Append a stage of actors, which take blocks as Arrow tables."""
+        """Append a stage of actors that process blocks as Arrow tables."""
         dataset = self.dataset.map_batches(
             actor,
             fn_constructor_args=arguments,
             batch_format="pyarrow",
-            batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray wants a number where there are GPUs
+            batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray requires a number with GPUs
             zero_copy_batch=True,
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             num_cpus=self.shares.actor_cpus,
@@ -64,9 +64,9 @@ class Stream:
     def write(
         self, folder: str, title: str, total: int, stages: tuple[str, ...], rows_per_file: int | None = None
     ) -> None:
-        """Run the pipeline into Parquet files, showing its progress.
+        """Run the pipeline into Parquet files and show its progress.
 
-        Raises `OutageError`, what an actor raises on purpose, and `StorageError` for what Ray cannot mend.
+        Raises `OutageError`, other `NsnetError`s of stages, and `StorageError` for failures that retries do not fix.
         """
         system, path = filesystems.arrow_filesystem(folder)
         with progress.watch(self.board, title, total, stages):
@@ -79,17 +79,17 @@ class Stream:
                     ray_remote_args={"num_cpus": self.shares.light_task_cpus},
                 )
             except (NsnetError, RayError, ExecutionTimeoutError, SystemException) as error:
-                raise _of_stream(error, folder) from None
+                raise _stream_error(error, folder) from None
 
 
-def _of_stream(error: Exception, folder: str) -> Exception:
-    """What ended a stream, as a command's error in one line; a bug of a stage is left as it is, with its traceback."""
+def _stream_error(error: Exception, folder: str) -> Exception:
+    """The error that ended a stream, in one line for the user; a stage's bug is returned with its traceback."""
     cause = errors.root_cause(error)
     if isinstance(cause, NsnetError):
-        return type(cause)(errors.own_words(cause))  # Ray's copy of it carries a remote traceback
+        return type(cause)(errors.own_words(cause))  # Ray's copy contains a remote traceback
     if (line := errors.explain(cause)) is not None:
-        named = not isinstance(cause, OSError) or errors.file_of(cause)
-        return StorageError(line if named else f"writing below {folder}: {line}")
+        names_file = not isinstance(cause, OSError) or errors.file_of(cause)
+        return StorageError(line if names_file else f"writing below {folder}: {line}")
     return error
 
 
@@ -105,10 +105,10 @@ def prepared(
     outage_seconds: float = OUTAGE_SECONDS,
     remembered: Remembered | None = None,
 ) -> Stream:
-    """The pipeline up to prepared images, over a folder of work that `attempts.write_todo` made from a manifest.
+    """The pipeline up to prepared images, over a folder `todo` that `attempts.write_todo` made from a manifest.
 
-    `keep`: columns after it, pixels aside. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`: what need
-    not be decoded to know how it ends.
+    `keep`: columns of the result besides pixels. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`:
+    failures of earlier runs, which are not decoded again.
     """
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
@@ -117,12 +117,12 @@ def prepared(
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
     report = Progress(board_name=board_name)
     files = sorted(entry.uri for entry in listing.list_files(todo))
-    # Reading takes as much CPU as preparing so that Ray puts both into one task, a file each. A repartition in between
-    # would hold a whole CPU as long as the run lasts, which small nodes do not have.
+    # Reading requests as much CPU as preparing so that Ray fuses both into one task per file. A repartition in between
+    # would occupy a whole CPU for the whole run, which small nodes cannot spare.
     images = ray.data.read_datasource(
         ParquetFiles(files, schema.TODO), num_cpus=shares.task_cpus, override_num_blocks=len(files)
     )
-    if checkpoint is not None:  # on this dataset alone, not in the process's settings: a training has others after it
+    if checkpoint is not None:  # for this dataset only, not for the process: a training creates more datasets
         images.context.checkpoint_config = resources.job_checkpoint(checkpoint)
     dataset = images.map_batches(
         Prepare(
@@ -134,7 +134,7 @@ def prepared(
             remembered=remembered or {},
         ).in_blocks,
         batch_format="pyarrow",
-        batch_size=None,  # a whole file; with a number Ray would not put reading and preparing together
+        batch_size=None,  # a whole file; with a number Ray would not fuse reading and preparing
         zero_copy_batch=True,
         compute=TaskPoolStrategy(),
         num_cpus=shares.task_cpus,
@@ -143,7 +143,7 @@ def prepared(
 
 
 def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema:
-    """A schema of light columns, and of the pixels that this preparation makes."""
+    """These columns and the pixel columns that this preparation makes."""
     made = {"mosaic": preparation.patches is not None, "thumbnail": preparation.thumbnail_px > 0}
     return pa.schema([*columns, *(pa.field(name, pa.binary()) for name, wanted in made.items() if wanted)])
 
@@ -151,4 +151,4 @@ def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema
 SCORING_COLUMNS = pa.schema(
     [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS, schema.TRANSFORM]
 )
-"""What a row carries to scoring, pixels aside."""
+"""Columns of a row before scoring, besides pixels."""

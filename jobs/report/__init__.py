@@ -1,4 +1,4 @@
-"""The page of an evaluation: figures, plots, wording and template, without scripts or requests.
+"""Render an evaluation as an HTML page: figures, plots, wording and template, without scripts or requests.
 
-Computes nothing: numbers come from `evaluation`.
+The package computes no metrics; they come from `evaluation`.
 """

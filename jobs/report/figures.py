@@ -1,4 +1,4 @@
-"""The plots of the page of an evaluation: which there are, what they are called, and what is said beside them."""
+"""Choose the plots of an evaluation's page, with their headings, captions and notes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -13,11 +13,11 @@ from jobs.report.wording import per_cent
 from nsnet.transforms import KINDS
 
 Figure = dict[str, Any]
-"""`svg`, with its heading, caption and note."""
+"""Keys: `svg`, `heading`, `caption`, `note`."""
 
 MAX_THIN_LINES: Final = 30
 DESCRIBED: Final = 10
-"""Rows of a plot that its description names."""
+"""Most rows of a plot that its description names."""
 HEADINGS: Final = {
     "jpeg": "JPEG", "blur": "Blur", "resize": "Resizing", "noise": "Noise", "crop": "Cropping",
     "screenshot": "Screenshots",
@@ -29,11 +29,11 @@ def _figure(svg: str, heading: str, caption: str = "", note: str = "") -> Figure
 
 
 def number_text(number: Number) -> str:
-    """A number in words."""
+    """A metric as text in per cent."""
     return "undefined" if number["value"] is None else f"{per_cent(number['value'])} %"
 
 
-def _told_each(rows: Iterable[tuple[str, Number]]) -> str:
+def _describe_rows(rows: Iterable[tuple[str, Number]]) -> str:
     return (
         "; ".join(f"{shown(name, NAME_WIDTH)} {number_text(number)}" for name, number in list(rows)[:DESCRIBED]) + "."
     )
@@ -47,17 +47,17 @@ def of_generators(result: Mapping[str, Any]) -> list[Figure]:
         rows.sort(key=lambda row: (row[1]["value"] is None, row[1]["value"] or 0.0, row[0]))
         svg = plots.forest(
             metric, rows, result["macro_mean"][metric]["value"], f"{heading} of each generator",
-            f"Worst first: {_told_each(rows)}",
+            f"Worst first: {_describe_rows(rows)}",
         )  # fmt: skip
         left_out = len(rows) - plots.MAX_ROWS
-        note = f"{left_out} more, all better, are in the table only." if left_out > 0 else ""
+        note = f"{left_out} more generators, all better, are only in the table." if left_out > 0 else ""
         caption = "Dots with 95 % intervals; the dotted line is the mean over generators."
         figures.append(_figure(svg, heading, caption, note))
     return figures
 
 
 def of_all(result: Mapping[str, Any]) -> list[Figure]:
-    """Curves of all images together, those that are defined."""
+    """The defined curves of all images together."""
     curves = result["curves"]
     return [
         *([_roc(result)] if curves["roc"] else []),
@@ -69,14 +69,14 @@ def of_all(result: Mapping[str, Any]) -> list[Figure]:
 def _roc(result: Mapping[str, Any]) -> Figure:
     curve, counts = result["curves"]["roc"], result["all"]
     points = {0.01: counts["tpr_at_fpr_1"], 0.001: counts["tpr_at_fpr_01"]}
-    found = ", ".join(f"{number_text(number)} at {per_cent(fpr)} %" for fpr, number in points.items())
-    svg = plots.roc(curve, points, "ROC curve", f"True positive rate: {found} false positive rate.")
+    rates = ", ".join(f"{number_text(number)} at {per_cent(fpr)} %" for fpr, number in points.items())
+    svg = plots.roc(curve, points, "ROC curve", f"True positive rate: {rates} false positive rate.")
     reals = curve["reals"]
     return _figure(
         svg,
         f"ROC: AUROC {number_text(counts['auroc'])}",
-        "Fakes found, against reals called fake. Dots: 1 % and 0.1 %. Dotted: guessing.",
-        f"Hatched: below one in {reals:,} reals nothing can be measured." if reals < 1.0 / MIN_FPR else "",
+        "Fakes found, against reals called fake. Dots: 1 % and 0.1 %. Dotted line: guessing.",
+        f"Hatched: rates below one in {reals:,} reals cannot be measured." if reals < 1.0 / MIN_FPR else "",
     )
 
 
@@ -84,50 +84,50 @@ def _reliability(result: Mapping[str, Any]) -> Figure:
     heading = f"Reliability: ECE {number_text(result['all']['ece'])}"
     bins = result["curves"]["reliability"]
     points = zip(bins["probability"], bins["fakes"], strict=True)
-    found = ", ".join(f"{per_cent(fakes)} % fakes at {probability:.2f}" for probability, fakes in points)
+    shares = ", ".join(f"{per_cent(fakes)} % fakes at {probability:.2f}" for probability, fakes in points)
     return _figure(
-        plots.reliability(bins, "Reliability diagram", f"{found}."),
+        plots.reliability(bins, "Reliability diagram", f"{shares}."),
         heading,
-        "Share of fakes among images of like probability. On the dotted line, probabilities are true.",
-        "It depends on how many of these images are fake.",
+        "Share of fakes among images of similar probability. On the dotted line, probabilities are calibrated.",
+        "The diagram depends on the share of fakes among these images.",
     )
 
 
 def _histogram(curves: Mapping[str, Any]) -> Figure:
     marks = []
     if curves["threshold"] is not None:
-        marks.append(f"dashed, the threshold {curves['threshold']:.3g}")
+        marks.append(f"dashed: the threshold {curves['threshold']:.3g}")
     if curves["uncertain"]:
         low, high = curves["uncertain"]
-        marks.append(f"grey, called uncertain: {low:.2f} to {high:.2f}")
+        marks.append(f"grey: uncertain, {low:.2f} to {high:.2f}")
     note = "; ".join(marks)
-    description = f"Shares of fakes upwards and of reals downwards, per fortieth of the probability. {note}"
+    description = f"Shares of fakes upwards and of reals downwards, in 40 bins of the probability. {note}"
     return _figure(
         plots.histogram(curves, "Histogram of the probabilities", description),
         "Probabilities",
-        "Fakes upwards, reals downwards: shares of each class.",
+        "Fakes upwards, reals downwards, each as a share of its class.",
         note[:1].upper() + note[1:] + "." if note else "",
     )
 
 
 def _precision(result: Mapping[str, Any]) -> Figure:
     curve, counts = result["curves"]["precision"], result["all"]
-    found = ", ".join(f"{number_text(counts[f'precision_at_{rate}'])} at {rate} % fakes" for rate in (1, 10))
+    values = ", ".join(f"{number_text(counts[f'precision_at_{rate}'])} at {rate} % fakes" for rate in (1, 10))
     return _figure(
-        plots.precision(curve, "Precision against base rate", f"Share of alarms that are right: {found}."),
+        plots.precision(curve, "Precision against base rate", f"Share of alarms that are right: {values}."),
         "What an alarm is worth",
-        "Share of alarms that are right, against how rare fakes are. Dotted line: 1 % fakes.",
+        "Share of alarms that are right, against the share of fakes. Dotted line: 1 % fakes.",
         f"Solid: {100 * curve['fpr']:.2f} % of reals called fake, as measured. Dashed: "
-        f"{100 * curve['fpr_upper']:.2f} %, which so many reals cannot rule out (at 95 %).",
+        f"{100 * curve['fpr_upper']:.2f} %, the 95 % upper bound with this number of reals.",
     )
 
 
 def of_robustness(result: Mapping[str, Any]) -> list[Figure]:
-    """A plot per kind of transform that has several levels, and one of all other chains."""
+    """A plot for each kind of transform with several levels, and one for all other chains."""
     kinds: dict[str, list[str]] = {}
     for chain in result["robustness"]:
-        if found := step(chain):
-            kinds.setdefault(found[0], []).append(chain)
+        if parsed := step(chain):
+            kinds.setdefault(parsed[0], []).append(chain)
     several = {kind: chains for kind, chains in kinds.items() if len(chains) > 1}
     lowest = _lowest([result, *result["robustness"].values()])
     figures = [_levels(kind, chains, result, lowest) for kind, chains in several.items()]
@@ -137,7 +137,7 @@ def of_robustness(result: Mapping[str, Any]) -> list[Figure]:
         plain = result["macro_mean"]["ap"]
         rows = [("none", plain), *means.items()]
         svg = plots.forest(
-            "others", rows, plain["value"], "AP under other transforms", _told_each(rows), SMALL_WIDTH
+            "others", rows, plain["value"], "AP under other transforms", _describe_rows(rows), SMALL_WIDTH
         )  # fmt: skip
         caption = "AP, mean over generators, with 95 % intervals; the dotted line is the untransformed level."
         figures.append(_figure(svg, "Other transforms" if figures else "Transforms", caption))
@@ -145,14 +145,14 @@ def of_robustness(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def _lowest(parts: Sequence[Mapping[str, Any]]) -> float:
-    """A round number below all that is drawn, the same for all plots, so that they can be compared."""
+    """Lower end of the axis: a round number below all drawn values, the same for all plots to make them comparable."""
     drawn = [part["macro_mean"][metric]["low"] for part in parts for metric in ("ap", "acc")]
     drawn += [numbers["ap"]["value"] for part in parts for numbers in part["generators"].values()]
     return max(0.0, min([int(10 * value - 0.1) / 10 for value in drawn if value is not None], default=0.0))
 
 
 def _levels(kind: str, chains: Sequence[str], result: Mapping[str, Any], lowest: float) -> Figure:
-    """Levels of a kind, and the untransformed images: first, or where a factor would be 1."""
+    """Plot of the levels of a kind; the untransformed images come first, or for resizing at the factor 1."""
     place = sum(float(chain.partition(":")[2]) < 1 for chain in chains) if kind == "resize" else 0
     parts = [(chain.partition(":")[2], result["robustness"][chain]) for chain in chains]
     parts.insert(place, ("none", result))
@@ -160,15 +160,15 @@ def _levels(kind: str, chains: Sequence[str], result: Mapping[str, Any], lowest:
     generators = result["generators"] if 1 < len(result["generators"]) <= MAX_THIN_LINES else {}
     thin = [[_ap(part, name) for _, part in parts] for name in generators]
     names = [name for name, _ in parts]
-    found = "; ".join(f"{name} {number_text(number)}" for name, number in zip(names, lines["ap"], strict=True))
+    values = "; ".join(f"{name} {number_text(number)}" for name, number in zip(names, lines["ap"], strict=True))
     svg = plots.levels(
         f"level-{kind}", names, lines, thin, place, lowest, KINDS[kind].meaning, f"Robustness against {kind}",
-        f"AP: {found}.",
+        f"AP: {values}.",
     )  # fmt: skip
     return _figure(svg, HEADINGS.get(kind, kind))
 
 
 def _ap(part: Mapping[str, Any], generator: str) -> float | None:
-    numbers = part["generators"].get(generator)  # no image of it may have been judged under a transform
+    numbers = part["generators"].get(generator)  # None if none of its images was judged under the transform
     value: float | None = numbers["ap"]["value"] if numbers else None
     return value

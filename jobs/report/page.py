@@ -1,7 +1,7 @@
-"""An evaluation as a page: one HTML file with everything in it, for a browser, a phone and a printer.
+"""Render an evaluation as one self-contained HTML file for browsers, phones and printers.
 
-It asks nothing of the network and runs no script: its own policy forbids both. Whatever comes from data, such as the
-names of generators, is cut to one short line (`charts.shown`) and escaped.
+The page makes no requests and runs no scripts; its content security policy forbids both. Text from data, such as
+generator names, is cut to one short line (`plots.shown`) and escaped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from jobs.report.wording import alarms, explanations, per_cent
 
 TEMPLATE: Final = "page.html.jinja"
 MAX_TEXT_LETTERS: Final = 60
-"""Columns of a name in the page."""
+"""Maximum columns of a name in the page."""
 MAX_SOURCE_LETTERS: Final = 200
 
 TILES: Final = {
@@ -37,7 +37,7 @@ BARS: Final = ("acc", "ap")
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page of a result of `evaluate.evaluate` (evaluation.json), as text; the same result gives the same page."""
+    """The HTML page of a result of `evaluate.evaluate` (evaluation.json); the same result gives the same page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("jobs.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = worst_first(result["generators"])
@@ -70,7 +70,10 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if rows["split"] is not None:
         facts.append(
-            ("Split", f"{shown(rows['split'], MAX_TEXT_LETTERS)}; {rows['left_out']:,} rows of others are left out")
+            (
+                "Split",
+                f"{shown(rows['split'], MAX_TEXT_LETTERS)}; {rows['left_out']:,} rows of other splits are left out",
+            )
         )
     if (threshold := result["curves"]["threshold"]) is not None:
         facts.append(("Threshold", f"fake from a probability of {threshold:.3g}"))
@@ -79,12 +82,12 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _summary(result: Mapping[str, Any]) -> str:
     number = len(result["generators"])
-    means = "The mean over all generators, each counted once" if number > 1 else "There is one generator"
-    return f"{means}. Below each number stands its 95 % interval, for other images of the same kinds."
+    means = "Means over all generators, each with the same weight" if number > 1 else "There is one generator"
+    return f"{means}. Below each number is its 95 % interval, which holds for other images of the same kinds."
 
 
 def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
-    """What matters most, in sentences."""
+    """The most important results, as sentences."""
     lines = []
     ranked = [(name, numbers["acc"]) for name, numbers in groups if numbers["real"] and numbers["fake"]]
     if len(ranked) > 1:
@@ -103,12 +106,14 @@ def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[
     if drops and result["macro_mean"]["ap"]["value"] is not None:
         value, chain = min(drops)
         before = per_cent(result["macro_mean"]["ap"]["value"])
-        lines.append(f"It suffers most from {_quoted(chain)}: AP goes from {before} % to {per_cent(value)} %.")
+        lines.append(
+            f"The transform with the lowest AP is {_quoted(chain)}: AP goes from {before} % to {per_cent(value)} %."
+        )
     return lines
 
 
 def _quoted(name: str) -> str:
-    """A name within a sentence, whose order of letters is its own."""
+    """A name for use in a sentence, with its text direction isolated."""
     return f"\N{FIRST STRONG ISOLATE}{shown(name, MAX_TEXT_LETTERS)}\N{POP DIRECTIONAL ISOLATE}"
 
 
@@ -122,36 +127,33 @@ def _spelled(number: Number) -> str:
 
 
 def _notes(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[str]:
-    """What the numbers do not show."""
+    """Caveats that the numbers do not show."""
     counts, notes = result["all"], []
     if seen := result["rows"]["seen"]:
         notes.append(
-            f"Images of the split {' and '.join(seen)} are among these: they were used in training, or to choose the "
-            "threshold, and the numbers flatter."
+            f"Images of the split {' and '.join(seen)} are included. They were used in training, or to choose the "
+            "threshold, so the numbers are too high."
         )
     if result["failed"]:
-        notes.append(f"{result['failed']:,} labelled images failed and are in no number.")
+        notes.append(f"{result['failed']:,} labelled images failed and are not counted.")
     if result["without_label"]:
-        notes.append(f"{result['without_label']:,} images have no label and are in no number.")
+        notes.append(f"{result['without_label']:,} images have no label and are not counted.")
     if counts["uncertain"]:
         notes.append(
-            f"{counts['uncertain']:,} verdicts are uncertain. Accuracies count them as not right; without them the "
+            f"{counts['uncertain']:,} verdicts are uncertain. Accuracies count them as wrong; without them the "
             f"mean accuracy is {_spelled(result['macro_mean']['acc_decided'])}."
         )
     one_class = [name for name, numbers in groups if not numbers["real"] or not numbers["fake"]]
     if one_class:
         notes.append(
-            f"One class only, so that most numbers are undefined and their means leave them out: {_listed(one_class)}. "
-            "A generator with fakes only can be compared with the reals of another (--pair)."
+            f"One class only, so most numbers are undefined and left out of the means: {_listed(one_class)}. "
+            "A generator without reals can be compared with the reals of another (--pair)."
         )
     few = [name for name, numbers in groups if 0 < numbers["real"] < 100 or 0 < numbers["fake"] < 100]
     if few:
         notes.append(f"Fewer than 100 reals or fakes, too few to measure a rate of 1 %: {_listed(few)}.")
     if result["threshold"] is not None:
-        notes.append(
-            f"Verdicts are those of a threshold of {result['threshold']:g}, which was asked for, not of the detector's "
-            "own."
-        )
+        notes.append(f"Verdicts use the requested threshold of {result['threshold']:g}, not the detector's own.")
     return notes
 
 
@@ -174,7 +176,7 @@ def _interval(number: Number) -> str | None:
 
 
 def _share(value: float) -> float:
-    """Per cent for a style, in [0, 100]."""
+    """A share as per cent for CSS, in [0, 100]."""
     return round(100 * min(1.0, max(0.0, value)), 2)
 
 
@@ -211,16 +213,16 @@ def _counts(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _generator_tables(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """All metrics of all generators, in two tables: what is read first, with the counts, and the rest."""
+    """Two tables with all metrics of all generators: the main ones with image counts, and the others."""
     order = "worst accuracy first: per cent, with 95 % intervals"
     return [
-        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {order}, and counts of images."),
+        _generator_table(result, groups, COLUMNS, "all-generators", f"All generators, {order}, and numbers of images."),
         _generator_table(
             result,
             groups,
             MORE_COLUMNS,
             "more-numbers",
-            f"Where false alarms are rarer still, and calibration; {order}.",
+            f"Metrics at lower false alarm rates, and calibration; {order}.",
         ),
     ]
 
@@ -264,8 +266,8 @@ def _robustness(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _robustness_row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    found = [(numbers["ap"]["value"], generator) for generator, numbers in part["generators"].items()]
-    worst = min([item for item in found if item[0] is not None], default=None)
+    by_ap = [(numbers["ap"]["value"], generator) for generator, numbers in part["generators"].items()]
+    worst = min([item for item in by_ap if item[0] is not None], default=None)
     return {
         "name": shown(name, MAX_TEXT_LETTERS),
         "numbers": _cells(part["macro_mean"], ROBUSTNESS_COLUMNS),

@@ -1,7 +1,7 @@
-"""The plots of an evaluation, as SVG to stand inside a page.
+"""Draw the plots of an evaluation as SVG elements for an HTML page.
 
-Lengths are CSS pixels. Colours are those of the page: the plot is drawn in `COLOURS`, and each is then replaced by a
-variable of the page's style, so that dark and light need one plot only. The same numbers give the same bytes.
+Lengths are CSS pixels. Each plot is drawn in the colours of `COLOURS`, which are then replaced by CSS variables of the
+page, so that one plot serves the dark and the light style. The same numbers give the same bytes.
 """
 
 import io
@@ -27,7 +27,7 @@ COLOURS: Final = {
     INK: "ink", MUTED: "muted", GRID: "line", SURFACE: "surface", REAL: "real", FAKE: "fake", MAIN: "main",
     SECOND: "second",
 }  # fmt: skip
-"""Colours that are drawn -> variables of the page's style."""
+"""Drawn colours -> CSS variables of the page."""
 
 SVG: Final = "{http://www.w3.org/2000/svg}"
 LINK: Final = "{http://www.w3.org/1999/xlink}href"
@@ -37,13 +37,13 @@ FONT: Final = 12.0
 ROW: Final = 22
 MAX_ROWS: Final = 40
 NAME_WIDTH: Final = 22
-"""Columns of a name beside a plot."""
+"""Maximum columns of a name beside a plot."""
 
 UNSEEN: Final = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Categories of letters that steer, or that nobody can see."""
+"""Unicode categories of control, format and invisible characters."""
 
 Number = Mapping[str, Any]
-"""Value, low and high; None where undefined."""
+"""Keys: `value`, `low`, `high`; None if undefined."""
 
 STYLE: Final[Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "axes.unicode_minus": False, "font.size": FONT,
@@ -56,8 +56,8 @@ STYLE: Final[Any] = {
 
 
 def shown(name: str, longest: int) -> str:
-    """A name of anybody's making as one line of at most so many columns: no control or format character, no more than
-    one accent over a letter that has no form with it, wide letters counted as two columns."""
+    """An untrusted name as one line of at most `longest` columns, without control and format characters, and with at
+    most one combining mark per letter; wide letters count as two columns."""
     kept: list[tuple[str, int]] = []
     accents = width = 0
     for letter in " ".join(unicodedata.normalize("NFC", name).split()):
@@ -81,7 +81,7 @@ def forest(
     chart: str, rows: Sequence[tuple[str, Number]], reference: float | None, title: str, description: str,
     width: int = WIDTH,
 ) -> str:  # fmt: skip
-    """A row per name with a dot and its interval, the first at the top, and a line at the reference."""
+    """A forest plot: one row per name with a dot and its interval, the first on top, and a line at the reference."""
     rows = rows[:MAX_ROWS]
     with _plot(chart, width, ROW * len(rows) + 36, margins=(160, 42, 8, 28)) as (figure, axes):
         lows = [number["low"] if number["low"] is not None else number["value"] for _, number in rows]
@@ -116,7 +116,7 @@ def _dot(axes: Axes, place: int, number: Number, left: float) -> None:
 
 
 def roc(curve: Mapping[str, Any], points: Mapping[float, Number], title: str, description: str) -> str:
-    """ROC over a logarithmic FPR, with the TPR and its interval at some FPRs."""
+    """The ROC curve over a logarithmic FPR, with the TPR and its interval at the FPRs of `points`."""
     with _plot("roc") as (figure, axes):
         resolution = 1.0 / curve["reals"]
         if resolution > MIN_FPR:
@@ -137,7 +137,7 @@ def roc(curve: Mapping[str, Any], points: Mapping[float, Number], title: str, de
 
 
 def _bar(axes: Axes, x: float, number: Number, colour: str, marker: str) -> None:
-    """A marker with its interval."""
+    """Draw a marker with its interval."""
     value = number["value"]
     if number["low"] is not None:
         axes.plot([x, x], [number["low"], number["high"]], color=colour, linewidth=1.5, solid_capstyle="butt")
@@ -145,21 +145,21 @@ def _bar(axes: Axes, x: float, number: Number, colour: str, marker: str) -> None
 
 
 def reliability(bins: Mapping[str, Any], title: str, description: str) -> str:
-    """Share of fakes against mean probability, per bin."""
+    """The reliability diagram: share of fakes against mean probability, per bin."""
     with _plot("reliability") as (figure, axes):
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.5)
         axes.plot(bins["probability"], bins["fakes"], color=MAIN, linewidth=1, alpha=0.6)
         for place, x in enumerate(bins["probability"]):
             number = {"value": bins["fakes"][place], "low": bins["low"][place], "high": bins["high"][place]}
             _bar(axes, x, number, MAIN, "o")
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of fake, as the detector says")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of fake, from the detector")
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         _percent(axes)
         return _svg(figure, "reliability", title, description)
 
 
 def histogram(curves: Mapping[str, Any], title: str, description: str) -> str:
-    """Shares of the fakes upwards and of the reals downwards, per bin of the probability."""
+    """The histogram of probabilities: shares of the fakes upwards and of the reals downwards, per bin."""
     with _plot("histogram") as (figure, axes):
         edges = [place / HISTOGRAM_BINS for place in range(HISTOGRAM_BINS + 1)]
         highest = 0.0
@@ -174,7 +174,7 @@ def histogram(curves: Mapping[str, Any], title: str, description: str) -> str:
         if curves["threshold"] is not None:
             axes.axvline(curves["threshold"], color=INK, linestyle=(0, (4, 2)), linewidth=1.5)
         axes.axhline(0, color=MUTED, linewidth=1)
-        for name, x, y in (("fake ↑", 0.03, 0.94), ("real ↓", 0.97, 0.06)):  # where the fewest of them are
+        for name, x, y in (("fake ↑", 0.03, 0.94), ("real ↓", 0.97, 0.06)):  # where their bars are usually low
             side = "left" if x < 0.5 else "right"
             axes.text(x, y, name, transform=axes.transAxes, ha=side, va="center", color=INK, weight="bold")
         axes.set(xlim=(0, 1), ylim=(-1.15 * highest, 1.15 * highest), xlabel="probability of fake")
@@ -185,7 +185,7 @@ def histogram(curves: Mapping[str, Any], title: str, description: str) -> str:
 
 
 def precision(curve: Mapping[str, Any], title: str, description: str) -> str:
-    """Share of right alarms over a logarithmic base rate: as measured, and with the largest FPR that may be."""
+    """Precision over a logarithmic base rate: with the measured FPR, and with its upper bound."""
     with _plot("precision") as (figure, axes):
         axes.plot(curve["base_rate"], curve["cautious"], color=SECOND, linestyle=(0, (5, 2)))
         axes.plot(curve["base_rate"], curve["value"], color=MAIN)
@@ -202,7 +202,7 @@ def levels(
     chart: str, names: Sequence[str], lines: Mapping[str, Sequence[Number]], thin: Sequence[Sequence[float | None]],
     untransformed: int, lowest: float, label: str, title: str, description: str,
 ) -> str:  # fmt: skip
-    """AP and accuracy over the levels of a transform, beside the untransformed one; thin lines for each generator."""
+    """AP and accuracy over the levels of a transform and untransformed; a thin line per generator."""
     with _plot(chart, width=SMALL_WIDTH, height=230, margins=(50, 12, 10, 40)) as (figure, axes):
         for values in thin:
             axes.plot(range(len(names)), _floats(values), color=MUTED, linewidth=1, alpha=0.35)
@@ -226,19 +226,19 @@ def _floats(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-# From a figure to a part of a page.
+# From a figure to an SVG element.
 
 
 @contextmanager
 def _plot(
     chart: str, width: int = WIDTH, height: int = 290, margins: tuple[int, int, int, int] = (54, 18, 10, 42)
 ) -> Iterator[tuple[Figure, Axes]]:
-    """An empty plot in our style, whatever this machine's is; margins are left, right, top and bottom, in px."""
+    """An empty plot in our style, independent of the machine's; margins are left, right, top and bottom, in px."""
     left, right, top, bottom = margins
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": chart})
-        # letters are the browser's to draw: our font need not have them
+        # the browser draws the letters, so our font need not have them
         warnings.filterwarnings(
             "ignore", message=r"Glyph \d+|.*missing from font|Matplotlib currently does not support"
         )
@@ -257,13 +257,13 @@ def _per_cent(share: float, _place: float) -> str:
 
 
 def _svg(figure: Figure, chart: str, title: str, description: str) -> str:
-    """The figure as an <svg> element with a title and a description for those who cannot see it."""
+    """The figure as an <svg> element with a title and a description for screen readers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (f"{SVG}style", f"{SVG}metadata"):  # a style in a page would be the whole page's
+            if child.tag in (f"{SVG}style", f"{SVG}metadata"):  # a style element would apply to the whole page
                 parent.remove(child)
     text = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', text))
@@ -275,7 +275,7 @@ def _svg(figure: Figure, chart: str, title: str, description: str) -> str:
 
 
 def _rewrite(element: ElementTree.Element, chart: str, used: set[str]) -> None:
-    """Names that no other plot has, and the page's own fonts and colours."""
+    """Make ids unique on the page, and use the page's fonts and colours."""
     if LINK in element.attrib:
         element.set("href", "#" + chart + "-" + element.attrib.pop(LINK).removeprefix("#"))
     if (identity := element.attrib.pop("id", None)) in used:

@@ -1,4 +1,4 @@
-"""An evaluation as tables and sentences for a terminal."""
+"""Format an evaluation as tables and sentences for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -11,11 +11,11 @@ HEADINGS: Final = {
 }  # fmt: skip
 WITH_INTERVAL: Final = ("acc", "ap")
 MAX_COLUMNS: Final = 120
-"""Columns of a terminal, above which intervals are left out."""
+"""Table width above which intervals are left out."""
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The table for people: worst accuracy first, then the mean, and what is in no number."""
+    """The table, worst accuracy first, then the mean, then notes on images that are not counted."""
     lines = _table(result, WITH_INTERVAL)
     if len(lines[0]) > MAX_COLUMNS:
         lines = _table(result, ())
@@ -26,7 +26,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def worst_first(generators: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Generators by accuracy, those without one last."""
+    """Generators by ascending accuracy, undefined ones last."""
     items = [(numbers["acc"]["value"], name, numbers) for name, numbers in generators.items()]
     ranked = sorted(items, key=lambda item: (item[0] is None, item[0] or 0.0, item[1]))
     return [(name, numbers) for _, name, numbers in ranked]
@@ -53,12 +53,12 @@ def _robustness(result: Mapping[str, Any]) -> list[str]:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     notes = []
     if result["failed"]:
-        notes.append(f"{result['failed']} labelled images failed and are in no number above")
+        notes.append(f"{result['failed']} labelled images failed and are not counted above")
     if result["without_label"]:
-        notes.append(f"{result['without_label']} images have no label and are in no number above")
+        notes.append(f"{result['without_label']} images have no label and are not counted above")
     if uncertain := result["all"]["uncertain"]:
         decided = _cell(result["macro_mean"]["acc_decided"], False)
-        notes.append(f"{uncertain} verdicts are uncertain: acc counts them as not right; without them it is {decided}")
+        notes.append(f"{uncertain} verdicts are uncertain: acc counts them as wrong; without them it is {decided}")
     groups = [result["macro_mean"], result["all"], *result["generators"].values()]
     if any(numbers[metric]["value"] is None for numbers in groups for metric in HEADINGS):
         notes.append(f"{UNDEFINED}: undefined, one class only")

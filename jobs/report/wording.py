@@ -1,10 +1,10 @@
-"""How to read an evaluation, in plain words, with its own numbers as the examples."""
+"""Explain how to read an evaluation, in plain words, with its own numbers as examples."""
 
 from collections.abc import Mapping
 from typing import Any, Final
 
 STREAM: Final = 100_000
-"""Images of the example of what an alarm is worth."""
+"""Number of images in the example of rare fakes."""
 STREAM_FAKES: Final = 0.01
 
 Explanation = tuple[str, list[str]]
@@ -12,7 +12,7 @@ Explanation = tuple[str, list[str]]
 
 
 def per_cent(share: float) -> str:
-    """A share in per cent, with one decimal or as many as it needs: 100.0 is said of all only, and 0.0 of none."""
+    """A share in per cent with one decimal, or more digits so that only 1 gives 100.0 and only 0 gives 0.0."""
     text = f"{100 * share:.1f}"
     if (text == "100.0" and share < 1.0) or (text == "0.0" and share > 0.0):
         return f"{100 * share:.2f}" if 0.0001 <= share <= 0.9999 else (">99.99" if share > 0.5 else "<0.01")
@@ -20,7 +20,7 @@ def per_cent(share: float) -> str:
 
 
 def alarms(result: Mapping[str, Any]) -> str | None:
-    """What alarms are worth where fakes are rare, in a sentence or two; None where that is undefined."""
+    """A sentence or two on the precision of alarms if fakes are rare; None if it is undefined."""
     precision, counts = result["curves"]["precision"], result["all"]["confusion"]["fake"]
     if precision is None:
         return None
@@ -30,68 +30,68 @@ def alarms(result: Mapping[str, Any]) -> str | None:
     if not found:
         return None
     sentence = (
-        f"Of {STREAM:,} images of which {100 * STREAM_FAKES:.0f} % are fake it would flag about {total:,}, and "
+        f"Of {STREAM:,} images, {100 * STREAM_FAKES:.0f} % of them fake, the detector would flag about {total:,}, and "
         f"{found:,} of these would be fake: {per_cent(found / total)} % of the alarms are right."
     )
     if precision["fpr"] > 0:
         return sentence
     upper = precision["fpr_upper"]
     return (
-        f"{sentence} But so few reals cannot rule out that {per_cent(upper)} % of reals are flagged, and then "
+        f"{sentence} But this number of reals cannot rule out that {per_cent(upper)} % of reals are flagged, and then "
         f"{per_cent(found / (found + reals * upper))} % are right."
     )
 
 
 def explanations(result: Mapping[str, Any]) -> list[Explanation]:
-    """The section "How to read this"."""
+    """The paragraphs of the section "How to read this"."""
     return [
         ("The two kinds of numbers", [
-            f"Accuracies are of the verdicts, at {_threshold(result)}: nothing was tuned on these images. AP, AUROC "
-            "and the rates at a fixed false positive rate are of the probabilities, and say how well fakes are ranked "
-            "above reals, whatever the threshold. High AP with low accuracy means that the "
+            f"Accuracies measure the verdicts, at {_threshold(result)}: nothing was tuned on these images. AP, AUROC "
+            "and the rates at a fixed false positive rate use the probabilities: they measure how well the detector "
+            "ranks fakes above reals, independent of the threshold. High AP with low accuracy means that the "
             "threshold does not suit this generator.",
         ]),
         ("The mean over generators", [
-            "Each generator counts once, however many images it has. A good mean can hide a generator that is never "
-            "found: read the worst one first. It says nothing of generators that are not here.",
+            "Each generator has the same weight. A good mean can hide a generator that is never detected: read the "
+            "worst one first. The mean says nothing about generators that are not in the table.",
         ]),
         ("Where fakes are rare", [
             _rare(result),
-            "AP and accuracy do not show this, for about half of the images of a benchmark are fake. TPR at 1 % FPR "
-            "does: the share of fakes that is found when one real in a hundred may be flagged.",
+            "AP and accuracy do not show this, because about half of a benchmark's images are fake. TPR at 1 % FPR "
+            "does: the share of fakes that are found when one real in a hundred is flagged.",
         ]),
         ("Intervals", [
-            "Images are drawn anew, with replacement, reals and fakes of each generator for themselves; 95 % of the "
-            "samples lie inside. They show what chance of the draw does, not what another source of images, another "
-            "training or a new generator would.",
-            "An interval without width is no certainty. Where none of n images was judged wrongly, up to about 3/n "
-            "of all such images may be: 3 % after 100, 0.3 % after 1,000.",
-            "The ECE has no interval: drawing adds noise to each bin, and it would lie above the number. Nor has a TPR "
-            "at 1 % (0.1 %) FPR of fewer than 100 (1,000) reals, which is decided by the one real that scores highest; "
-            "such a TPR is too high in the mean, too.",
+            "The reals and the fakes of each generator are resampled with replacement; an interval contains 95 % of "
+            "the samples. It shows the effect of sampling, not of another source of images, another training or a new "
+            "generator.",
+            "An interval of zero width is not certainty. If none of n images was judged wrongly, up to about 3/n of "
+            "all such images may be: 3 % after 100, 0.3 % after 1,000.",
+            "The ECE has no interval: resampling adds noise to each bin, and the interval would lie above the number. "
+            "A TPR at 1 % (0.1 %) FPR with fewer than 100 (1,000) reals has none either, because the one real that "
+            "scores highest decides it; such a TPR is also too high on average.",
         ]),
         ("Undefined", [
-            "Without reals there is no false alarm to count, and without fakes nothing to find: such numbers are "
-            "undefined, which is not 0. The means leave them out. Precision is undefined where nothing was flagged.",
+            "Without reals there are no false alarms to count, and without fakes there is nothing to find: such "
+            "numbers are undefined, not 0. The means leave them out. Precision is undefined if nothing was flagged.",
         ]),
         ("Uncertain verdicts", [
-            "A detector may be set to answer \"uncertain\" near its threshold. That is not a right answer: accuracies "
-            "count it against the detector, or it could look better by answering less. It is no alarm either.",
+            "A detector may be set to answer \"uncertain\" near its threshold. Accuracies count this as wrong; "
+            "otherwise a detector could look better by answering less. It is not an alarm either.",
         ]),
-        ("What this is no proof of", [
-            "A verdict is a probability with errors in both directions. Nobody should be judged by one alone. Images "
-            "that were edited, recompressed or made by a generator that is not in this table may do worse than all "
-            "numbers here.",
+        ("What this does not prove", [
+            "A verdict is a probability with errors in both directions. Nobody should be judged by one alone. On "
+            "images that were edited, recompressed or made by a generator that is not in this table, the detector may "
+            "do worse than all numbers here.",
         ]),
     ]  # fmt: skip
 
 
 def _threshold(result: Mapping[str, Any]) -> str:
     if result["threshold"] is None:
-        return "the threshold that the detector brings along"
-    return f"a threshold of {result['threshold']:g} that was asked for"
+        return "the detector's own threshold"
+    return f"the requested threshold of {result['threshold']:g}"
 
 
 def _rare(result: Mapping[str, Any]) -> str:
-    start = "Most of what people look at is real, so that even few false alarms outnumber the fakes that are found. "
-    return start + (alarms(result) or "Here, one class is missing or nothing was flagged: there is no example to give.")
+    start = "Most images that people see are real, so even few false alarms outnumber the fakes that are found. "
+    return start + (alarms(result) or "Here, one class is missing or nothing was flagged, so there is no example.")

@@ -1,5 +1,4 @@
-"""Publishing exactly once: the lock of an output, attempts of a run, the publication, the catalog of what was
-published.
+"""Publish rows exactly once: the lock of an output, attempts of a run, publication, and the catalog of published runs.
 
-Knows rows and files, not what makes them: that is a workflow's pipeline.
+This package handles rows and files; a workflow's pipeline makes the rows.
 """

@@ -1,17 +1,16 @@
-"""How a run survives: each start of the command is an attempt, which does what the attempts before it left.
+"""Attempts of a run: each start of the command is an attempt, which does what earlier attempts left undone.
 
-<out>/staging/<run_id>/manifest.parquet          what was planned
-                       run.json                  settings of the run; without it planning was not finished
+<out>/staging/<run_id>/manifest.parquet          the planned images
+                       run.json                  settings of the run; missing if planning did not finish
                        attempt-<n>/              n: the lock's number, so that no two processes share one
                            accepted.json         files with finished rows of earlier attempts, frozen
-                           todo/                 the rest of the manifest, with captions that are known
+                           todo/                 the rest of the manifest, with known captions
                            rows/                 verdict rows, as Ray Data writes them
-                           checkpoint/           Ray Data's job checkpoint: a file of rows counts once it is there
+                           checkpoint/           Ray Data's job checkpoint: names the write tasks that finished
 
-Ray Data's checkpoint is used for its two-phase commit: a file of rows exists for us once the checkpoint file of its
-write task has its final name. Each attempt has a checkpoint of its own, so tasks of a driver that died, which may live
-on for a while, commit where nobody looks any more; and Ray's filter, which holds all finished ids in each of its
-actors, never starts.
+Ray Data's checkpoint serves as a two-phase commit: a file of rows counts once the checkpoint file of its write task has
+its final name. Each attempt has its own checkpoint. So tasks that outlive a dead driver commit into a folder that no
+later attempt reads, and Ray's filter, which holds all finished ids in each of its actors, never starts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,13 +37,13 @@ ID: Final = "image_id"
 MIN_COMMIT_ROWS: Final = 64
 MAX_COMMIT_ROWS: Final = 8192
 COMMITS: Final = 1024
-"""About how many files of rows a run should write at most."""
+"""Approximate maximum number of files of rows per run."""
 MIN_TASK_ROWS: Final = 128
-"""A task costs some 25 ms by itself, as much as four images."""
+"""The overhead of a task is about 25 ms, as much as four images."""
 MAX_TASK_ROWS: Final = 1024
 TASKS: Final = 2048
-"""About how many tasks a run has, until they reach their most rows: Ray reads as many files, and a task that is lost is
-done again."""
+"""Approximate number of tasks per run, until tasks reach `MAX_TASK_ROWS`. It bounds the files that Ray reads and the
+work that a lost task repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,11 @@ class Attempt:
     accepted: list[str]
     """Files with finished rows of earlier attempts."""
     count: int = 0
-    """Images that are left for this attempt."""
+    """Images that this attempt has to do."""
 
     @property
     def todo(self) -> str:
-        """Folder of what is left (`schema.TODO`), a file per task."""
+        """Folder of the rows to do (`schema.TODO`), one file per task."""
         return uris.join(self.folder, "todo")
 
     @property
@@ -78,22 +77,22 @@ class Attempt:
         """Files that this attempt finished, sorted."""
         checkpoints, files = (listing.names_below(folder).files for folder in (self.checkpoint, self.rows))
         tasks = {match["task"] for name in checkpoints if (match := names.COMMITTED.fullmatch(name))}
-        whole = [name for name in files if (match := names.ROWS.fullmatch(name)) and match["task"] in tasks]
-        return [uris.join(self.rows, name) for name in whole]
+        finished = [name for name in files if (match := names.ROWS.fullmatch(name)) and match["task"] in tasks]
+        return [uris.join(self.rows, name) for name in finished]
 
     def files(self) -> list[str]:
-        """All files with finished rows, of this attempt and those before it."""
+        """All files with finished rows, of this attempt and earlier ones."""
         return self.accepted + self.committed()
 
 
 def unfinished(out: Uri) -> dict[str, dict[str, Any]]:
-    """Run id -> `run.json` of the runs that were planned and not published; those whose planning was cut are removed.
+    """Run id -> `run.json` of the runs that were planned and not published. Removes runs whose planning did not finish.
 
-    What no run made is left and named. The caller must hold the lock.
+    Foreign files stay and are named in a line. The caller must hold the lock.
     """
     staging = uris.join(out, "staging")
     below = listing.names_below(staging)
-    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     foreign: list[str] = [uris.join(staging, name) for name in below.files + below.others]
     for name in below.folders:
         folder = uris.join(staging, name)
@@ -101,66 +100,66 @@ def unfinished(out: Uri) -> dict[str, dict[str, Any]]:
             foreign.append(f"{folder}/")
             continue
         try:
-            found[name] = planned(folder)
+            runs[name] = planned(folder)
         except FileNotFoundError:
-            # nothing but names of ours says that it is ours: beside anything else they prove nothing
+            # only names show that a folder is ours; next to a foreign file they prove nothing
             others = removal.remove(folder, names.STAGED, dry=True).foreign
             foreign += others or removal.remove(folder, names.STAGED).foreign
     if foreign:
         say(removal.left_alone(foreign))
-    return found
+    return runs
 
 
 def planned(staging: str) -> dict[str, Any]:
-    """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` where it is damaged."""
-    uri, remedy = uris.join(staging, RUN_FILE), _plan_anew(staging)
+    """`run.json` of a run. Raises `FileNotFoundError`, and `StorageError` if it is damaged."""
+    uri, remedy = uris.join(staging, RUN_FILE), _plan_remedy(staging)
     values: dict[str, Any] = reading.read_json(uri, {"settings": dict, "published": list, "plan": dict}, remedy)
-    plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions do not say what was not read
+    plan = {"unread": [], "unread_count": 0, **values["plan"]}  # plans of older versions lack unread
     for name, kind in {"count": int, "left_out": dict, "states": dict, "unread": list, "unread_count": int}.items():
         if type(plan.get(name)) is not kind:
-            raise reading.damaged(uri, f"the {name} of its plan is no {kind.__name__}", remedy)
+            raise reading.damaged(uri, f"{name} in its plan is not of type {kind.__name__}", remedy)
     if not all(type(line) is str for line in plan["unread"]):
-        raise reading.damaged(uri, "the unread of its plan is no list of texts", remedy)
+        raise reading.damaged(uri, "unread in its plan is not a list of texts", remedy)
     if not all(names.is_run_id(run_id) for run_id in values["published"]):
-        raise reading.damaged(uri, "what was published before is no list of runs", remedy)
+        raise reading.damaged(uri, "published is not a list of run ids", remedy)
     return {**values, "plan": plan}
 
 
 def planned_rows(manifest: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Some columns of a run's manifest. Raises `StorageError` where it is gone or damaged."""
-    remedy = _plan_anew(manifest.rpartition("/")[0])
+    """Columns of a run's manifest. Raises `StorageError` if it is missing or damaged."""
+    remedy = _plan_remedy(manifest.rpartition("/")[0])
     try:
         yield from parquet.read(manifest, columns)
     except FileNotFoundError as error:
-        raise StorageError(f"{manifest} is gone: {remedy}") from error
+        raise StorageError(f"{manifest} is missing: {remedy}") from error
     except (OSError, KeyError, pa.ArrowException) as error:
-        if _may_pass(error):
+        if _is_store_fault(error):
             raise
         raise reading.damaged(manifest, errors.reason(error), remedy) from error
 
 
-def _plan_anew(staging: str) -> str:
-    return f"restore it, or remove {staging} while no run writes here, and its images are planned anew"
+def _plan_remedy(staging: str) -> str:
+    return f"restore it, or remove {staging} while no run writes here to plan its images again"
 
 
 def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
-    """Begin the next attempt: freeze what earlier ones finished, write what is left. The caller must hold the lock.
+    """Begin the next attempt: freeze the finished files, write the rows to do. The caller must hold the lock.
 
-    `known`: captions that were published before (`schema.CAPTIONED`), of which those of the captioner are taken over.
+    `known`: published captions (`schema.CAPTIONED`), of which those of the captioner are reused.
     """
     attempts = [name for name in listing.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
     earlier = [name for name in attempts if int(name.removeprefix("attempt-")) <= lock_number]
     own = f"attempt-{lock_number:08d}"
-    if own in earlier:  # numbers of locks only grow, unless somebody removed them
+    if own in earlier:  # lock numbers only grow, unless the lock files were removed
         raise StorageError(
-            f"{uris.join(staging, own)} exists before its time, since the folder locks/ was removed: remove "
-            f"{staging} while no run writes here, and its images are planned anew"
+            f"{uris.join(staging, own)} exists already because the folder locks/ was removed: remove {staging} while "
+            "no run writes here to plan its images again"
         )
     accepted: list[str] = []
     for number, name in reversed(list(enumerate(earlier, start=1))):
         try:
             frozen = _frozen(staging, name)
-        except FileNotFoundError:  # it was cut before it froze its files, and had no rows of its own
+        except FileNotFoundError:  # it stopped before it froze its files, so it has no rows
             continue
         folder = uris.join(staging, name)
         accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
@@ -173,19 +172,19 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
 
 
 def _frozen(staging: str, attempt: str) -> list[str]:
-    """Files with finished rows that an attempt took over, none outside its run whoever may write there."""
-    uri, remedy = uris.join(staging, attempt, ACCEPTED_FILE), _plan_anew(staging)
+    """Finished files that an attempt accepted. Refuses paths outside its run, which another writer may have added."""
+    uri, remedy = uris.join(staging, attempt, ACCEPTED_FILE), _plan_remedy(staging)
     files = reading.read_json(uri, remedy=remedy)
     if type(files) is not list:
         raise reading.damaged(uri, f"it holds a {type(files).__name__} instead of a list", remedy)
     for file in files:
         if type(file) is not str or not names.ACCEPTED.fullmatch(file):
-            raise reading.damaged(uri, f"{str(file)[:80]!r} is no file of rows of this run", remedy)
+            raise reading.damaged(uri, f"{str(file)[:80]!r} is not a file of rows of this run", remedy)
     return [uris.join(staging, file) for file in files]
 
 
 def commit_rows(count: int) -> int:
-    """Rows that are committed at a time: what a crash costs at most, per writing task."""
+    """Rows per commit: the most that a crash costs per write task."""
     return min(MAX_COMMIT_ROWS, max(MIN_COMMIT_ROWS, count // COMMITS))
 
 
@@ -196,11 +195,11 @@ def write_todo(
     known: Iterable[pa.RecordBatch] = (),
     captioner_id: str = "",
 ) -> int:
-    """Write the rows of the manifest that no accepted file has, in their order, a file per task; returns their number.
+    """Write the rows of the manifest that no accepted file has, in order, one file per task; returns their number.
 
-    A known caption is taken over from the same version of the image, else from one of the same file name and size:
-    a copy, or a file that was only touched. Its content's hash is compared once the image was fetched. What was seen
-    under a transform is another image.
+    A known caption is reused from the same version of the image, else from one with the same file name and size:
+    a copy, or a file that was only touched. The content hash is compared after the image is fetched. A transformed
+    image counts as another image.
     """
     name = "hash(regexp_extract(uri, '[^/]*$'))"
     with database() as rows:
@@ -213,7 +212,7 @@ def write_todo(
         rows.create("done", identified, IDS)
         rows.insert("done", parquet.read_small(accepted, IDS))
         rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
-        # only what may be of use is kept: there may be many more captions than images to do
+        # keep only captions that may be used: there may be far more captions than images to do
         rows.create(
             "captions",
             f"nextval('numbers') as c, {identified}, {name} as name, size_bytes, caption as known_caption, "
@@ -223,7 +222,7 @@ def write_todo(
             f"or ({name}, size_bytes) in (select (name, size_bytes) from left_over))",
         )
         rows.insert("captions", known)
-        # of several the first: numbers are small where captions would not fit into memory
+        # keep the first caption of each key by its number, because captions themselves may not fit into memory
         for table, key, which in (("same", ID, "true"), ("alike", "name, size_bytes", "plain")):
             rows.execute(
                 f"create table {table} as select {key}, min(c) as c from captions where {which} group by {key}"
@@ -239,8 +238,8 @@ def write_todo(
 
 
 def _usable(staging: str, files: list[str]) -> list[str]:
-    """The files that can be read, and whose images were planned and are in no file before them: a retried task may
-    have been killed while it wrote its file again, or have cut its rows into other files than the first time.
+    """The files that are readable and hold only planned images that no earlier file holds. A retried task may have been
+    killed while it rewrote its file, or may have split its rows differently from its first try.
     """
     numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
     with database() as rows:
@@ -259,27 +258,27 @@ def _usable(staging: str, files: list[str]) -> list[str]:
         )
     useless = damaged | {n for (n,) in repeated}
     for n in sorted(useless):
-        why = "is damaged" if n in damaged else "holds rows that another file holds, or that were not planned"
-        say(f"warning: {files[n]} {why}, its rows are made again")
+        reason = "is damaged" if n in damaged else "holds rows that another file holds, or that were not planned"
+        say(f"warning: {files[n]} {reason}, its rows are made again")
     return [uri for n, uri in enumerate(files) if n not in useless]
 
 
 def _ids(files: list[str]) -> Iterator[pa.Table | None]:
-    """Ids in each of many files, in their order; None for one that cannot be read."""
+    """The ids in each file, in order; None for an unreadable file."""
 
     def read(uri: Uri) -> pa.Table | None:
         try:
             return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
         except (OSError, pa.ArrowInvalid) as error:
-            if _may_pass(error):
+            if _is_store_fault(error):
                 raise
             return None
 
     with ThreadPoolExecutor(parquet.READERS) as pool:
-        for start in range(0, len(files), parquet.READERS):  # no further ahead than this: memory is bounded
+        for start in range(0, len(files), parquet.READERS):  # limits read-ahead, and so memory
             yield from pool.map(read, files[start : start + parquet.READERS])
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is the store's, and says nothing of the file."""
+def _is_store_fault(error: Exception) -> bool:
+    """Whether the store caused an error, so that the file may be sound."""
     return errors.kind(error) in (Fault.TRANSIENT, Fault.CREDENTIALS, Fault.DENIED)

@@ -1,6 +1,6 @@
-"""A run from the request to the record, whatever it publishes: locked, planned, continued, worked, verified, published.
+"""Carry out a run of any product: lock the output, plan or continue, make rows, verify, publish, write the record.
 
-`score`, `caption` and `facts` differ in what an image becomes; how no image is lost or done twice is here once.
+`score`, `caption` and `facts` differ in the rows they make; this module ensures that no image is lost or done twice.
 """
 
 import json
@@ -24,7 +24,7 @@ from jobs.storage import uris, writing
 from jobs.storage.uris import Uri
 from nsnet.config import to_dict
 
-if TYPE_CHECKING:  # Ray takes seconds to import, and a run with nothing to do needs none
+if TYPE_CHECKING:  # importing Ray takes seconds, and a run with nothing to do does not need it
     from jobs.pipeline.stream import Stream
 
 RECORDED_PACKAGES: Final = (
@@ -34,29 +34,29 @@ RECORDED_PACKAGES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a command was asked for."""
+    """Arguments of a run."""
 
     source: Uri
     out: Uri
     product: Product
     maker: str
-    """Who makes the rows, such as a detector's id: what it has published is not done again."""
+    """Maker of the rows, such as a detector's id: images that it has published are not done again."""
     settings: dict[str, Any]
-    """What makes it the same run: one with equal settings that was not published is continued."""
+    """Identity of the run: an unpublished run with equal settings is continued."""
     selection: Selection = field(default_factory=Selection)
     transforms: tuple[str, ...] = ()
-    """Chains of `nsnet.transforms` under which each image is done, "" for as it is; none: as it is."""
+    """Chains of `nsnet.transforms` to do each image under, "" for untransformed; empty: untransformed only."""
     wait: bool = False
     """Wait while another run writes to the output."""
     address: str | None = None
     """The Ray cluster."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings as JSON gives them back."""
+        """The settings as they read back from JSON."""
         settings = {
             "source": self.source,
             self.product.maker: self.maker,
-            # settings of older runs have no columns: an unfinished one is to be found again
+            # settings of older runs lack columns: their unfinished runs must still match
             "selection": {name: value for name, value in to_dict(self.selection).items() if value or name != "columns"},
             **({"transforms": self.transforms} if self.transforms else {}),
             **self.settings,
@@ -67,24 +67,24 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How images become rows; made once there is something to do, since its models take seconds to import."""
+    """The pipeline that turns images into rows; created only if there is work, since its imports take seconds."""
 
     title: str
     """Verb of the progress line."""
     stages: tuple[str, ...]
-    """What the progress line counts, in the order of the stream."""
+    """Counts of the progress line, in the order of the pipeline."""
     stream: Callable[[attempts.Attempt], "Stream"]
-    """The pipeline over what is left; called on a connected cluster."""
+    """Makes the pipeline over an attempt's images; called when the cluster is connected."""
     known: Iterable[pa.RecordBatch] = ()
-    """Captions that were published before (`schema.CAPTIONED`)."""
+    """Published captions (`schema.CAPTIONED`)."""
     captioner_id: str = ""
-    """Whose of them are taken over."""
+    """Captioner whose captions are reused."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What the record says besides."""
+    """Further keys of the record."""
 
 
-def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
-    """Do what is to be done and publish it; returns the record, which has no files where there was nothing to do."""
+def carry_out(request: Request, make_work: Callable[[Run], Work]) -> dict[str, Any]:
+    """Make the missing rows and publish them; returns the record, which has no files if there was nothing to do."""
     started = time.monotonic()
     with ExitStack() as context:
         held = context.enter_context(lock.hold(request.out, wait=request.wait))
@@ -97,20 +97,20 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
         plan = planned["plan"]
         number, files, details = 0, [], {}
         if plan["count"]:
-            way = work(run)
+            work = make_work(run)
             held.check()
-            attempt = attempts.begin(run.staging, held.number, way.known, way.captioner_id)
-            _do(request, run, way, attempt, plan["count"])
-            number, files, details = attempt.number, attempt.files(), way.details
+            attempt = attempts.begin(run.staging, held.number, work.known, work.captioner_id)
+            _make_rows(request, run, work, attempt, plan["count"])
+            number, files, details = attempt.number, attempt.files(), work.details
         record = run.publish(
             uris.join(run.staging, attempts.MANIFEST_FILE),
             files,
             check=held.check,
             planned_after=planned["published"],
             details={
-                **_known(request, plan),
+                **_common_details(request, plan),
                 "attempts": number,
-                "seconds": round(time.monotonic() - started, 1),  # of the last attempt
+                "seconds": round(time.monotonic() - started, 1),  # the last attempt only
                 **details,
                 "settings": {**request.identity(), **details.get("settings", {})},
             },
@@ -122,8 +122,8 @@ def carry_out(request: Request, work: Callable[[Run], Work]) -> dict[str, Any]:
     return record
 
 
-def _known(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
-    """What a record says whatever was done: the source, what of it was left out, and by whom its rows were made."""
+def _common_details(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
+    """Keys of every record: the source, what was left out of it, the maker of the rows, and package versions."""
     return {
         "source": request.source,
         "left_out": plan["left_out"],
@@ -135,8 +135,8 @@ def _known(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _do(request: Request, run: Run, way: Work, attempt: attempts.Attempt, count: int) -> None:
-    """Make the rows that an attempt has left."""
+def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> None:
+    """Make the rows of an attempt's images."""
     if attempt.accepted:
         say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} images are left")
     if attempt.count:
@@ -144,18 +144,18 @@ def _do(request: Request, run: Run, way: Work, attempt: attempts.Attempt, count:
 
         resources.connect(request.address)
         rows_per_file = attempts.commit_rows(attempt.count)
-        way.stream(attempt).write(attempt.rows, way.title, attempt.count, way.stages, rows_per_file)
+        work.stream(attempt).write(attempt.rows, work.title, attempt.count, work.stages, rows_per_file)
 
 
 def _unfinished(request: Request) -> Run | None:
-    """A run with these settings that was planned and not published; remains of published and of dead ones are removed.
+    """The unfinished run with these settings, if any. Removes leftovers of published and interrupted runs.
 
-    One that another run has overtaken is given up: what it planned may have been published since.
+    Gives up an unfinished run if another run was published after its planning, since that may hold the same images.
     """
-    found = None
+    resumable = None
     out, product, wanted = request.out, request.product, request.identity()
-    every = catalog.records(out)
-    records = {record["run_id"]: record for record in every}
+    all_records = catalog.records(out)
+    records = {record["run_id"]: record for record in all_records}
     published = catalog.run_ids(out, product, request.maker)
     unfinished = attempts.unfinished(out)
     for run_id, planned in unfinished.items():
@@ -172,14 +172,14 @@ def _unfinished(request: Request) -> Run | None:
             say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
             run.abandon()
         else:
-            found = run
-    if orphans := publication.remove_orphans(out, every, unfinished):
-        say(f"removed: {len(orphans)} files of publications that were cut or overtaken, such as {orphans[0]}")
-    return found
+            resumable = run
+    if orphans := publication.remove_orphans(out, all_records, unfinished):
+        say(f"removed: {len(orphans)} files of interrupted or overtaken publications, such as {orphans[0]}")
+    return resumable
 
 
 def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
-    """Plan a new run; returns it with its `run.json`, which is not written where there is nothing to do."""
+    """Plan a new run; returns it with its `run.json`, which is written only if there is work."""
     product, run = request.product, Run(out=request.out, product=request.product)
     published = sorted(catalog.run_ids(request.out, product, request.maker))
     done = catalog.published(request.out, schema.DONE, product, **{product.maker: request.maker})
@@ -201,6 +201,6 @@ def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
         },
     }
     held.check()
-    if plan.count:  # else nothing is to be continued, and a run that is cut here counts as not planned
+    if plan.count:  # without work there is nothing to continue, and an interruption here counts as not planned
         writing.write_json(uris.join(run.staging, attempts.RUN_FILE), planned)
     return run, planned

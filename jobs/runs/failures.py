@@ -1,4 +1,4 @@
-"""What earlier runs of an output found to hang or kill its decoder, so that it is not tried again."""
+"""Images that hung or killed the decoder in earlier runs of an output, so that they are not decoded again."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from jobs.runs.execution import Request
 from jobs.storage.uris import Uri
 
 MAX_REMEMBERED: Final = 10_000
-"""Contents that are remembered: the newest."""
+"""Most contents to remember, the newest first."""
 COLUMNS: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("content_hash", "error_class", "error_message")]
     + [schema.TRANSFORM]
@@ -22,26 +22,26 @@ COLUMNS: Final = pa.schema(
 
 
 def remembered(request: Request) -> dict[str, tuple[str, str]]:
-    """What failed in earlier runs into the same output and would fail again: with the same limits and decoder.
+    """Failures of earlier runs of the same output with the same limits and decoder, which would occur again.
 
-    Only runs whose records count such failures are looked at, the newest first.
+    Reads only runs whose records count such failures, the newest first.
     """
-    found: dict[str, tuple[str, str]] = {}
+    failures: dict[str, tuple[str, str]] = {}
     if request.selection.retry_failed or request.selection.rescore:
-        return found
+        return failures
     for record in reversed(catalog.runs(request.out, request.product)):
         counts = record.get("counts", {}).get("error_class")
-        same = record.get("settings", {}).get("limits") == request.settings["limits"]
-        if not same or record.get("versions", {}).get("pillow") != version("pillow"):
+        same_limits = record.get("settings", {}).get("limits") == request.settings["limits"]
+        if not same_limits or record.get("versions", {}).get("pillow") != version("pillow"):
             continue
         if type(counts) is not dict or not counts.keys() & {*KINDS}:
             continue
         for row in _failures(request.out, record):
             name = key(row["content_hash"], row["transform"] or "")
-            found.setdefault(name, (row["error_class"], f"{row['error_message']} (in run {record['run_id']})"))
-            if len(found) >= MAX_REMEMBERED:
-                return found
-    return found
+            failures.setdefault(name, (row["error_class"], f"{row['error_message']} (in run {record['run_id']})"))
+            if len(failures) >= MAX_REMEMBERED:
+                return failures
+    return failures
 
 
 def _failures(out: Uri, record: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""The lock of an output: one run at a time writes there, and a dead holder's lock expires.
+"""The lock of an output: one run writes there at a time, and a dead holder's lock expires.
 
-`<out>/locks/<number>.json` names a holder; the highest number counts. Its holder writes the file again every
-`HEARTBEAT_SECONDS`; released, or older than `EXPIRY_SECONDS` by the store's own clock, it may be taken over by
-creating the next number, which only one can do. Whoever created a number looks again before believing it: a slow
-competitor may have gone ahead, and not every store makes conditional puts atomic.
+`<out>/locks/<number>.json` names a holder; the highest number is the current lock. Its holder rewrites the file every
+`HEARTBEAT_SECONDS`. A lock that is released, or older than `EXPIRY_SECONDS` by the store's clock, is taken over by
+creating the next number, which only one process can do. The creator checks again before it relies on the lock: a slow
+competitor may have created a higher number, and not every store makes conditional puts atomic.
 """
 
 import json
@@ -27,35 +27,35 @@ from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
 MAX_NUMBER: Final = 99_999_999
-"""Largest number of a lock (`names.LOCK`)."""
+"""Largest lock number (`names.LOCK`)."""
 EXPIRY_SECONDS: Final = 120.0
-"""A holder that could not write for longer than this may lose the lock; then it publishes nothing."""
+"""A holder whose heartbeat fails for longer than this may lose the lock; it then publishes nothing."""
 SETTLE_SECONDS: Final = 1.0
-"""Between creating a lock in an object store and believing it."""
+"""Delay between creating a lock in an object store and checking it."""
 POLL_SECONDS: Final = 5.0
-"""Between two looks at a lock that is waited for."""
+"""Poll interval while waiting for a lock."""
 SIGNAL: Final = signal.SIGUSR2
-"""Wakes the main thread when the lock is lost, whatever it waits for. Not Ctrl-C's signal: a process that a script
-starts in the background, or under nohup, ignores that one."""
+"""Interrupts the main thread when the lock is lost. Not SIGINT: a process that a script starts in the background, or
+under nohup, ignores it."""
 
 
 class LockLost(KeyboardInterrupt):
-    """The lock was lost while the main thread worked: libraries let go of everything, as after Ctrl-C."""
+    """The lock was lost while the main thread worked. A `KeyboardInterrupt`: libraries clean up as after Ctrl-C."""
 
 
 @contextmanager
 def hold(out: Uri, *, wait: bool = False) -> Iterator["Lock"]:
-    """Hold the lock of an output. Raises `LockedError` while another run has it, unless `wait`.
+    """Hold the lock of an output. Raises `LockedError` while another run holds it, unless `wait`.
 
-    Where another run takes it over, whatever happens in the body ends as a `LockedError`; the body itself is
-    interrupted in the main thread, elsewhere it has to `check`.
+    After a takeover by another run, any error in the body becomes a `LockedError`. In the main thread the takeover
+    interrupts the body; in another thread the body must call `check`.
     """
     lock = Lock(out)
     with _interruptible(lock):
         lock.acquire(wait)
         try:
             yield lock
-        except (Exception, KeyboardInterrupt) as error:  # whatever it is: who took the lock over removes files of ours
+        except (Exception, KeyboardInterrupt) as error:  # any error: the new holder removes our files
             lock.refuse_if_lost(error)
             raise
         finally:
@@ -69,26 +69,26 @@ class Lock:
         self.folder = uris.join(out, "locks")
         self._holder = {"token": secrets.token_hex(8), "host": socket.gethostname(), **_process(os.getpid())}
         self.number = 0
-        """Grows from holder to holder."""
+        """Number of the lock file; grows from holder to holder."""
         self._stop = threading.Event()
         self._lost: str | None = None
         self.interrupt: Callable[[], None] = lambda: None
-        """Stops the work of the main thread, where that holds the lock; elsewhere only `check` tells."""
+        """Interrupts the main thread if that holds the lock; does nothing for other threads."""
         self._thread: threading.Thread | None = None
 
     def acquire(self, wait: bool = False) -> None:
-        """Take the lock and keep it by a heartbeat."""
+        """Take the lock and start its heartbeat."""
         announced = False
-        while not self._try():
+        while not self._try_acquire():
             holder = self._read(self._highest())
-            who = f"process {str(holder.get('pid', '?'))[:20]} on {str(holder.get('host', '?'))[:80]}"
+            described = f"process {str(holder.get('pid', '?'))[:20]} on {str(holder.get('host', '?'))[:80]}"
             if not wait:
                 raise LockedError(
-                    f"another run writes to {self.folder.removesuffix('/locks')} ({who}); wait for it with --wait. "
-                    f"The lock of a run that died expires after {EXPIRY_SECONDS:g} s"
+                    f"another run writes to {self.folder.removesuffix('/locks')} ({described}); wait for it with "
+                    f"--wait. The lock of a run that died expires after {EXPIRY_SECONDS:g} s"
                 )
             if not announced:
-                say(f"waiting for another run ({who})")
+                say(f"waiting for another run ({described})")
                 announced = True
             time.sleep(POLL_SECONDS)
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -96,45 +96,43 @@ class Lock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the heartbeat noticed that another run has taken the lock over, before it was let go."""
+        """Whether the heartbeat found that another run took the lock over before its release."""
         return self._lost is not None and not self._stop.is_set()
 
     def check(self) -> None:
-        """Raise `LockedError` if another run has taken the lock over: then nothing may be published any more."""
+        """Raise `LockedError` if another run has taken the lock over; this run must then publish nothing."""
         if self._lost is None and not self._is_ours():
             self._lost = "it was taken over by another run"
         if self._lost is not None:
             raise LockedError(f"the lock {self._uri(self.number)} was lost: {self._lost}; nothing was published")
 
     def refuse_if_lost(self, error: BaseException) -> None:
-        """Raise `LockedError` if the lock is lost, which explains this error; a store that does not tell decides
-        nothing.
-        """
+        """Raise `LockedError` from `error` if the lock is lost; if the store does not answer, only add a note."""
         try:
             self.check()
         except LockedError as lost:
             raise lost from error
-        except Exception as failed:  # botocore, aiohttp and OS errors share no base
-            error.add_note(f"the store does not say whether the lock is lost: {type(failed).__name__}")
+        except Exception as store_error:  # botocore, aiohttp and OS errors share no base
+            error.add_note(f"could not check whether the lock is lost: {type(store_error).__name__}")
 
     def release(self) -> None:
-        """Let the lock go. The file stays, so that numbers only grow."""
+        """Release the lock. The file stays, so that numbers only grow."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         try:
             if self._is_ours():
                 writing.write_bytes(self._uri(self.number), _encoded({"released": True}))
-        except Exception as error:  # the store is away: the lock expires by itself
+        except Exception as error:  # an outage: the lock expires without a release
             say(f"warning: the lock was not released and expires in {EXPIRY_SECONDS:g} s ({errors.reason(error)})")
 
-    def _try(self) -> bool:
+    def _try_acquire(self) -> bool:
         highest = self._highest()
         if highest and not self._is_free(highest):
             return False
         number = highest + 1
         if number > MAX_NUMBER:
-            raise StorageError(f"{self._uri(highest)} has the last number that a lock can have: remove this file")
+            raise StorageError(f"{self._uri(highest)} has the largest lock number: remove this file")
         if not writing.create(self._uri(number), _encoded(self._holder)):
             return False
         if not uris.is_local(self.folder):
@@ -143,7 +141,7 @@ class Lock:
         if not self._is_ours():
             return False
         for older in self._numbers():
-            if older < number and self._is_lock(older):  # what another program put there stays
+            if older < number and self._is_lock(older):  # files of other programs stay
                 writing.remove_file(self._uri(older))
         return True
 
@@ -154,17 +152,17 @@ class Lock:
         try:
             return writing.age_seconds(self._uri(number)) > EXPIRY_SECONDS
         except FileNotFoundError:
-            return False  # taken over at this moment
+            return False  # taken over in between
 
     def _is_ours(self) -> bool:
         return self._highest() == self.number and self._read(self.number).get("token") == self._holder["token"]
 
     def _beat(self) -> None:
-        """Write the lock again and again. An outage of the store is waited for; only another holder ends it."""
+        """Rewrite the lock file at each heartbeat. Retries through an outage; ends only when another holder appears."""
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
                 if not self._is_ours():
-                    self._lost = "another run took it over, since this one was not heard of for a while"
+                    self._lost = "another run took it over, since this one sent no heartbeat for a while"
                     self.interrupt()
                     return
                 writing.write_bytes(self._uri(self.number), _encoded(self._holder))
@@ -182,14 +180,14 @@ class Lock:
         return max(self._numbers(), default=0)
 
     def _is_lock(self, number: int) -> bool:
-        """Whether a file says what a lock says."""
+        """Whether a file's content is that of a lock."""
         try:
             return not {"token", "released"}.isdisjoint(self._read(number))
-        except OSError:  # it may not be read
+        except OSError:  # no permission to read it
             return False
 
     def _read(self, number: int) -> dict[str, Any]:
-        """What a lock file says; nothing where it is damaged: then it holds until it expires."""
+        """Content of a lock file; empty if it is damaged or missing: a damaged lock holds until it expires."""
         try:
             holder: dict[str, Any] = reading.read_json(self._uri(number), {}) if number else {}
         except (FileNotFoundError, StorageError):
@@ -199,16 +197,16 @@ class Lock:
 
 @contextmanager
 def _interruptible(lock: Lock) -> Iterator[None]:
-    """While a lock is held by the main thread, its loss raises `LockLost` there."""
+    """Make the loss of a lock that the main thread holds raise `LockLost` there."""
     main = threading.main_thread().ident
     if threading.get_ident() != main or main is None:
-        yield  # signals are handled by the main thread alone, which does not work for this lock
+        yield  # only the main thread handles signals, and it does not hold this lock
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if lock.is_lost:
             raise LockLost
-        if callable(before):  # the signal was for somebody else, such as the lock of another output
+        if callable(before):  # the signal is for another handler, such as the lock of another output
             before(number, frame)
 
     before = signal.signal(SIGNAL, handle)
@@ -217,7 +215,7 @@ def _interruptible(lock: Lock) -> Iterator[None]:
     try:
         yield
     except LockLost:
-        lock.check()  # it may come while another error is looked at
+        lock.check()  # the signal may arrive while another error is handled
         raise
     finally:
         signal.signal(SIGNAL, before)
@@ -230,9 +228,9 @@ def _encoded(holder: dict[str, Any]) -> bytes:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What identifies a process for ever: machine since its start, pid namespace, pid, and its start where it lives."""
+    """Permanent identity of a process: boot id, pid namespace, pid, and start time (None for a zombie)."""
     try:
-        # after the name, which may hold anything: state is the 3rd field of the line, starttime the 22nd
+        # split after the name, which may contain any character: state is field 3 of the line, starttime field 22
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return {
             "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -245,7 +243,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine and is gone, so that nobody needs to wait for the expiry."""
+    """Whether the holder was a process of this machine that has ended, so that its lock need not expire first."""
     here = _process(os.getpid())
     if not all(name in here and here[name] == holder.get(name) for name in ("boot", "namespace")):
         return False
@@ -260,4 +258,4 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return True
     except PermissionError:
         pass  # another user's process
-    return "started" in _process(pid)  # a later process of this id, or a zombie; unless /proc does not tell
+    return "started" in _process(pid)  # True: a later process with this id, or a zombie; False: /proc is unreadable

@@ -1,11 +1,11 @@
-"""Names that this program makes below an output. What has another name is somebody else's: never read, never removed.
+"""Names of this program's files and folders below an output. Files with other names are never read or removed.
 
 <out>/locks/00000001.json
 <out>/staging/<run id>/manifest.parquet, run.json, attempt-00000001/ with accepted.json, todo/, rows/, checkpoint/
 <out>/<product>/run_date=2026-01-02/run_id=<run id>/part-00000-0a1b2c3d.parquet
 <out>/runs/<run id>.json
 
-A file that is being written has `.partial-` and eight digits after its name until it is whole (`storage`).
+A file has `.partial-` and eight hexadecimal digits after its name while it is being written (`storage`).
 """
 
 import re
@@ -22,7 +22,7 @@ _RUN_ID: Final = r"\d{8}T\d{6}Z-[0-9a-f]{6}"
 _ATTEMPT: Final = r"attempt-\d{8}"
 _PARTIAL: Final = r"(\.partial-[0-9a-f]{8})?"
 _TASK: Final = r"\w+_[0-9a-f]{32}_\d{6,}"
-"""Ray Data's ids of a dataset and of a write, and the number of the task."""
+"""Name of a Ray Data write task: the ids of its dataset and write, and its number."""
 _PART: Final = rf"part-\d{{5,}}-[0-9a-f]{{8}}\.parquet{_PARTIAL}"
 _DATE: Final = r"run_date=\d{4}-\d\d-\d\d"
 
@@ -31,16 +31,16 @@ RUN: Final = _pattern(_RUN_ID)
 ATTEMPT: Final = _pattern(_ATTEMPT)
 RECORD: Final = _pattern(rf"(?P<run_id>{_RUN_ID})\.json")
 COMMITTED: Final = _pattern(rf"(?P<task>{_TASK})\.parquet")
-"""Ray Data's checkpoint of a write task, once it is whole."""
+"""Ray Data's checkpoint file of a finished write task."""
 ROWS: Final = _pattern(rf"(?P<task>{_TASK})-\d+\.parquet")
-"""A file of rows of a write task."""
+"""A write task's file of rows."""
 ACCEPTED: Final = _pattern(rf"{_ATTEMPT}/rows/{_TASK}-\d+\.parquet")
 """A file of rows, by its path below the staging of its run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Own:
-    """What this program makes below a folder, by the path below it."""
+    """Patterns of this program's paths below a folder."""
 
     files: re.Pattern[str]
     folders: re.Pattern[str]
@@ -63,7 +63,7 @@ PUBLISHED: Final = Own(
 
 
 def is_run_id(name: object) -> bool:
-    """Whether a value may be the name of a run: its time and six hexadecimal digits."""
+    """Whether a value is a valid run id: a time and six hexadecimal digits."""
     if not isinstance(name, str) or not RUN.fullmatch(name):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What runs publish: rows of three kinds, and the folders of their files."""
+"""Products of runs: three kinds of rows, and the folders of their files."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,15 +11,15 @@ from jobs.dataset import schema
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """Rows of one kind, which runs publish."""
+    """A kind of rows that runs publish."""
 
     name: str
     """Folder below an output."""
     columns: pa.Schema
     maker: str
-    """Key of a record that says who made its rows: what one maker has done is not done again."""
+    """Record key that names the maker of the rows; a maker does not do an image again."""
     rows_per_file: int
-    """About 100 MB: what query engines like to read."""
+    """Makes files of about 100 MB, a good size for query engines."""
 
 
 VERDICTS: Final = Product(name="verdicts", columns=schema.VERDICTS, maker="detector_id", rows_per_file=500_000)

@@ -1,8 +1,8 @@
-"""Runs on storage: staged, verified, published. A run exists for readers once its record `<out>/runs/<id>.json` does.
+"""Verify and publish a run. It exists for readers once its record `<out>/runs/<id>.json` does.
 
-<out>/locks/                      who writes here now (`jobs.runs.lock`)
+<out>/locks/                      the current holder (`jobs.runs.lock`)
 <out>/staging/<run_id>/           manifest and unverified rows (`jobs.runs.attempts`), removed after publishing
-<out>/verdicts/run_date=…/run_id=…/part-*.parquet    or captions/…, facts/…: what the product's name is
+<out>/verdicts/run_date=…/run_id=…/part-*.parquet    or captions/…, facts/…: the product's name
 <out>/runs/<run_id>.json          the commit record, written last
 """
 
@@ -37,7 +37,7 @@ COUNTED: Final = ("status", "verdict", "error_class")
 
 
 class VerificationError(NsnetError):
-    """Staged rows are not what was planned; nothing was published."""
+    """Staged rows do not match the plan, or another publication came first; nothing was published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def staging(self) -> str:
-        """Folder of what is not yet published."""
+        """Folder of unpublished files."""
         return uris.join(self.out, "staging", self.run_id)
 
     @property
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def record(self) -> str:
-        """The commit record."""
+        """URI of the commit record."""
         return uris.join(self.out, "runs", f"{self.run_id}.json")
 
     def publish(
@@ -73,14 +73,13 @@ class Run:
     ) -> dict[str, Any]:
         """Verify staged files of rows against the manifest, write the final files, then the record; returns it.
 
-        Raises `VerificationError` when rows are missing, surplus or doubled, when the run was published already, or
-        when another run of the same maker was that is not among those it was `planned_after`; then nothing is. `check`
-        raises `LockedError` when this process may no longer write here.
+        Raises `VerificationError`, and publishes nothing, if rows are missing, surplus or doubled, if the run was
+        published already, or if a run of the same maker outside `planned_after` was published. `check` raises
+        `LockedError` when this process may no longer write here.
 
-        A process that is cut off in the middle of this, and wakes up when another has published, does no harm: files
-        have names of their own, the record is created only where there is none, and only who created it tidies up. One
-        that was cut off before its record takes it back when it finds that the lock is lost, or the record of a later
-        run. So a file that no record names is of nobody once another process holds the lock.
+        A stalled publisher is harmless: part files have unique names, the record is created conditionally, and only
+        its creator tidies up. If the process stalled after its last lock check, it deletes its record when it finds
+        the lock lost or a newer run. So once another process holds the lock, a file that no record names is an orphan.
         """
         verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
         check()
@@ -118,8 +117,8 @@ class Run:
         }
 
     def _commit(self, record: dict[str, Any], check: Callable[[], None], planned_after: Collection[str] | None) -> None:
-        """Create the record; raises `VerificationError` if this is not the process, or not the time, to do so, and what
-        `check` raises.
+        """Create the record. Raises `VerificationError` if this or a later run was published already, and what `check`
+        raises.
         """
 
         def refuse_if_overtaken() -> None:
@@ -134,7 +133,7 @@ class Run:
 
         refuse_if_overtaken()
         encoded = writing.encode_json(record)
-        # read back, since not every store makes conditional puts atomic
+        # read it back, since not every store makes conditional puts atomic
         if not writing.create(self.record, encoded) or reading.read_bytes(self.record) != encoded:
             raise VerificationError(f"run {self.run_id} was published already, by another process")
         try:
@@ -145,12 +144,12 @@ class Run:
             raise
 
     def tidy(self, record: dict[str, Any]) -> None:
-        """Remove what a published run no longer needs: its staging, and final files of publications that were cut."""
+        """Remove what a published run no longer needs: its staging, and final files of interrupted publications."""
         named = {file["path"].rpartition("/")[2] for file in record["files"]}
         self._clean(lambda name: name in named)
 
     def abandon(self) -> None:
-        """Remove all of a run that was not published: its staging, and final files of publications that were cut."""
+        """Remove all files of an unpublished run: its staging, and final files of interrupted publications."""
         self._clean(lambda name: False)
 
     def _clean(self, keep: Callable[[str], bool]) -> None:
@@ -161,7 +160,7 @@ class Run:
 
 
 class Counts:
-    """What a record says of the rows that go by."""
+    """Counts rows for a record while they stream through."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -170,7 +169,7 @@ class Counts:
         self._captioned_by: Counter[str] = Counter()
 
     def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Count batches on their way."""
+        """Yield the batches and count their rows."""
         for batch in batches:
             self.rows += batch.num_rows
             for name in [name for name in COUNTED if name in batch.schema.names]:
@@ -189,11 +188,11 @@ class Counts:
         }
 
     def store(self) -> dict[str, int]:
-        """Requests for images that the store was sent, and images for which it was asked more than once."""
+        """Number of requests for images, and of images that needed more than one request."""
         return {"requests": self._requests, "asked_again": self._asked_again}
 
     def captions(self, run_id: str) -> dict[str, int]:
-        """Rows with a caption that this run made, and with one of an earlier run."""
+        """Number of rows with a caption of this run, and with one of an earlier run."""
         made = self._captioned_by[run_id]
         return {"made": made, "reused": self._captioned_by.total() - made}
 
@@ -207,10 +206,10 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
-def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]) -> None:
+def verify_ids(planned: Iterable[pa.RecordBatch], staged: Iterable[pa.RecordBatch]) -> None:
     """Raise `VerificationError` unless both hold the same ids, each once. Works on disk, for any number of ids."""
     with database() as rows:
-        for table, batches in (("planned", planned), ("came", came)):
+        for table, batches in (("planned", planned), ("came", staged)):
             rows.create(table, "image_id::uuid as image_id", IDS)
             rows.insert(table, batches)
         number = rows.number("select count(*) from came")
@@ -220,18 +219,18 @@ def verify_ids(planned: Iterable[pa.RecordBatch], came: Iterable[pa.RecordBatch]
         total = rows.number("select count(*) from planned")
     if doubled or missing or surplus:
         raise VerificationError(
-            f"{total} images were planned and {number} rows came: {missing} missing, {surplus} surplus, {doubled} "
-            "doubled; nothing was published, run the same command again"
+            f"{total} images were planned, but {number} rows were made: {missing} missing, {surplus} surplus, "
+            f"{doubled} doubled; nothing was published, run the same command again"
         )
 
 
 def remove_orphans(out: Uri, published: Iterable[dict[str, Any]], unfinished: Collection[str]) -> list[str]:
-    """Remove files of publications that were cut or overtaken, which readers by pattern would take for published ones;
-    returns their URIs.
+    """Remove files of interrupted or overtaken publications, which readers by file pattern would mistake for published
+    ones; returns their URIs.
 
-    They have names of ours, and none of the `published` records names them. Runs that are `unfinished` keep theirs
-    until their own end. Files of runs before the oldest record stay, too: their records may be lost. The caller must
-    hold the lock since before it read the records.
+    Such files have names of this program, and no `published` record names them. Files of `unfinished` runs stay until
+    the run ends. Files of runs before the oldest record also stay: their records may be lost. The caller must have held
+    the lock since before it read the records.
     """
     published = list(published)
     named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
@@ -251,14 +250,14 @@ def remove_orphans(out: Uri, published: Iterable[dict[str, Any]], unfinished: Co
         removed += removal.remove(uris.join(out, product), names.PUBLISHED, keep).removed
     if older:
         say(
-            f"warning: {out} holds {older:,} files of runs that are older than all records (runs/*.json): put their "
-            "records back, or remove the files if they are of no use"
+            f"warning: {out} holds {older:,} files of runs that are older than all records (runs/*.json): restore "
+            "their records, or remove the files"
         )
     return removed
 
 
 def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
-    """Write `part-*.parquet`, each first to a local file; yields path, rows, size and SHA-256 of each."""
+    """Write each `part-*.parquet` to a local file, then upload it; yields path, rows, size and SHA-256 of each."""
     token = secrets.token_hex(4)
     for number in itertools.count():
         with tempfile.TemporaryDirectory() as scratch:
@@ -272,7 +271,7 @@ def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: st
 
 
 def _first(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """Batches of at least so many rows together, or all that are left."""
+    """Take batches until they have at least this many rows, or until none are left."""
     while rows > 0 and (batch := next(batches, None)) is not None:
         rows -= batch.num_rows
         yield batch

@@ -1,7 +1,7 @@
-"""Removal of what this program made below an output: only files with names of its own, and folders that are empty then.
+"""Remove this program's files below an output, by their names, and the folders that are then empty.
 
-On disks no link is followed, not even one that takes a folder's place at that moment: each folder is opened below the
-one before it.
+On disks no link is followed, not even one that replaces a folder during the removal: each folder is opened relative to
+its parent's descriptor.
 """
 
 import errno
@@ -17,26 +17,26 @@ from jobs.storage import filesystems, listing, uris, writing
 from nsnet.errors import StorageError
 
 MAX_NAMED: Final = 3
-"""Files that a line names."""
+"""Most files that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """A removal below `uri`, and what it did."""
+    """A removal below `uri`, and its result."""
 
     uri: str
     own: Own
     keep: Callable[[str], bool] = lambda path: False
-    """Own files that stay, by their path below `uri`."""
+    """Whether an own file stays, given its path below `uri`."""
     dry: bool = False
-    """Nothing is removed."""
+    """Only look, remove nothing."""
     removed: list[str] = field(default_factory=list)
-    """URIs of files that were removed."""
+    """URIs of removed files."""
     foreign: list[str] = field(default_factory=list)
-    """URIs of what lies there besides; a folder ends with `/`."""
+    """URIs of other files and folders there; a folder ends with `/`."""
 
     def in_bucket(self) -> None:
-        """Object by object: fsspec's own removal takes `*`, `?` and `[` in a name for a pattern, and loses errors."""
+        """Remove object by object: fsspec's recursive removal treats `*`, `?` and `[` as patterns, and loses errors."""
         for entry in listing.list_files(self.uri):
             path = entry.uri.removeprefix(f"{self.uri.rstrip('/')}/")
             if not self.own.files.fullmatch(path):
@@ -48,7 +48,7 @@ class Removal:
                 done.result()
 
     def on_disk(self) -> None:
-        """File by file below open folders."""
+        """Remove file by file, relative to descriptors of open folders."""
         if os.path.lexists(self.uri) and (os.path.islink(self.uri) or not os.path.isdir(self.uri)):
             self.foreign.append(self.uri)
         elif (folder := _opened(self.uri)) is not None:
@@ -58,11 +58,11 @@ class Removal:
                     os.rmdir(self.uri)
 
     def _sweep(self, folder: int, path: str) -> None:
-        """Go through an open folder, `path` below `uri`, and close it. It goes as deep as `own.folders` does."""
+        """Clean an open folder, `path` below `uri`, and close it. Enters only folders that match `own.folders`."""
         try:
             with os.scandir(folder) as items:
-                found = list(items)
-            for item in found:
+                entries = list(items)
+            for item in entries:
                 name = f"{path}{item.name}"
                 is_folder = item.is_dir(follow_symlinks=False)
                 if is_folder and self.own.folders.fullmatch(name):
@@ -82,26 +82,28 @@ class Removal:
 
 
 def remove(uri: str, own: Own, keep: Callable[[str], bool] = lambda path: False, dry: bool = False) -> Removal:
-    """Remove the files below a folder that are `own` and not to `keep`, by their path below it; all else stays.
+    """Remove the files below a folder whose path below it is `own` and not to `keep`; all else stays.
 
-    `dry`: only look. Raises `StorageError` on a disk that does not allow it, and what an object store raises.
+    `dry`: only look. Raises `StorageError` if a disk denies permission, and what an object store raises.
     """
     removal = Removal(uri=uri, own=own, keep=keep, dry=dry)
     try:
         removal.on_disk() if uris.is_local(uri) else removal.in_bucket()
     except PermissionError as error:
-        raise StorageError(f"{uri} cannot be cleaned up: {error}; allow it, or remove it by hand") from error
+        raise StorageError(
+            f"{uri} cannot be cleaned up: {error}; grant write permission, or remove it by hand"
+        ) from error
     return removal
 
 
 def left_alone(places: Sequence[str]) -> str:
-    """The line for the person who runs the command."""
+    """The message that names files which were not removed."""
     more = f" and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
     return f"left alone, since no run of this program made it: {', '.join(sorted(places)[:MAX_NAMED])}{more}"
 
 
 def _opened(name: str, within: int | None = None) -> int | None:
-    """Descriptor of a folder; None: it is gone, or a link has taken its place."""
+    """Descriptor of a folder; None: it does not exist, or is a link."""
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=within)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a training process runs under Ray Train: examples, order, ingest, loop, validation, checkpoints, tracking.
+"""Code of a training process under Ray Train: examples, order, ingest, loop, validation, checkpoints, tracking.
 
-What happens before its first step and after its last belongs to `experiments`.
+`experiments` does the work before its first step and after its last.
 """

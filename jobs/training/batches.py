@@ -1,4 +1,4 @@
-"""What arrived for a step, as the tensors of a batch.
+"""Make the tensors of a batch from the images that arrived for a step.
 
 Dimensions: n examples, B images of this process in a step, D embedding.
 """
@@ -22,12 +22,12 @@ class Batches:
 
     examples: Examples
     captions: str
-    """`TrainingConfig.captions`: whose caption an image gets."""
+    """`TrainingConfig.captions`: which caption an image gets."""
     seed: int
     device: torch.device
 
     def of(self, arrival: Arrival) -> Batch:
-        """The batch of one step's images."""
+        """The batch of a step's images."""
         rows, device = arrival.rows, self.device
         features = self._text_features(rows)
         return Batch(
@@ -38,7 +38,7 @@ class Batches:
         )
 
     def _text_features(self, rows: Indices) -> npt.NDArray[np.float32] | None:
-        """Caption features (B, D) of some images, or what an ablation gives them instead."""
+        """Caption features (B, D) of these images, or an ablation's replacement."""
         features = self.examples.text_features
         if features is None:
             return None

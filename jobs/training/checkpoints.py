@@ -1,12 +1,12 @@
-"""The state of a training: all that is needed to go on at a step as if nothing had happened.
+"""Checkpoints of a training: all state that a restart needs to continue with the same result.
 
     network.safetensors    trained weights at that step
-    best.safetensors       those of the best epoch so far
+    best.safetensors       trained weights of the best epoch so far
     optimizer.pt           AdamW's moments, read with `weights_only=True`
-    validation.safetensors logits of the validation images in the best epoch; `test.safetensors` once it is over
+    validation.safetensors logits of the validation images in the best epoch; `test.safetensors` after the last epoch
     state.json             step, history, running sums, digest of the settings
 
-Random choices are functions of (seed, step), so no generator's state is kept.
+Random choices are functions of (seed, step), so no random generator state is saved.
 """
 
 import hashlib
@@ -37,33 +37,33 @@ LOGITS: Final = "logits"
 
 
 class CheckpointError(UsageError):
-    """A checkpoint is of another training, or damaged."""
+    """A checkpoint belongs to another training, or is damaged."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a training is."""
+    """Progress of a training."""
 
     step: int = 0
-    """Steps that are done."""
+    """Completed steps."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """A record of each epoch that is done."""
+    """A record of each completed epoch."""
     sums: list[float] = field(default_factory=list)
-    """Of the losses of the present epoch so far."""
+    """Sums of the current epoch's losses so far."""
     failed: int = 0
-    """Images of the present epoch that could not be had so far."""
+    """Images of the current epoch that failed so far."""
     ended: bool = False
-    """No further step is to be done."""
+    """Whether all steps are done."""
     best_epoch: int = 0
     """1, 2, …; 0: none yet."""
     mlflow_run: str | None = None
-    """The run of the MLflow server, if there is one."""
+    """Id of the MLflow run, if there is one."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the best epoch."""
     validation: dict[str, Tensor] = field(default_factory=dict)
     """Rows (n,) int64 and logits (n,) fp64 of the validation images in the best epoch."""
     test: dict[str, Tensor] = field(default_factory=dict)
-    """The same of the test images, by the best epoch's weights."""
+    """The same for the test images, with the best epoch's weights."""
 
 
 TENSORS: Final = {BEST: "best", VALIDATION: "validation", TEST: "test"}
@@ -77,11 +77,11 @@ def trained_weights(network: Network) -> dict[str, Tensor]:
 
 
 def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
-    """Load what `trained_weights` gave. Raises `CheckpointError` where it is of another network."""
+    """Load the result of `trained_weights`. Raises `CheckpointError` if it is of another network."""
     expected = {name: value.shape for name, value in trained_weights(network).items()}
-    found = {name: value.shape for name, value in weights.items()}
-    if expected != found:
-        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    given = {name: value.shape for name, value in weights.items()}
+    if expected != given:
+        differing = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
         raise CheckpointError(
             f"the checkpoint is of another recipe: {len(differing)} weights differ in name or shape, such as "
             f"{', '.join(differing[:3])}"
@@ -90,12 +90,12 @@ def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Identity of a training's settings."""
+    """Identity of a training's settings: the SHA-256 of their JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def save(network: Network, optimizer: torch.optim.Optimizer, progress: Progress, digest: str) -> Path:
-    """Write a checkpoint into a new folder of this machine; whoever uploads it removes it."""
+    """Write a checkpoint into a new local folder and return it; the caller removes it after the upload."""
     folder = Path(tempfile.mkdtemp(prefix="nsnet-checkpoint-"))
     save_file(trained_weights(network), folder / WEIGHTS)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
@@ -108,17 +108,17 @@ def save(network: Network, optimizer: torch.optim.Optimizer, progress: Progress,
 
 
 def read_progress(folder: Path, digest: str) -> Progress:
-    """What a checkpoint says of the progress. Raises `CheckpointError`: of other settings, or damaged."""
+    """The progress in a checkpoint. Raises `CheckpointError` if it is of other settings or damaged."""
     try:
         state = json.loads((folder / STATE).read_text())
-        of = state.pop("settings")
+        settings = state.pop("settings")
         progress = Progress(**state)
         for name, attribute in TENSORS.items():
             if (folder / name).exists():
                 setattr(progress, attribute, load_file(folder / name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _damaged(error) from error
-    if of != digest:
+    if settings != digest:
         raise CheckpointError("the checkpoint is of a training with other settings: choose another --out")
     if progress.best_epoch and not (progress.best and progress.validation):
         raise CheckpointError(f"the checkpoint is damaged: {BEST} or {VALIDATION} is missing")
@@ -128,7 +128,7 @@ def read_progress(folder: Path, digest: str) -> Progress:
 def restore(
     folder: Path, network: Network, optimizer: torch.optim.Optimizer, device: torch.device, digest: str
 ) -> Progress:
-    """Put a checkpoint back. Raises `CheckpointError`."""
+    """Load a checkpoint into network and optimizer; returns its progress. Raises `CheckpointError`."""
     progress = read_progress(folder, digest)
     try:
         weights = load_file(folder / WEIGHTS)
@@ -148,11 +148,11 @@ def _damaged(error: Exception) -> CheckpointError:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint of this machine."""
+    """Remove a local checkpoint folder."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_fitted(network: Network, uri: str) -> None:
-    """Put what was computed from all captions, basis or bank, into a network."""
+    """Load the semantic basis or caption bank, computed from all captions, into a network."""
     with reading.local_copy(uri) as path:
         network.load_state_dict(load_file(path), strict=False)

@@ -1,4 +1,4 @@
-"""Rows of all training processes, with gradient: what `nsnet.losses` asks of a `Gather`.
+"""Gather rows of all training processes with gradient; implements `Gather` of `nsnet.losses`.
 
 Dimensions: B rows of one process, G rows of all.
 """
@@ -13,7 +13,7 @@ from nsnet.losses import SINGLE_PROCESS, Gather
 
 
 class DistributedGather:
-    """All-gather over the default process group, in rank order; every process passes the same number of rows."""
+    """All-gather over the default process group, in rank order; all processes must pass the same number of rows."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -24,7 +24,7 @@ class DistributedGather:
 
 
 class _AllGather(torch.autograd.Function):
-    """(B, ...) of every process -> (G, ...). A row's gradient is the sum of those that all processes have for it."""
+    """(B, ...) of every process -> (G, ...). The gradient of a row is the sum of its gradients on all processes."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of each value over all processes; the values themselves where there is one process."""
+    """The mean of each value over all processes; with one process, the values themselves."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -50,5 +50,5 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def gather() -> Gather:
-    """How this process sees the rows of all processes."""
+    """The gather of this process: distributed if there are several processes."""
     return DistributedGather() if dist.is_initialized() and dist.get_world_size() > 1 else SINGLE_PROCESS

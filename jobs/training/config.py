@@ -1,4 +1,4 @@
-"""What a training process is given."""
+"""Configuration of a training process."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from jobs.storage.uris import Uri
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """Everything that a training process needs to know; travels as JSON-ready values."""
+    """All settings of a training process, as JSON-ready values."""
 
     detector: dict[str, Any]
     training: dict[str, Any]
@@ -17,17 +17,17 @@ class WorkerConfig:
     source: Uri
     clip_weights: Uri | None
     work: Uri
-    """The training's own place."""
+    """The training's own folder."""
     split: Uri
     """The stored split."""
     captions: Uri | None
     """Published captions; None: the detector needs none."""
     features_id: str
-    """Identity of the captioner and the text tower whose captions and features are read."""
+    """Identity of the captioner and the text tower that made the captions and features."""
     fitted: Uri | None
-    """What was computed from all captions: basis or bank."""
+    """Semantic basis or caption bank, computed from all captions."""
     digest: str
-    """Of the settings."""
+    """Digest of the settings."""
     failed_share: float
     """Share of an epoch's images that may fail."""
     task_cpus: float

@@ -1,9 +1,8 @@
-"""Training examples: who is trained on, validated and tested on, and where their captions' features lie.
+"""Examples for training, validation and test, with their caption features.
 
 Dimensions: n examples, D embedding.
 
-A split is a Parquet manifest (`SPLIT`): a source like any other, and everything that a second training needs to use the
-same images for the same purpose.
+A split is a Parquet manifest (`SPLIT`): it can serve as a source, and as the split of another training.
 """
 
 import tempfile
@@ -29,16 +28,16 @@ from nsnet.errors import SourceError
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The images of a split, in the order of their ids, with the features of their captions."""
+    """The images of a split, ordered by id, with their caption features."""
 
     table: pa.Table
     """(n,) rows of `SPLIT`."""
     text_features: npt.NDArray[np.float32] | None = None
-    """(n, D), NaN where there is none; None where the detector needs no captions."""
+    """(n, D), NaN for an image without caption; None: the detector needs no captions."""
 
     @cached_property
     def image_ids(self) -> list[str]:
-        """(n,) ascending: the order does not depend on how files were written."""
+        """(n,) ascending, so that the order does not depend on the files."""
         ids: list[str] = self.table.column("image_id").to_pylist()
         return ids
 
@@ -49,22 +48,22 @@ class Examples:
 
     @cached_property
     def generators(self) -> list[str | None]:
-        """(n,) of each image."""
+        """(n,) generator of each image."""
         names: list[str | None] = self.table.column("generator").to_pylist()
         return names
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
-        """Numbers of the rows of a split."""
+        """Row numbers of a split."""
         return np.flatnonzero(pc.equal(self.table.column("split"), split).fill_null(False).to_numpy())
 
     def names(self, rows: npt.NDArray[np.int64]) -> list[dict[str, str]]:
-        """What people know images by."""
-        found: list[dict[str, str]] = self.table.select(["image_id", "uri"]).take(rows).to_pylist()
-        return found
+        """`image_id` and `uri` of these rows."""
+        names: list[dict[str, str]] = self.table.select(["image_id", "uri"]).take(rows).to_pylist()
+        return names
 
 
 def read_split(uri: str) -> pa.Table:
-    """A stored split, ordered by id. Raises `SourceError` where the file is none."""
+    """A stored split, ordered by id. Raises `SourceError` if the file is not a split."""
     try:
         table = pa.Table.from_batches(parquet.read(uri, SPLIT, optional=("column", "problem")), SPLIT)
     except FileNotFoundError as error:
@@ -73,13 +72,13 @@ def read_split(uri: str) -> pa.Table:
         if isinstance(error, OSError) and errors.kind(error) is not Fault.PERMANENT:
             raise
         raise SourceError(
-            f"{uri} is no split of a training (split.parquet), or damaged: {' '.join(str(error).split())[:200]}"
+            f"{uri} is not a training's split (split.parquet), or is damaged: {' '.join(str(error).split())[:200]}"
         ) from error
     return table.sort_by("image_id")
 
 
 def write_split(table: pa.Table, uri: str) -> None:
-    """Store a split, whole or not at all: a training that finds one goes on with it."""
+    """Store a split atomically, since a training continues with any split that it finds."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "split.parquet"
         parquet.write(table.combine_chunks().to_batches(), SPLIT, str(written))
@@ -87,30 +86,30 @@ def write_split(table: pa.Table, uri: str) -> None:
 
 
 def load_text_features(captions: Uri, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:
-    """Features (n, D) of the captions of a split's images, as a file of this machine that is mapped; NaN: none."""
+    """Caption features (n, D) of a split's images, memory-mapped from a local file; NaN: no caption."""
     columns = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
     ids = table.column("image_id").combine_chunks()
     features: npt.NDArray[np.float32] | None = None
     for batch in untransformed(captions, columns, products.CAPTIONS, features_id):
         batch = batch.filter(pc.is_valid(batch.column("text_features")))
-        at = pc.index_in(batch.column("image_id"), value_set=ids)
-        batch, at = batch.filter(pc.is_valid(at)), at.drop_null().to_numpy()
-        if len(at) == 0:
+        positions = pc.index_in(batch.column("image_id"), value_set=ids)
+        batch, positions = batch.filter(pc.is_valid(positions)), positions.drop_null().to_numpy()
+        if len(positions) == 0:
             continue
-        values = batch.column("text_features").flatten().to_numpy().reshape(len(at), -1)
+        values = batch.column("text_features").flatten().to_numpy().reshape(len(positions), -1)
         if features is None:
             features = _mapped(len(ids), values.shape[1])
-        features[at] = values
+        features[positions] = values
     return features if features is not None else np.full((len(ids), 0), np.nan, dtype=np.float32)
 
 
 def _mapped(rows: int, dim: int) -> npt.NDArray[np.float32]:
-    """Room for a large array that need not stay in memory, full of NaN; its file goes with the process."""
+    """A memory-mapped array of NaN, so that it need not fit into memory; its file is deleted with the process."""
     with tempfile.NamedTemporaryFile(prefix="nsnet-features-") as file:
-        room = np.memmap(Path(file.name), dtype=np.float32, mode="w+", shape=(rows, dim))
+        array = np.memmap(Path(file.name), dtype=np.float32, mode="w+", shape=(rows, dim))
     for start in range(0, rows, parquet.BATCH_ROWS):
-        room[start : start + parquet.BATCH_ROWS] = np.nan
-    return room
+        array[start : start + parquet.BATCH_ROWS] = np.nan
+    return array
 
 
 def without_captions(table: pa.Table, features: npt.NDArray[np.float32]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Training images streamed from their bucket by Ray Data: fetched, decoded, augmented, cut to mosaics, in order.
+"""Stream training images from their bucket with Ray Data: fetched, decoded, augmented, cut to mosaics, in order.
 
 Dimensions: n examples, G images of a step over all processes, B of this one, M mosaic side.
 
-Each training process runs a Ray Data pipeline of its own over just its part of each step, because what it is given
-must be a function of (seed, epoch, step) alone: Ray's `streaming_split` hands blocks to whoever asks first, and with
-`equal=True` drops the rows that do not divide. The order is checked on arrival.
+Each training process runs its own Ray Data pipeline over its part of each step, because its images must be a function
+of (seed, epoch, step) alone. Ray's `streaming_split` gives blocks to the first process that asks, and with `equal=True`
+drops rows that do not divide evenly. The order is checked on arrival.
 """
 
 from collections.abc import Iterator
@@ -30,30 +30,30 @@ from nsnet.preparation import PreparationConfig
 from nsnet.transforms import AugmentationConfig
 
 IMAGES_PER_TASK: Final = 64
-"""A task costs some 25 ms by itself, as much as four images."""
+"""The overhead of a task is about 25 ms, as much as four images."""
 STEPS_AHEAD: Final = 4
-"""Batches that are fetched from the object store before they are asked for."""
+"""Batches that are prefetched from Ray's object store."""
 
 ROW: Final = pa.field("row", pa.int64())
 ARRIVED: Final = pa.schema([ROW, schema.VERDICTS.field("image_id"), *schema.OUTCOME])
 FETCHED: Final = (
     "image_id", "uri", "etag", "size_bytes", "container", "position", "column", "listed", "expected_hash"
 )  # fmt: skip
-"""Columns of a split that an image is fetched by."""
+"""Columns of a split that fetching an image needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One step's images of this process."""
+    """This process's images of one step."""
 
     rows: Indices
-    """(B,)."""
+    """(B,) row numbers of the examples."""
     valid: npt.NDArray[np.bool_]
     """(B,) False: padding, or an image that failed."""
     mosaics: npt.NDArray[np.uint8]
     """(B, M, M, 3) uint8."""
     failed: list[dict[str, Any]]
-    """Images that could not be had, with `image_id` and `error_*`."""
+    """Images that could not be fetched or decoded, with `image_id` and `error_*`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,12 @@ class Ingest:
     cpus: float
     """CPUs of the cluster that this process's decoding may use."""
     memory_bytes: int
-    """Of the object store, likewise."""
+    """Memory of Ray's object store that this process's decoding may use."""
 
     def stream(self, order: Order, first: int, last: int) -> Iterator[Arrival]:
-        """The steps from `first` to before `last`; shuffled orders are augmented, others are prepared as for scoring.
+        """The steps from `first` to before `last`. A shuffled order is augmented, another is prepared as for scoring.
 
-        Raises `RuntimeError` if anything else arrives than what was asked for.
+        Raises `RuntimeError` if other images arrive than the order demands.
         """
         places = ray.put(self.examples.table.select(FETCHED))
         prepare = Prepare(
@@ -100,7 +100,7 @@ class Ingest:
         options = dataset.context.execution_options
         options.preserve_order = True
         options.resource_limits = ExecutionResources(cpu=self.cpus, object_store_memory=self.memory_bytes)
-        dataset.context.execution_no_progress_timeout_s = -1  # validation, or a slow device, may hold it up
+        dataset.context.execution_no_progress_timeout_s = -1  # validation, or a slow device, may pause it for long
         side = self._side()
         arrived = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=STEPS_AHEAD))
         rest: pa.Table | None = None
@@ -109,11 +109,11 @@ class Ingest:
             while rest is None or rest.num_rows < len(rows):
                 more = next(arrived, None)
                 if more is None:
-                    raise RuntimeError(f"the stream of images ended before step {step + 1}")
+                    raise RuntimeError(f"the image stream ended before step {step + 1}")
                 rest = more if rest is None else pa.concat_tables([rest, more])
             table, rest = rest.slice(0, len(rows)), rest.slice(len(rows))
             if table.column("row").to_pylist() != rows.tolist():
-                raise RuntimeError(f"step {step + 1} was sent other images than its own")
+                raise RuntimeError(f"step {step + 1} received other images than its order demands")
             yield _arrival(table, rows, valid, side)
 
     def _side(self) -> int:
@@ -132,16 +132,16 @@ def _arrival(table: pa.Table, rows: Indices, valid: npt.NDArray[np.bool_], side:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What a decoding task does: some steps' images of one process."""
+    """A decoding task: prepares one process's images of a range of steps."""
 
     places: list[Any]
-    """Reference to the table that images are fetched by; in a list, so that Ray does not resolve it."""
+    """Reference to the table of `FETCHED` columns; in a list, so that Ray does not resolve it."""
     order: Order
     prepare: Prepare
     augmentation: AugmentationConfig
 
     def run(self, steps: pa.Table) -> Iterator[pa.Table]:
-        """Each step's rows, in order."""
+        """Yield each step's rows, in order."""
         places: pa.Table = ray.get(self.places[0])
         for first, last in zip(steps["first"].to_pylist(), steps["last"].to_pylist(), strict=True):
             for step in range(first, last):

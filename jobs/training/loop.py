@@ -1,4 +1,4 @@
-"""The loop of a training process: steps, epochs, checkpoints, and at the end the test.
+"""The loop of a training process: steps, epochs, checkpoints, and the final test.
 
 Dimensions: B images of this process in a step.
 """
@@ -31,19 +31,19 @@ from nsnet.network import Network
 from nsnet.training import TrainingConfig, set_learning_rate, training_step
 
 FINISHED: Final = "finished"
-"""Key of what is reported with the last checkpoint."""
+"""Metric that is reported with the last checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One process's part of a training, from where its progress is."""
+    """One process's part of a training, starting at its progress."""
 
     config: WorkerConfig
     training: TrainingConfig
     loss: LossConfig
     network: Network
     model: nn.Module
-    """The network as Ray Train prepared it: DDP where there are several processes."""
+    """The network as prepared by Ray Train: DDP if there are several processes."""
     optimizer: torch.optim.Optimizer
     progress: Progress
     examples: Examples
@@ -52,7 +52,7 @@ class Loop:
     device: torch.device
 
     def run(self) -> str | None:
-        """Train to the end, or to where it cannot go on; returns why it cannot, None at the end."""
+        """Train until the end or a fatal error; returns the reason for the latter, else None."""
         reporter = self._reporter
         try:
             self._train()
@@ -117,7 +117,7 @@ class Loop:
             self.model, self._batches.of(arrival), self.optimizer, self.loss, self.training, self.gather,
             seed=self.config.seed * 1_000_003 + step,
         )  # fmt: skip
-        values = self._over_all(losses, energy, arrival)
+        values = self._means(losses, energy, arrival)
         if not np.isfinite(values).all():
             self._diverged(step)
         progress, is_first = self.progress, step % self._order.steps_per_epoch == 0
@@ -129,27 +129,27 @@ class Loop:
         rates = {"lr/backbone": float(groups[0]["lr"]), "lr/heads": float(groups[-1]["lr"])}
         self._reporter.step(dict(zip(LOGGED, values.tolist(), strict=True)) | rates)
 
-    def _over_all(self, losses: Losses, energy: Tensor, arrival: Arrival) -> npt.NDArray[np.float64]:
-        """The step's losses and mean residual energy over all processes (`LOGGED`)."""
+    def _means(self, losses: Losses, energy: Tensor, arrival: Arrival) -> npt.NDArray[np.float64]:
+        """Means of the step's losses and residual energy over all processes (`LOGGED`)."""
         counted = torch.tensor(float(arrival.valid.sum()), device=self.device)
-        own = torch.stack([*(value.double() for value in losses), energy.double(), counted.double()])
-        values = mean_over_processes(own).cpu().numpy()
+        local = torch.stack([*(value.double() for value in losses), energy.double(), counted.double()])
+        values = mean_over_processes(local).cpu().numpy()
         return np.append(values[:-2], values[-2] / max(values[-1], 1e-12))
 
     def _diverged(self, step: int) -> None:
-        """Save which images the step had, and stop."""
+        """Save the names of the step's images, and stop the training."""
         uri = uris.join(self.config.work, "diverged.json")
         epoch = self._order.epoch(step) + 1
         if self.gather.rank == 0:
             names = self.examples.names(self._order.whole(step))
             writing.write_json(uri, {"epoch": epoch, "step": step + 1, "pictures": names})
         raise CannotGoOn(
-            f"the loss is not finite in step {step + 1} (epoch {epoch}); its images are named in {uri}: look at them, "
-            "or lower the learning rates"
+            f"the loss is not finite in step {step + 1} (epoch {epoch}): check its images, which {uri} names, or "
+            "lower the learning rates"
         )
 
     def _check_failures(self, step: int, arrival: Arrival, is_first: bool) -> None:
-        """Count the images of the epoch that could not be had; list them; stop where there are too many."""
+        """Count and store the epoch's failed images; stop the training if there are too many."""
         if is_first:
             self.progress.failed = 0
         failed = torch.tensor([float(len(arrival.failed))], dtype=torch.float64, device=self.device)
@@ -161,13 +161,13 @@ class Loop:
         count = len(self._order.rows)
         if self.progress.failed > self.config.failed_share * count:
             raise CannotGoOn(
-                f"{self.progress.failed} of {count} training images could not be had any more, more than "
-                f"{self.config.failed_share:.0%} (--max-failed): they are listed in {folder}; does the split still "
-                "match its source?"
+                f"{self.progress.failed} of {count} training images could not be read, more than "
+                f"{self.config.failed_share:.0%} (--max-failed): check that the split still matches its source; "
+                f"{folder} lists the images"
             )
 
     def _end_epoch(self) -> None:
-        """Judge the validation images, and keep the weights if no epoch was better."""
+        """Judge the validation images, and keep the weights if this epoch is the best so far."""
         progress, steps = self.progress, self._order.steps_per_epoch
         rows, logits = self._validation.judge("val")
         means = np.array(progress.sums) / steps
@@ -187,7 +187,7 @@ class Loop:
         self._reporter.epoch(record)
 
     def _test(self) -> None:
-        """Judge the test images by the weights of the best epoch; the last checkpoint holds what came out."""
+        """Judge the test images with the weights of the best epoch, and store the logits in the last checkpoint."""
         checkpoints.load_weights(self.network, self.progress.best)
         if not self.progress.test and len(self.examples.rows("test")):
             rows, logits = self._validation.judge("test")
@@ -195,7 +195,7 @@ class Loop:
         self._checkpoint({FINISHED: True})
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
-        """Report to Ray Train; the first process hands over the state, which is uploaded while training goes on."""
+        """Report to Ray Train; the first process adds the checkpoint, which is uploaded while training continues."""
         if self.gather.rank != 0:
             ray.train.report(metrics)
             return

@@ -1,4 +1,4 @@
-"""Which rows each training process is given in each step, and the seeds of their images: pure functions.
+"""Pure functions that give the rows of each training process in each step, and the seeds of their images.
 
 Dimensions: n examples, G images of a step over all processes, B of this one.
 """
@@ -15,21 +15,21 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which rows each process is given in each step: a pure function of its fields."""
+    """The rows of each process in each step: a pure function of its fields."""
 
     rows: Indices
-    """Numbers of the examples that are gone through."""
+    """Row numbers of the examples."""
     batch_size: int
-    """G."""
+    """G, images of a step over all processes."""
     seed: int
     rank: int
     world_size: int
     shuffled: bool = True
-    """In an order of its own in every epoch; else in the order of `rows`, once."""
+    """Whether each epoch has its own random order; else the order is that of `rows`, for one epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Every row is used once in an epoch; its last step may be smaller."""
+        """Steps per epoch. An epoch uses each row once; its last step may be smaller."""
         return -(-len(self.rows) // self.batch_size)
 
     def epoch(self, step: int) -> int:
@@ -37,7 +37,7 @@ class Order:
         return step // self.steps_per_epoch
 
     def whole(self, step: int) -> Indices:
-        """Rows (≤ G,) of a step over all processes; they do not depend on the number of processes."""
+        """Rows (≤ G,) of a step over all processes, independent of the number of processes."""
         rows = self.rows
         if self.shuffled:
             rows = rows[_permutation(len(rows), self.seed, self.epoch(step))]
@@ -45,7 +45,7 @@ class Order:
         return rows[start : start + self.batch_size]
 
     def part(self, step: int) -> tuple[Indices, npt.NDArray[np.bool_]]:
-        """This process's equal part of a step, (B,), padded with the first row, and which rows are no padding."""
+        """This process's equal part of a step, (B,), padded with the first row, and a mask, False for padding."""
         whole = self.whole(step)
         size = -(-len(whole) // self.world_size)
         part = whole[self.rank * size : (self.rank + 1) * size]
@@ -59,6 +59,6 @@ def _permutation(count: int, seed: int, epoch: int) -> Indices:
 
 
 def image_seed(seed: int, epoch: int, image_id: str) -> int:
-    """Seed of an image's slots and augmentation in an epoch, 63 bits."""
+    """63-bit seed of an image's slots and augmentation in an epoch."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{image_id}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

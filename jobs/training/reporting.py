@@ -1,4 +1,4 @@
-"""What the first process of a training shows: progress and epochs to the driver, scalars to TensorBoard and MLflow."""
+"""Report a training from its first process: progress and epochs to the driver, scalars to TensorBoard and MLflow."""
 
 import time
 from typing import Any, Final
@@ -11,15 +11,15 @@ from jobs.training.config import WorkerConfig
 from jobs.training.tracking import Records
 
 LOGGED: Final = ("loss", "contrastive", "bce", "alignment", "residual_energy")
-"""What is known of a step, in this order."""
+"""Values of a step, in this order."""
 COLLAPSED: Final = 0.05
 """Mean residual energy ‖ũ‖/‖u‖ below which the projection has removed nearly everything."""
 UPDATE_SECONDS: Final = 1.0
-"""Least time between two updates of the progress line."""
+"""Shortest interval between updates of the progress line."""
 
 
 class Reporter:
-    """Reports of one training, from its first process; on the others every call does nothing."""
+    """Reports one training from its first process; does nothing on other processes."""
 
     def __init__(self, config: WorkerConfig, progress: Progress, epochs: int, *, active: bool) -> None:
         self._progress, self._epochs = progress, epochs
@@ -37,19 +37,19 @@ class Reporter:
             progress.mlflow_run = self._records.mlflow_run
 
     def count(self, images: int) -> None:
-        """Count images that were trained on."""
+        """Count trained images."""
         self._uncounted += images
         if self._board is not None and time.monotonic() > self._updated_at + UPDATE_SECONDS:
             ray.get_actor(self._board).add.remote({"trained": self._uncounted})
             self._updated_at, self._uncounted = time.monotonic(), 0
 
     def step(self, values: dict[str, float]) -> None:
-        """The values of the step that the progress is at (`LOGGED`, and learning rates)."""
+        """Log the values of the latest step (`LOGGED`, and learning rates)."""
         if self._records is not None:
             self._records.step(self._progress.step, values)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """The record of an epoch that ended."""
+        """Report the record of a completed epoch."""
         if self._board is not None:
             ray.get(ray.get_actor(self._board).log.remote(self._text(record)))
         if self._records is not None:
@@ -58,12 +58,12 @@ class Reporter:
             self._records.epoch(self._progress.step, values | means)
 
     def flush(self) -> None:
-        """Copy what is written to storage."""
+        """Copy the event files to storage."""
         if self._records is not None:
             self._records.flush()
 
     def close(self) -> None:
-        """Write all, and end."""
+        """Flush and close all records."""
         if self._records is not None:
             self._records.close()
 

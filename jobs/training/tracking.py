@@ -1,7 +1,7 @@
-"""Where people watch a training: TensorBoard's event files, and MLflow where it is installed and set up.
+"""Log a training to TensorBoard event files, and to MLflow if it is installed and configured.
 
-Scalars are written by the first training process. TensorBoard's files lie on this machine and are copied to storage at
-every checkpoint; after a restart a new file begins where the training went on.
+The first training process writes the scalars. TensorBoard files are local and are copied to storage at every
+checkpoint; after a restart a new file begins at the step where training continues.
 """
 
 import importlib.util
@@ -22,15 +22,15 @@ class Records:
     """Scalars of one training."""
 
     def __init__(self, folder: str, *, first_step: int, settings: dict[str, Any], mlflow_run: str | None) -> None:
-        """`folder`: URI below which TensorBoard's files go. `mlflow_run`: the run to go on with, if there was one."""
+        """`folder`: URI of the TensorBoard files. `mlflow_run`: id of the MLflow run to continue; None: start one."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._folder = folder
         self._local = tempfile.TemporaryDirectory(prefix="nsnet-tensorboard-")
-        # its SummaryWriter hands events to a thread, and flush does not wait for it
+        # not SummaryWriter: it writes events in a thread, and its flush does not wait for them
         self._writer = EventsWriter(f"{self._local.name}/events", f".{first_step:08d}")
-        # TensorBoard drops what an attempt that died has written from this step on
+        # makes TensorBoard drop what a dead attempt wrote from this step on
         self._writer.write_event(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._mlflow = _Mlflow.begin(settings, mlflow_run) if _mlflow_wanted() else None
 
@@ -40,7 +40,7 @@ class Records:
         return self._mlflow.run_id if self._mlflow is not None else None
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Values of a step, counted from 1; for TensorBoard only, as each would be a request to MLflow."""
+        """Log values of a step, counted from 1; to TensorBoard only, since MLflow needs a request for each value."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -48,22 +48,22 @@ class Records:
         self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def epoch(self, step: int, values: dict[str, float]) -> None:
-        """Values at the end of an epoch."""
+        """Log values at the end of an epoch."""
         self.step(step, values)
         if self._mlflow is not None:
             self._mlflow.log(values, step)
 
     def flush(self) -> None:
-        """Copy what is there to storage. A training does not fail for its records: that is warned of."""
+        """Copy the event files to storage. A failure only warns: logging must not fail the training."""
         self._writer.flush()
         for path in Path(self._local.name).iterdir():
             try:
                 writing.upload_file(path, uris.join(self._folder, path.name))
             except Exception as error:  # botocore, aiohttp and OS errors share no base
-                logger.warning("TensorBoard's file was not copied to %s: %s", self._folder, errors.reason(error))
+                logger.warning("the TensorBoard file was not copied to %s: %s", self._folder, errors.reason(error))
 
     def close(self) -> None:
-        """Write all, and end."""
+        """Flush and close the event file and the MLflow run."""
         self.flush()
         self._writer.close()
         self._local.cleanup()
@@ -76,14 +76,14 @@ def _mlflow_wanted() -> bool:
 
 
 class _Mlflow:
-    """A run on the server that `MLFLOW_TRACKING_URI` names. What it does not take is warned of."""
+    """A run on the server at `MLFLOW_TRACKING_URI`. Failures only warn."""
 
     def __init__(self, client: Any, run_id: str) -> None:
         self._client, self.run_id = client, run_id
 
     @classmethod
     def begin(cls, settings: dict[str, Any], run_id: str | None) -> "_Mlflow | None":
-        """Begin a run, or go on with one; None where that fails."""
+        """Begin or continue a run; None if that fails."""
         from mlflow.tracking import MlflowClient
 
         try:
@@ -95,8 +95,8 @@ class _Mlflow:
                 run_id = client.create_run(experiment_id).info.run_id
                 for key, value in settings.items():
                     client.log_param(run_id, key, without_secrets(str(value))[:500])
-        except Exception as error:  # of the server, of the network, of its settings
-            logger.warning("MLflow is left out: %s", errors.reason(error))
+        except Exception as error:  # from the server, the network or the settings
+            logger.warning("MLflow is not used: %s", errors.reason(error))
             return None
         return cls(client, run_id)
 
@@ -105,7 +105,7 @@ class _Mlflow:
             for name, value in values.items():
                 self._client.log_metric(self.run_id, name, value, step=step)
         except Exception as error:  # as above
-            logger.warning("MLflow did not take step %d: %s", step, errors.reason(error))
+            logger.warning("MLflow did not store step %d: %s", step, errors.reason(error))
 
     def end(self) -> None:
         try:

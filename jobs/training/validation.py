@@ -1,4 +1,4 @@
-"""Judging a whole split by the present weights, and which epoch is the best.
+"""Judge a whole split with the current weights, and choose the best epoch.
 
 Dimensions: n images of a split.
 """
@@ -20,12 +20,12 @@ from nsnet.network import Network
 
 
 class CannotGoOn(Exception):
-    """Training cannot go on, on any process; it would end the same way again."""
+    """Training must stop on all processes; a retry would fail the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Judges splits; all processes of a training call it together."""
+    """Judges splits; all processes of a training must call it together."""
 
     network: Network
     ingest: Ingest
@@ -38,28 +38,26 @@ class Validation:
 
     @torch.inference_mode()
     def judge(self, split: str) -> tuple[Indices, npt.NDArray[np.float64]]:
-        """Rows (n,) and logits (n,) of a split's images, on every process; those that failed are left out.
+        """Rows (n,) and logits (n,) of a split's images, on every process, without failed images.
 
-        Raises `CannotGoOn` for logits that are not finite, and where too many images failed.
+        Raises `CannotGoOn` if logits are not finite or too many images failed.
         """
         self.network.eval()
         order = self.order(split)
-        logits, good = [], []
+        logits, valid = [], []
         for step, arrival in enumerate(self.ingest.stream(order, 0, order.steps_per_epoch)):
             batch = self.batches.of(arrival)
-            out = self.gather(self.network(batch.mosaics, batch.text_features).logit.double())
-            counts = len(order.whole(step))
-            logits.append(out.cpu().numpy()[:counts])
-            good.append(self.gather(batch.valid).cpu().numpy()[:counts])
-        kept = np.concatenate(good)
+            gathered = self.gather(self.network(batch.mosaics, batch.text_features).logit.double())
+            count = len(order.whole(step))
+            logits.append(gathered.cpu().numpy()[:count])
+            valid.append(self.gather(batch.valid).cpu().numpy()[:count])
+        kept = np.concatenate(valid)
         if not np.isfinite(np.concatenate(logits)[kept]).all():
+            raise CannotGoOn(f"the logits of the split {split} are not finite: lower the learning rates")
+        if (failed := int((~kept).sum())) > self.failed_share * len(kept):
             raise CannotGoOn(
-                f"the weights are not finite any more: the split {split} cannot be judged; lower the learning rates"
-            )
-        if (lost := int((~kept).sum())) > self.failed_share * len(kept):
-            raise CannotGoOn(
-                f"{lost} of {len(kept)} images of the split {split} could not be had any more, more than "
-                f"{self.failed_share:.0%} (--max-failed): does the split still match its source?"
+                f"{failed} of {len(kept)} images of the split {split} could not be read, more than "
+                f"{self.failed_share:.0%} (--max-failed): check that the split still matches its source"
             )
         return order.rows[kept], np.concatenate(logits)[kept]
 
@@ -71,5 +69,5 @@ def scores(labels: npt.NDArray[np.int64], logits: npt.NDArray[np.float64]) -> di
 
 
 def quality(record: dict[str, Any]) -> tuple[float, float]:
-    """What the best epoch is chosen by: validation AP; equal APs by the lower cross-entropy."""
+    """Sort key of the best epoch: validation AP, then lower cross-entropy."""
     return float(record["val_ap"] or 0.0), -float(record["val_bce"])

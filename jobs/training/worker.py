@@ -1,4 +1,4 @@
-"""The training function of Ray Train: a process's network, examples and streams, handed to the loop."""
+"""The training function of Ray Train: build a process's network, examples and streams, and run the loop."""
 
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from nsnet.training import TrainingConfig, build_optimizer, use_activation_check
 
 
 def run(values: dict[str, Any]) -> str | None:
-    """The training function of every worker; returns why training cannot go on, None where it came to its end.
+    """Train on one worker; returns None at the end, else the reason why training must stop.
 
-    All workers return the same reason. Raise only for a failure of one worker: Ray Train retries it, and of a report
-    without a checkpoint it keeps nothing.
+    All workers return the same reason. Raises only for a failure of one worker, which Ray Train retries; a fatal reason
+    is returned because Ray Train drops a report without a checkpoint.
     """
     resources.configure_data()
     with torch.random.fork_rng():
@@ -34,12 +34,12 @@ def run(values: dict[str, Any]) -> str | None:
 
 
 def _loop(config: WorkerConfig) -> Loop:
-    """The loop of this process, at the last checkpoint."""
+    """The loop of this process, restored from the last checkpoint."""
     detector, training = from_dict(DetectorConfig, config.detector), from_dict(TrainingConfig, config.training)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
-    known = _load_examples(config)
+    loaded = _load_examples(config)
     network = _build(config, detector, training).to(device)
     optimizer = build_optimizer(network, training)
     progress = Progress()
@@ -54,8 +54,8 @@ def _loop(config: WorkerConfig) -> Loop:
         model=ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False}),
         optimizer=optimizer,
         progress=progress,
-        examples=known,
-        ingest=_ingest(config, training, known),
+        examples=loaded,
+        ingest=_ingest(config, training, loaded),
         gather=gather(),
         device=device,
     )
@@ -70,7 +70,7 @@ def _load_examples(config: WorkerConfig) -> Examples:
 
 
 def _build(config: WorkerConfig, detector: DetectorConfig, training: TrainingConfig) -> Network:
-    """The network alone: what training does not need of a detector is freed, the text tower first of all."""
+    """The network; the rest of the detector, such as the text tower, is freed because training does not need it."""
     weights = Path(config.clip_weights) if config.clip_weights else None
     network = Detector.build(detector, weights, seed=config.seed).network
     if config.fitted is not None:
@@ -80,13 +80,13 @@ def _build(config: WorkerConfig, detector: DetectorConfig, training: TrainingCon
     return network
 
 
-def _ingest(config: WorkerConfig, training: TrainingConfig, known: Examples) -> Ingest:
+def _ingest(config: WorkerConfig, training: TrainingConfig, loaded: Examples) -> Ingest:
     """Streams of this process's images."""
     workers = ray.train.get_context().get_world_size()
-    # of the cluster as it is now: nodes come and go between one start and the next
+    # of the current cluster: nodes may join and leave between restarts
     _, decoding = resources.training_cpus(resources.cluster_shares(), workers)
     return Ingest(
-        examples=known,
+        examples=loaded,
         preparation=from_dict(PreparationConfig, config.preparation),
         source=config.source,
         seed=config.seed,

@@ -1,4 +1,4 @@
-"""One run of each kind, from its arguments to its record: score, caption, examine, predict, evaluate.
+"""Workflows of the commands score, caption, predict and evaluate, and of examine: from arguments to the record.
 
-What the commands of the same name call. Trainings, which consist of several runs, are in `experiments`.
+Trainings, which consist of several runs, are in `experiments`.
 """

@@ -1,4 +1,4 @@
-"""Evaluating: verdicts, or a source that is scored first, compared with labels; written as JSON, table and page."""
+"""Evaluate verdicts, or a source that is scored first, against labels; write JSON, a table and an HTML report."""
 
 import io
 import tempfile
@@ -31,7 +31,7 @@ Pairs = Mapping[str, str] | Literal["auto"]
 
 
 def parse_pairs(texts: Sequence[str]) -> Pairs:
-    """`FAKE=REAL` each, or `auto` alone."""
+    """Parse pairs, each `FAKE=REAL`, or `auto` alone."""
     if list(texts) == [AUTO]:
         return "auto"
     parts = {text: text.partition("=") for text in texts}
@@ -40,12 +40,12 @@ def parse_pairs(texts: Sequence[str]) -> Pairs:
             raise ConfigError(f"--pair {text}: give FAKE=REAL, or auto alone")
     pairs = {fake: real for fake, _, real in parts.values()}
     if len(pairs) < len(texts):
-        raise ConfigError("--pair: a generator is given twice, it can have one partner only")
+        raise ConfigError("--pair: a generator can have one partner only: give each FAKE once")
     return pairs
 
 
 def parse_chains(text: str) -> tuple[str, ...]:
-    """Chains of transforms, separated by commas, or those of `standard`."""
+    """Parse chains of transforms, separated by commas, or `standard`."""
     if text == STANDARD:
         return transforms.ROBUSTNESS
     chains = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -72,16 +72,16 @@ def evaluate(
     captioner: Uri | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate and write the result; returns it. Raises `SourceError` where there is nothing to compare."""
+    """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare."""
     chains = parse_chains(robustness) if robustness is not None else ()
     uri = verdicts_or_source
     probes.reachable(uri)
     probes.check_output(out)
     if detector is not None:
-        own = _id_of(detector)
-        if detector_id not in (None, own):
-            raise ConfigError(f"--detector {detector} is {own}, not {detector_id}: give one of them")
-        detector_id = own
+        bundle_id = _bundle_id(detector)
+        if detector_id not in (None, bundle_id):
+            raise ConfigError(f"--detector {detector} is {bundle_id}, not {detector_id}: give one of them")
+        detector_id = bundle_id
     source = None
     unread: dict[str, Any] = {"unread": [], "unread_count": 0}
     try:
@@ -99,7 +99,7 @@ def evaluate(
         table = of_chains(table, chains, uri)
     if threshold is not None:
         table = decided(table, threshold)
-    found = groups.find_pairs(table) if pairs == AUTO else dict(pairs or {})
+    partners = groups.find_pairs(table) if pairs == AUTO else dict(pairs or {})
     names = pc.unique(table.column("detector_id")).to_pylist()
     result = {
         "verdicts": uri,
@@ -109,14 +109,14 @@ def evaluate(
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "threshold": threshold,
-        **compare(table, samples=samples, pairs=found),
+        **compare(table, samples=samples, pairs=partners),
         "curves": curves(table),
     }
     _write(result, out)
     return result
 
 
-def _id_of(detector: Uri) -> str:
+def _bundle_id(detector: Uri) -> str:
     from nsnet import bundle
 
     folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
@@ -126,7 +126,7 @@ def _id_of(detector: Uri) -> str:
 def _score(
     source: Uri, detector: Uri, out: Uri, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Verdicts on the images that a source holds now, and what of it could not be read."""
+    """Verdicts on the source's current images, and its unreadable folders and containers."""
     from jobs.workflows.score import score
 
     record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
@@ -135,7 +135,7 @@ def _score(
 
 
 def _as_listed(table: pa.Table, source: Uri, chains: Sequence[str], selection: Selection) -> pa.Table:
-    """The verdicts of those images that a source holds now, with the labels, generators and splits it gives now."""
+    """The verdicts on the source's current images, with its current labels, generators and splits."""
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
     with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
         manifest = uris.join(folder, "manifest.parquet")

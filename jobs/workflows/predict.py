@@ -1,4 +1,4 @@
-"""Predicting: verdicts on single images, in this process, without Ray."""
+"""Judge single images in this process, without Ray."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ def predict(
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The fields of `nsnet.detector.Verdict` of each image, with `image` and `detector_id`, as each is judged.
+    """Yield the fields of `nsnet.detector.Verdict` for each image, with `image` and `detector_id`.
 
     `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. An image that cannot be read
-    or decoded is a failed verdict.
+    or decoded gives a failed verdict.
     """
     import torch
 
@@ -73,12 +73,12 @@ def _read(image: str, max_bytes: int) -> bytes:
         raise FetchError(f"there is no file {image}") from error
     except ImageError:
         raise
-    except Exception as error:  # the per-image boundary: stores raise many kinds
+    except Exception as error:  # stores raise many classes; only this image fails
         raise FetchError(f"{image}: {errors.reason(error)}") from error
 
 
 def as_text(values: dict[str, Any]) -> str:
-    """A verdict for people; what comes from the file is shown without control characters."""
+    """A verdict as text for the console, without control characters from the file."""
     values = {key: output.printable(value) if isinstance(value, str) else value for key, value in values.items()}
     name = values["image"]
     if values["status"] == "failed":
@@ -89,7 +89,7 @@ def as_text(values: dict[str, Any]) -> str:
     )
     if values["caption"] is not None:
         text += (
-            f"; caption whose meaning was removed: “{values['caption']}”, {values['residual_energy']:.0%} of the image "
-            "feature was left to judge by"
+            f"; caption whose meaning was removed: “{values['caption']}”, which left "
+            f"{values['residual_energy']:.0%} of the image feature to judge"
         )
     return text

@@ -78,10 +78,10 @@ def test_biased_generator_is_named_with_its_cause() -> None:
     assert {name: group["metadata"]["biased"] for name, group in result["generators"].items()} == {
         "good": False, "bad": True, "fair": False
     }  # fmt: skip
-    assert conclusion(result) == "1 of 3 generators can be told from metadata alone: bad (size)"
+    assert conclusion(result) == "1 of 3 generators are separable by metadata alone: bad (size)"
     assert as_text(result).splitlines()[-1] == conclusion(result)
     alone, _ = found(resized("bad", 100))
-    assert conclusion(alone) == "1 of 1 generators can be told from metadata alone: bad (size)"
+    assert conclusion(alone) == "1 of 1 generators are separable by metadata alone: bad (size)"
     assert alone["everything"]["metadata"]["biased"] is True
 
 
@@ -89,7 +89,7 @@ def test_generators_that_cannot_be_judged_are_said_with_the_reason() -> None:
     alone = [image(i, 1, "alone") for i in range(30)]
     few = [image(100 + i, i % 2, "few") for i in range(18)]
     result, _ = found([*alone, *few, *[image(200 + i, None, None) for i in range(5)]])
-    assert conclusion(result).startswith("0 of 0 generators can be told from metadata alone; 3 cannot be judged")
+    assert conclusion(result).startswith("0 of 0 generators are separable by metadata alone; 3 cannot be judged")
     lines = as_text(result).splitlines()
     assert "–: one class only: alone" in lines
     assert "–: fewer than 10 different images of a class: few" in lines
@@ -111,7 +111,7 @@ def test_fakes_of_a_benchmark_are_compared_with_the_reals_that_it_pairs_them_wit
     assert told["ldm_200"]["biased"] and [told["ldm_200"][name] for name in ("real", "fake")] == [40, 40]
     assert told["glide_100_10"]["biased"] is False and told["dalle"]["real"] == 20
     assert [*result["generators"]["ldm_200"]["classes"]] == ["fake"]  # what it holds is its own
-    assert conclusion(result).startswith("1 of 3 generators can be told from metadata alone: ldm_200 (format")
+    assert conclusion(result).startswith("1 of 3 generators are separable by metadata alone: ldm_200 (format")
     assert "compared with the reals of laion, as its benchmark does: glide_100_10, ldm_200" in as_text(result)
 
 
@@ -120,8 +120,8 @@ def test_bias_between_generators_that_no_generator_has_is_said() -> None:
     fakes = [image(100 + i, 1, "model", format="WEBP", jpeg_quality=None) for i in range(30)]
     result, _ = found([*reals, *fakes])
     assert conclusion(result) == (
-        "0 of 0 generators can be told from metadata alone; 2 cannot be judged; all together, real and fake can be "
-        "told from metadata alone (format)"
+        "0 of 0 generators are separable by metadata alone; 2 cannot be judged; all together, real and fake are "
+        "separable by metadata alone (format)"
     )
 
 
@@ -141,7 +141,7 @@ def test_copies_across_splits_and_labels_are_shown() -> None:
     assert shown["exact"]["across_labels"]["groups"] == 0
     assert twins.column("kind").to_pylist() == ["exact", "exact", "near", "near"]
     lines = as_text(result).splitlines()
-    assert "test: 1 images are alike to an image of another split" in lines
+    assert "test: 1 images have a copy in another split" in lines
     assert "  in two splits: /g/0001.jpg and /g/0031.jpg" in lines
     assert "  real and fake: /g/0002.jpg and /g/0005.jpg" in lines
     assert any(line.split() == ["train", "g", "15", "15", "0"] for line in lines)
@@ -170,11 +170,11 @@ def test_failed_and_unlabelled_images_are_counted_and_in_no_other_number() -> No
 
 def test_source_of_failures_only_has_a_report() -> None:
     result, twins = found([failed(i, i % 2, "g", "ImageEmptyError") for i in range(4)])
-    assert conclusion(result) == "0 of 0 generators can be told from metadata alone; 1 cannot be judged"
+    assert conclusion(result) == "0 of 0 generators are separable by metadata alone; 1 cannot be judged"
     assert twins.num_rows == 0 and "–" in as_text(result)
     nothing, _ = found([])
     assert nothing["generators"] == {} and as_text(nothing).endswith(
-        "0 of 0 generators can be told from metadata alone"
+        "0 of 0 generators are separable by metadata alone"
     )
 
 
@@ -265,7 +265,7 @@ def test_images_that_were_not_looked_at_are_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "examine", lambda *_, **__: record)  # as if it came between its listing and ours
     result = audit(source, out=out)
     assert (result["pictures"], result["not_examined"]) == (30, 1)
-    assert "  1 more were not looked at, and are in no number below" in as_text(result)
+    assert "  1 more were not examined and are not counted below" in as_text(result)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [("1%", 3), ("50%", 0)])
@@ -325,7 +325,7 @@ def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_pat
     code, printed, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert code == 0
     assert printed.splitlines()[0] == f"27 images of {source}: 14 real, 13 fake, 1 failed"
-    assert printed.splitlines()[-1].startswith("1 of 1 generators can be told from metadata alone: g (")
+    assert printed.splitlines()[-1].startswith("1 of 1 generators are separable by metadata alone: g (")
     result = reading.read_json(f"{out}/{module.RESULT_FILE}")
     assert result["duplicates"]["exact"]["across_labels"]["groups"] == 1
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]

@@ -227,7 +227,7 @@ def test_training_without_both_labels_is_refused(folders: tuple[str, str], tmp_p
     message = complaint("train", source, "--out", str(tmp_path / "out"))
     if folders[1] == "b":
         count = 6 if folders[0] == "a" else 3
-        assert message.startswith(f"{count} of 6 images have no label: put them below 0_real and 1_fake")
+        assert message.startswith(f"{count} of 6 images have no label: put them into 0_real and 1_fake")
     else:
         counts = (6, 0) if folders[0] == "0_real" else (0, 6)
         assert message == "the source has {} real and {} fake images; both are needed".format(*counts)

@@ -181,7 +181,7 @@ def test_verdicts_without_a_label_cannot_be_compared(rows: Rows) -> None:
         ({"prob_fake": None}, "1 scored rows have no probability"),
         ({"prob_fake": float("nan")}, "1 scored rows have no probability"),
         ({"prob_fake": 1.5}, "1 scored rows have no probability"),
-        ({"verdict": None}, "1 scored rows have another verdict than real, uncertain, fake"),
+        ({"verdict": None}, "1 scored rows have a verdict other than real, uncertain, fake"),
         ({"verdict": "Fake"}, "1 scored rows have another verdict"),
         ({"label": 2}, "labels must be 0"),
     ],
@@ -416,7 +416,7 @@ def test_unlabelled_transformed_images_are_not_counted_again() -> None:
 
 
 def test_transformed_images_alone_cannot_be_compared() -> None:
-    with pytest.raises(SourceError, match="none is of an image as it is"):
+    with pytest.raises(SourceError, match="untransformed ones are needed"):
         compare(verdict_table(*rows_of("a", 0, 3, transform="jpeg:75")))
 
 

@@ -78,7 +78,7 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
     request = replace(request_, variant="rank-k:8")
     table = SPLIT.empty_table()
     found = Examples(table=table, text_features=np.zeros((0, 8), dtype=np.float32))
-    with pytest.raises(NullSpaceError, match="ranks of 1 to 7 are possible"):
+    with pytest.raises(NullSpaceError, match="choose a rank of 1 to 7"):
         basis.fit_projection(Experiment.resolve(request), found)
 
 

@@ -130,16 +130,16 @@ def test_validation_that_says_nothing_is_refused(kind: str, trained: Path, tmp_p
         rows[0]["label"] = None
     elif kind == "not finite":
         rows[0]["logit"] = float("nan")
-    assert "must be real and fake ones" in refused(trained, stored(rows, tmp_path / "p.parquet"), tmp_path)
+    assert "must be both real and fake" in refused(trained, stored(rows, tmp_path / "p.parquet"), tmp_path)
 
 
 def test_file_that_holds_no_predictions_is_refused(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     table = pa.table({"x": [1]})
     parquet.write(table.to_batches(), table.schema, str(other))
-    assert "holds no predictions" in refused(trained, str(other), tmp_path)
+    assert "does not hold a training's predictions" in refused(trained, str(other), tmp_path)
     (tmp_path / "text.parquet").write_text("no Parquet")
-    assert "holds no predictions" in refused(trained, str(tmp_path / "text.parquet"), tmp_path)
+    assert "does not hold a training's predictions" in refused(trained, str(tmp_path / "text.parquet"), tmp_path)
     assert "there is no" in refused(trained, str(tmp_path / "none.parquet"), tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_workers_that_are_neither_are_refused(text: str) -> None:
 
 
 def test_stored_split_leaves_no_generator_out() -> None:
-    with pytest.raises(ConfigError, match="--split and --leave-out exclude each other"):
+    with pytest.raises(ConfigError, match="give --split or --leave-out, not both"):
         replace(REQUEST, split="/split.parquet", leave_out="ADM")
 
 
@@ -92,7 +92,7 @@ def test_place_of_a_training_lies_beside_its_bundle() -> None:
 
 
 def test_whole_bucket_is_no_place_for_a_detector() -> None:
-    with pytest.raises(UsageError, match="whole bucket; name a place in it"):
+    with pytest.raises(UsageError, match="whole bucket; give a prefix in it"):
         TrainRequest(source="s3://a", out="s3://b")
 
 

@@ -59,7 +59,7 @@ def test_what_stands_beside_a_given_training_set_is_used_for_nothing() -> None:
     rows = by_uri(found)
     assert {rows[f"/p/{i:04d}.png"]["split"] for i in range(120) if given[i] is None} == {None}
     assert sum(row["split"] == "val" for row in rows.values()) == 8
-    assert "40 used for nothing" in describe(found)[0]
+    assert "40 unused" in describe(found)[0]
     # without a training set they are what there is for it
     given = [None if name == "train" else name for name in given]
     rows = by_uri(make(listed(120, split=given), SplitConfig(validation_share=0.2)))
@@ -168,7 +168,7 @@ def test_unreadable_images_are_left_out_and_listed_up_to_a_share() -> None:
 def test_images_that_are_not_what_a_split_says_are_told_apart() -> None:
     status = ["failed" if i < 6 else "scored" for i in range(60)]
     errors = ["ObjectChangedError" if i < 6 else None for i in range(60)]
-    with pytest.raises(SourceError, match="6 are not what the split says: it no longer matches its source"):
+    with pytest.raises(SourceError, match="6 differ from the split, which no longer matches its source"):
         make(listed(60, status=status, error_class=errors), SplitConfig())
 
 
@@ -330,4 +330,4 @@ def test_counts_of_a_split_name_what_is_not_used() -> None:
     at = found.table.schema.get_field_index("split")
     one = replace(found, table=found.table.set_column(at, "split", pa.array(names, pa.string())))
     assert sum(sum(pair) for pair in one.counts()["unused"].values()) == 1
-    assert "1 used for nothing" in split.describe(one)[0]
+    assert "1 unused" in split.describe(one)[0]

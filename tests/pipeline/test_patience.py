@@ -309,7 +309,7 @@ def test_record_whose_counts_are_damaged_or_file_is_gone_is_no_traceback(tmp_pat
     path = tmp_path / "runs" / f"{run_of(1)}.json"
     record = json.loads(path.read_text())
     shutil.rmtree(tmp_path / "verdicts")
-    with pytest.raises(StorageError, match=f"is gone, but not its record runs/{run_of(1)}.json"):
+    with pytest.raises(StorageError, match=f"is missing, but its record runs/{run_of(1)}.json exists"):
         remembered(asked(str(tmp_path)))
     path.write_text(json.dumps(record | {"counts": {"error_class": None}}))
     assert remembered(asked(str(tmp_path))) == {}

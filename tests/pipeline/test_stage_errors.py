@@ -13,7 +13,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from jobs.cluster import resources
-from jobs.pipeline.stream import _of_stream
+from jobs.pipeline.stream import _stream_error
 from nsnet.errors import BundleError, StorageError
 
 RAISED: list[tuple[Exception, type[Exception], str]] = [
@@ -39,7 +39,7 @@ def error_of(stage: Any, *arguments: Any) -> Exception:
     dataset = ray.data.range(2).map_batches(stage, fn_args=arguments, compute=compute, num_cpus=0.1)
     with pytest.raises(Exception) as caught:
         dataset.materialize()
-    return _of_stream(caught.value, "/out")
+    return _stream_error(caught.value, "/out")
 
 
 @pytest.mark.parametrize("in_actor", [False, True], ids=["task", "actor"])

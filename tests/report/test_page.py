@@ -250,7 +250,7 @@ def test_plot_names_the_worst_of_many_generators_and_the_table_all() -> None:
     labels = {"".join(element.itertext()) for element in plot.iter("text")}
     assert len(labels & set(names)) == MAX_ROWS
     best = max(names, key=lambda name: (result["generators"][name]["acc"]["value"], name))
-    assert best not in labels and "5 more, all better, are in the table only." in text
+    assert best not in labels and "5 more generators, all better, are only in the table." in text
     assert all(f"<bdi>{name}</bdi>" in text for name in names)
 
 
@@ -283,8 +283,10 @@ def test_every_metric_of_every_generator_is_on_the_page() -> None:
 
 def test_threshold_that_was_asked_for_is_told() -> None:
     text = " ".join("".join(Parsed(render(made_result(made_rows("g"), threshold=0.5))).text).split())
-    assert "a threshold of 0.5, which was asked for" in text and "the detector brings along" not in text
-    assert "the detector brings along" in "".join(Parsed(page("usual")).text)
+    assert (
+        "the requested threshold of 0.5, not the detector's own" in text and "the detector's own threshold" not in text
+    )
+    assert "the detector's own threshold" in "".join(Parsed(page("usual")).text)
 
 
 def test_tables_name_their_columns_and_rows() -> None:
@@ -317,8 +319,8 @@ def test_numbers_on_images_that_were_trained_on_are_warned_of(split: str, warned
     seen = [split] if warned else []
     result = made_result(made_rows("g"), rows={"split": split, "used": 60, "left_out": 7, "seen": seen})
     text = render(result)
-    assert (("the numbers flatter") in text) is warned
-    assert f"{split}; 7 rows of others are left out" in text
+    assert (("so the numbers are too high") in text) is warned
+    assert f"{split}; 7 rows of other splits are left out" in text
 
 
 def test_pair_is_named_in_the_table() -> None:

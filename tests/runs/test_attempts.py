@@ -332,9 +332,7 @@ def test_attempt_of_a_newer_holder_is_ignored_by_an_older_one(staging: str) -> N
 def test_attempt_whose_lock_was_there_before_is_refused(staging: str) -> None:
     plan(staging)
     commit(begin(staging, 1), 0, URIS[:3])
-    with pytest.raises(
-        StorageError, match="attempt-00000001 exists before its time, since the folder locks/ was removed"
-    ):
+    with pytest.raises(StorageError, match="attempt-00000001 exists already because the folder locks/ was removed"):
         begin(staging, 1)
     assert Counter(finished(begin(staging, 2))) == Counter(URIS[:3])
 
@@ -646,13 +644,13 @@ def test_link_that_is_named_like_a_run_is_not_followed(tmp_path: Path, capsys: p
         (b"{}", "has no settings"),
         (json.dumps(run_json(settings=[])).encode(), "its settings is a list instead of a dict"),
         (json.dumps(run_json(published={})).encode(), "its published is a dict instead of a list"),
-        (json.dumps(run_json(published=[1])).encode(), "what was published before is no list of runs"),
-        (json.dumps(run_json(published=[["a"]])).encode(), "what was published before is no list of runs"),
-        (json.dumps(run_json(plan={})).encode(), "the count of its plan is no int"),
-        (json.dumps(run_json(plan={**PLAN, "unread": [1]})).encode(), "the unread of its plan is no list of texts"),
+        (json.dumps(run_json(published=[1])).encode(), "published is not a list of run ids"),
+        (json.dumps(run_json(published=[["a"]])).encode(), "published is not a list of run ids"),
+        (json.dumps(run_json(plan={})).encode(), "count in its plan is not of type int"),
+        (json.dumps(run_json(plan={**PLAN, "unread": [1]})).encode(), "unread in its plan is not a list of texts"),
         (
             json.dumps(run_json(plan={"count": "1", "left_out": {}, "states": {}})).encode(),
-            "the count of its plan is no int",
+            "count in its plan is not of type int",
         ),
     ],
 )
@@ -663,7 +661,7 @@ def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, rea
         unfinished(str(tmp_path))
     message = str(caught.value)
     assert message.startswith(f"{folder}/run.json is damaged (") and reason in message and "\n" not in message
-    assert message.endswith(f"remove {folder} while no run writes here, and its images are planned anew")
+    assert message.endswith(f"remove {folder} while no run writes here to plan its images again")
     assert listing.exists(f"{folder}/manifest.parquet")
 
 
@@ -671,13 +669,13 @@ def test_damaged_settings_of_a_run_are_named_with_what_to_do(content: bytes, rea
     ("content", "reason"),
     [
         (b"{}", "holds a dict instead of a list"),
-        (b"[1]", "'1' is no file of rows"),
+        (b"[1]", "'1' is not a file of rows"),
         (b"[", "Expecting value"),
-        (b'["../../elsewhere/x.parquet"]', "is no file of rows of this run"),
-        (b'["/etc/passwd"]', "is no file of rows of this run"),
-        (b'["s3://other/attempt-00000007/rows/x.parquet"]', "is no file of rows of this run"),
-        (json.dumps([rows_file("attempt-00000007/../attempt-00000007")]).encode(), "is no file of rows of this run"),
-        (json.dumps([rows_file("attempt-00000007") + "\n"]).encode(), "is no file of rows of this run"),
+        (b'["../../elsewhere/x.parquet"]', "is not a file of rows of this run"),
+        (b'["/etc/passwd"]', "is not a file of rows of this run"),
+        (b'["s3://other/attempt-00000007/rows/x.parquet"]', "is not a file of rows of this run"),
+        (json.dumps([rows_file("attempt-00000007/../attempt-00000007")]).encode(), "is not a file of rows of this run"),
+        (json.dumps([rows_file("attempt-00000007") + "\n"]).encode(), "is not a file of rows of this run"),
     ],
 )
 def test_damaged_list_of_finished_files_is_named_and_nothing_is_planned_without_it(
@@ -706,7 +704,9 @@ def test_damaged_manifest_is_named(damage: str, on_disk: str) -> None:
         pq.write_table(pa.table({"x": [1]}), path)
     else:
         path.write_bytes(content[:-10] if damage == "cut" else b"no Parquet at all")
-    with pytest.raises(StorageError, match=f"{path} is {'gone' if damage == 'gone' else 'damaged'}.*planned anew"):
+    with pytest.raises(
+        StorageError, match=f"{path} is {'missing' if damage == 'gone' else 'damaged'}.*plan its images again"
+    ):
         begin_next(on_disk)
 
 

@@ -504,7 +504,7 @@ def test_part_of_a_run_that_was_overtaken_is_removed_by_the_next_one(
     assert nights.whole() is None  # there is nothing to do, and all the same
     rows = [row for path in Path(nights.out, "verdicts").rglob("*.parquet") for row in read_rows(str(path))]
     assert len(rows) == len(NAMES) and nights.published() == Counter(NAMES)
-    assert any(line.startswith("removed: 1 files of publications that were cut or overtaken, such as") for line in said)
+    assert any(line.startswith("removed: 1 files of interrupted or overtaken publications, such as") for line in said)
 
 
 def test_part_of_a_run_that_was_never_recorded_is_removed_for_every_product(nights: Nights) -> None:

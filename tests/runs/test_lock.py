@@ -356,7 +356,7 @@ def test_file_with_the_last_number_is_named(on_disk: str) -> None:
     leave(on_disk, b"x", 99_999_999)
     age(on_disk, 99_999_999)
     with (
-        pytest.raises(StorageError, match=r"locks/99999999.json has the last number that a lock can have"),
+        pytest.raises(StorageError, match=r"locks/99999999.json has the largest lock number: remove this file"),
         hold(on_disk),
     ):
         pass

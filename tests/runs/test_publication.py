@@ -211,12 +211,12 @@ def test_files_are_closed_at_their_size(run: Run, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("staged", "message"),
     [
-        (URIS[:9], "10 images were planned and 9 rows came: 1 missing, 0 surplus, 0 doubled"),
-        ([*URIS, URIS[3]], "10 images were planned and 11 rows came: 0 missing, 0 surplus, 1 doubled"),
-        ([*URIS, "/other.jpg"], "10 images were planned and 11 rows came: 0 missing, 1 surplus, 0 doubled"),
-        ([*URIS[1:], URIS[1]], "10 images were planned and 10 rows came: 1 missing, 0 surplus, 1 doubled"),
-        ([*URIS[1:], "/other.jpg"], "10 images were planned and 10 rows came: 1 missing, 1 surplus, 0 doubled"),
-        ([], "10 images were planned and 0 rows came: 10 missing, 0 surplus, 0 doubled"),
+        (URIS[:9], "10 images were planned, but 9 rows were made: 1 missing, 0 surplus, 0 doubled"),
+        ([*URIS, URIS[3]], "10 images were planned, but 11 rows were made: 0 missing, 0 surplus, 1 doubled"),
+        ([*URIS, "/other.jpg"], "10 images were planned, but 11 rows were made: 0 missing, 1 surplus, 0 doubled"),
+        ([*URIS[1:], URIS[1]], "10 images were planned, but 10 rows were made: 1 missing, 0 surplus, 1 doubled"),
+        ([*URIS[1:], "/other.jpg"], "10 images were planned, but 10 rows were made: 1 missing, 1 surplus, 0 doubled"),
+        ([], "10 images were planned, but 0 rows were made: 10 missing, 0 surplus, 0 doubled"),
     ],
 )
 def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str], message: str, out: str) -> None:
@@ -232,7 +232,7 @@ def test_rows_that_are_not_the_planned_ones_are_not_published(staged: list[str],
 
 def test_run_without_any_staged_file_is_not_published(out: str) -> None:
     run = Run(out=out)
-    with pytest.raises(VerificationError, match="10 images were planned and 0 rows came: 10 missing"):
+    with pytest.raises(VerificationError, match="10 images were planned, but 0 rows were made: 10 missing"):
         run.publish(*stage(run), {})
     assert catalog.runs(out) == []
 
@@ -477,8 +477,8 @@ def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
     ("changes", "reason"),
     [
         ({"run_id": 7}, "its run_id is a int instead of a str"),
-        ({"run_id": "20260102T000000Z-cccccc"}, "it is of the run '20260102T000000Z-cccccc'"),
-        ({"run_id": "../../x"}, "it is of the run '../../x'"),
+        ({"run_id": "20260102T000000Z-cccccc"}, "it belongs to the run '20260102T000000Z-cccccc'"),
+        ({"run_id": "../../x"}, "it belongs to the run '../../x'"),
         ({"files": {}}, "its files is a dict instead of a list"),
         ({"files": ["{final}/x.parquet"]}, "/x.parquet'"),
         ({"counts": None}, "its counts is a NoneType instead of a dict"),
@@ -488,10 +488,10 @@ def test_damaged_record_is_named(content: str, reason: str, out: str) -> None:
         ({"files": [{}]}, "it names None, which"),
         ({"files": [{"path": "/etc/passwd"}]}, "it names '/etc/passwd', which"),
         ({"files": [{"path": "s3://another/x.parquet"}]}, "it names 's3://another/x.parquet', which"),
-        ({"files": [{"path": "{final}/../../x.parquet"}]}, "x.parquet', which is no file of its run"),
-        ({"files": [{"path": "{final}/.."}]}, "..', which is no file of its run"),
-        ({"files": [{"path": "{final}/"}]}, "/', which is no file of its run"),
-        ({"files": [{"path": "captions/run_date=2026-01-02/run_id=20260102T000000Z-bbbbbb/x"}]}, "which is no file"),
+        ({"files": [{"path": "{final}/../../x.parquet"}]}, "x.parquet', which is not a file of its run"),
+        ({"files": [{"path": "{final}/.."}]}, "..', which is not a file of its run"),
+        ({"files": [{"path": "{final}/"}]}, "/', which is not a file of its run"),
+        ({"files": [{"path": "captions/run_date=2026-01-02/run_id=20260102T000000Z-bbbbbb/x"}]}, "which is not a file"),
         ({"product": ["verdicts"]}, "its product is ['verdicts']"),
     ],
 )
@@ -526,7 +526,7 @@ def test_damaged_published_file_is_named(tmp_path: Path) -> None:
     out = str(tmp_path)
     (file,) = publish(out, ONE, rows_for(URIS))["files"]
     (tmp_path / file["path"]).write_bytes(b"no Parquet")
-    with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*remove its record runs/{ONE}.json"):
+    with pytest.raises(StorageError, match=f"{out}/{file['path']} is damaged .*and its record runs/{ONE}.json"):
         list(catalog.published(out, schema.DONE))
 
 
@@ -763,7 +763,7 @@ def test_published_file_that_is_gone_is_named(out: str) -> None:
     assert next(stream).column("uri").to_pylist() == ["/a"]  # one file is opened after the other, not all before
     with pytest.raises(StorageError) as caught:
         next(stream)
-    assert f"run_id=20260103T000000Z-000000/{part_names(record)[0]} is gone" in str(caught.value)
+    assert f"run_id=20260103T000000Z-000000/{part_names(record)[0]} is missing" in str(caught.value)
     assert "its record runs/20260103T000000Z-000000.json" in str(caught.value)
 
 

@@ -293,5 +293,5 @@ def test_damaged_page_of_verdicts_is_an_error_with_the_file(tmp_path: Path) -> N
     columns: dict[str, Any] = {name: ["abcdef"] for name in verdicts.NEEDED}
     whole = parquet_bytes(columns, use_dictionary=False)
     path.write_bytes(whole[:4] + b"\xff" * 20 + whole[24:])
-    with pytest.raises(SourceError, match=r"x\.parquet is no Parquet file"):
+    with pytest.raises(SourceError, match=r"x\.parquet is not a readable Parquet file"):
         verdicts._from_file(str(path))

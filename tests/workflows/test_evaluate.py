@@ -94,9 +94,9 @@ def test_table_says_what_is_undefined_failed_unlabelled_and_uncertain() -> None:
     text = as_text(compare(verdict_table(*rows), samples=1))
     (line,) = [line for line in text.splitlines() if line.startswith("one class")]
     assert line.split()[2:] == ["0", "4", "0.7500", line.split()[5], "–", "0.7500", "–", "–", "–"]
-    assert "1 labelled images failed and are in no number above" in text
-    assert "1 images have no label and are in no number above" in text
-    assert "1 verdicts are uncertain: acc counts them as not right; without them it is –" in text
+    assert "1 labelled images failed and are not counted above" in text
+    assert "1 images have no label and are not counted above" in text
+    assert "1 verdicts are uncertain: acc counts them as wrong; without them it is –" in text
     assert "–: undefined, one class only" in text
 
 
@@ -201,13 +201,11 @@ def test_missing_or_other_files_are_said(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=f"there is no .*{name}"):
             evaluate(str(tmp_path / name), out=str(tmp_path / "out"))
     writing.write_bytes(str(tmp_path / "text.parquet"), b"text")
-    with pytest.raises(SourceError, match="is no Parquet file"):
+    with pytest.raises(SourceError, match="is not a readable Parquet file"):
         evaluate(str(tmp_path / "text.parquet"), out=str(tmp_path / "out"))
     with pytest.raises(SourceError, match=r"holds no published verdicts .* files such as text\.parquet; to score"):
         evaluate(str(tmp_path), out=str(tmp_path / "out"))
-    with pytest.raises(
-        SourceError, match=r"/empty holds no published verdicts .* it holds no file; .* give --detector"
-    ):
+    with pytest.raises(SourceError, match=r"/empty holds no published verdicts .* it is empty; .* give --detector"):
         (tmp_path / "empty").mkdir()
         evaluate(str(tmp_path / "empty"), out=str(tmp_path / "out"))
 
@@ -303,7 +301,7 @@ def test_label_numbers_are_what_the_file_calls_them(tmp_path: Path) -> None:
         ([0, 1, 2, 7], None, r"`label` are 0, 1, 2, 7: none means real"),
         (["cat", "dog", "cat", "dog"], None, r"`label` are cat, dog: none"),
         ([0.5] * 4, None, r"`label` are 0\.5: none"),
-        ([0, 1, 1, 0], ["cat", "dog"], r"`label` are 0, 1, which the file calls cat, dog: none"),
+        ([0, 1, 1, 0], ["cat", "dog"], r"`label` are 0, 1, which the file names cat, dog: none"),
     ],
 )
 def test_classes_of_something_else_are_refused_by_name(
@@ -318,8 +316,8 @@ def test_classes_of_something_else_are_refused_by_name(
     ("columns", "message"),
     [
         ({"status": ["ok"] * 4}, "the status 'ok' is neither scored nor failed"),
-        ({"prob_fake": ["high"] * 4}, "prob_fake 'high' is no number"),
-        ({"verdict": ["maybe"] * 4}, "4 scored rows have another verdict than real, uncertain, fake"),
+        ({"prob_fake": ["high"] * 4}, "prob_fake 'high' is not a number"),
+        ({"verdict": ["maybe"] * 4}, "4 scored rows have a verdict other than real, uncertain, fake"),
         ({"prob_fake": [[0.5]] * 4}, "the column `prob_fake` is of type list"),
     ],
 )
@@ -378,7 +376,7 @@ def test_without_test_rows_all_are_compared(tmp_path: Path) -> None:
     result = evaluate(uri, out=str(tmp_path / "out"), samples=1)
     assert result["all"]["real"] == 15
     assert result["rows"] == {"split": "val", "used": 30, "left_out": 0, "seen": ["val"]}
-    assert "and the numbers flatter" in (tmp_path / "out" / "report.html").read_text()
+    assert "so the numbers are too high" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_verdicts_can_be_those_of_another_threshold(tmp_path: Path) -> None:
@@ -396,7 +394,7 @@ def test_verdicts_can_be_those_of_another_threshold(tmp_path: Path) -> None:
 
 def test_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
     uri = predictions(tmp_path / "predictions.parquet", val=30)
-    with pytest.raises(ConfigError, match="no verdict of the split test: there are val"):
+    with pytest.raises(ConfigError, match="no verdict of the split test: choose from val"):
         evaluate(uri, out=str(tmp_path / "out"), split="test")
     uri = _stored(verdict_table(*labelled_rows()), tmp_path / "v.parquet")
     with pytest.raises(ConfigError, match="no verdict of the split test: its rows have no split"):
@@ -489,7 +487,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
         pq.write_table(pa.Table.from_pylist(rows), source)
 
     monkeypatch.setattr("jobs.workflows.score.score", score)
-    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
     list_source(["train"] * len(labelled_rows()))
     result = evaluate(source, out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
     assert scored == [(source, ("jpeg:75", "blur:1"))]
@@ -527,13 +525,13 @@ def test_every_source_that_can_be_scored_can_be_evaluated(
     else:
         place.mkdir()
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*labelled_rows()), ALL_READ))
-    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
     assert evaluate(str(place), out=str(tmp_path / "out"), detector="bundle", samples=1)["failed"] == 0
 
 
 def test_detector_beside_verdicts_chooses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = _stored(verdict_table(*labelled_rows()), tmp_path / "v.parquet")
-    monkeypatch.setattr(module, "_id_of", lambda detector: detector)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: detector)
     assert evaluate(uri, out=str(tmp_path / "out"), detector="d" * 16, samples=1)["detector_id"] == "d" * 16
     with pytest.raises(ConfigError, match="holds no verdict of detector e"):
         evaluate(uri, out=str(tmp_path / "out"), detector="e" * 16, samples=1)
@@ -566,7 +564,7 @@ def test_command_that_scores_says_what_of_the_source_could_not_be_read(
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     unread = {"unread": ["/a: Permission denied", "/b.tar is cut"], "unread_count": 2}
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), unread))
-    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
     (tmp_path / "pictures").mkdir()
     common = (
         "evaluate",
@@ -595,7 +593,7 @@ def test_command_that_scores_says_when_too_many_failed(
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     rows += [verdict_row(f"/f{i}", None, label=1, generator="g") for i in range(failed)]
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), ALL_READ))
-    monkeypatch.setattr(module, "_id_of", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
     (tmp_path / "pictures").mkdir()
     uri = str(tmp_path / "pictures") if scores else _stored(verdict_table(*rows), tmp_path / "v.parquet")
     common = ("evaluate", uri, "--detector", "bundle", "--out", str(tmp_path / "out"), "--samples", "1")

@@ -1,0 +1,111 @@
+"""How the images of a run become rows: the streams of scoring, captioning and examining.
+
+Importing this module imports Ray and torch, which takes seconds; a workflow imports it only if there is work.
+"""
+
+from dataclasses import replace
+
+from jobs.dataset import schema
+from jobs.pipeline.actors import Embed, Score
+from jobs.pipeline.models import Models
+from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared, with_pixels
+from jobs.runs import catalog, failures, products
+from jobs.runs.attempts import Attempt
+from jobs.runs.execution import Request, Work
+from nsnet import bundle
+from nsnet.captions import captioner_id, thumbnail_px
+from nsnet.clip import find_weights
+from nsnet.config import to_dict
+from nsnet.detector import DetectorConfig, config_of
+from nsnet.images import DecodeLimits
+from nsnet.preparation import PreparationConfig
+
+CAPTIONING_COLUMNS = schema.CAPTIONS.remove(schema.CAPTIONS.get_field_index(schema.TEXT_FEATURES.name))
+"""What a row carries to the text tower."""
+
+
+def scoring(
+    request: Request,
+    models: Models,
+    description: bundle.Description,
+    *,
+    limits: DecodeLimits,
+    batch_size: int,
+    outage_seconds: float,
+) -> Work:
+    """Images to verdicts of a bundle. Raises `WeightsError` if weights that the bundle refers to are missing."""
+    config = config_of(description)
+    if not (models.bundle_folder() / bundle.CLIP).is_dir():
+        find_weights(config.clip, models.clip_path())
+    captioned = config.projection.needs_captions
+    if captioned:
+        folder = models.captioner_folder(config.captioner)
+        models = replace(models, captioner_id=captioner_id(config.captioner, folder))
+    preparation = PreparationConfig(
+        thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits
+    )
+
+    def stream(attempt: Attempt) -> Stream:
+        images = prepared(
+            attempt.todo, request.source, preparation, models, keep=SCORING_COLUMNS, batch_size=batch_size,
+            checkpoint=attempt.checkpoint, outage_seconds=outage_seconds, remembered=failures.remembered(request),
+        )  # fmt: skip
+        if captioned:
+            keep = replace(preparation, thumbnail_px=0)
+            images = images.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
+        return images.through(Score, images.shares.scorers, images.models, batch_size, images.report)
+
+    known = catalog.published(request.out, schema.CAPTIONED, captioner_id=models.captioner_id)
+    return Work(
+        title="score",
+        stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
+        stream=stream,
+        known=known if models.reuse and captioned else (),
+        captioner_id=models.captioner_id,
+        details={
+            "captioner_id": models.captioner_id,
+            "settings": {"batch_size": batch_size, "reuse": models.reuse, "detector": to_dict(config)},
+        },
+    )
+
+
+def captioning(
+    request: Request, models: Models, config: DetectorConfig, *, limits: DecodeLimits, batch_size: int
+) -> Work:
+    """Images to captions and their features."""
+    side = thumbnail_px(models.captioner_folder(config.captioner))
+    preparation = PreparationConfig(thumbnail_px=side, patches=None, fingerprint=True, limits=limits)
+
+    def stream(attempt: Attempt) -> Stream:
+        images = prepared(
+            attempt.todo, request.source, preparation, models, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
+            checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
+        ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
+        return images.through(
+            Embed, images.shares.scorers, images.models, config.clip, schema.CAPTIONS, batch_size, images.report
+        )
+
+    return Work(
+        title="caption",
+        stages=("prepared", "captioned", "embedded"),
+        stream=stream,
+        known=catalog.published(request.out, schema.CAPTIONED, products.CAPTIONS, captioner_id=models.captioner_id),
+        captioner_id=models.captioner_id,
+        details={
+            "captioner_id": models.captioner_id,
+            "settings": {"batch_size": batch_size, "captioner": to_dict(config.captioner)},
+        },
+    )
+
+
+def examining(request: Request, *, limits: DecodeLimits) -> Work:
+    """Images to facts, without a model."""
+
+    def stream(attempt: Attempt) -> Stream:
+        preparation = PreparationConfig(patches=None, fingerprint=True, limits=limits)
+        return prepared(
+            attempt.todo, request.source, preparation, Models(), keep=schema.FACTS, batch_size=1,
+            checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
+        )  # fmt: skip
+
+    return Work(title="examine", stages=("prepared",), stream=stream)
