@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
-from jobs.experiments.imported_head import import_head
 from jobs.storage.uris import Uri
 
 
@@ -27,6 +26,8 @@ def command(head: Uri, **options: Any) -> int:
     The detector crops the centre of an image, as UniversalFakeDetect does, and calls it fake from a probability of 0.5
     on.
     """
+    from jobs.experiments.imported_head import import_head  # it imports torch, which takes seconds
+
     import_head(head, **options)
     return 0
 

@@ -6,7 +6,6 @@ import click
 
 from jobs.console import main, parameters
 from jobs.console.parameters import WorkersType
-from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
 
@@ -54,6 +53,8 @@ def command(source: Uri, **options: Any) -> int:
     folders, or a `split` column, are kept; images without them are split by content. The same command continues a
     stopped training. Split, records and predictions are in OUT.training.
     """
+    from jobs.experiments.job import train  # it imports torch, which takes seconds
+
     train(TrainRequest(source=source, limits=parameters.limits_from(options), **options))
     return 0
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+import ray
+import ray._private.services as services
+
 from jobs.console.output import say, waiting
 from jobs.storage import errors
 from nsnet.errors import StorageError
@@ -35,7 +38,6 @@ MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 
 def start(**settings: Any) -> None:
     """An embedded cluster. A busy machine is waited for; a start that fails sooner is tried once more."""
-    import ray
 
     _check_machine()
     for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
@@ -63,7 +65,6 @@ def _patience() -> Iterator[None]:
 
     Not its `RAY_raylet_start_wait_time_s`, within which no Ctrl-C and no SIGTERM comes through.
     """
-    import ray._private.services as services
 
     ask, deadline = services.get_node, time.monotonic() + START_SECONDS
 

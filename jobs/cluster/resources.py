@@ -4,17 +4,19 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import ray
+import ray._private.ray_constants as constants
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
 
 from jobs.cluster import embedded
 from jobs.cluster.address import check_address
 from jobs.console.output import say, waiting
-from jobs.storage import errors
+from jobs.storage import errors, filesystems
 from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
-
-if TYPE_CHECKING:
-    from ray.data.checkpoint import CheckpointConfig
 
 BLOCK_BYTES: Final = 16 * 2**20
 """Largest block between stages: some 32 images with BLIP's thumbnails, small enough to stream."""
@@ -91,7 +93,6 @@ def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
 
 def streaming_bytes() -> int:
     """Bytes of the cluster's object store that training images may take."""
-    import ray
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
@@ -102,7 +103,6 @@ def connect(address: str | None = None) -> None:
 
     Raises `StorageError` where none answers or starts, or where it starts no worker.
     """
-    import ray
 
     if ray.is_initialized():
         return
@@ -140,7 +140,6 @@ def _leave_uv_alone() -> None:
     """
     if UV_HOOK in os.environ:
         return
-    import ray._private.ray_constants as constants
 
     os.environ[UV_HOOK] = "0"
     constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
@@ -150,7 +149,6 @@ def _leave_uv_alone() -> None:
 
 def _await_worker() -> None:
     """Wait until the cluster runs a first task, whose process others use after it. Raises `StorageError`."""
-    import ray
 
     first = ray.remote(num_cpus=WORKER_CPUS, max_retries=0)(_started).remote()
     try:
@@ -178,7 +176,6 @@ def configure_data() -> None:
 
     The newer one starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
-    import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -201,9 +198,6 @@ def _to_file_alone(record: logging.LogRecord) -> bool:
 
 def job_checkpoint(uri: str) -> "CheckpointConfig":
     """A folder to which a dataset commits what it writes, so that its next run leaves that out."""
-    from ray.data.checkpoint import CheckpointConfig
-
-    from jobs.storage import filesystems
 
     system, path = filesystems.arrow_filesystem(uri)
     return CheckpointConfig(
@@ -213,7 +207,6 @@ def job_checkpoint(uri: str) -> "CheckpointConfig":
 
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
-    import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]]
@@ -225,7 +218,6 @@ def cluster_shares() -> Shares:
 
 
 def _size() -> tuple[float, float]:
-    import ray
 
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return available.get("CPU", 0.0), available.get("GPU", 0.0)

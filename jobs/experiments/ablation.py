@@ -13,9 +13,10 @@ from jobs.console import output
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.experiments.experiment import Experiment
+from jobs.experiments.inputs import share_split
 from jobs.experiments.job import train
 from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
-from jobs.experiments.request import TrainRequest
+from jobs.experiments.request import COMPARED_VARIANTS, TrainRequest
 from jobs.storage import listing, parquet, reading, uris, writing
 from jobs.storage.uris import Uri
 from nsnet import metrics
@@ -23,11 +24,6 @@ from nsnet.bundle import DESCRIPTION
 from nsnet.errors import NullSpaceError
 from nsnet.images import DecodeLimits
 
-VARIANTS: Final = (
-    "linear", "no-projection", "original:energy=0.5", "original:energy=0.9", "original:energy=0.99", "advanced",
-    "no-mapper", "no-alignment", "constant-caption", "shuffled-captions",
-)  # fmt: skip
-"""Default variants; `original` gets its rank by energy, which works for any embedding dimension."""
 SHOWN: Final = ("ap", "auroc", "acc")
 BASELINE: Final = "advanced"
 """Variant to compare the others with."""
@@ -37,7 +33,7 @@ def ablate(
     source: Uri,
     *,
     out: Uri,
-    variants: tuple[str, ...] = VARIANTS,
+    variants: tuple[str, ...] = COMPARED_VARIANTS,
     seeds: tuple[int, ...] = (0,),
     split_seed: int = 0,
     limits: DecodeLimits | None = None,
@@ -46,7 +42,6 @@ def ablate(
     **training: Any,
 ) -> dict[str, Any]:
     """Train and test each variant with each seed; returns the table. Checks all requests before the first training."""
-    from jobs.experiments.inputs import share_split
 
     shared = TrainRequest(
         source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ import ray
 import ray.data
 import torch
 from ray.data import TaskPoolStrategy
+from safetensors.numpy import load_file, save_file
 
+from jobs.cluster import resources
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.experiments.experiment import Experiment
@@ -27,11 +29,10 @@ from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products
 from jobs.storage import listing, reading, uris, writing
 from jobs.storage.uris import Uri
+from jobs.training.examples import Examples
 from nsnet.errors import NullSpaceError, SourceError
 from nsnet.nullspace import SemanticSpectrum, StreamingSVD
-
-if TYPE_CHECKING:
-    from jobs.training.examples import Examples
+from nsnet.recipes import BANK
 
 TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle", pa.binary())])
 
@@ -135,11 +136,6 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
             f"{projection.rank} directions leave nothing of an image feature with {dim} dimensions: choose a rank of 1 "
             f"to {dim - 1}"
         )
-    from safetensors.numpy import load_file, save_file
-
-    from jobs.cluster import resources
-    from jobs.experiments import basis
-    from nsnet.recipes import BANK
 
     uri = experiment.file(FITTED_FILE)
     if not listing.exists(uri):
@@ -148,14 +144,14 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
         ids = examples.table.column("image_id").take(rows)
         if projection.kind == "global":
             resources.connect(request.address)
-            files = basis.caption_files(experiment.facts.place, experiment.facts.maker)
-            decomposition = basis.spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
+            files = caption_files(experiment.facts.place, experiment.facts.maker)
+            decomposition = spectrum(files, ids.combine_chunks(), task_cpus=resources.cluster_shares().task_cpus)
             assert recipe.basis is not None
             tensors = {"semantic_basis": decomposition.basis(**vars(recipe.basis)).float().numpy()}
             say(f"semantic basis: rank {tensors['semantic_basis'].shape[1]} ({recipe.basis})")
         else:
             features = examples.text_features[rows]
-            tensors = {"caption_bank": basis.bank(ids.to_pylist(), features, size=BANK, seed=request.seed)}
+            tensors = {"caption_bank": bank(ids.to_pylist(), features, size=BANK, seed=request.seed)}
             say(f"bank: {len(tensors['caption_bank'])} captions")
         with tempfile.TemporaryDirectory() as scratch:
             save_file(tensors, Path(scratch) / FITTED_FILE)

@@ -8,7 +8,12 @@ from typing import Any, Final
 from jobs.cluster.address import check_address
 from jobs.console import output
 from jobs.console.output import say
+from jobs.dataset.synthetic import write_bucket
+from jobs.experiments.job import train
+from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
+from jobs.workflows.evaluate import evaluate
+from jobs.workflows.score import score
 from nsnet.bundle import DESCRIPTION
 from nsnet.errors import UsageError
 
@@ -20,11 +25,6 @@ HELD_OUT_SCENES: Final = range(1000, 1150)
 
 def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
     """Run the demo; returns the evaluation."""
-    from jobs.dataset.synthetic import write_bucket
-    from jobs.experiments.job import train
-    from jobs.experiments.request import TrainRequest
-    from jobs.workflows.evaluate import evaluate
-    from jobs.workflows.score import score
 
     started = time.monotonic()
     out = out.absolute()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from jobs.experiments.request import TrainRequest, needs_captions
 from jobs.pipeline.models import Models
@@ -10,9 +10,9 @@ from jobs.runs import products
 from jobs.runs.products import Product
 from jobs.storage import uris
 from jobs.storage.uris import Uri
-
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from nsnet.recipes import Recipe
+from jobs.workflows.caption import features_id
+from jobs.workflows.examine import FACTS_ID
+from nsnet.recipes import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,7 @@ class Experiment:
         Takes about 1 s per GB of weights, because the id contains their digests. Raises `WeightsError`.
         """
         if not self.needs_captions and self.request.captions is None:
-            from jobs.workflows.examine import FACTS_ID
-
             return Facts(place=self.file("facts"), product=products.FACTS, maker=FACTS_ID)
-        from jobs.workflows.caption import features_id
 
         place = self.request.captions or self.file("captions")
         return Facts(place=place, product=products.CAPTIONS, maker=features_id(self.recipe.detector, self.models))

@@ -2,23 +2,22 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import FITTED_FILE
+from jobs.pipeline.models import Models
+from jobs.training import checkpoints
 from nsnet.calibration import Calibration
-
-if TYPE_CHECKING:
-    from jobs.pipeline.models import Models
-    from nsnet.recipes import Recipe
+from nsnet.captions import save_tiny_captioner
+from nsnet.detector import Detector
+from nsnet.recipes import Recipe
 
 
 def write_bundle(
     experiment: Experiment, best: dict[str, Any], calibration: Calibration, result: dict[str, Any], folder: Path
 ) -> str:
     """Write the bundle to a local folder; returns the detector's id. `best`: weights of the best epoch."""
-    from jobs.training import checkpoints
-    from nsnet.detector import Detector
 
     recipe, models = experiment.recipe, experiment.models
     detector = Detector.build(recipe.detector, models.clip_path(), seed=experiment.request.seed)
@@ -33,7 +32,6 @@ def write_bundle(
 
 def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None:
     """Folder of the captioner to include in the bundle; None: not needed, or the hub has it at a pinned revision."""
-    from nsnet.captions import save_tiny_captioner
 
     if not recipe.detector.projection.needs_captions:
         return None

@@ -5,19 +5,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from jobs.console.output import say
 from jobs.storage import listing, probes, uris, writing
 from jobs.storage.uris import Uri
-from nsnet import weight_formats
+from nsnet import recipes, weight_formats
 from nsnet.bundle import DESCRIPTION
+from nsnet.detector import Detector
 from nsnet.digest import file_digest
 from nsnet.errors import UsageError, WeightsError
 
 
 def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: Uri | None = None) -> str:
     """Write the bundle; returns the detector's id. Raises `WeightsError` if head and tower do not fit."""
-    from nsnet import recipes
-    from nsnet.detector import Detector
 
     probes.check_output(out)
     if listing.exists(uris.join(out, DESCRIPTION)):
@@ -41,9 +44,6 @@ def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: 
 
 def _read(path: Path) -> dict[str, Any]:
     """The tensors of an untrusted file."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not path.exists():
         raise WeightsError(f"there is no file {path}")

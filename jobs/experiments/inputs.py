@@ -1,39 +1,38 @@
 """Make the inputs of a training: facts of its images, captions, and a split."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
+from jobs.experiments import split
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import SETTINGS_FILE, SPLIT_FILE, UNREADABLE_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.runs import products
-from jobs.storage import listing, writing
+from jobs.storage import listing, parquet, writing
 from jobs.storage.left_out import first_named
 from jobs.storage.uris import Uri
+from jobs.training import examples
+from jobs.training.examples import Examples
+from jobs.workflows.caption import caption
+from jobs.workflows.examine import examine
+from nsnet import splits
 from nsnet.errors import SourceError
-
-if TYPE_CHECKING:  # these import torch and Ray, which takes seconds
-    import pyarrow as pa
-
-    from jobs.training.examples import Examples
 
 
 def publish_facts(experiment: Experiment) -> None:
     """Publish missing facts or captions, unless the request forbids it."""
     request, facts = experiment.request, experiment.facts
     if facts.product is products.FACTS:
-        from jobs.workflows.examine import examine
-
         examine(
             request.source, out=facts.place, selection=Selection(columns=request.columns), limits=request.limits,
             address=request.address,
         )  # fmt: skip
     elif request.captions is None or request.caption_missing:
-        from jobs.workflows.caption import caption
-
         caption(
             request.source, out=facts.place, recipe=request.recipe, clip_weights=request.clip_weights,
             captioner=request.captioner, selection=Selection(columns=request.columns), limits=request.limits,
@@ -43,7 +42,6 @@ def publish_facts(experiment: Experiment) -> None:
 
 def examples_of(experiment: Experiment) -> "Examples":
     """The examples of the split with caption features; makes the split if it is missing."""
-    from jobs.training import examples
 
     stored, workers = experiment.file(SPLIT_FILE), experiment.request.workers[1]
     if not listing.exists(stored):
@@ -75,7 +73,6 @@ def share_split(experiment: Experiment) -> Uri:
 
 def _store_split(experiment: Experiment) -> None:
     """Make and store the split; from then on the training's folder belongs to these settings."""
-    from jobs.training import examples
 
     made = _make_split(experiment)
     writing.write_json(experiment.file(SETTINGS_FILE), experiment.settings)
@@ -84,7 +81,6 @@ def _store_split(experiment: Experiment) -> None:
 
 def _make_split(experiment: Experiment) -> "pa.Table":
     """Collect facts of the images, and split them."""
-    from jobs.experiments import split
 
     request, training = experiment.request, experiment.recipe.training
     manifest = experiment.file("manifest.parquet")
@@ -127,11 +123,6 @@ def _check_labels(labels: dict[int | None, int], count: int) -> None:
 
 def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
     """Check the request against the listing, before hours of reading every image."""
-    import numpy as np
-
-    from jobs.storage import parquet
-    from jobs.training import examples
-    from nsnet import splits
 
     if count < 2 * request.workers[1]:
         raise SourceError(f"{count} images are too few for {request.workers[1]} workers: at least two for each")

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster.address import check_address
 from jobs.console.output import say
 from jobs.dataset.source import Source
-from jobs.experiments import inputs
+from jobs.experiments import inputs, predictions
 from jobs.experiments.experiment import Experiment
+from jobs.experiments.export import write_bundle
 from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
 from jobs.experiments.request import TrainRequest
+from jobs.experiments.split import Split
 from jobs.runs import lock
 from jobs.storage import listing, probes, uris, writing
+from jobs.training import checkpoints
 from nsnet.bundle import DESCRIPTION
 from nsnet.calibration import OperatingPoint
+from nsnet.clip import find_weights
 from nsnet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +36,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
     Source(request.source).check()
     if listing.exists(uris.join(request.out, DESCRIPTION)):
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
-    from nsnet.clip import find_weights
 
     find_weights(experiment.recipe.detector.clip, experiment.models.clip_path())
     with lock.hold(request.work):
@@ -51,10 +54,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
 
 def _finish(experiment: Experiment, examples: "Examples", last: Path, point: OperatingPoint) -> dict[str, Any]:
     """Calibrate the weights of the best epoch on validation; write them as a bundle, with predictions and metrics."""
-    from jobs.experiments import predictions
-    from jobs.experiments.export import write_bundle
-    from jobs.experiments.split import Split
-    from jobs.training import checkpoints
 
     request, settings = experiment.request, experiment.settings
     progress = checkpoints.read_progress(last, checkpoints.settings_digest(settings))

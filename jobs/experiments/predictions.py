@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset.schema import PREDICTIONS
+from jobs.evaluation.comparison import compare
+from jobs.report.text import as_text
 from jobs.storage import parquet
 from jobs.training.checkpoints import LOGITS, ROWS, Progress
 from jobs.training.examples import Examples
@@ -71,7 +73,6 @@ def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict
 
     `origin`: further keys of the record. Without test images `test` is null.
     """
-    from jobs.evaluation.comparison import compare
 
     best = next(record for record in progress.history if record["epoch"] == progress.best_epoch)
     test = judged.of("test")
@@ -87,7 +88,6 @@ def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines."""
-    from jobs.report.text import as_text
 
     best, fitted = result["best_epoch"], result["calibration"]
     ap = "undefined" if best["val_ap"] is None else f"{best['val_ap']:.4f}"

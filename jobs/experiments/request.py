@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from jobs.experiments.paths import SETTINGS_FILE
 from jobs.storage import listing, reading, uris
@@ -123,3 +123,10 @@ class TrainRequest:
 def needs_captions(recipe: "Recipe") -> bool:
     """Whether training reads captions. A global basis is computed from them, though judging an image needs none."""
     return recipe.detector.projection.kind != "none"
+
+
+COMPARED_VARIANTS: Final = (
+    "linear", "no-projection", "original:energy=0.5", "original:energy=0.9", "original:energy=0.99", "advanced",
+    "no-mapper", "no-alignment", "constant-caption", "shuffled-captions",
+)  # fmt: skip
+"""Default variants; `original` gets its rank by energy, which works for any embedding dimension."""

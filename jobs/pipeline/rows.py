@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, Final
 
 import pyarrow as pa
+import ray
 
 from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
@@ -33,7 +34,6 @@ class Progress:
         """Seconds granted to a slow image (`poison.Budget`), at most `seconds`; waits while others lease the rest."""
         if self.board_name is None:
             return seconds
-        import ray
 
         while (answer := ray.get(board(self.board_name).lease.remote(seconds))) is None:
             time.sleep(LEASE_POLL_SECONDS)
@@ -47,7 +47,6 @@ class Progress:
 
 @cache
 def board(name: str) -> Any:
-    import ray
 
     return ray.get_actor(name)
 

@@ -61,13 +61,13 @@ def detector(bucket: str) -> str:
     """A bundle in S3, trained there by two workers, in a training that was stopped once and continued."""
     out = f"{bucket}/detector"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.experiments.export.write_bundle", stop)
+        patch.setattr("jobs.experiments.job.write_bundle", stop)
         with pytest.raises(Stopped):
             train(request(bucket, out))
     with pytest.raises(UsageError, match="training with other settings .seed."):
         train(request(bucket, out, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.dataset.plan.write_manifest", stop)  # what was found out is not found out again
+        patch.setattr("jobs.experiments.inputs.write_manifest", stop)  # what was found out is not found out again
         train(request(bucket, out))
     return out
 
