@@ -5,14 +5,19 @@ RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
+LONG := tests/long
 
-.PHONY: setup demo test test-faults test-unit test-rest fuzz golden check format lock help
+# Tests start many processes: without bytecode each would compile the modules of this tree again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: setup demo test test-all test-unit test-cluster test-faults fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into $(VENV)"
 	@echo "make demo    draw images, train, score, evaluate into OUT=$(OUT)"
-	@echo "make test    run tests in two processes: test-unit, without Ray, S3 and the real sizes; test-rest, with them"
+	@echo "make test    what a change must not break, in 8 minutes: test-unit and test-cluster, side by side"
+	@echo "make test-all   the rest: kills, nights, network faults, real sizes, the demo, a submitted job"
 	@echo "make test-faults   kill -9 of every kind of process KILLS=$(KILLS) times, network faults, hostile images"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test runs one minute of them"
 	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
@@ -24,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/uv --version >/dev/null 2>&1 || $(RUN) -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -r requirements.lock
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps -e .
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) --no-deps -e .
 	@touch $@
 
 demo: setup
@@ -32,18 +37,22 @@ demo: setup
 
 test: setup
 	$(RUN) -m tests.support.swift
-	$(MAKE) --no-print-directory --jobs 2 test-unit test-rest
-
-# KILLS: number of kills of drivers, actors, workers and nodes; `make test` uses two.
-test-faults: setup
-	$(RUN) -m tests.support.swift
-	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0
+	$(MAKE) --no-print-directory --jobs 2 test-unit test-cluster
 
 test-unit: setup
-	$(RUN) -m pytest -m "not cluster and not s3 and not real_sizes"
+	$(RUN) -m pytest --ignore=$(LONG) -m "not cluster" --numprocesses 2 --dist loadfile
 
-test-rest: setup
-	$(RUN) -m pytest -m "cluster or s3 or real_sizes"
+test-cluster: setup
+	$(RUN) -m pytest --ignore=$(LONG) -m cluster
+
+test-all: setup
+	$(RUN) -m tests.support.swift
+	$(RUN) -m pytest $(LONG)
+
+# KILLS: number of kills of drivers, actors, workers and nodes; `make test-all` uses two.
+test-faults: setup
+	$(RUN) -m tests.support.swift
+	NSNET_KILLS=$(KILLS) $(RUN) -m pytest $(LONG) -m faults -rA --durations=0
 
 # To repeat one case: python -m tests.fuzz KIND:NUMBER
 fuzz: setup

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.preloaded import preloaded
 from tests.support.proxy import FaultyProxy, in_front_of
 from tests.support.swift import SwiftServer, s3_server
 
@@ -15,6 +16,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # no token is left behind on the machine, and none is looked for
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_V2_ENABLED="1",
+    RAY_worker_niceness="0",  # not 15: beside other tests its workers would wait until those have ended
     HF_HUB_OFFLINE="1",
 )
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
@@ -38,6 +40,34 @@ class LongTests:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LongTests(config))
+
+
+RAYS_WARNINGS = (  # it leaves sockets and files to the garbage collector, and warns of its own coming changes
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m cluster`, leave out files that do not name it: their imports take half a minute."""
+    if config.option.markexpr != "cluster" or not collection_path.match("test_*.py"):
+        return None
+    return "cluster" not in collection_path.read_text(encoding="utf-8") or None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Mark each test by the servers that it uses. Once a cluster was started, Ray may warn until the last test."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"cluster", "forked_workers"}:
+            item.add_marker(pytest.mark.cluster)
+        if "s3_server" in fixtures:
+            item.add_marker(pytest.mark.s3)
+    yield  # those of other marks are deselected
+    clustered = [i for i, item in enumerate(items) if item.get_closest_marker("cluster")]
+    for item in items[min(clustered, default=len(items)) :]:
+        item.add_marker(pytest.mark.filterwarnings(*RAYS_WARNINGS))
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +106,14 @@ def proxy(network: FaultyProxy) -> FaultyProxy:
 
 
 @pytest.fixture(scope="session")
-def cluster(s3_environment: SwiftServer) -> Iterator[None]:
+def forked_workers() -> Iterator[None]:
+    """Clusters that this process starts fork their workers, which saves each ten seconds of imports."""
+    with preloaded():
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_environment: SwiftServer, forked_workers: None) -> Iterator[None]:
     """An embedded Ray cluster whose workers know the S3 server."""
     import ray
 

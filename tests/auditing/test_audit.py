@@ -314,9 +314,6 @@ def test_missing_and_empty_sources_are_said(no_cluster: None, tmp_path: Path) ->
 # The whole way.
 
 
-@pytest.mark.cluster
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_path: Path) -> None:
     files = {}
     for i in range(12):

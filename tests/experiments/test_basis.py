@@ -14,11 +14,6 @@ from jobs.dataset import schema
 from jobs.experiments import basis
 from nsnet.errors import SourceError
 
-pytestmark = pytest.mark.filterwarnings(  # Ray's own, also when its cluster ends after the last test
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)  # fmt: skip
-
 DIM = 24
 COLUMNS = pa.schema([schema.CAPTIONS.field("image_id"), schema.TEXT_FEATURES])
 
@@ -49,7 +44,6 @@ def principal_angle(first: torch.Tensor, second: torch.Tensor) -> float:
     return math.asin(min(1.0, float(torch.linalg.matrix_norm(outside, 2))))
 
 
-@pytest.mark.cluster
 def test_streamed_basis_is_that_of_one_decomposition(cluster: None, tmp_path: Path) -> None:
     features = features_of(1000)
     files, ids = write(tmp_path / "captions", features, 7)

@@ -17,13 +17,6 @@ from jobs.workflows.score import score
 from tests.golden.compute import FOLDER, LEFT, fixed_bundle
 from tests.golden.left import BUCKET, COPIES, put_images
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 IMAGES = 12
 ACCEPTED = 128
 """Rows that the stopped run had committed."""

@@ -4,6 +4,8 @@ Costs 15 s of the cluster that others need as well.
 """
 
 import errno
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,20 +16,19 @@ from jobs.cluster import resources
 from jobs.pipeline.stream import _stream_error
 from nsnet.errors import BundleError, StorageError
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    # Ray Data leaves sockets and files to the garbage collector, and warns of its own coming changes
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 RAISED: list[tuple[Exception, type[Exception], str]] = [
     (BundleError("it was replaced"), BundleError, "^it was replaced$"),
     (OSError(errno.ENOSPC, "No space left on device"), StorageError, "^writing below /out: OSError: No space left"),
     (MemoryError("33 GiB"), StorageError, "^MemoryError: 33 GiB: out of memory"),
     (KeyError("uri"), KeyError, r"in raises\b"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_actor_is_left() -> Iterator[None]:
+    """Ray keeps the actors of a failed dataset, and their CPU, as long as anything holds its error."""
+    yield
+    gc.collect()
 
 
 def error_of(stage: Any, *arguments: Any) -> Exception:

@@ -731,9 +731,6 @@ def test_rows_of_a_commit_are_bounded_and_so_is_the_number_of_commits(count: int
 # With Ray Data itself.
 
 
-@pytest.mark.cluster
-@pytest.mark.s3  # the cluster of this suite knows the S3 server
-@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -> None:
     import ray.data
 

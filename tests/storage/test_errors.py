@@ -227,7 +227,7 @@ def test_stall_shorter_than_the_time_limit_is_waited_for(proxy: FaultyProxy, ima
 def test_body_that_only_trickles_is_asked_for_again(
     proxy: FaultyProxy, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filesystems, "READ_SECONDS", 2)
+    monkeypatch.setattr(reading, "READ_SECONDS", 2)
     monkeypatch.setattr(reading, "MIN_BYTES_PER_SECOND", 10**9)
     proxy.policy = Script(Action("trickle", seconds=20.0), wanted="GET ")  # a piece a second, none too late
     assert reading.fetch(image, 0, len(CONTENT)).data == CONTENT

@@ -18,6 +18,7 @@ from typing import Any, Final
 import psutil
 
 from jobs.cluster.embedded import NODE_ENVIRONMENT
+from tests.support.preloaded import COMMAND, processes_below
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
@@ -55,9 +56,8 @@ class Nodes:
         """Living worker processes that do the work of a role."""
         found = []
         for node in self.cluster.worker_nodes:
-            for process in _children(_raylet(node)):
-                with_title = _title(process)
-                if TITLES[role] in with_title:
+            for process in processes_below(_raylet(node)):
+                if TITLES[role] in _title(process):
                     found.append(process)
         return found
 
@@ -94,13 +94,6 @@ def _raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -113,7 +106,7 @@ class Score:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.score", *arguments],
+            [*COMMAND, "jobs.score", *arguments],
             cwd=Path(__file__).parents[2],
             env={**os.environ, **(env or {})},
             stderr=subprocess.PIPE,

@@ -32,14 +32,6 @@ from nsnet.preparation import PreparationConfig
 from tests.golden.compute import FOLDER, LOSSES, STEPS
 from tests.support.events import events
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    # Ray Data leaves sockets and files to the garbage collector, and warns of its own coming changes
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 HOSTILE = Path(__file__).parents[3] / "shared/data/hostile"
 HOSTILE_HEIC = "54_hopper.heif"
 DEV = Path(__file__).parents[3] / "shared/data/dev"

@@ -23,11 +23,6 @@ from nsnet.preparation import PreparationConfig, prepare
 from nsnet.transforms import AugmentationConfig
 from tests.support.tables import image_file, manifest_row
 
-pytestmark = pytest.mark.filterwarnings(  # Ray's own, also when its cluster ends after the last test
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)  # fmt: skip
-
 COUNTS = [(20, 8), (7, 8), (8, 8), (1, 2), (33, 4)]
 CONFIG = PreparationConfig(patches=PatchConfig(patch_px=32, mosaic_px=64))
 
@@ -131,7 +126,6 @@ def check(arrival: Arrival, split: Examples, seeds: dict[int, int], chains: dict
             assert not arrival.mosaics[at].any() or row == arrival.rows[0]
 
 
-@pytest.mark.cluster
 def test_steps_arrive_in_order_from_any_step_on(cluster: None, split: Examples, folder: Path) -> None:
     augmentation = AugmentationConfig(jpeg_share=0.5, crop_share=0.5)
     one = Order(rows=np.arange(10), batch_size=4, seed=5, rank=1, world_size=2)

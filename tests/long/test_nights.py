@@ -13,14 +13,7 @@ from jobs.workflows.score import score
 from nsnet.detector import Detector
 from tests.support.tables import image_file, new_bucket, put, save_bundle
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    pytest.mark.faults,
-    pytest.mark.usefixtures("cluster"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("cluster")]
 
 IMAGES = 200
 NIGHT_2_SECONDS = 20.0

@@ -20,8 +20,6 @@ from nsnet import recipes
 from nsnet.captions import save_tiny_captioner
 from nsnet.detector import Detector
 
-pytestmark = pytest.mark.cluster
-
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 

@@ -7,13 +7,6 @@ import pytest
 from jobs.experiments.demo import demo
 from nsnet.errors import UsageError
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,  # the cluster of this suite knows the S3 server
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 
 def test_demo_tells_held_out_fakes_from_their_real_twins(cluster: None, tmp_path: Path) -> None:
     result = demo(tmp_path, seed=0)

@@ -19,13 +19,7 @@ from tests.support.multinode import ROLES, Nodes, running
 from tests.support.swift import SwiftServer
 from tests.support.tables import image_file, new_bucket, put, save_bundle
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.s3,
-    pytest.mark.faults,
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.faults
 
 KILLS = int(os.environ.get("NSNET_KILLS", "2"))
 IMAGES = 600
@@ -43,7 +37,7 @@ class Baseline(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def nodes(s3_environment: SwiftServer) -> Iterator[Nodes]:
+def nodes(s3_environment: SwiftServer, forked_workers: None) -> Iterator[Nodes]:
     nodes = Nodes()
     yield nodes
     nodes.stop()

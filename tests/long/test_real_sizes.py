@@ -21,8 +21,6 @@ from nsnet.detector import Detector
 from nsnet.training import Batch, build_optimizer, training_step
 from tests.support import models
 
-pytestmark = pytest.mark.real_sizes
-
 VOCABULARY = Path(__file__).parents[3] / "shared/data/tokenizers/bert_base_uncased_vocab.txt"
 CAPTIONS = ["a red boat on a lake", "two dogs asleep under a table, seen from above", "the moon"]
 CONFIG = recipes.get("vit-l-14").detector

@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,13 +20,7 @@ from jobs.experiments.request import TrainRequest
 from jobs.experiments.trainer import TrainingFailedError
 from nsnet import bundle
 from tests.support.events import events
-
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+from tests.support.preloaded import COMMAND, processes_below
 
 BATCH, SCENES, EPOCHS = 8, 28, 3
 STEPS = 2 * SCENES // BATCH
@@ -100,8 +92,7 @@ def wait_for_the_middle_of_an_epoch(request: TrainRequest, after: int = STEPS, s
 
 def kill_a_training_worker(driver: subprocess.Popen[str]) -> None:
     """One of the processes that train, below the Ray cluster that a driver has begun."""
-    below = psutil.Process(driver.pid).children(recursive=True)
-    next(process for process in below if "RayTrainWorker" in " ".join(process.cmdline())).kill()
+    next(process for process in processes_below(driver.pid) if "RayTrainWorker" in " ".join(process.cmdline())).kill()
 
 
 def assert_same_outcome(found: TrainRequest, expected: TrainRequest) -> None:
@@ -133,7 +124,7 @@ def test_training_whose_worker_and_then_driver_are_killed_ends_as_if_nothing_had
     request_for: Callable[..., TrainRequest], undisturbed: TrainRequest
 ) -> None:
     request = request_for("killed", 2)
-    command = [sys.executable, "-m", "jobs.train", request.source, "--out", request.out, "--workers", "2"]
+    command = [*COMMAND, "jobs.train", request.source, "--out", request.out, "--workers", "2"]
     command += ["--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--captions", str(request.captions)]
     command += [part for setting in SETTINGS for part in ("--set", setting)]
 

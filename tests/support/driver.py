@@ -1,0 +1,16 @@
+"""`python -m MODULE` whose embedded cluster forks its workers, where `preloaded()` of a parent offers that."""
+
+import os
+import runpy
+import sys
+from functools import partialmethod
+
+from ray._private.parameter import RayParams
+
+from tests.support.launch import ADDRESS
+from tests.support.preloaded import LAUNCHER
+
+if ADDRESS in os.environ:
+    RayParams.__init__ = partialmethod(RayParams.__init__, setup_worker_path=LAUNCHER)
+sys.argv[:] = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,57 @@
+"""Start a Ray worker as Ray's `setup_worker.py` does, but as a fork of a process that has imported (`preloaded.py`).
+
+A raylet runs this file by its path. It imports little, stays until the fork ends, ends as that does, and takes it along
+when it is killed. A worker that wants more than variables of its own is left to Ray.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any, Final
+
+ADDRESS: Final = "NSNET_TESTS_PRELOADED"
+"""Variable with the path of the socket of the process that forks."""
+RAYS_OWN: Final = "NSNET_TESTS_SETUP_WORKER"
+"""Variable with the path of Ray's own script."""
+NAME: Final = "fork "
+"""What the name of a launcher begins with; the process id of its fork follows."""
+CONTEXT: Final = "--serialized-runtime-env-context="
+LANGUAGE: Final = "--language="
+
+
+def main(arguments: list[str]) -> None:
+    context: dict[str, Any] = {}
+    kept = []
+    for argument in arguments:
+        if argument.startswith(CONTEXT):
+            context = json.loads(argument.removeprefix(CONTEXT) or "{}")
+        elif argument.startswith(LANGUAGE):
+            if argument != LANGUAGE + "PYTHON":
+                leave_to_ray(arguments)
+        else:
+            kept.append(argument)
+    variables = context.pop("env_vars", {})
+    if context.pop("py_executable", sys.executable) != sys.executable or any(context.values()):
+        leave_to_ray(arguments)
+    request = {"arguments": kept, "environment": {**os.environ, **variables}, "folder": os.getcwd()}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(os.environ[ADDRESS])
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        pid = int(server.recv(64))
+        with open("/proc/self/comm", "w") as name:
+            name.write(f"{NAME}{pid}")
+        status = int(server.recv(64) or b"1")
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+def leave_to_ray(arguments: list[str]) -> None:
+    os.execv(sys.executable, [sys.executable, os.environ[RAYS_OWN], *arguments])
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main(sys.argv[1:])
