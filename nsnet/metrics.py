@@ -85,7 +85,7 @@ def precision_at_base_rate(labels: npt.ArrayLike, said_fake: npt.ArrayLike, base
     if not 0.0 < base_rate < 1.0:
         raise ValueError(f"base_rate must be between 0 and 1, got {base_rate}")
     _, _, tpr, fpr = _rates(y, said, np.ones(len(y)))
-    return _number(_precision(tpr, fpr, base_rate))
+    return _number(precision_at(tpr, fpr, base_rate))
 
 
 def reliability(
@@ -171,14 +171,14 @@ def resamples(labels: npt.ArrayLike, *, samples: int, seed: int | Sequence[int] 
 def _mean_values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array]:
     """Compute every metric as the mean over the S predictions for which it is defined."""
     rows = [_values(y, p_row, said_row, weights) for p_row, said_row in zip(p, said, strict=True)]
-    return {name: _mean_defined([row[name] for row in rows]) for name in METRICS}
+    return {name: mean_defined([row[name] for row in rows]) for name in METRICS}
 
 
 def _values(y: Labels, p: Array, said: Marks, weights: Array) -> dict[str, Array]:
     acc, real_acc, fake_acc, fpr = _rates(y, said, weights)
     values = dict.fromkeys(METRICS, np.full(weights.shape[:-1], np.nan))
     values |= {"acc": acc, "real_acc": real_acc, "fake_acc": fake_acc, "ece": _calibration_error(y, p, weights, BINS)}
-    values |= {name: _precision(fake_acc, fpr, base_rate) for name, base_rate in BASE_RATES.items()}
+    values |= {name: precision_at(fake_acc, fpr, base_rate) for name, base_rate in BASE_RATES.items()}
     if _both(y):
         tp, fp = _cumulative(y, p, weights)
         values |= {"ap": _average_precision(tp, fp), "auroc": _area(*_roc(tp, fp))}
@@ -192,16 +192,17 @@ def _rates(y: Labels, said: Marks, weights: Array) -> tuple[Array, Array, Array,
     false_alarms, hits = weights @ ((y == 0) & said), weights @ ((y == 1) & said)
     passed = reals - false_alarms
     return (
-        _ratio(passed + hits, reals + fakes),
-        _ratio(passed, reals),
-        _ratio(hits, fakes),
-        _ratio(false_alarms, reals),
+        ratio(passed + hits, reals + fakes),
+        ratio(passed, reals),
+        ratio(hits, fakes),
+        ratio(false_alarms, reals),
     )
 
 
-def _precision(tpr: Array, fpr: Array, base_rate: float) -> Array:
+def precision_at(tpr: Array | float, fpr: Array | float, base_rate: Array | float) -> Array:
+    """Precision b·TPR / (b·TPR + (1 − b)·FPR) where a share b of the images is fake; NaN without an alarm."""
     alarms = base_rate * tpr + (1.0 - base_rate) * fpr
-    return _ratio(base_rate * tpr, alarms)
+    return ratio(base_rate * tpr, alarms)
 
 
 def _cumulative(y: Labels, s: Array, weights: Array) -> tuple[Array, Array]:
@@ -235,7 +236,7 @@ def _tpr_at(tp: Array, fp: Array, limit: float) -> Array:
 
 
 def _calibration_error(y: Labels, p: Array, weights: Array, bins: int) -> Array:
-    return _ratio(np.abs(_per_bin(p, y - p, weights, bins)).sum(axis=-1), weights.sum(axis=-1))
+    return ratio(np.abs(_per_bin(p, y - p, weights, bins)).sum(axis=-1), weights.sum(axis=-1))
 
 
 def _per_bin(p: Array, values: Labels | Array, weights: Array, bins: int) -> Array:
@@ -245,18 +246,18 @@ def _per_bin(p: Array, values: Labels | Array, weights: Array, bins: int) -> Arr
     return np.stack([np.asarray(weights[..., members] @ values[members]) for members in inside], axis=-1)
 
 
-def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Array:
+def ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Array:
     """Divide part by whole; NaN where whole is 0 or NaN."""
     numerator, denominator = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     undefined = np.full(numerator.shape, np.nan)
     return np.asarray(np.divide(numerator, denominator, out=undefined, where=denominator > 0))
 
 
-def _mean_defined(rows: Sequence[Array]) -> Array:
-    """Mean over rows of one shape, ignoring NaN; NaN where all rows are NaN."""
+def mean_defined(rows: Sequence[Array]) -> Array:
+    """Mean over rows of one shape, ignoring NaN; NaN where all rows are NaN, or there is none."""
     values = np.asarray(rows, dtype=np.float64)
     defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
+    return ratio(np.where(defined, values, 0.0).sum(axis=0), defined.sum(axis=0))
 
 
 def _number(value: Array) -> float | None:

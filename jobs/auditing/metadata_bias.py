@@ -132,10 +132,12 @@ def clustered_auroc(labels: Indices, scores: Array, groups: Indices) -> tuple[fl
     """
     fake = labels == 1
     m, n = int(fake.sum()), int((~fake).sum())
-    ranks = _ranks(scores)
+    from scipy.stats import rankdata  # a second to import
+
+    ranks = rankdata(scores)
     shares = np.empty(len(scores))  # for each image, the share of the other class that it is ranked correctly against
-    shares[fake] = (ranks[fake] - _ranks(scores[fake])) / n
-    shares[~fake] = 1.0 - (ranks[~fake] - _ranks(scores[~fake])) / m
+    shares[fake] = (ranks[fake] - rankdata(scores[fake])) / n
+    shares[~fake] = 1.0 - (ranks[~fake] - rankdata(scores[~fake])) / m
     auroc = float(shares[fake].mean())
     _, cluster = np.unique(groups, return_inverse=True)
     parts = np.bincount(cluster, weights=(shares - auroc) / np.where(fake, m, n))
@@ -156,12 +158,6 @@ def folds(labels: Indices, groups: Indices, seed: int) -> Indices:
     fold = np.empty_like(order)
     fold[order] = np.arange(len(order)) % FOLDS
     return np.asarray(fold[group])
-
-
-def _ranks(values: Array) -> Array:
-    """(n,) ranks from 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[inverse])
 
 
 def _scores(known: Metadata, columns: Array, seed: int) -> Array:

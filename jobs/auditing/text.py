@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from jobs.auditing import inventory, metadata_bias
 from jobs.console.output import printable
-from jobs.console.tables import MAX_NAME_LETTERS, UNDEFINED
+from jobs.console.tables import UNDEFINED, aligned, short_name
 
 Row = list[str]
 
@@ -27,7 +27,7 @@ def conclusion(result: dict[str, Any]) -> str:
     biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
     sentence = f"{len(biased)} of {len(judged)} generators are separable by metadata alone"
     if biased:
-        sentence += ": " + ", ".join(f"{_name(name)} ({_causes(judged[name])})" for name in biased)
+        sentence += ": " + ", ".join(f"{short_name(name)} ({_causes(judged[name])})" for name in biased)
     if len(judged) < len(measured):
         sentence += f"; {len(measured) - len(judged)} cannot be judged"
     together = result["everything"]["metadata"]
@@ -53,15 +53,12 @@ def _head(result: dict[str, Any]) -> Iterator[str]:
 
 def _contents(result: dict[str, Any]) -> Iterator[str]:
     names = ("generator", "class", "images", "failed", "format", "width", "height", "most common size", "bytes/px")
-    yield from _table(
-        [*names, "JPEG quality"],
-        [
-            [_name(generator), kind, *_content(seen)]
-            for generator, group in result["generators"].items()
-            for kind, seen in group["classes"].items()
-        ],
-        left=2,
-    )
+    rows = [
+        [short_name(generator), kind, *_content(seen)]
+        for generator, group in result["generators"].items()
+        for kind, seen in group["classes"].items()
+    ]
+    yield from aligned([[*names, "JPEG quality"], *rows], left=2)
     yield "width, height: minimum/median/maximum; bytes per pixel, JPEG quality: quartiles; one number if all are equal"
 
 
@@ -90,11 +87,11 @@ def _span(values: Sequence[float] | None, decimals: int) -> str:
 def _splits(result: dict[str, Any]) -> Iterator[str]:
     if result["splits"]:
         rows = [
-            [_name(split), _name(generator), *(f"{count:,}" for count in counts.values())]
+            [short_name(split), short_name(generator), *(f"{count:,}" for count in counts.values())]
             for split, generators in result["splits"].items()
             for generator, counts in generators.items()
         ]
-        yield from _table(["split", "generator", *inventory.CLASSES], rows, left=2)
+        yield from aligned([["split", "generator", *inventory.CLASSES], *rows], left=2)
 
 
 def _copies(counted: dict[str, Any]) -> Iterator[str]:
@@ -104,11 +101,11 @@ def _copies(counted: dict[str, Any]) -> Iterator[str]:
         + [f"{seen[place]['groups']:,}" for place in ("within_a_split", "across_splits", "across_labels")]
         for words, seen in kinds.items()
     ]
-    yield from _table(["copies", "groups", "images", "within a split", "across splits", "real and fake"], rows)
+    yield from aligned([["copies", "groups", "images", "within a split", "across splits", "real and fake"], *rows])
     yield "alike includes equal files; the last three columns count groups"
     across = counted["alike"]["across_splits"]
     for split, count in across["by_split"].items():
-        yield f"{_name(split)}: {count:,} images have a copy in another split"
+        yield f"{short_name(split)}: {count:,} images have a copy in another split"
     for words, seen in (("in two splits", across), ("real and fake", counted["alike"]["across_labels"])):
         for one, other in seen["examples"]:
             yield f"  {words}: {printable(one)} and {printable(other)}"
@@ -117,21 +114,20 @@ def _copies(counted: dict[str, Any]) -> Iterator[str]:
 def _metadata(result: dict[str, Any]) -> Iterator[str]:
     groups = {name: group["metadata"] for name, group in result["generators"].items()}
     lenders = {name: group["reals_of"] for name, group in result["generators"].items() if group["reals_of"]}
-    rows = [[_name(name), *_measured(measured)] for name, measured in groups.items()]
+    rows = [[short_name(name), *_measured(measured)] for name, measured in groups.items()]
     rows.append(["all generators", *_measured(result["everything"]["metadata"])])
     yield "how well metadata alone separate real from fake (cross-validated AUROC), and each single value:"
-    yield from _table(
-        ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "causes"], rows
-    )
+    heading = ["generator", "real", "fake", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "causes"]
+    yield from aligned([heading, *rows])
     yield f"causes: metadata that suffice alone, if the interval lies above {metadata_bias.BOUND}"
     for lender in sorted(set(lenders.values())):
-        borrowers = ", ".join(_name(name) for name in lenders if lenders[name] == lender)
-        yield f"compared with the reals of {_name(lender)}, as its benchmark does: {borrowers}"
+        borrowers = ", ".join(short_name(name) for name in lenders if lenders[name] == lender)
+        yield f"compared with the reals of {short_name(lender)}, as its benchmark does: {borrowers}"
     reasons = {name: measured["undefined"] for name, measured in groups.items() if measured["undefined"]}
     for reason in sorted(set(reasons.values())):
-        yield f"{UNDEFINED}: {reason}: {', '.join(_name(name) for name in reasons if reasons[name] == reason)}"
+        yield f"{UNDEFINED}: {reason}: {', '.join(short_name(name) for name in reasons if reasons[name] == reason)}"
     if matched := [
-        _name(name) for name, measured in groups.items() if measured["interval"] and measured["interval"][1] < 0.5
+        short_name(name) for name, measured in groups.items() if measured["interval"] and measured["interval"][1] < 0.5
     ]:
         yield (
             "AUROC below 0.5: the rule does not generalise (for example, each real has a fake of the same size); treat "
@@ -157,21 +153,3 @@ def _heading(name: str) -> str:
 
 def _number(value: float | None) -> str:
     return UNDEFINED if value is None else f"{value:.2f}"
-
-
-def _name(name: str) -> str:
-    shown = printable(name)
-    return shown if len(shown) <= MAX_NAME_LETTERS else shown[: MAX_NAME_LETTERS - 1] + "…"
-
-
-def _table(heading: Row, rows: list[Row], left: int = 1) -> Iterator[str]:
-    """Lines of a table; the first `left` columns are left-aligned."""
-    widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
-    for number, row in enumerate([heading, *rows]):
-        cells = (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
-        if number == 0:
-            yield "-" * (sum(widths) + 2 * len(widths) - 2)

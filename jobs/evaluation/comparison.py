@@ -23,7 +23,6 @@ from typing import Any, Final
 from zlib import crc32
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -31,6 +30,7 @@ from jobs.evaluation import groups
 from jobs.evaluation.groups import FAKE, REAL, UNCERTAIN, UNTRANSFORMED, Array, Group, LabelledScores
 from nsnet import metrics
 from nsnet.errors import ConfigError, SourceError
+from nsnet.metrics import mean_defined, ratio
 from nsnet.transforms import KINDS
 
 METRICS: Final = (*metrics.METRICS, "acc_decided", "uncertain_share")
@@ -149,8 +149,8 @@ def _generators(parts: Mapping[str, Group], names: Sequence[str], samples: int, 
     both_classes = [each for each, group in zip(measured, parts.values(), strict=True) if group.rows.both_classes]
     averaged = {name: both_classes if name in OF_BOTH else measured for name in names}
     mean = Measured(
-        values={name: _mean([each.values[name] for each in members]) for name, members in averaged.items()},
-        samples={name: _mean([each.samples[name] for each in members]) for name, members in averaged.items()},
+        values={name: mean_defined([each.values[name] for each in members]) for name, members in averaged.items()},
+        samples={name: mean_defined([each.samples[name] for each in members]) for name, members in averaged.items()},
         without_interval=WITHOUT_INTERVAL.union(*(each.without_interval for each in measured)),
     )
     defined = {name: sum(not np.isnan(each.values[name]) for each in members) for name, members in averaged.items()}
@@ -197,26 +197,12 @@ def _of_verdicts(counts: groups.Integers) -> dict[str, Array]:
     reals, fakes, uncertain = counts[..., 0, :].sum(-1), counts[..., 1, :].sum(-1), counts[..., UNCERTAIN].sum(-1)
     real_correct, fake_correct = counts[..., 0, REAL], counts[..., 1, FAKE]
     return {
-        "acc": _ratio(real_correct + fake_correct, reals + fakes),
-        "real_acc": _ratio(real_correct, reals),
-        "fake_acc": _ratio(fake_correct, fakes),
-        "acc_decided": _ratio(real_correct + fake_correct, reals + fakes - uncertain),
-        "uncertain_share": _ratio(uncertain, reals + fakes),
+        "acc": ratio(real_correct + fake_correct, reals + fakes),
+        "real_acc": ratio(real_correct, reals),
+        "fake_acc": ratio(fake_correct, fakes),
+        "acc_decided": ratio(real_correct + fake_correct, reals + fakes - uncertain),
+        "uncertain_share": ratio(uncertain, reals + fakes),
     }
-
-
-def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Array:
-    undefined = np.full(np.shape(whole), np.nan)
-    return np.asarray(np.divide(part, whole, out=undefined, where=np.asarray(whole) > 0))
-
-
-def _mean(values: Sequence[Array]) -> Array:
-    """Mean over arrays of one shape, without NaN; NaN if all are NaN or there is no array."""
-    if not values:
-        return np.asarray(np.nan)
-    stacked = np.stack(values)
-    defined = ~np.isnan(stacked)
-    return _ratio(np.where(defined, stacked, 0.0).sum(axis=0), defined.sum(axis=0))
 
 
 def long_table(result: Mapping[str, Any]) -> pa.Table:

@@ -13,6 +13,7 @@ from jobs.evaluation import groups
 from jobs.evaluation.groups import FAKE, UNCERTAIN, UNTRANSFORMED, Array, LabelledScores
 from nsnet import metrics
 from nsnet.calibration import rate_upper
+from nsnet.metrics import precision_at
 
 BINS: Final = 10
 """Bins of the reliability diagram; fewer than for the ECE, so that each holds enough images."""
@@ -100,14 +101,8 @@ def _precision(rows: LabelledScores) -> dict[str, Any] | None:
     upper = rate_upper(false_alarms, reals)
     return {
         "base_rate": BASE_RATES.tolist(),
-        "value": _precision_at(true_alarms / fakes, false_alarms / reals).tolist(),
-        "cautious": _precision_at(true_alarms / fakes, upper).tolist(),
+        "value": precision_at(true_alarms / fakes, false_alarms / reals, BASE_RATES).tolist(),
+        "cautious": precision_at(true_alarms / fakes, upper, BASE_RATES).tolist(),
         "fpr": false_alarms / reals,
         "fpr_upper": upper,
     }
-
-
-def _precision_at(tpr: float, fpr: float) -> Array:
-    """b·TPR / (b·TPR + (1 − b)·FPR) at each base rate b; TPR > 0."""
-    alarms = BASE_RATES * tpr + (1.0 - BASE_RATES) * fpr
-    return np.asarray(BASE_RATES * tpr / alarms)

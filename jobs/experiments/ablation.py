@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from jobs.cluster.address import check_address
 from jobs.console import output
 from jobs.console.output import say
+from jobs.console.tables import aligned
 from jobs.dataset import schema
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.inputs import share_split
@@ -164,10 +165,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     heading = ["variant", "residual energy", "validation AP", *(f"test {name}" for name in SHOWN)]
     heading.append(f"test ap − {BASELINE}'s")
     cells = [[row["variant"], *_cells(row)] for row in rows]
-    widths = [max(len(line[i]) for line in [heading, *cells]) for i in range(len(heading))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
-             [heading, *cells]]  # fmt: skip
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = aligned([heading, *cells], left=len(heading))
     lines += [f"{row['variant']}: {row['error']}" for row in rows if "error" in row]
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ def test_workers_are_a_number_or_a_range(text: Any, expected: tuple[int, int]) -
 
 @pytest.mark.parametrize("text", ["", "-", "2-", "-2", "two", "2-4-8", "1.5"])
 def test_workers_that_are_neither_are_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="no number such as 4"):
+    with pytest.raises(click.BadParameter, match="is neither a number such as 4"):
         WorkersType().convert(text, None, None)
 
 

@@ -110,7 +110,7 @@ def test_slow_image_that_the_budget_does_not_suffice_for_is_left_to_the_next_run
     lender = Lender(lease)
     one = Patience(decoder, lender)
     assert one.first(b"POISON compute", "a", "", 0) is None
-    with pytest.raises(ImageBudgetError, match="budget for slow images is used up: the next run tries again"):
+    with pytest.raises(ImageBudgetError, match="budget for slow images is spent: the next run tries again"):
         one.again(b"POISON compute", "a", "", 0)
     assert len(tries) == count and lender.settled[-1][0] == lease
     assert one.first(b"POISON compute", "a", "", 0) is None  # it was not tried out: it may have its turn yet
