@@ -188,11 +188,13 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
     for module in model.modules():
         if isinstance(module, RowDropout):
             module.rows = rows
-    torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters
-    dtype = config.autocast_dtype(batch.mosaics.device)
+    device = batch.mosaics.device
+    dtype = config.autocast_dtype(device)
     text_features = batch.text_features[part] if batch.text_features is not None else None
-    with torch.autocast(batch.mosaics.device.type, dtype=dtype, enabled=dtype is not None):
-        features: Features = model(batch.mosaics[part], text_features)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's state stays
+        torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            features: Features = model(batch.mosaics[part], text_features)
     return features
 
 

@@ -486,3 +486,12 @@ def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, 
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainingConfig(**settings)
+
+
+def test_step_leaves_the_random_numbers_of_its_caller_alone() -> None:
+    network, data = build(), batch()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    training_step(network, data, build_optimizer(network, CONFIG), LossConfig(), CONFIG)
+    assert torch.equal(torch.rand(3), expected)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from jobs.dataset import fetching, schema
 from jobs.dataset.source import Source
-from jobs.pipeline import preparing, rows
+from jobs.pipeline import outages, preparing, rows
 from jobs.pipeline.actors import Caption, Embed, ResultCache, Score
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.models import Models, caption_id
@@ -380,7 +380,7 @@ class Store:
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(outages, "OUTAGE_POLL_SECONDS", 0.05)
     images = {name: FILES[name] for name in GOOD}
     if request.param == "disk":
         source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
@@ -440,7 +440,7 @@ def test_store_that_went_away_in_the_middle_costs_no_image(store: Store, monkeyp
         fetched[row["uri"]] += 1
         return fetch(row, max_bytes)
 
-    monkeypatch.setattr(preparing, "FETCH_THREADS", 1)
+    monkeypatch.setattr(outages, "FETCH_THREADS", 1)
     monkeypatch.setattr(fetching, "fetch", leave_then_fetch)
     on_question(monkeypatch, 2, store.come_back)
     rows = store.prepare(3600.0, pa.concat_tables([store.table, todo_table(todo_row(missing))]))
@@ -540,9 +540,9 @@ def test_all_requests_for_a_image_are_counted_also_those_before_an_outage(
 def test_store_that_fails_for_many_and_gives_none_is_away_whatever_else_it_answers(
     ordinary: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"{i}.png" for i in range(preparing.OUTAGE_FAILURES)]
+    names = [f"{i}.png" for i in range(outages.OUTAGE_FAILURES)]
     place = put(new_bucket(), dict.fromkeys([*names, "denied.png"], FILES["a.png"]))
-    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(outages, "OUTAGE_POLL_SECONDS", 0.05)
     monkeypatch.setattr(errors, "ATTEMPTS", 1)
     actions = dict.fromkeys(names, Action("refuse", status=500, code="InternalError")) | {
         "denied.png": Action("refuse")
@@ -567,7 +567,7 @@ def test_one_image_that_the_store_cannot_give_fails_and_the_others_do_not(proxy:
 @pytest.mark.s3
 def test_keys_that_expire_for_good_are_an_outage(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
-    monkeypatch.setattr(preparing, "OUTAGE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(outages, "OUTAGE_POLL_SECONDS", 0.05)
     proxy.policy = Always(Action("refuse", status=400, code="ExpiredToken"))
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
     with pytest.raises(OutageError):
