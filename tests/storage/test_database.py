@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.storage import filesystems, listing, parquet
-from jobs.storage.database import Database, database
+from jobs.storage.database import Database, database, last_of_each
 from tests.support.tables import batches
 
 NUMBERS = pa.schema([pa.field("n", pa.int64(), nullable=False), pa.field("name", pa.string())])
@@ -195,3 +196,25 @@ def test_rows_are_spread_over_files_of_one_size(count: int, rows: int, sizes: li
     found = [[row for batch in parquet.read(uri, NUMBERS) for row in batch.to_pylist()] for uri in uris]
     assert [len(part) for part in found] == sizes
     assert [row for part in found for row in part] == numbered(count)
+
+
+KEYED = pa.schema([pa.field("k", pa.string()), pa.field("m", pa.string()), pa.field("value", pa.int64())])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("key", [("k",), ("k", "m")])
+def test_last_row_of_each_key_is_kept_in_the_order_in_which_these_came(key: tuple[str, ...], size: int) -> None:
+    """However the rows are cut into batches; nulls are one key."""
+    rng = np.random.default_rng(0)
+    keys = ["a", "b", "c", None]
+    rows = [{"k": keys[rng.integers(4)], "m": keys[rng.integers(2)], "value": i} for i in range(100)]
+    last = {tuple(row[name] for name in key): row for row in rows}
+    expected = sorted(last.values(), key=lambda row: row["value"])
+    found = pa.Table.from_batches(last_of_each(batches(rows, KEYED, size=size), KEYED, key), KEYED)
+    assert found.to_pylist() == expected
+    (only,) = pa.Table.from_batches(last_of_each(batches(rows, KEYED, size=size), KEYED, key, ["value"])).columns
+    assert only.to_pylist() == [row["value"] for row in expected]
+
+
+def test_last_of_no_rows_is_none() -> None:
+    assert pa.Table.from_batches(last_of_each([], KEYED, ["k"]), KEYED).num_rows == 0
