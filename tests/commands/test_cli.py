@@ -279,7 +279,7 @@ def test_training_with_other_settings_does_not_continue(images: str, tmp_path: P
 
 def test_evaluation_without_verdicts_is_refused(images: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert "there is no" in complaint("evaluate", str(tmp_path / "absent"), *out)
+    assert "does not exist" in complaint("evaluate", str(tmp_path / "absent"), *out)
     assert "give --detector" in complaint("evaluate", images, *out)
 
 

@@ -182,7 +182,7 @@ def test_verdicts_without_a_label_cannot_be_compared(rows: Rows) -> None:
         ({"prob_fake": float("nan")}, "1 scored rows have no probability"),
         ({"prob_fake": 1.5}, "1 scored rows have no probability"),
         ({"verdict": None}, "1 scored rows have a verdict other than real, uncertain, fake"),
-        ({"verdict": "Fake"}, "1 scored rows have another verdict"),
+        ({"verdict": "Fake"}, "1 scored rows have a verdict other than"),
         ({"label": 2}, "labels must be 0"),
     ],
 )

@@ -140,7 +140,7 @@ def test_file_that_holds_no_predictions_is_refused(trained: Path, tmp_path: Path
     assert "does not hold a training's predictions" in refused(trained, str(other), tmp_path)
     (tmp_path / "text.parquet").write_text("no Parquet")
     assert "does not hold a training's predictions" in refused(trained, str(tmp_path / "text.parquet"), tmp_path)
-    assert "there is no" in refused(trained, str(tmp_path / "none.parquet"), tmp_path)
+    assert "does not exist" in refused(trained, str(tmp_path / "none.parquet"), tmp_path)
 
 
 def test_place_with_a_detector_and_nonsense_points_are_refused(trained: Path, tmp_path: Path) -> None:

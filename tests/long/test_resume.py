@@ -19,6 +19,7 @@ from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.experiments.trainer import TrainingFailedError
 from nsnet import bundle
+from nsnet.errors import UsageError
 from tests.support.events import events
 from tests.support.preloaded import COMMAND, processes_below
 
@@ -171,6 +172,29 @@ def test_any_number_of_workers_takes_the_same_steps(
     assert len(expected) == len(found) == EPOCHS * STEPS >= COMPARED
     assert found[:COMPARED] == pytest.approx(expected[:COMPARED], abs=1e-4)
     assert max(expected) - min(expected) > 0.1  # it learned: equal constants would prove nothing
+
+
+class Stopped(Exception):
+    """Stands for a driver that is stopped after the last epoch, before the bundle is written."""
+
+
+def test_training_that_was_stopped_before_its_bundle_goes_on_and_finds_nothing_out_again(
+    request_for: Callable[..., TrainRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
+
+    request = request_for("stopped", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.experiments.job.write_bundle", stop)
+        with pytest.raises(Stopped):
+            train(request)
+    assert not Path(request.out).exists()
+    with pytest.raises(UsageError, match="training with other settings .seed."):
+        train(replace(request, seed=1))
+    monkeypatch.setattr("jobs.experiments.inputs.write_manifest", stop)
+    train(request)
+    assert Path(request.out, bundle.DESCRIPTION).exists()
 
 
 def test_loss_that_is_not_finite_ends_the_training_with_the_images_of_its_step(

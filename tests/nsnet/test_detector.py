@@ -131,7 +131,7 @@ def test_build_is_a_function_of_its_seed() -> None:
 
 
 def test_mosaic_that_the_tower_does_not_take_is_refused() -> None:
-    with pytest.raises(ConfigError, match="mosaic has 128 px.* takes 64 px") as caught:
+    with pytest.raises(ConfigError, match="mosaic_px is 128, .* takes 64 px") as caught:
         Detector.build(replace(models.FROZEN, patches=PatchConfig(patch_px=32, mosaic_px=128)))
     models.one_line(caught.value)
 

@@ -21,7 +21,17 @@ from jobs.runs.attempts import COMMITS, MAX_COMMIT_ROWS, MIN_COMMIT_ROWS, Attemp
 from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.storage.database import Database
 from nsnet.errors import StorageError
-from tests.support.tables import WRITE, batches, manifest_row, put, read_rows, rows_file, verdict_row, verdict_table
+from tests.support.tables import (
+    WRITE,
+    batches,
+    manifest_row,
+    put,
+    read_rows,
+    rows_file,
+    unmarked,
+    verdict_row,
+    verdict_table,
+)
 
 Rows = list[dict[str, Any]]
 URIS = [f"/pictures/{i}.jpg" for i in range(12)]
@@ -615,7 +625,7 @@ def test_folders_of_others_stay_and_are_named_in_one_line(place: str, capsys: py
     put(f"{place}/staging", files)
     for _ in range(2):
         assert unfinished(place) == {}
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = unmarked(capsys.readouterr().err).splitlines()
         assert line.startswith(f"left alone, {NOT_OURS}: ") and line.endswith(" and 2 more")
     assert {entry.uri.removeprefix(f"{place}/staging/") for entry in listing.list_files(f"{place}/staging")} == {*files}
 

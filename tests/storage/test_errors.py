@@ -519,7 +519,7 @@ def full(filename: str | None = None, code: int = errno.ENOSPC) -> OSError:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (full("/out/a"), "/out/a: No space left on device; free some space there"),
+        (full("/out/a"), "/out/a: No space left on device; free some space"),
         (full(), "OSError: No space left on device; free some space"),
         (full("/out/a", errno.EROFS), "/out/a: Read-only file system; it is mounted read-only"),
         (full("/out/a", errno.EMFILE), "/out/a: Too many open files; too many files are open: raise `ulimit -n`"),

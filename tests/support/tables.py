@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import signal
 import sys
 import tarfile
@@ -159,8 +160,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+MARK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\d{8}T\d{6}Z-[0-9a-f]{6} )?")
+
+
+def unmarked(log: str) -> str:
+    """Lines of a log without the time and the run that each must begin with."""
+    lines = log.splitlines(keepends=True)
+    assert all(MARK.match(line) for line in lines), log
+    return "".join(MARK.sub("", line, count=1) for line in lines)
+
+
 def run_command(*arguments: str) -> tuple[int, str, str]:
-    """`nsnet` with these arguments, in this process -> (exit code, stdout, stderr), which must be UTF-8."""
+    """`nsnet` with these arguments, in this process -> (exit code, stdout, stderr `unmarked`), which must be UTF-8."""
     from jobs import cli
     from jobs.console import main
 
@@ -185,4 +196,4 @@ def run_command(*arguments: str) -> tuple[int, str, str]:
         stream.seek(0)
     code = ended.value.code
     assert isinstance(code, int)
-    return code, streams[0].read(), streams[1].read()
+    return code, streams[0].read(), unmarked(streams[1].read())

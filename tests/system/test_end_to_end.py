@@ -52,23 +52,11 @@ def bucket(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     return "s3://end-to-end"
 
 
-class Stopped(Exception):
-    """Stands for a driver that is stopped after the last epoch, before the bundle is written."""
-
-
 @pytest.fixture(scope="module")
 def detector(bucket: str) -> str:
-    """A bundle in S3, trained there by two workers, in a training that was stopped once and continued."""
+    """A bundle in S3, trained there by two workers."""
     out = f"{bucket}/detector"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.experiments.job.write_bundle", stop)
-        with pytest.raises(Stopped):
-            train(request(bucket, out))
-    with pytest.raises(UsageError, match="training with other settings .seed."):
-        train(request(bucket, out, seed=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.experiments.inputs.write_manifest", stop)  # what was found out is not found out again
-        train(request(bucket, out))
+    train(request(bucket, out))
     return out
 
 
@@ -83,10 +71,6 @@ def request(bucket: str, out: str, **values: Any) -> TrainRequest:
         operating_point="fpr=10%",
         **values,
     )
-
-
-def stop(*_: object, **__: object) -> None:
-    raise Stopped
 
 
 def by_uri(out: str) -> dict[str, dict[str, object]]:

@@ -128,7 +128,7 @@ def test_server_that_goes_away_is_warned_of(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         mlflow.log({"val_ap": 0.5}, 20)
         mlflow.end()
-    assert "not told of step 20" in caplog.text and "not ended" in caplog.text
+    assert "did not store step 20" in caplog.text and "not ended" in caplog.text
 
 
 @pytest.fixture
