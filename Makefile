@@ -5,7 +5,6 @@ RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
-LONG := tests/long
 
 # Tests start many processes: without bytecode each would compile the modules of this tree again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,19 +39,19 @@ test: setup
 	$(MAKE) --no-print-directory --jobs 2 test-unit test-cluster
 
 test-unit: setup
-	$(RUN) -m pytest --ignore=$(LONG) -m "not cluster" --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not cluster" --numprocesses 2 --dist loadfile
 
 test-cluster: setup
-	$(RUN) -m pytest --ignore=$(LONG) -m cluster
+	$(RUN) -m pytest -m "cluster and not long"
 
 test-all: setup
 	$(RUN) -m tests.support.swift
-	$(RUN) -m pytest $(LONG)
+	$(RUN) -m pytest -m long
 
 # KILLS: number of kills of drivers, actors, workers and nodes; `make test-all` uses two.
 test-faults: setup
 	$(RUN) -m tests.support.swift
-	NSNET_KILLS=$(KILLS) $(RUN) -m pytest $(LONG) -m faults -rA --durations=0
+	NSNET_KILLS=$(KILLS) $(RUN) -m pytest -m faults -rA --durations=0
 
 # To repeat one case: python -m tests.fuzz KIND:NUMBER
 fuzz: setup

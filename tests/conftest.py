@@ -24,6 +24,9 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
 
 
 LONG_SECONDS = 60.0
+LONG = Path(__file__).parent / "long"
+RUNS = Path(__file__).parent / "runs"
+"""What runs do on disks is tested in `make test`; the same on S3, which takes minutes, in `make test-all`."""
 
 
 class LongTests:
@@ -49,8 +52,8 @@ RAYS_WARNINGS = (  # it leaves sockets and files to the garbage collector, and w
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m cluster`, leave out files that do not name it: their imports take half a minute."""
-    if config.option.markexpr != "cluster" or not collection_path.match("test_*.py"):
+    """For tests on a cluster, leave out files that do not name it: their imports take half a minute."""
+    if not config.option.markexpr.startswith("cluster") or not collection_path.match("test_*.py"):
         return None
     return "cluster" not in collection_path.read_text(encoding="utf-8") or None
 
@@ -64,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
             item.add_marker(pytest.mark.cluster)
         if "s3_server" in fixtures:
             item.add_marker(pytest.mark.s3)
+        if item.path.is_relative_to(LONG) or (item.path.is_relative_to(RUNS) and item.get_closest_marker("s3")):
+            item.add_marker(pytest.mark.long)
     yield  # those of other marks are deselected
     clustered = [i for i, item in enumerate(items) if item.get_closest_marker("cluster")]
     for item in items[min(clustered, default=len(items)) :]:

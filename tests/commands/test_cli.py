@@ -26,7 +26,7 @@ from jobs.storage.left_out import LeftOut, first_named
 from jobs.storage.uris import Uri
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
-from tests.support.tables import image_file, put, run_command, save_bundle
+from tests.support.tables import image_file, put, run_command, save_bundle, unmarked
 
 REPO_ROOT = Path(__file__).parents[2]
 
@@ -333,7 +333,7 @@ def test_file_that_may_not_grow_is_named(images: str, tmp_path: Path) -> None:
         "caption", images, "--out", str(out),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY)),
     )  # fmt: skip
-    last = done.stderr.decode().splitlines()[-1]
+    last = unmarked(done.stderr.decode()).splitlines()[-1]
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     assert re.fullmatch(rf"error: {re.escape(str(out))}/\S+: File too large; .*`ulimit -f`.*", last), last
     assert not list(out.rglob("*.partial-*"))
@@ -359,7 +359,7 @@ def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, ima
         "caption", source, *(part for option in given.items() for part in option), env={"PYTHONIOENCODING": "ascii"}
     )
     assert done.returncode == 2 and done.stderr.decode("ascii").count("\n") == 1
-    assert re.fullmatch(r"error: '\S+/caf\\udce9' is not UTF-8: rename it, .*\n", done.stderr.decode("ascii"))
+    assert re.fullmatch(r"error: '\S+/caf\\udce9' is not UTF-8: rename it, .*\n", unmarked(done.stderr.decode("ascii")))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -447,7 +447,7 @@ def test_program_ends_in_one_line_with_its_code(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONWARNINGS": "error"},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*absent is no detector bundle: detector\.json is missing\n", done.stderr)
+    assert re.fullmatch(r"error: .*absent is no detector bundle: detector\.json is missing\n", unmarked(done.stderr))
     assert time.monotonic() - started < 30
 
 

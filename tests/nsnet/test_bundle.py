@@ -467,6 +467,7 @@ def test_identity_changes_with_every_file(copied: Path) -> None:
     assert sealed_again(copied).detector_id == before.detector_id
 
 
+@pytest.mark.long
 def test_detector_saved_again_by_another_process_has_the_same_id(saved: Path, tmp_path: Path) -> None:
     """peft writes a set, in an order that differs between processes, and releases put their versions into JSON."""
     code = (

@@ -306,6 +306,7 @@ def test_every_file_of_a_tree_is_listed_once(
         ]
 
 
+@pytest.mark.long
 def test_thousands_of_files_in_very_many_folders_are_listed(place: str) -> None:
     """More than a page of keys, and more prefixes than are listed one by one."""
     wide = [f"wide/{i:04}/x" for i in range(listing.FAN_OUT + 6)]
