@@ -18,7 +18,7 @@ help:
 	@echo "make test    what a change must not break, in 8 minutes: test-unit and test-cluster, side by side"
 	@echo "make test-all   the rest: kills, nights, network faults, real sizes, the demo, a submitted job"
 	@echo "make test-faults   kill -9 of every kind of process KILLS=$(KILLS) times, network faults, hostile images"
-	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test runs one minute of them"
+	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test-all runs one minute of them"
 	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
 	@echo "make check   ruff, mypy, import rules"
 

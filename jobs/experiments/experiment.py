@@ -30,7 +30,7 @@ class Experiment:
     """One training: its request, recipe, models, settings, and file locations."""
 
     request: TrainRequest
-    recipe: "Recipe"
+    recipe: Recipe
     """The recipe with the request's changes and, after fitting, the rank or bank size of its projection."""
     models: Models
     """Local weights that replace the hub's."""

@@ -104,12 +104,12 @@ def test_fakes_of_a_benchmark_are_compared_with_the_reals_that_it_pairs_them_wit
     alike = [image(200 + i, 1, "glide_100_10") for i in range(40)]
     own = plain("dalle", 300)
     result, _ = found([*reals, *unlike, *alike, *own])
-    told = {name: group["metadata"] for name, group in result["generators"].items()}
+    metadata = {name: group["metadata"] for name, group in result["generators"].items()}
     assert {name: group["reals_of"] for name, group in result["generators"].items()} == {
         "laion": None, "ldm_200": "laion", "glide_100_10": "laion", "dalle": None
     }  # fmt: skip
-    assert told["ldm_200"]["biased"] and [told["ldm_200"][name] for name in ("real", "fake")] == [40, 40]
-    assert told["glide_100_10"]["biased"] is False and told["dalle"]["real"] == 20
+    assert metadata["ldm_200"]["biased"] and [metadata["ldm_200"][name] for name in ("real", "fake")] == [40, 40]
+    assert metadata["glide_100_10"]["biased"] is False and metadata["dalle"]["real"] == 20
     assert [*result["generators"]["ldm_200"]["classes"]] == ["fake"]  # what it holds is its own
     assert conclusion(result).startswith("1 of 3 generators are separable by metadata alone: ldm_200 (format")
     assert "compared with the reals of laion, as its benchmark does: glide_100_10, ldm_200" in as_text(result)
@@ -274,9 +274,9 @@ def test_more_failures_than_allowed_are_exit_code_3(
 ) -> None:
     out = str(tmp_path / "out")
     publish(source, out, failing="/1_fake/")
-    ended, printed, told = run_command("audit", source, "--out", out, "--max-failed", allowed)
+    ended, printed, log = run_command("audit", source, "--out", out, "--max-failed", allowed)
     assert ended == code and "failed with ImageCorruptError: 15, such as" in printed
-    assert ("15 of 30 images failed" in told) == (code == 3)
+    assert ("15 of 30 images failed" in log) == (code == 3)
 
 
 @pytest.mark.parametrize(("allowed", "code"), [("0", 3), ("1", 0)])
@@ -286,9 +286,9 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     out = str(tmp_path / "out")
     publish(source, out)
     put(source, {"cut.tar": b"no tar" * 200, "notes.txt": b"x"})
-    ended, _, told = run_command("audit", source, "--out", out, "--max-left-out", allowed)
+    ended, _, log = run_command("audit", source, "--out", out, "--max-left-out", allowed)
     assert ended == code
-    assert ("1 folders or containers of the source could not be read, more than the allowed" in told) == (code == 3)
+    assert ("1 folders or containers of the source could not be read, more than the allowed" in log) == (code == 3)
     (record,) = (found for found in catalog.runs(out, products.FACTS) if not found["rows"])  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
     assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no image": 1}

@@ -108,10 +108,10 @@ def test_failures_are_counted_by_their_class_with_one_of_them() -> None:
     rows, found = drawn()
     counts = Counter(row["error_class"] for row in rows if row["error_class"])
     failures = inventory.failures(found)
-    assert {name: told["pictures"] for name, told in failures.items()} == counts
-    assert [told["pictures"] for told in failures.values()] == sorted(counts.values(), reverse=True)
-    for name, told in failures.items():
-        assert told["example"] in {row["uri"] for row in rows if row["error_class"] == name}
+    assert {name: failure["pictures"] for name, failure in failures.items()} == counts
+    assert [failure["pictures"] for failure in failures.values()] == sorted(counts.values(), reverse=True)
+    for name, failure in failures.items():
+        assert failure["example"] in {row["uri"] for row in rows if row["error_class"] == name}
 
 
 def test_splits_are_counted_by_generator_and_class() -> None:
@@ -130,21 +130,21 @@ def test_classes_are_described_as_by_hand() -> None:
     rows, found = drawn()
     described = describe(found)
     assert list(described) == list(CLASSES)
-    for name, told in described.items():
+    for name, group in described.items():
         own = [row for row in rows if kind(row) == name]
         good = [row for row in own if row["status"] == "scored"]
-        assert (told["pictures"], told["failed"]) == (len(own), len(own) - len(good))
-        assert told["formats"] == Counter(row["format"] for row in good)
-        assert list(told["formats"].values()) == sorted(told["formats"].values(), reverse=True)
+        assert (group["pictures"], group["failed"]) == (len(own), len(own) - len(good))
+        assert group["formats"] == Counter(row["format"] for row in good)
+        assert list(group["formats"].values()) == sorted(group["formats"].values(), reverse=True)
         for side in ("width", "height"):
             values = [row[side] for row in good]
-            assert told[side] == [min(values), median(values), max(values)]
+            assert group[side] == [min(values), median(values), max(values)]
         bytes_per_pixel = [row["size_bytes"] / (row["width"] * row["height"]) for row in good]
         qualities = [row["jpeg_quality"] for row in good if row["jpeg_quality"] is not None]
         for key, values in (("bytes_per_pixel", bytes_per_pixel), ("jpeg_quality", qualities)):
-            assert told[key] == pytest.approx(np.percentile(values, [25, 50, 75]))
+            assert group[key] == pytest.approx(np.percentile(values, [25, 50, 75]))
         sizes = Counter((row["width"], row["height"]) for row in good)
-        most = told["most_common_size"]
+        most = group["most_common_size"]
         assert sizes[most["width"], most["height"]] == max(sizes.values())
         assert most["share"] == pytest.approx(max(sizes.values()) / len(good))
 

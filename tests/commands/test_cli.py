@@ -526,10 +526,10 @@ def test_traceback_of_a_store_error_is_shown_on_request(
     monkeypatch.setattr(probes, "check_output", fail)
     bundle = save_bundle(tmp_path / "detector")
     options = ["--debug"] if asked == "--debug" else []
-    code, _, told = run_command(
+    code, _, log = run_command(
         "score", str(tmp_path), "--detector", str(bundle), "--out", str(tmp_path / "o"), *options
     )
-    assert code == 1 and told.splitlines()[-1].endswith("error: the store refuses")
+    assert code == 1 and log.splitlines()[-1].endswith("error: the store refuses")
     shown = asked != "nothing"
-    assert ("Traceback" in told) == ("PermissionError" in told) == shown
-    assert "s3cret" not in told and len(told.splitlines()) == 1 or shown
+    assert ("Traceback" in log) == ("PermissionError" in log) == shown
+    assert "s3cret" not in log and len(log.splitlines()) == 1 or shown

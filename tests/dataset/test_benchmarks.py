@@ -21,7 +21,7 @@ from jobs.dataset.benchmarks import (
 from jobs.dataset.folders import LABEL_FOLDERS
 from jobs.dataset.path_labels import labels_from_path
 
-Told = tuple[str | None, str | None]
+Labels = tuple[str | None, str | None]
 """Generator and split."""
 
 # One path.
@@ -107,10 +107,10 @@ def test_source_is_the_generator_where_no_folder_is(source: str, generator: str 
     ],
 )
 def test_folder_of_labels_holds_all_that_says_them_and_no_more(path: str, folder: str | None) -> None:
-    told = labels_from_path(path, "/s")
-    assert told.folder == folder
+    labels = labels_from_path(path, "/s")
+    assert labels.folder == folder
     if folder is not None:
-        assert labels_from_path(f"{folder}/x", "/s") == told
+        assert labels_from_path(f"{folder}/x", "/s") == labels
 
 
 # Benchmarks: folder -> generator and split.
@@ -130,15 +130,15 @@ ARCHIVES = {
 
 def labelled(
     parts: list[str], generator: str | None, split: str | None, labels: Collection[str] = ("0_real", "1_fake")
-) -> dict[str, Told]:
+) -> dict[str, Labels]:
     return {"/".join(filter(None, [*parts, label])): (generator, split) for label in labels}
 
 
-def merged(parts: Iterator[dict[str, Told]]) -> dict[str, Told]:
-    return {folder: told for part in parts for folder, told in part.items()}
+def merged(parts: Iterator[dict[str, Labels]]) -> dict[str, Labels]:
+    return {folder: labels for part in parts for folder, labels in part.items()}
 
 
-def aigibench() -> Iterator[dict[str, Told]]:
+def aigibench() -> Iterator[dict[str, Labels]]:
     for split in ("train", "val"):
         for name in ("car", "cat", "chair", "horse", "sdv1.4"):
             yield labelled([split, name], "ProGAN" if name != "sdv1.4" else name, split)
@@ -146,7 +146,7 @@ def aigibench() -> Iterator[dict[str, Told]]:
         yield labelled(["test", name], name, "test")
 
 
-def forensynths() -> Iterator[dict[str, Told]]:
+def forensynths() -> Iterator[dict[str, Labels]]:
     for name in LSUN:
         yield labelled(["train", name], "ProGAN", "train")
         yield labelled(["val", name], "ProGAN", "val")
@@ -155,7 +155,7 @@ def forensynths() -> Iterator[dict[str, Told]]:
             yield labelled(["test", generator, name], generator, "test")
 
 
-def universal() -> Iterator[dict[str, Told]]:
+def universal() -> Iterator[dict[str, Labels]]:
     for name in LSUN:
         yield labelled(["datasets/train/progan", name], "progan", "train")
     for generator, classes in SETS.items():
@@ -167,16 +167,16 @@ def universal() -> Iterator[dict[str, Told]]:
         yield labelled(["diffusion_datasets", name], name, None, ["0_real"])
 
 
-def genimage(archives: bool) -> Iterator[dict[str, Told]]:
+def genimage(archives: bool) -> Iterator[dict[str, Labels]]:
     for generator, archive in ARCHIVES.items():
         for split in ("train", "val"):
             yield labelled([generator, archive if archives else "", split], generator, split, ["ai", "nature"])
 
 
-BENCHMARKS: dict[str, tuple[str, str, dict[str, Told]]] = {
+BENCHMARKS: dict[str, tuple[str, str, dict[str, Labels]]] = {
     "AIGIBench": ("/data/AIGIBench", AIGIBENCH, merged(aigibench())),
     "Setting-I": (
-        "/data/AIGIBench", AIGIBENCH, {f: told for f, told in merged(aigibench()).items() if "sdv" not in f},
+        "/data/AIGIBench", AIGIBENCH, {f: labels for f, labels in merged(aigibench()).items() if "sdv" not in f},
     ),
     "ForenSynths": ("s3://bucket/ForenSynths", FORENSYNTHS, merged(forensynths())),
     "UniversalFakeDetect": ("/data/UniversalFakeDetect", UNIVERSAL, merged(universal())),
@@ -193,32 +193,32 @@ BENCHMARKS: dict[str, tuple[str, str, dict[str, Told]]] = {
 }  # fmt: skip
 
 
-def told_by(folders: Collection[str], source: str) -> tuple[str | None, dict[str, Told]]:
+def labels_by(folders: Collection[str], source: str) -> tuple[str | None, dict[str, Labels]]:
     """Name of the layout, and generator and split of each folder."""
     layout = recognise(folders, source)
-    told: dict[str, Told] = {}
+    labels: dict[str, Labels] = {}
     for folder in folders:
         said = labels_from_path(f"{folder}/1.png", source)
         assert said.folder == folder
         assert layout.labels.get(folder) != (said.generator, said.split)  # only what differs
-        told[folder] = layout.labels.get(folder, (said.generator, said.split))
+        labels[folder] = layout.labels.get(folder, (said.generator, said.split))
     assert layout.labels.keys() <= set(folders)
-    return layout.name, told
+    return layout.name, labels
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_benchmark_says_generator_and_split(benchmark: str) -> None:
     source, name, expected = BENCHMARKS[benchmark]
-    found, told = told_by(expected, source)
-    assert told == expected
+    found, labels = labels_by(expected, source)
+    assert labels == expected
     assert found is not None and name in found.split(", ")
 
 
 @pytest.mark.parametrize("benchmark", ["AIGIBench", "ForenSynths", "UniversalFakeDetect", "GenImage unpacked"])
 def test_folders_alone_suffice_where_the_source_has_a_name_of_its_own(benchmark: str) -> None:
     _, name, expected = BENCHMARKS[benchmark]
-    found, told = told_by(expected, "/data/mine")
-    assert told == expected
+    found, labels = labels_by(expected, "/data/mine")
+    assert labels == expected
     assert found is not None and name in found
 
 
@@ -229,62 +229,62 @@ def test_folder_of_a_benchmark_is_told_as_the_whole_is(benchmark: str) -> None:
     folders = {folder.rsplit("/", i)[0] for folder in whole for i in range(1, folder.count("/") + 1)}
     folders -= {folder for folder in folders if folder.endswith(("train/train", "val/train", "progan/train"))}
     for part in folders:
-        below = {folder[len(part) + 1 :]: told for folder, told in whole.items() if folder.startswith(f"{part}/")}
-        _, told = told_by(below, f"{source}/{part}")
-        assert {folder: generator for folder, (generator, _) in told.items()} == {
+        below = {folder[len(part) + 1 :]: labels for folder, labels in whole.items() if folder.startswith(f"{part}/")}
+        _, labels = labels_by(below, f"{source}/{part}")
+        assert {folder: generator for folder, (generator, _) in labels.items()} == {
             folder: generator for folder, (generator, _) in below.items()
         }
         if any(name in part.split("/") for name in ("train", "val", "test")):
-            assert {split for _, split in told.values()} == {None}  # what is asked for is a part: it is one whole
+            assert {split for _, split in labels.values()} == {None}  # what is asked for is a part: it is one whole
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 @pytest.mark.parametrize("change", [str.upper, str.lower, str.title])
 def test_case_of_folders_does_not_matter(benchmark: str, change: Callable[[str], str]) -> None:
     source, name, expected = BENCHMARKS[benchmark]
-    changed = {change(folder): told for folder, told in expected.items()}
-    found, told = told_by(changed, source)
+    changed = {change(folder): labels for folder, labels in expected.items()}
+    found, labels = labels_by(changed, source)
     assert found is not None and name in found
-    small = {folder: ((generator or "").lower(), split) for folder, (generator, split) in told.items()}
+    small = {folder: ((generator or "").lower(), split) for folder, (generator, split) in labels.items()}
     assert small == {folder: ((generator or "").lower(), split) for folder, (generator, split) in changed.items()}
 
 
 def test_several_benchmarks_side_by_side_are_all_told() -> None:
-    tree: dict[str, Told] = {}
+    tree: dict[str, Labels] = {}
     for benchmark in ("AIGIBench", "ForenSynths", "GenImage unpacked"):
         source, _, expected = BENCHMARKS[benchmark]
-        tree |= {f"{source.rpartition('/')[2]}/{folder}": told for folder, told in expected.items()}
-    name, told = told_by(tree, "/data")
-    assert told == tree and name == "AIGIBench, ForenSynths, GenImage"
+        tree |= {f"{source.rpartition('/')[2]}/{folder}": labels for folder, labels in expected.items()}
+    name, labels = labels_by(tree, "/data")
+    assert labels == tree and name == "AIGIBench, ForenSynths, GenImage"
 
 
 def test_training_part_under_another_name_is_known_by_what_is_beside_its_classes() -> None:
     whole = [folder[len("train/") :] for folder in merged(aigibench()) if folder.startswith("train/")]
     expected = {folder: ("sdv1.4" if folder.startswith("sdv") else "ProGAN", None) for folder in whole}
-    assert told_by(whole, "/data/mine") == (AIGIBENCH, expected)
+    assert labels_by(whole, "/data/mine") == (AIGIBENCH, expected)
     classes = {folder for folder in whole if not folder.startswith("sdv")}
-    assert told_by(classes, "/data/mine") == (FORENSYNTHS, dict.fromkeys(classes, ("mine", None)))  # whose are they?
+    assert labels_by(classes, "/data/mine") == (FORENSYNTHS, dict.fromkeys(classes, ("mine", None)))  # whose are they?
 
 
 def test_class_train_is_a_split_again_without_other_classes() -> None:
-    assert told_by(["progan/train/0_real", "progan/val/1_fake"], "/data/mine")[1] == {
+    assert labels_by(["progan/train/0_real", "progan/val/1_fake"], "/data/mine")[1] == {
         "progan/train/0_real": ("progan", "train"), "progan/val/1_fake": ("progan", "val"),
     }  # fmt: skip
     beside = ["progan/train/0_real", "progan/airplane/0_real"]
-    assert set(told_by(beside, "/data/mine")[1].values()) == {("progan", None)}
+    assert set(labels_by(beside, "/data/mine")[1].values()) == {("progan", None)}
     among_splits = [*beside, "progan/test/0_real"]
-    assert told_by(among_splits, "/data/mine")[1]["progan/train/0_real"] == ("progan", "train")
+    assert labels_by(among_splits, "/data/mine")[1]["progan/train/0_real"] == ("progan", "train")
 
 
 def test_split_below_a_class_is_kept() -> None:
     folders = ["progan/cat/0_real/test", "progan/train/0_real/test", "progan/train/1_fake"]
-    told = told_by(folders, "/data")[1]
-    assert told == dict(zip(folders, [("progan", "test"), ("progan", "test"), ("progan", None)], strict=True))
+    labels = labels_by(folders, "/data")[1]
+    assert labels == dict(zip(folders, [("progan", "test"), ("progan", "test"), ("progan", None)], strict=True))
 
 
 def test_generator_that_nobody_knows_may_have_classes_too() -> None:
     folders = [f"newgan/{name}/{label}" for name in ("cat", "horse", "train") for label in ("0_real", "1_fake")]
-    assert set(told_by(folders, "/data/mine")[1].values()) == {("newgan", None)}
+    assert set(labels_by(folders, "/data/mine")[1].values()) == {("newgan", None)}
 
 
 STRANGERS: dict[str, list[str]] = {
@@ -326,15 +326,19 @@ WORDS = [
 @settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=4), max_size=12))
 def test_without_classes_every_path_speaks_for_itself(paths: list[list[str]]) -> None:
-    folders = {told for path in paths if (told := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)}
+    folders = {
+        folder for path in paths if (folder := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)
+    }
     assert recognise(folders, "/data/mine").labels == {}
 
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from([*WORDS, *SETS, *LSUN]), max_size=5), max_size=20))
 def test_order_of_folders_does_not_matter(paths: list[list[str]]) -> None:
-    folders = [told for path in paths if (told := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)]
-    told_by(set(folders), "/data/mine")
+    folders = [
+        folder for path in paths if (folder := labels_from_path("/".join([*path, "1.png"]), "/data/mine").folder)
+    ]
+    labels_by(set(folders), "/data/mine")
     assert recognise(folders, "/data/mine") == recognise(folders[::-1] + folders, "/data/mine")
 
 

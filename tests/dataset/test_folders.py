@@ -10,24 +10,24 @@ from jobs.dataset.labels import paired_label
 from jobs.dataset.path_labels import labels_from_path
 
 SOURCE = "/data/mine"
-Told = tuple[int | None, str | None, str | None]
+Labels = tuple[int | None, str | None, str | None]
 """Label, generator and split."""
 
 
-def told_by(*paths: str) -> dict[str, Told]:
+def labels_by(*paths: str) -> dict[str, Labels]:
     """Path of an image -> what all these paths together say of it."""
     alone = {path: labels_from_path(path, SOURCE) for path in paths}
     layout = recognise({said.folder for said in alone.values() if said.folder}, SOURCE)
-    told: dict[str, Told] = {}
+    labels: dict[str, Labels] = {}
     for path, said in alone.items():
         folder = said.folder or ""
         generator, split = layout.labels.get(folder, (said.generator, said.split))
-        told[path] = (layout.decided.get(folder, said.label), generator, split)
-    return told
+        labels[path] = (layout.decided.get(folder, said.label), generator, split)
+    return labels
 
 
 def labels_of(*folders: str) -> list[int | None]:
-    return [label for label, *_ in told_by(*(f"{folder}/1.png" for folder in folders)).values()]
+    return [label for label, *_ in labels_by(*(f"{folder}/1.png" for folder in folders)).values()]
 
 
 # One name.
@@ -103,8 +103,8 @@ def test_word_without_its_counterpart_is_no_label(folders: list[str]) -> None:
 
 
 def test_word_is_no_label_where_another_folder_of_the_path_is_one() -> None:
-    told = told_by("human/real/1.png", "human/fake/1.png", "ai_images/real/1.png")
-    assert list(told.values()) == [(0, "human", None), (1, "human", None), (0, "ai_images", None)]
+    labels = labels_by("human/real/1.png", "human/fake/1.png", "ai_images/real/1.png")
+    assert list(labels.values()) == [(0, "human", None), (1, "human", None), (0, "ai_images", None)]
     assert labels_of("photo/generated", "photo/original", "sketch/generated") == [1, 0, None]
     assert labels_of("human/photo", "generated/photo", "generated/original") == [0, 1, 1]
 
@@ -115,29 +115,29 @@ def test_words_that_contradict_each_other_are_no_label() -> None:
 
 
 def test_labels_of_words_come_with_generator_and_split() -> None:
-    assert told_by("val/generated/sdxl/1.png", "val/real/coco/1.png", "sd/human/1.png", "sd/ai/1.png") == {
+    assert labels_by("val/generated/sdxl/1.png", "val/real/coco/1.png", "sd/human/1.png", "sd/ai/1.png") == {
         "val/generated/sdxl/1.png": (1, "sdxl", "val"), "val/real/coco/1.png": (0, "coco", "val"),
         "sd/human/1.png": (0, "sd", None), "sd/ai/1.png": (1, "sd", None),
     }  # fmt: skip
-    assert set(told_by("train_real/1.png", "test_fake/1.png").values()) == {(0, "mine", "train"), (1, "mine", "test")}
+    assert set(labels_by("train_real/1.png", "test_fake/1.png").values()) == {(0, "mine", "train"), (1, "mine", "test")}
 
 
 # Generators below labels.
 
 
 def test_folder_below_a_label_is_the_generator_where_none_is_above() -> None:
-    assert told_by("fake/midjourney/1.png", "test/fake/sdxl/v1/2.png", "real/coco/000/1.png", "real/1.png") == {
+    assert labels_by("fake/midjourney/1.png", "test/fake/sdxl/v1/2.png", "real/coco/000/1.png", "real/1.png") == {
         "fake/midjourney/1.png": (1, "midjourney", None), "test/fake/sdxl/v1/2.png": (1, "sdxl", "test"),
         "real/coco/000/1.png": (0, "coco", None), "real/1.png": (0, "mine", None),
     }  # fmt: skip
-    assert told_by("sd/fake/cat/1.png")["sd/fake/cat/1.png"] == (1, "sd", None)
+    assert labels_by("sd/fake/cat/1.png")["sd/fake/cat/1.png"] == (1, "sd", None)
 
 
 @pytest.mark.parametrize("label", ["fake", "generated"])
 def test_too_many_folders_below_a_label_are_no_generators_and_that_is_said(label: str) -> None:
     paths = [f"{label}/person_{'abcdefghij'[i % 10]}{i}/train/1.png" for i in range(MAX_GENERATORS + 1)]
-    assert set(told_by(*paths, "real/1.png").values()) == {(1, "mine", "train"), (0, "mine", None)}
-    few = told_by(*paths[:-1], "real/1.png")
+    assert set(labels_by(*paths, "real/1.png").values()) == {(1, "mine", "train"), (0, "mine", None)}
+    few = labels_by(*paths[:-1], "real/1.png")
     assert len({generator for _, generator, _ in few.values()}) == MAX_GENERATORS + 1
     folders = {labels_from_path(path, SOURCE).folder or "" for path in [*paths, "real/1.png"]}
     (remark,) = recognise(folders, SOURCE).remarks
@@ -169,9 +169,9 @@ def test_partitions_without_a_label_are_said() -> None:
 
 def test_partitions_say_generator_and_split() -> None:
     path = "split=test/generator=stable%20diffusion/label=1/part/1.png"
-    assert told_by(path)[path] == (1, "stable diffusion", "test")
+    assert labels_by(path)[path] == (1, "stable diffusion", "test")
     path = "train/sd/real/generator=coco/split=val/1.png"
-    assert told_by(path)[path] == (0, "coco", "val")
+    assert labels_by(path)[path] == (0, "coco", "val")
     assert labels_from_path("generator=sdxl/split=test/1.png")[:3] == (None, "sdxl", "test")
     assert labels_from_path("generator=__HIVE_DEFAULT_PARTITION__/fake/sdxl/1.png")[:2] == (1, None)
     assert labels_from_path("date=2026-01-01/fake/1.png", SOURCE)[:2] == (1, "mine")
@@ -208,6 +208,6 @@ def test_folder_says_all_that_its_images_are_told(folders: list[str]) -> None:
         said = labels_from_path(f"{folder}/1.png", SOURCE)
         if said.folder is not None:
             assert labels_from_path(f"{said.folder}/2.jpg", SOURCE) == said
-    told = told_by(*(f"{folder}/1.png" for folder in folders))
-    assert told == told_by(*(f"{folder}/1.png" for folder in reversed(folders)))
+    labels = labels_by(*(f"{folder}/1.png" for folder in folders))
+    assert labels == labels_by(*(f"{folder}/1.png" for folder in reversed(folders)))
     assert base(("A", "Train", "b")) == ("a", "b")

@@ -195,7 +195,7 @@ def test_retry_takes_what_failed_too(planned: Planner) -> None:
 def test_rescore_takes_everything(planned: Planner) -> None:
     written, rows = planned(LISTING, *OUTCOMES, rescore=True)
     assert rows == LISTING
-    assert written.states == {NEW: 1, CHANGED: 1, FAILED: 1, SCORED: 1}  # they are told apart nevertheless
+    assert written.states == {NEW: 1, CHANGED: 1, FAILED: 1, SCORED: 1}  # the states differ nevertheless
 
 
 def test_replaced_file_is_planned_again_and_nothing_else(place: str) -> None:
@@ -376,7 +376,7 @@ def test_globs_that_match_nothing_say_so(images: str, tmp_path: Path) -> None:
 # Benchmarks.
 
 
-def told(written: Plan, place: str) -> dict[str, tuple[int | None, str | None, str | None]]:
+def labels_of(written: Plan, place: str) -> dict[str, tuple[int | None, str | None, str | None]]:
     """Name below a place -> label, generator and split in a manifest."""
     rows = manifest_of(written.uri)
     return {row["uri"][len(place) + 1 :]: (row["label"], row["generator"], row["split"]) for row in rows}
@@ -394,7 +394,7 @@ BENCHMARK = {
 def test_layout_of_a_benchmark_corrects_generators(place: str) -> None:
     source = put(f"{place}/mine", dict.fromkeys(BENCHMARK, b"x"))
     written = write_manifest(source, f"{place}/m.parquet")
-    assert told(written, source) == BENCHMARK
+    assert labels_of(written, source) == BENCHMARK
     assert written.layout == "AIGIBench"
     assert written.describe() == "13 images to do (layout AIGIBench)"
     assert written.labels == {0: 6, 1: 6, None: 1}
@@ -404,7 +404,7 @@ def test_class_train_of_a_benchmark_is_no_split(place: str) -> None:
     names = [f"{name}/{label}/1.png" for name in ("airplane", "train", "tvmonitor") for label in ("0_real", "1_fake")]
     source = put(f"{place}/progan", dict.fromkeys(names, b"x"))
     written = write_manifest(source, f"{place}/m.parquet")
-    assert told(written, source) == {name: (int("1_fake" in name), "progan", None) for name in names}
+    assert labels_of(written, source) == {name: (int("1_fake" in name), "progan", None) for name in names}
     assert written.layout == "ForenSynths"
 
 
@@ -417,7 +417,7 @@ def test_layout_is_that_of_tars_too_and_other_labels_are_never_changed(tmp_path:
     source = put(str(tmp_path / "mine"), files)
     written = write_manifest(source, str(tmp_path / "m.parquet"))
     of_tar = {f"a.tar#{name}": labels for name, labels in BENCHMARK.items()}
-    assert told(written, source) == of_tar | {
+    assert labels_of(written, source) == of_tar | {
         "a.tar#train/car/0_real/x.y.PNG": (1, "car", "train"),  # what its .cls says
         "a.tar#train/cat/0_real/z.PNG": (0, "ProGAN", "train"),
         "b.parquet#0": (0, "car", "test"),
@@ -446,10 +446,10 @@ def test_words_beside_each_other_are_labels_of_folders_and_tars(place: str) -> N
         "original/1.jpg": (0, "mine", None),
     }  # fmt: skip
     source = put(f"{place}/mine", dict.fromkeys(expected, b"x"))
-    assert told(write_manifest(source, f"{place}/m.parquet"), source) == expected
+    assert labels_of(write_manifest(source, f"{place}/m.parquet"), source) == expected
     tar = put(f"{place}/tars", {"mine.tar": tar_bytes(dict.fromkeys(expected, b"x"))}) + "/mine.tar"
     written = write_manifest(tar, f"{place}/m.parquet")
-    assert {name: label for name, (label, *_) in told(written, tar).items()} == {
+    assert {name: label for name, (label, *_) in labels_of(written, tar).items()} == {
         name: label for name, (label, *_) in expected.items()
     }
 

@@ -316,8 +316,8 @@ def test_split_of_a_manifest_may_be_missing(values: Any, expected: list[str | No
 def test_split_that_is_none_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(str(tmp_path), {"m.parquet": parquet_bytes({"uri": ["/a", "/b", "/c"], "split": ["dev", "holdout", "test"]})})
     assert [row["split"] for row in rows_of(tmp_path / "m.parquet")] == [None, None, "test"]
-    told = capsys.readouterr().err
-    assert told.count("warning") == 1 and "split 'dev' is none of train, val" in told
+    log = capsys.readouterr().err
+    assert log.count("warning") == 1 and "split 'dev' is none of train, val" in log
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -713,8 +713,8 @@ def test_tar_gives_a_row_per_member(place: str) -> None:
         "0_real/a.jpg": (0, None, None), "train/Glide/1_fake/b.c.png": (1, "Glide", "train"), "c.jpg": (1, None, None),
         "d.jpg": (None, None, None), "e/f.webp": (0, None, None),
     }  # fmt: skip
-    told = {name: row["folder"] for name, row in rows.items() if row["folder"]}  # a .cls file is no folder
-    assert told == {"0_real/a.jpg": "0_real", "train/Glide/1_fake/b.c.png": "train/Glide/1_fake"}
+    folders = {name: row["folder"] for name, row in rows.items() if row["folder"]}  # a .cls file is no folder
+    assert folders == {"0_real/a.jpg": "0_real", "train/Glide/1_fake/b.c.png": "train/Glide/1_fake"}
     for name, row in rows.items():
         assert fetch(row, LARGE) == files[name] and row["size_bytes"] == len(files[name])
         assert row["container"] == f"{place}/shard-000.tar"

@@ -35,8 +35,8 @@ def rows_of(
     rows = []
     for i, prob_fake in enumerate(probabilities.round(2)):
         verdict = "fake" if prob_fake >= THRESHOLD else "real"
-        told = {"label": label, "generator": generator, "verdict": verdict, "threshold": THRESHOLD} | values
-        rows.append(verdict_row(f"/{generator}/{label}/{i}/{values.get('transform')}", float(prob_fake), **told))
+        fields = {"label": label, "generator": generator, "verdict": verdict, "threshold": THRESHOLD} | values
+        rows.append(verdict_row(f"/{generator}/{label}/{i}/{values.get('transform')}", float(prob_fake), **fields))
     return rows
 
 

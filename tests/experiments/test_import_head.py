@@ -80,8 +80,8 @@ def test_image_is_judged_by_its_middle(tmp_path: Path) -> None:
 def test_verdict_for_people_names_no_caption(tmp_path: Path) -> None:
     import_head(str(written(head(), tmp_path / "head.pth")), out=str(tmp_path / "out"), recipe="small")
     image(0).save(tmp_path / "a.png")
-    code, told, _ = run_command("predict", str(tmp_path / "a.png"), "--detector", str(tmp_path / "out"))
-    assert code == 0 and told.count("\n") == 2 and told.endswith("  96 × 80 px PNG\n")
+    code, output, _ = run_command("predict", str(tmp_path / "a.png"), "--detector", str(tmp_path / "out"))
+    assert code == 0 and output.count("\n") == 2 and output.endswith("  96 × 80 px PNG\n")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_directions_that_leave_nothing_are_refused_with_the_ranks_that_are_possi
 
 
 def test_source_that_cannot_be_read_whole_is_refused_unless_that_is_allowed(request_: TrainRequest) -> None:
-    """Who trains on a part of a source, without being told, believes numbers of another data set."""
+    """Who trains on a part of a source, without a warning, believes numbers of another data set."""
     put(request_.source, {"a/0_real/cut.tar": b"no tar" * 200})
     with pytest.raises(SourceError, match=r"1 folders or containers .* \(--max-left-out\): .*cut\.tar") as caught:
         prepare(request_)

@@ -26,12 +26,12 @@ def split() -> pa.Table:
     """Images of two generators in three splits."""
     rows = []
     for i in range(COUNT):
-        told = {
+        fields = {
             "label": i % 2,
             "generator": ("Glide", "ADM")[i // 2 % 2],
             "split": ("train", "val", "test")[i // 4 % 3],
         }
-        rows.append(manifest_row(f"/p/{i:03d}.png", **told) | {"content_hash": f"{i:064x}", "group": i})
+        rows.append(manifest_row(f"/p/{i:03d}.png", **fields) | {"content_hash": f"{i:064x}", "group": i})
     return pa.Table.from_pylist(rows, schema=schema.SPLIT).sort_by("image_id")
 
 

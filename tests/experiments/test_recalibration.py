@@ -41,9 +41,9 @@ def predictions(detector_id: str, *, seed: int = 0, test_shift: float = 0.0) -> 
     for i in range(2 * COUNT):
         split, label = ("val", "test")[i // COUNT], i % 2
         logit = float(rng.normal() + label - 0.5) + (test_shift if split == "test" else 0.0)
-        told = {"image_id": f"{i:032x}", "uri": f"/p/{i}.png", "label": label, "generator": "Glide", "split": split}
+        fields = {"image_id": f"{i:032x}", "uri": f"/p/{i}.png", "label": label, "generator": "Glide", "split": split}
         scores = {"logit": logit, "prob_fake": 0.5, "verdict": "real", "threshold": 0.5, "status": "scored"}
-        rows.append(told | scores | {"detector_id": detector_id})
+        rows.append(fields | scores | {"detector_id": detector_id})
     return rows
 
 
@@ -156,9 +156,9 @@ def test_place_with_a_detector_and_nonsense_points_are_refused(trained: Path, tm
 def test_command_prints_what_it_chose(trained: Path, tmp_path: Path) -> None:
     uri, out = stored(predictions(bundle.read(trained).detector_id), tmp_path / "p.parquet"), str(tmp_path / "out")
     options = ["--predictions", uri, "--operating-point", "fpr=1%", "--uncertain", "5%", "--out", out]
-    code, _, told = run_command("calibrate", str(trained), *options)
+    code, _, log = run_command("calibrate", str(trained), *options)
     after = bundle.read(tmp_path / "out")
-    assert code == 0 and f"detector {after.detector_id}: threshold " in told and "fpr=0.01,uncertain=0.05" in told
+    assert code == 0 and f"detector {after.detector_id}: threshold " in log and "fpr=0.01,uncertain=0.05" in log
     assert json.loads(json.dumps(after.calibration)) == after.calibration
 
 

@@ -172,9 +172,9 @@ def test_images_that_are_not_what_a_split_says_are_told_apart() -> None:
         make(listed(60, status=status, error_class=errors), SplitConfig())
 
 
-@pytest.mark.parametrize(("label", "told"), [(0, "real and 0 fake"), (1, "0 real and")])
-def test_one_class_only_is_refused(label: int, told: str) -> None:
-    with pytest.raises(SourceError, match=f"the training part has.* {told}"):
+@pytest.mark.parametrize(("label", "counts"), [(0, "real and 0 fake"), (1, "0 real and")])
+def test_one_class_only_is_refused(label: int, counts: str) -> None:
+    with pytest.raises(SourceError, match=f"the training part has.* {counts}"):
         make(listed(60, label=[label] * 60), SplitConfig())
 
 

@@ -102,12 +102,14 @@ def assert_same_outcome(found: TrainRequest, expected: TrainRequest) -> None:
         theirs, ours = load_file(Path(expected.out, name)), load_file(Path(found.out, name))
         assert theirs.keys() == ours.keys()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    theirs_told, ours_told = (
+    theirs_result, ours_result = (
         json.loads(Path(request.work, "result.json").read_text()) for request in (expected, found)
     )
-    assert len(ours_told["history"]) == EPOCHS
-    assert [pytest.approx(record, abs=1e-6) for record in theirs_told["history"]] == ours_told["history"]
-    assert ours_told["calibration"]["temperature"] == pytest.approx(theirs_told["calibration"]["temperature"], abs=1e-6)
+    assert len(ours_result["history"]) == EPOCHS
+    assert [pytest.approx(record, abs=1e-6) for record in theirs_result["history"]] == ours_result["history"]
+    assert ours_result["calibration"]["temperature"] == pytest.approx(
+        theirs_result["calibration"]["temperature"], abs=1e-6
+    )
 
 
 def losses(request: TrainRequest) -> list[float]:
@@ -152,12 +154,12 @@ def test_training_whose_worker_and_then_driver_are_killed_ends_as_if_nothing_had
     timer = threading.Timer(480, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     try:
-        _, told = process.communicate()
+        _, log = process.communicate()
     finally:
         timer.cancel()
-    assert process.returncode == 0, told[-3000:]
-    assert "continuing an unfinished training" in told
-    assert f"train: epoch {EPOCHS}/{EPOCHS}" in told and "train: epoch 1/" not in told
+    assert process.returncode == 0, log[-3000:]
+    assert "continuing an unfinished training" in log
+    assert f"train: epoch {EPOCHS}/{EPOCHS}" in log and "train: epoch 1/" not in log
     assert len(list(Path(request.work, "tensorboard").iterdir())) == 3  # of each beginning
     assert_same_outcome(request, undisturbed)
 
@@ -205,7 +207,7 @@ def test_loss_that_is_not_finite_ends_the_training_with_the_images_of_its_step(
     with pytest.raises(TrainingFailedError, match=r"the loss is not finite in step 2 \(epoch 1\)"):
         train(request)
     assert not Path(request.out).exists() and not Path(request.work, "result.json").exists()
-    told = json.loads(Path(request.work, "diverged.json").read_text())
-    assert told["step"] == 2 and len({image["image_id"] for image in told["pictures"]}) == BATCH
-    assert all(Path(image["uri"]).is_relative_to(source / "train") for image in told["pictures"])
+    diverged = json.loads(Path(request.work, "diverged.json").read_text())
+    assert diverged["step"] == 2 and len({image["image_id"] for image in diverged["pictures"]}) == BATCH
+    assert all(Path(image["uri"]).is_relative_to(source / "train") for image in diverged["pictures"])
     assert last_good_step(request) == 1

@@ -114,7 +114,7 @@ def separable() -> list[tuple[Labels, Array]]:
 
 EVERY = SETS + separable()
 THIRD = [*range(0, len(SETS), 3), *range(len(SETS), len(EVERY))]
-"""Both kinds of random sets, and all that can be told apart."""
+"""Both kinds of random sets, and those that can be separated."""
 
 
 def gaps(p: Array) -> list[tuple[float, float]]:

@@ -89,8 +89,8 @@ def test_images_of_each_split_are_told() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_name_stays_one_cell_of_text(name: str) -> None:
-    told = {"source": name, "variant": name, "leave_out": name, "calibrated_from": name}
-    text, plain = card(record(name, "B") | told), card(record("A", "B") | dict.fromkeys(told, "A"))
+    fields = {"source": name, "variant": name, "leave_out": name, "calibrated_from": name}
+    text, plain = card(record(name, "B") | fields), card(record("A", "B") | dict.fromkeys(fields, "A"))
     for heading in ("Data", "Validation", "Test"):
         found, expected = table(text, heading), table(plain, heading)
         assert [len(row) for row in found] == [len(row) for row in expected], heading

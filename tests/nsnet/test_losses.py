@@ -279,7 +279,7 @@ def test_without_a_contrastive_weight_cross_entropy_alone_decides_the_gradient()
     losses = objective(*batch, config)
     losses.total.backward()  # type: ignore[no-untyped-call]
     assert float(losses.total.detach()) == pytest.approx(0.6 * float(losses.bce.detach()), abs=1e-15)
-    assert losses.contrastive > 0, "it is told, though it has no weight"
+    assert losses.contrastive > 0, "it is reported, though it has no weight"
     for leaf in (batch.f, batch.v):
         assert leaf.grad is not None and torch.equal(leaf.grad, torch.zeros_like(leaf))
     # d/ds of the mean cross-entropy

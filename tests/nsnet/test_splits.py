@@ -187,7 +187,7 @@ def test_large_group_goes_where_there_is_room_and_the_rest_evens_it_out() -> Non
 
 
 def test_groups_over_several_strata_are_evened_out_by_the_others() -> None:
-    """The same real images lie beside each of four generators, and some of them are told to be fake."""
+    """The same real images lie beside each of four generators, and some of them are labelled fake."""
     rows: list[Row] = []
     for number in range(200):
         rows += [Row(number, (generator, "real"), key(number)) for generator in "abcd"]

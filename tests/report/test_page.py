@@ -45,8 +45,8 @@ def made_rows(*names: str | None, size: int = 30, chains: tuple[str | None, ...]
                 for weaker, chain in enumerate(chains):
                     p = float(1 / (1 + np.exp(-x / (1 + weaker))))
                     verdict = "uncertain" if 0.45 < p < 0.55 else "fake" if p >= 0.5 else "real"
-                    told = {"label": label, "generator": name, "verdict": verdict, "transform": chain}
-                    rows.append(verdict_row(f"/{place}/{label}/{i}/{chain}", p, **told))
+                    fields = {"label": label, "generator": name, "verdict": verdict, "transform": chain}
+                    rows.append(verdict_row(f"/{place}/{label}/{i}/{chain}", p, **fields))
     return rows
 
 

@@ -445,8 +445,8 @@ SAME = manifest_row("/a/cat.jpg", etag="1", size_bytes=10)
 
 def captioned(uri: str, etag: str = "1", size_bytes: int | None = 10, **values: Any) -> dict[str, Any]:
     """A published row with a caption."""
-    told = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}", "caption_run_id": "earlier"}
-    row = {**told, **values}
+    of_content = {"caption": f"caption of {uri} {etag}", "content_hash": f"hash of {uri} {etag}"}
+    row = {"caption_run_id": "earlier", **of_content, **values}
     if row["caption"] is not None and row["content_hash"] is not None:  # else a row is published without one
         row.setdefault("caption_id", models.caption_id(CAPTIONER, row["content_hash"]))
     return verdict_row(uri, 0.5, etag=etag, image_id=image_id(uri, etag), size_bytes=size_bytes, **row)
@@ -563,14 +563,14 @@ def test_captions_that_fit_nothing_are_not_kept(on_disk: str, monkeypatch: pytes
 
 def test_caption_hash_and_run_are_of_one_image_among_many_alike(on_disk: str) -> None:
     uris = [f"/{i}/{i % 3}.jpg" for i in range(30_000)]
-    told = {f"caption {i}": (f"hash {i * 7919 % 30_011}", f"run {i * 104_729 % 30_011}") for i in range(len(uris))}
+    captions = {f"caption {i}": (f"hash {i * 7919 % 30_011}", f"run {i * 104_729 % 30_011}") for i in range(len(uris))}
     published = (
         captioned(uri, caption=caption, content_hash=content_hash, caption_run_id=run_id)
-        for uri, (caption, (content_hash, run_id)) in zip(uris, told.items(), strict=True)
+        for uri, (caption, (content_hash, run_id)) in zip(uris, captions.items(), strict=True)
     )
     plan(on_disk, *(manifest_row(f"/new/{i}.jpg", size_bytes=10) for i in range(3)))
     for row in todo(begin_next(on_disk, batches(published, schema.CAPTIONED), CAPTIONER)):
-        assert (row["known_hash"], row["known_run_id"]) == told[row["known_caption"]]
+        assert (row["known_hash"], row["known_run_id"]) == captions[row["known_caption"]]
 
 
 def test_known_captions_add_no_row_and_leave_out_none(on_disk: str) -> None:

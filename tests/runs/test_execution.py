@@ -326,11 +326,11 @@ def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: p
 def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     published = [nights.whole(limit=1), nights.whole(limit=1), nights.whole({"detector_id": "two"}, limit=1)]
     run = nights.killed(retry_failed=True)
-    told = reading.read_json(f"{run.staging}/{attempts.RUN_FILE}")
+    settings = reading.read_json(f"{run.staging}/{attempts.RUN_FILE}")
     selection = json.loads(json.dumps(to_dict(Selection(retry_failed=True))))
     del selection["columns"]  # none are named, as in the settings of older runs
     assert (
-        told
+        settings
         == {
             "product": "verdicts",
             "settings": {

@@ -475,11 +475,11 @@ def test_loss_of_the_lock_interrupts_the_work(work: str, parent: Callable[[], No
         try:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
             leave(on_disk, OTHER_MACHINE, 2)
-            told, _ = process.communicate(timeout=PATIENCE_SECONDS)
+            log, _ = process.communicate(timeout=PATIENCE_SECONDS)
         finally:
             process.kill()
     assert process.returncode == 0
-    assert "locks/00000001.json was lost: another run took it over" in told and "nothing was published" in told
+    assert "locks/00000001.json was lost: another run took it over" in log and "nothing was published" in log
     assert content(on_disk, 2) == OTHER_MACHINE  # the loser lets go of nothing but its own
 
 
@@ -660,8 +660,8 @@ def test_run_that_waits_goes_on_once_the_lock_is_released(
             first.check()
         waiting.result(PATIENCE_SECONDS)
     assert begun.is_set()
-    told = capsys.readouterr().out
-    assert told == f"waiting for another run (process {os.getpid()} on {os.uname().nodename})\n"  # once
+    output = capsys.readouterr().out
+    assert output == f"waiting for another run (process {os.getpid()} on {os.uname().nodename})\n"  # once
 
 
 def test_run_that_need_not_wait_does_not(on_disk: str, capsys: pytest.CaptureFixture[str]) -> None:

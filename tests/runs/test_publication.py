@@ -400,7 +400,7 @@ def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
     staged = stage(run, rows_for(URIS))
 
     def create(uri: str, data: bytes) -> bool:
-        """Both are told that they succeeded; the other one's record is the one that stays."""
+        """Both get a success; the other one's record is the one that stays."""
         writing.write_json(uri, {"run_id": run.run_id, "files": []})
         return True
 

@@ -444,7 +444,7 @@ def test_object_is_created_only_where_there_is_none(place: str) -> None:
 
 
 def race(uri: str, count: int) -> list[bytes]:
-    """Which of many creators, each with its own content, are told that they succeeded."""
+    """Which of many creators, each with its own content, get a success."""
     start = threading.Barrier(count)
 
     def create(i: int) -> bytes | None:

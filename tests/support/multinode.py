@@ -19,6 +19,7 @@ import psutil
 
 from jobs.cluster.embedded import NODE_ENVIRONMENT
 from tests.support.preloaded import COMMAND, processes_below
+from tests.support.tables import MARK
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
@@ -102,7 +103,7 @@ def _title(process: psutil.Process) -> str:
 
 
 class Score:
-    """`nsnet score` in a process of its own; its lines are collected."""
+    """`nsnet score` in a process of its own; its lines are collected, without time and run."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
@@ -120,13 +121,13 @@ class Score:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
+            self.lines.append(MARK.sub("", line.rstrip("\n"), count=1))
 
     @property
     def prepared(self) -> int:
-        """Images that the last line of progress tells of."""
-        told = [line for line in self.lines if line.startswith("score: scored ")]
-        return int(told[-1].partition("prepared ")[2].partition(",")[0]) if told else 0
+        """Number of prepared images in the last line of progress."""
+        progress = [line for line in self.lines if line.startswith("score: scored ")]
+        return int(progress[-1].partition("prepared ")[2].partition(",")[0]) if progress else 0
 
     def wait_for(self, condition: Any, seconds: float) -> bool:
         """Wait until a condition holds; False: the process ended before."""

@@ -82,7 +82,7 @@ def processes_below(pid: int) -> list[psutil.Process]:
 def serve(listener: socket.socket) -> dict[str, Any]:
     """Fork for each launcher that connects, until standard input ends; returns in each fork alone, with its request.
 
-    A launcher that is killed takes its fork along, and is told how its fork ended.
+    A launcher that is killed takes its fork along; one whose fork ends exits as that did.
     """
     stdin = sys.stdin.fileno()
     launchers: dict[int, socket.socket] = {}
@@ -110,6 +110,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 else:
                     launcher.close()
                     leave(selector)
+                    os.setpgid(0, 0)  # a raylet of another group ends the whole group of a worker that it loses
                     for number, file in enumerate(files):
                         os.dup2(file, number)
                         os.close(file)

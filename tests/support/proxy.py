@@ -69,7 +69,7 @@ PASS: Final = Action()
 
 @dataclass(frozen=True)
 class Request:
-    """What a policy is told of a request."""
+    """What a policy sees of a request."""
 
     method: str
     target: str

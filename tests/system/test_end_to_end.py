@@ -95,9 +95,9 @@ def test_training_leaves_its_split_records_and_predictions(bucket: str, detector
     assert Counter(split["split"].to_pylist()) == {"train": 80, "val": 16}
     assert Counter(row["split"] for row in Source(f"{work}/split.parquet").rows()) == {"train": 80, "val": 16}
     assert [entry.uri for entry in listing.list_files(f"{work}/tensorboard")]
-    told = reading.read_json(f"{work}/result.json")
-    assert len(told["history"]) == 2 and told["test"] is None
-    assert all(0 < record["residual_energy"] <= 1 for record in told["history"])
+    outcome = reading.read_json(f"{work}/result.json")
+    assert len(outcome["history"]) == 2 and outcome["test"] is None
+    assert all(0 < record["residual_energy"] <= 1 for record in outcome["history"])
 
 
 def test_training_takes_the_golden_steps(detector: str) -> None:

@@ -110,8 +110,8 @@ def test_weights_are_copies(folder: Path) -> None:
 
 
 def test_best_epoch_is_that_of_the_highest_ap_and_of_equal_ones_the_lowest_cross_entropy() -> None:
-    told = [(0.9, 0.5), (0.9005, 0.9), (0.9005, 0.7), (None, 0.1)]
-    history = [{"epoch": i, "val_ap": ap, "val_bce": bce} for i, (ap, bce) in enumerate(told)]
+    epochs = [(0.9, 0.5), (0.9005, 0.9), (0.9005, 0.7), (None, 0.1)]
+    history = [{"epoch": i, "val_ap": ap, "val_bce": bce} for i, (ap, bce) in enumerate(epochs)]
     assert sorted(history, key=quality)[-1]["epoch"] == 2 and sorted(history, key=quality)[0]["epoch"] == 3
 
 

@@ -111,8 +111,8 @@ def ingest(split: Examples, folder: Path, augmentation: AugmentationConfig | Non
 
 
 def expected_mosaic(split: Examples, row: int, slot_seed: int, chain: str = "") -> Any:
-    told = split.table.slice(row, 1).to_pylist()[0]
-    done = prepare(Path(told["uri"]).read_bytes(), CONFIG, chain, transform_seed(told["image_id"], slot_seed))
+    record = split.table.slice(row, 1).to_pylist()[0]
+    done = prepare(Path(record["uri"]).read_bytes(), CONFIG, chain, transform_seed(record["image_id"], slot_seed))
     return assemble_mosaic(done.patches, slot_seed)
 
 

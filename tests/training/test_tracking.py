@@ -1,4 +1,4 @@
-"""What people watch: TensorBoard's files hold every scalar and survive a restart; MLflow is told where it is there."""
+"""TensorBoard's files hold every scalar and survive a restart; MLflow gets the epochs where it is installed."""
 
 import importlib.util
 import logging
@@ -38,24 +38,24 @@ def scalars(content: bytes) -> dict[tuple[str, int], float]:
 
 
 def test_scalars_are_written_with_their_steps(place: str) -> None:
-    told = begin(place)
-    told.step(1, {"loss": 2.5, "bce": 0.5})
-    told.step(2, {"loss": 1.5})
-    told.epoch(2, {"val_ap": 0.75})
-    told.close()
+    writer = begin(place)
+    writer.step(1, {"loss": 2.5, "bce": 0.5})
+    writer.step(2, {"loss": 1.5})
+    writer.epoch(2, {"val_ap": 0.75})
+    writer.close()
     (content,) = files(place)
     assert scalars(content) == {("loss", 1): 2.5, ("bce", 1): 0.5, ("loss", 2): 1.5, ("val_ap", 2): 0.75}
     assert next(iter(events(content))).file_version == "brain.Event:2"
 
 
 def test_everything_before_a_flush_is_in_storage_though_the_process_dies(place: str) -> None:
-    told = begin(place)
-    told.step(1, {"loss": 2.5})
-    told.flush()
-    told.step(2, {"loss": 1.5})
+    writer = begin(place)
+    writer.step(1, {"loss": 2.5})
+    writer.flush()
+    writer.step(2, {"loss": 1.5})
     (content,) = files(place)
     assert scalars(content) == {("loss", 1): 2.5}
-    told.close()
+    writer.close()
 
 
 def test_restart_writes_a_file_of_its_own_that_has_later_steps_dropped(place: str) -> None:
@@ -75,9 +75,9 @@ def test_restart_writes_a_file_of_its_own_that_has_later_steps_dropped(place: st
 
 def test_tensorboard_reads_them(tmp_path: Path) -> None:
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    told = begin(str(tmp_path))
-    told.step(1, {"loss": 2.5})
-    told.close()
+    writer = begin(str(tmp_path))
+    writer.step(1, {"loss": 2.5})
+    writer.close()
     found = loader.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 2.5)]
@@ -85,10 +85,10 @@ def test_tensorboard_reads_them(tmp_path: Path) -> None:
 
 def test_training_goes_on_where_records_cannot_be_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "tensorboard").write_text("a file in the way")
-    told = begin(str(tmp_path))
-    told.step(1, {"loss": 2.5})
+    writer = begin(str(tmp_path))
+    writer.step(1, {"loss": 2.5})
     with caplog.at_level(logging.WARNING):
-        told.close()
+        writer.close()
     assert "was not copied" in caplog.text
 
 
@@ -98,13 +98,13 @@ def test_mlflow_is_told_where_it_is_and_has_an_address(monkeypatch: pytest.Monke
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name)
     assert tracking._mlflow_wanted()
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    told = begin(str(tmp_path))
-    assert told.mlflow_run is None
-    told.close()
+    writer = begin(str(tmp_path))
+    assert writer.mlflow_run is None
+    writer.close()
 
 
 class Server:
-    """An MLflow client that remembers, and fails when it is told to."""
+    """An MLflow client that records its calls, and can fail."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

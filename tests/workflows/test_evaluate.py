@@ -44,8 +44,8 @@ def labelled_rows(transform: str | None = None) -> Rows:
         for label, size in enumerate(sizes):
             probabilities = 1 / (1 + np.exp(-(rng.normal(size=size) + (strength + 0.5) * (label - 0.5))))
             for i, prob_fake in enumerate(probabilities.round(2)):
-                uri, told = f"/{generator}/{label}/{i}/{transform}", {"label": label, "generator": generator}
-                rows.append(verdict_row(uri, float(prob_fake), **told, transform=transform))
+                uri, fields = f"/{generator}/{label}/{i}/{transform}", {"label": label, "generator": generator}
+                rows.append(verdict_row(uri, float(prob_fake), **fields, transform=transform))
     return rows
 
 
@@ -548,13 +548,13 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     rows += [verdict_row(f"/r{i}", i / 9, label=0, generator="other") for i in range(9)]
     uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), tmp_path / "out"
     common = ("evaluate", uri, "--out", str(out), "--samples", "1")
-    code, shown, told = run_command(*common, "--pair", "dalle=other", "--split", "all", "--robustness")
+    code, shown, log = run_command(*common, "--pair", "dalle=other", "--split", "all", "--robustness")
     assert (code, shown) == (0, (out / "evaluation.txt").read_text())
-    assert f"report: {out / 'report.html'}" in told
+    assert f"report: {out / 'report.html'}" in log
     written = json.loads((out / "evaluation.json").read_text())
     assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(ROBUSTNESS)
-    code, _, told = run_command(*common, "--robustness", "jpeg:1")
-    assert code == 2 and "no verdicts under jpeg:1" in told
+    code, _, log = run_command(*common, "--robustness", "jpeg:1")
+    assert code == 2 and "no verdicts under jpeg:1" in log
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [("0", 3), ("1", 3), ("2", 0)])
@@ -576,10 +576,10 @@ def test_command_that_scores_says_what_of_the_source_could_not_be_read(
         "--samples",
         "1",
     )
-    code, _, told = run_command(*common, "--max-left-out", allowed)
+    code, _, log = run_command(*common, "--max-left-out", allowed)
     assert code == expected and (tmp_path / "out" / "report.html").exists()
-    assert ("2 folders or containers of the source could not be read" in told) is (expected == 3)
-    assert ("/a: Permission denied; /b.tar is cut" in told) is (expected == 3)
+    assert ("2 folders or containers of the source could not be read" in log) is (expected == 3)
+    assert ("/a: Permission denied; /b.tar is cut" in log) is (expected == 3)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["unread_count"] == 2
 
 
@@ -597,6 +597,6 @@ def test_command_that_scores_says_when_too_many_failed(
     (tmp_path / "pictures").mkdir()
     uri = str(tmp_path / "pictures") if scores else _stored(verdict_table(*rows), tmp_path / "v.parquet")
     common = ("evaluate", uri, "--detector", "bundle", "--out", str(tmp_path / "out"), "--samples", "1")
-    code, _, told = run_command(*common, "--max-failed", allowed)
+    code, _, log = run_command(*common, "--max-failed", allowed)
     assert code == expected and (tmp_path / "out" / "report.html").exists()
-    assert ("more than the allowed" in told) is (expected == 3)
+    assert ("more than the allowed" in log) is (expected == 3)
