@@ -18,6 +18,7 @@ os.environ.update(
     RAY_TRAIN_V2_ENABLED="1",
     RAY_worker_niceness="0",  # not 15: beside other tests its workers would wait until those have ended
     HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",  # several test processes share the cores, and threads that wait for each other spin
 )
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
     os.environ.pop(name, None)
@@ -25,8 +26,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
 
 LONG_SECONDS = 60.0
 LONG = Path(__file__).parent / "long"
-RUNS = Path(__file__).parent / "runs"
-"""What runs do on disks is tested in `make test`; the same on S3, which takes minutes, in `make test-all`."""
+STORAGE = Path(__file__).parent / "storage"
 
 
 class LongTests:
@@ -67,12 +67,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
             item.add_marker(pytest.mark.cluster)
         if "s3_server" in fixtures:
             item.add_marker(pytest.mark.s3)
-        if item.path.is_relative_to(LONG) or (item.path.is_relative_to(RUNS) and item.get_closest_marker("s3")):
+        if item.path.is_relative_to(LONG) or (_is_at(item, "s3") and not item.path.is_relative_to(STORAGE)):
             item.add_marker(pytest.mark.long)
     yield  # those of other marks are deselected
     clustered = [i for i, item in enumerate(items) if item.get_closest_marker("cluster")]
     for item in items[min(clustered, default=len(items)) :]:
         item.add_marker(pytest.mark.filterwarnings(*RAYS_WARNINGS))
+
+
+def _is_at(item: pytest.Item, place: str) -> bool:
+    """Whether a test runs at this kind of `place`."""
+    return (
+        isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.callspec.params.get("place") == place
+    )
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +94,11 @@ def s3_environment(s3_server: SwiftServer) -> Iterator[SwiftServer]:
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a test may write: a folder on disk that does not exist yet, then a prefix in a bucket of its own."""
+    """Where a test may write: a folder on disk that does not exist yet, then a prefix in a bucket of its own.
+
+    `make test` runs the tests of storage at both places and those above storage on disk; `make test-all` runs the
+    latter on S3.
+    """
     if request.param == "disk":
         return str(tmp_path / "place")
     request.getfixturevalue("s3_environment")

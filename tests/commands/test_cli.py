@@ -330,7 +330,7 @@ def test_file_that_may_not_grow_is_named(images: str, tmp_path: Path) -> None:
     """The kernel's own refusal, as on a full disk, which needs no rights here."""
     out = tmp_path / "out"
     done = run_program(
-        "caption", images, "--out", str(out),
+        "audit", images, "--out", str(out),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY)),
     )  # fmt: skip
     last = unmarked(done.stderr.decode()).splitlines()[-1]

@@ -394,7 +394,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def on_question(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> list[str]:
-    """Do something when a stage asks for the so-manieth time whether a store answers; returns what it asked."""
+    """Do something when a stage asks for the n-th time whether a store answers; returns what it asked."""
     asked: list[str] = []
     answers = probes.store_is_up
 

@@ -297,7 +297,7 @@ def test_every_file_of_a_tree_is_listed_once(
     threads: int, small_pages: None, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystems, "LISTING_THREADS", threads)
-    keys = tree(120, threads, odd=not uris.is_local(place))
+    keys = tree(120 if uris.is_local(place) else 40, threads, odd=not uris.is_local(place))
     put_many(place, keys)
     assert names(place) == keys
     for folder in ("wide", "flat", "deep/deep", "a"):
