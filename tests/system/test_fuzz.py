@@ -8,7 +8,7 @@ import pytest
 from tests.fuzz import campaign
 
 FIRST = {"images": 100, "tars": 25, "tables": 10, "products": 30}
-"""Kind -> number of cases. `tests/long/test_fuzz.py` runs those that follow, and bundles, whose drivers import torch."""
+"""Kind -> number of cases. `tests/long/test_fuzz.py` runs those that follow, and bundles, which need torch."""
 
 
 @pytest.mark.parametrize("kind", FIRST)
