@@ -9,15 +9,15 @@ KILLS ?= 24
 # Tests start many processes: without bytecode each would compile the modules of this tree again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all test-unit test-cluster test-faults fuzz golden check format lock help
+.PHONY: setup demo test test-all test-unit test-cluster test-long-unit test-long-cluster test-faults fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into $(VENV)"
 	@echo "make demo    draw images, train, score, evaluate into OUT=$(OUT)"
 	@echo "make test    what a change must not break, in 8 minutes: test-unit and test-cluster, side by side"
-	@echo "make test-all   the rest: kills, nights, network faults, real sizes, the demo, a submitted job"
-	@echo "make test-faults   kill -9 of every kind of process KILLS=$(KILLS) times, network faults, hostile images"
+	@echo "make test-all   the rest: kills, nights, network faults, runs on S3, real sizes, the demo, a submitted job"
+	@echo "make test-faults   KILLS=$(KILLS) times kill -9, of each kind of process in turn; network faults; hostile images"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test-all runs one minute of them"
 	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
 	@echo "make check   ruff, mypy, import rules"
@@ -39,14 +39,20 @@ test: setup
 	$(MAKE) --no-print-directory --jobs 2 test-unit test-cluster
 
 test-unit: setup
-	$(RUN) -m pytest -m "not long and not cluster" --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not cluster" --numprocesses 2 --dist loadfile --durations=10
 
 test-cluster: setup
-	$(RUN) -m pytest -m "cluster and not long"
+	$(RUN) -m pytest -m "cluster and not long" --durations=10
 
 test-all: setup
 	$(RUN) -m tests.support.swift
-	$(RUN) -m pytest -m long
+	$(MAKE) --no-print-directory --jobs 2 test-long-unit test-long-cluster
+
+test-long-unit: setup
+	$(RUN) -m pytest -m "long and not cluster" --durations=10
+
+test-long-cluster: setup
+	$(RUN) -m pytest -m "long and cluster" --durations=10
 
 # KILLS: number of kills of drivers, actors, workers and nodes; `make test-all` uses two.
 test-faults: setup

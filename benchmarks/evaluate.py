@@ -1,9 +1,9 @@
-"""Reading verdicts for an evaluation: time and memory, for an output with so many verdicts in several runs.
+"""Measures the time and memory of reading verdicts for an evaluation, by default 10 million in two runs.
 
     python -m benchmarks.evaluate --work /tmp/evaluate
 
-Each image was judged in the first run, and a tenth of the images again in the second: the newest row counts. The child
-reads and does nothing else; its memory is that of a process which has imported the same modules, and what it read.
+The first run judges each image, the second a tenth of the images again: the newest row counts. A separate process reads
+the verdicts and does nothing else; its memory includes the modules that it has imported.
 """
 
 import json

@@ -109,11 +109,12 @@ def score(arguments: Sequence[str]) -> Watched:
     for line in process.stderr:
         lines.append(line.rstrip("\n"))
         print(line, end="", file=sys.stderr, flush=True)
-        if line.startswith("score: scored "):
+        _, progress, counts = line.partition("score: scored ")  # after the time and the run
+        if progress:
             prepared, captioned = (
-                int(line.partition(f"{name} ")[2].partition(",")[0]) for name in ("prepared", "captioned")
+                int(counts.partition(f"{name} ")[2].partition(",")[0]) for name in ("prepared", "captioned")
             )
-            scored = int(line.split()[2].partition("/")[0])
+            scored = int(counts.partition("/")[0])
             memory = psutil.Process(process.pid).memory_info().rss
             samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
             for pid, (kind, seconds) in _cpu_seconds(process.pid).items():
