@@ -24,7 +24,7 @@ from nsnet.errors import ConfigError
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting of TrainingConfig.")
 @click.option(
     "--captions",
-    type=parameters.URI,
+    type=parameters.OPTIONAL_URI,
     default=None,
     help="Output of nsnet caption; default: make captions below OUT.",
 )

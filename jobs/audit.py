@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from jobs.auditing.audit import COPIES_FILE, REPORT_FILE, RESULT_FILE, audit
+from jobs.auditing.audit import AUDIT_FILE, COPIES_FILE, REPORT_FILE, audit
 from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
 from jobs.storage.uris import Uri
@@ -18,7 +18,7 @@ from nsnet.duplicates import DISTANCE
     "--out",
     type=parameters.URI,
     default=None,
-    help=f"Folder or s3:// URI for facts, {RESULT_FILE}, {REPORT_FILE} and {COPIES_FILE}; default: only print.",
+    help=f"Folder or s3:// URI for facts, {AUDIT_FILE}, {REPORT_FILE} and {COPIES_FILE}; default: only print.",
 )
 @click.option("--distance", default=DISTANCE, show_default=True, help="Most differing hash bits of near-duplicates.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sample for the metadata's AUROC.")

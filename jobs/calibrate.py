@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
+from jobs.experiments.recalibration import calibrate
 from jobs.storage.uris import Uri
 
 
@@ -30,8 +31,6 @@ def command(detector: Uri, **options: Any) -> int:
 
     The weights stay the same; test images are never used.
     """
-    from jobs.experiments.recalibration import calibrate  # it imports torch, which takes seconds
-
     calibrate(detector, **options)
     return 0
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
+from jobs.experiments.demo import demo
 from jobs.storage.uris import Uri
 
 
@@ -21,8 +22,6 @@ def command(out: Uri, **options: Any) -> int:
     The fakes are drawn scenes passed through a small up-sampling decoder. They show that the whole pipeline works, and
     say nothing about images from today's generators.
     """
-    from jobs.experiments.demo import demo  # it imports torch, which takes seconds
-
     demo(Path(out), **options)
     return 0
 

@@ -36,7 +36,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 @click.option("--split", default=None, help="Rows of this split, or all. Default: test, if present.")
 @click.option(
     "--threshold", type=click.FloatRange(0, 1), default=None,
-    help="Call fake from this probability on, instead of the detector's threshold; benchmarks use 0.5.",
+    help="Fake is a probability of at least this, instead of the detector's threshold; benchmarks use 0.5.",
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples for the intervals.")
 @parameters.max_failed_option

@@ -23,8 +23,8 @@ def command(head: Uri, **options: Any) -> int:
     """Make a detector from HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
     frozen CLIP image tower: a .safetensors file, or a .pth file, from which only tensors are read.
 
-    The detector crops the centre of an image, as UniversalFakeDetect does, and calls it fake from a probability of 0.5
-    on.
+    The detector crops the centre of an image, as UniversalFakeDetect does, and calls it fake if its probability is at
+    least 0.5.
     """
     from jobs.experiments.imported_head import import_head  # it imports torch, which takes seconds
 

@@ -22,13 +22,16 @@ from jobs.storage.uris import Uri
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, image order and split.")
 @click.option(
     "--captions",
-    type=parameters.URI,
+    type=parameters.OPTIONAL_URI,
     default=None,
     help="Output of nsnet caption; default: make captions beside OUT.",
 )
 @click.option("--caption-missing", is_flag=True, help="Caption images that have no caption in --captions.")
 @click.option(
-    "--split", type=parameters.URI, default=None, help="split.parquet of an earlier training, to use the same split."
+    "--split",
+    type=parameters.OPTIONAL_URI,
+    default=None,
+    help="split.parquet of a training, to use its split.",
 )
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Keep this generator's images for the test.")
 @click.option(
@@ -53,9 +56,11 @@ def command(source: Uri, **options: Any) -> int:
     folders, or a `split` column, are kept; images without them are split by content. The same command continues a
     stopped training. Split, records and predictions are in OUT.training.
     """
+    request = TrainRequest(source=source, limits=parameters.limits_from(options), **options)
+
     from jobs.experiments.job import train  # it imports torch, which takes seconds
 
-    train(TrainRequest(source=source, limits=parameters.limits_from(options), **options))
+    train(request)
     return 0
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,6 @@ class Captioner:
         source = find_captioner(config, folder)
         if source is not None:
             return cls(source, config, device)
-        import tempfile
-
         with tempfile.TemporaryDirectory() as scratch:
             save_tiny_captioner(Path(scratch), config.seed)
             return cls(Path(scratch), config, device)

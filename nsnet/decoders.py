@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 
 PIXELS_AT_ONCE: Final = 1 << 20
 MAX_COMMENTS: Final = 1_000
-"""Most comments among the digits of a portable map, where comments are unusual."""
+"""Maximum number of comments among the digits of a portable map, where comments are unusual."""
 WHITESPACE: Final = b" \t\n\v\f\r"
 
 

@@ -6,6 +6,7 @@ Dimensions: B images, M mosaic side, D embedding.
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -26,6 +27,7 @@ from nsnet.clip import (
     LoraSettings,
     add_lora,
     find_weights,
+    fuse_attention,
     has_lora,
     load_clip,
     load_lora,
@@ -261,10 +263,6 @@ class Detector:
         if not has_lora(adapted):
             yield self.clip
             return
-        from copy import deepcopy
-
-        from nsnet.clip import fuse_attention
-
         split = self.clip.visual
         self.clip.visual = cast(nn.Module, deepcopy(adapted).unload())
         fuse_attention(self.clip.visual)

@@ -35,14 +35,14 @@ BITS: Final = 64
 SIDE: Final = 32
 """Side of the grey copy, in cells."""
 ROWS: Final = 512
-"""Least number of rows that are read: of a taller image, only every second, third, … row. 16 rows per cell are enough
+"""Minimum number of rows that are read: of a taller image, only every second, third, … row. 16 rows per cell are enough
 for its mean, and the time then grows with the width only."""
 
 MIN_CONTRAST: Final = 4.0
-"""Least mean distance of the cells from their median, in grey levels. Below it, the image is plain, possibly with one
+"""Minimum mean distance of the cells from their median, in grey levels. Below it, the image is plain, possibly with one
 small object: the hash then encodes only the object's position. The plainest of 564 whole images has 6.6."""
 MIN_DETAIL: Final = 2.0
-"""Least median distance of the coefficients from the threshold of the bits, in grey levels (orthonormal transform).
+"""Minimum median distance of the coefficients from the threshold of the bits, in grey levels (orthonormal transform).
 Below it, as for a gradient, half of the bits are noise: re-encoding changes a coefficient by 0.3 to 2."""
 DECIMALS: Final = 3
 """Decimals to which coefficients are rounded: further digits differ between processors, and 0 must be 0 on all."""

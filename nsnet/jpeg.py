@@ -15,13 +15,13 @@ from nsnet.errors import ImageCorruptError, ImageTooLargeError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_SCANS: Final = 100
-"""Most scans of one JPEG. Cameras write 1, progressive encoders 10, optimisers at most 40."""
+"""Maximum number of scans of one JPEG. Cameras write 1, progressive encoders 10, optimisers at most 40."""
 MAX_SCANNED_PIXELS: Final = 16
-"""Most pixels over all scans, in units of the pixel limit: each scan visits all blocks of its components."""
+"""Maximum pixels over all scans, in units of the pixel limit: each scan visits all blocks of its components."""
 MAX_SEGMENTS: Final = 10_000
-"""Most marker segments. 128 MiB of metadata fill 2,048 segments of full length."""
+"""Maximum number of marker segments. 128 MiB of metadata fill 2,048 segments of full length."""
 MAX_JUNK_BYTES: Final = 64 * 1024
-"""Most bytes outside of segments before the first scan: Pillow skips them one by one."""
+"""Maximum number of bytes outside of segments before the first scan: Pillow skips them one by one."""
 MAX_METADATA_BYTES: Final = 1 << 20
 """Above this size, metadata is removed before Pillow reads it, which takes time quadratic in its length."""
 

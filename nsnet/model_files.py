@@ -27,7 +27,7 @@ MAX_JSON_BYTES: Final = 2**20
 MAX_VOCABULARY_BYTES: Final = 2**27
 MAX_WEIGHTS_BYTES: Final = 2**36
 MAX_ENTRIES: Final = 1000
-"""Most entries of a model folder."""
+"""Maximum number of entries of a model folder."""
 
 CODE: Final = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".pkl", ".pickle"}
 

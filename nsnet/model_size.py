@@ -14,7 +14,7 @@ FACTOR: Final = 8
 FREE_BYTES: Final = 2**26
 """Bytes allowed in addition, because buffers are in no file."""
 TENSOR_BYTES: Final = 2**12
-"""Least bytes that each tensor counts, including its module: building many layers also takes time."""
+"""Minimum bytes that each tensor counts, including its module: building many layers also takes time."""
 CONSTRUCTORS: Final = (
     torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.rand, torch.randn, torch.arange, torch.linspace,
 )  # fmt: skip

@@ -25,7 +25,7 @@ COMPRESSED: Final = frozenset({b"iCCP", b"zTXt", b"iTXt"})
 ORIENTING: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 """Starts of the texts in which Pillow looks for an orientation."""
 MAX_CHUNKS: Final = 10_000
-"""Most chunks, in addition to one per `MIN_CHUNK_BYTES` of the file: even an empty chunk costs decoding time."""
+"""Maximum chunks, in addition to one per `MIN_CHUNK_BYTES` of the file: even an empty chunk costs decoding time."""
 MIN_CHUNK_BYTES: Final = 256
 FREE_TEXT_BYTES: Final = 4 << 20
 TEXT_BYTES_PER_PIXEL: Final = 16

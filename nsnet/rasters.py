@@ -13,12 +13,12 @@ from nsnet.errors import ImageCorruptError, ImageTooLargeError, ImageUnidentifie
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_SLOW_PIXELS: Final = 2048 * 2048
-"""Most pixels of formats that are decoded in Python, at up to 1.2 s per million pixels."""
+"""Maximum number of pixels of formats that are decoded in Python, at up to 1.2 s per million pixels."""
 MAX_BLOCKS: Final = 100_000
-"""Most blocks of a GIF that are read to find its first frame and to count its frames."""
+"""Maximum number of blocks of a GIF that are read to find its first frame and to count its frames."""
 MAX_ICONS: Final = 1_000
 MAX_PACKETS: Final = 10_000
-"""Most packets of a JPEG 2000 file, in addition to one per `MIN_PACKET_PIXELS`."""
+"""Maximum number of packets of a JPEG 2000 file, in addition to one per `MIN_PACKET_PIXELS`."""
 MIN_PACKET_PIXELS: Final = 200
 
 

@@ -104,7 +104,7 @@ VARIANTS: Final = {
 DEFAULT_RULE: Final = BasisRule(energy=0.9)
 """Rule of `original`: the paper's tau = 1e-6 leaves no null space if there are as many captions as dimensions."""
 BANK: Final = 4096
-"""Most captions in the bank of `rank-k`."""
+"""Maximum number of captions in the bank of `rank-k`."""
 
 
 def variant(recipe: Recipe, name: str) -> Recipe:

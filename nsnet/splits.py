@@ -24,7 +24,7 @@ Marks = npt.NDArray[np.bool_]
 SPLITS: Final = ("train", "val", "test")
 
 NAMED: Final = 20
-"""Most generators that a message names."""
+"""Maximum number of generators that a message names."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,14 +14,14 @@ from nsnet.errors import ImageCorruptError, ImageError, ImageTooLargeError
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 MAX_PAGES: Final = 1_000
-"""Most directories that are read to select a page."""
+"""Maximum number of directories that are read to select a page."""
 MAX_COUNTED_PAGES: Final = 100_000
-"""Most directories that are counted."""
+"""Maximum number of directories that are counted."""
 MAX_TAGS: Final = 1_000
 MAX_STRIPS: Final = 100_000
-"""Most strips or tiles: each costs decoding time, even if all have the same offset."""
+"""Maximum number of strips or tiles: each costs decoding time, even if all have the same offset."""
 MAX_SCANS_PER_STRIP: Final = 20
-"""Most JPEG scans per strip or tile, on average."""
+"""Maximum number of JPEG scans per strip or tile, on average."""
 
 SUBFILE, OLD_SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 FILL_ORDER, MAKE, STRIPS, SAMPLES, STRIP_ROWS, STRIP_BYTES = 266, 271, 273, 277, 278, 279

@@ -39,7 +39,7 @@ class TrainingConfig:
     precision: str = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU."""
     micro_batch: int = 0
-    """Most images of a process in one forward pass; 0: all of its rows. Fewer images need less memory and one more
+    """Maximum images of a process in one forward pass; 0: all of its rows. Fewer images need less memory and one more
     forward pass; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""
     activation_checkpointing: bool = False
     """Recompute the image tower's activations in the backward pass instead of storing them."""

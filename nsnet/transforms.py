@@ -142,19 +142,19 @@ class AugmentationConfig:
     resize_share: float = 0.0
     """Probability that an image is resized."""
     resize_range: tuple[float, ...] = (0.5, 1.5)
-    """Least and largest factor; uniform."""
+    """Minimum and maximum factor; uniform."""
     crop_share: float = 0.0
     """Probability that an image is cropped."""
     crop_range: tuple[float, ...] = (0.5, 1.0)
-    """Least and largest remaining share of each side; uniform."""
+    """Minimum and maximum remaining share of each side; uniform."""
     blur_share: float = 0.0
     """Probability that an image is blurred."""
     blur_range: tuple[float, ...] = (0.0, 3.0)
-    """Least and largest standard deviation, in pixels; uniform; 0 does not change the image."""
+    """Minimum and maximum standard deviation, in pixels; uniform; 0 does not change the image."""
     jpeg_share: float = 0.0
     """Probability that an image is re-encoded as JPEG."""
     jpeg_range: tuple[float, ...] = (30.0, 100.0)
-    """Least and largest quality; every whole number in this range is equally likely."""
+    """Minimum and maximum quality; every whole number in this range is equally likely."""
 
     def __post_init__(self) -> None:
         for name in AUGMENTED:

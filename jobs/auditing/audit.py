@@ -22,7 +22,7 @@ from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
-RESULT_FILE: Final = "audit.json"
+AUDIT_FILE: Final = "audit.json"
 REPORT_FILE: Final = "audit.txt"
 COPIES_FILE: Final = "duplicates.parquet"
 
@@ -53,8 +53,8 @@ def audit(
         if out is not None:
             parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES_FILE))
             writing.write_bytes(uris.join(place, REPORT_FILE), (text + "\n").encode())
-            writing.write_json(uris.join(place, RESULT_FILE), result)
-            say(f"report: {uris.join(place, RESULT_FILE)}")
+            writing.write_json(uris.join(place, AUDIT_FILE), result)
+            say(f"report: {uris.join(place, AUDIT_FILE)}")
     output.show(text)
     return result
 

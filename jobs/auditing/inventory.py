@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset import benchmarks, schema
-from jobs.evaluation.groups import NO_GENERATOR
+from jobs.dataset.labels import NO_GENERATOR
 from jobs.storage.database import database, last_of_each
 
 Indices = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ from jobs.console.tables import UNDEFINED, aligned, short_name
 Row = list[str]
 
 FORMATS: Final = 3
-"""Most formats per class to show."""
+"""Maximum number of formats per class to show."""
 
 
 def as_text(result: dict[str, Any]) -> str:

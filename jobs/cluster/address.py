@@ -79,7 +79,7 @@ def _within(seconds: float, find: Callable[[], str | None]) -> str | None:
 
 
 def _problem(host: str, port: int) -> str | None:
-    """Why no gRPC server, as a Ray cluster is one, answers here; None: one answers."""
+    """The reason why no gRPC server (a Ray cluster is one) answers here; None if one answers."""
     try:
         with socket.create_connection((host, port), timeout=PROBE_SECONDS) as connection:
             if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):

@@ -38,7 +38,6 @@ MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 
 def start(**settings: Any) -> None:
     """Start an embedded cluster, waiting up to `START_SECONDS`; an earlier failure is retried once."""
-
     _check_machine()
     for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
@@ -65,7 +64,6 @@ def _patience() -> Iterator[None]:
 
     `RAY_raylet_start_wait_time_s` is no alternative: during that wait Ray handles neither Ctrl-C nor SIGTERM.
     """
-
     get_node, deadline = services.get_node, time.monotonic() + START_SECONDS
 
     def get_node_with_retries(*arguments: Any) -> Any:

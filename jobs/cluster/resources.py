@@ -93,7 +93,6 @@ def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
 
 def streaming_bytes() -> int:
     """Bytes of the cluster's object store available for training images."""
-
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
 
@@ -103,7 +102,6 @@ def connect(address: str | None = None) -> None:
 
     Raises `StorageError` if it does not answer or start, or if it starts no worker.
     """
-
     if ray.is_initialized():
         return
     check_address(address)
@@ -149,7 +147,6 @@ def _disable_uv_hook() -> None:
 
 def _await_worker() -> None:
     """Wait until the cluster runs a first task; later tasks reuse its process. Raises `StorageError`."""
-
     first = ray.remote(num_cpus=WORKER_CPUS, max_retries=0)(_started).remote()
     try:
         with waiting("a first worker of the cluster"):
@@ -176,7 +173,6 @@ def configure_data() -> None:
 
     The newer reader starts 32 actors to read the footers of the manifest's files: 32 s on two cores.
     """
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
@@ -191,14 +187,13 @@ def configure_data() -> None:
 
 
 def _only_to_file(record: logging.LogRecord) -> bool:
-    """Hide Ray Data's errors on the console, where `console.run` prints them; its log file keeps them all."""
+    """Hide Ray Data's errors on the console, where `main.run` prints them; its log file keeps them all."""
     record.hide = record.levelno >= logging.ERROR
     return True
 
 
 def job_checkpoint(uri: str) -> "CheckpointConfig":
     """Checkpoint folder where a dataset records written rows, so that its next run skips them."""
-
     system, path = filesystems.arrow_filesystem(uri)
     return CheckpointConfig(
         id_column="image_id", checkpoint_path=path, override_filesystem=system, delete_checkpoint_on_success=False
@@ -207,7 +202,6 @@ def job_checkpoint(uri: str) -> "CheckpointConfig":
 
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
-
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]]
     return shares(

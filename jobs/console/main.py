@@ -63,9 +63,11 @@ def debugging() -> bool:
 
 
 def _with_contexts(error: BaseException) -> BaseException:
-    """The error with those that it was raised `from None` over."""
+    """Make the traceback show the errors that `raise … from None` hides; returns the error."""
     seen: BaseException | None = error
-    while seen is not None:
+    for _ in range(20):  # a chain of causes may be circular
+        if seen is None:
+            break
         seen.__suppress_context__ = seen.__cause__ is not None
         seen = seen.__cause__ or seen.__context__
     return error

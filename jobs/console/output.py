@@ -33,7 +33,7 @@ def begin_lines() -> None:
 
 @contextmanager
 def lines_of_run(run_id: str) -> Iterator[None]:
-    """Mark the body's lines in a log with its run; after an error also those that follow: they say what ended it."""
+    """Mark the lines of the body with the run's id. After an error the mark stays: the error's line gets it as well."""
     global _run_id
     _run_id = run_id
     yield

@@ -36,6 +36,15 @@ class UriType(click.ParamType[Uri]):
         return Uri(value)
 
 
+class OptionalUriType(click.ParamType["Uri | None"]):
+    """As `UriType`; an empty text, such as an unset variable of a script, is None."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Uri | None:
+        return Uri(value) if value else None
+
+
 class ModelPathType(click.ParamType[Uri]):
     """The path of weights, made absolute."""
 
@@ -46,6 +55,7 @@ class ModelPathType(click.ParamType[Uri]):
 
 
 URI: Final = UriType()
+OPTIONAL_URI: Final = OptionalUriType()
 MODEL_PATH: Final = ModelPathType()
 
 
@@ -98,9 +108,11 @@ column_option = click.option(
 )
 selection_options = _stack(
     click.option("--include", multiple=True, metavar="GLOB", help="Only matching paths below SOURCE; repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No matching paths. `*` also matches `/`."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out matching paths. `*` also matches `/`."),
     column_option,
-    click.option("--limit", type=int, default=None, help="Maximum images: the first listed, in no order."),
+    click.option(
+        "--limit", type=int, default=None, help="Maximum number of images: the first listed, in no particular order."
+    ),
     click.option("--shuffle-seed", type=int, default=None, help="Random order; with --limit, a random sample."),
     click.option("--retry-failed", is_flag=True, help="Process images again that failed before."),
     click.option("--rescore", is_flag=True, help="Process all images again."),

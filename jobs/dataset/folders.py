@@ -32,10 +32,9 @@ SHORT: Final = re.compile(r"[0-9a-f]{1,2}|\d+x\d+")
 
 PARTITION: Final = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 """A partition folder of Hive or Spark."""
-PARTITION_KEYS: Final = frozenset({"label", "generator", "split"})
 NO_VALUE: Final = "__HIVE_DEFAULT_PARTITION__"
 MAX_SHOWN: Final = 5
-REMEMBERED: Final = 2**16
+CACHE_ENTRIES: Final = 2**16
 """Cache size for names and paths."""
 
 Parts = tuple[str, ...]
@@ -70,7 +69,7 @@ def paired_split(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS), None)
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHE_ENTRIES)
 def may_be_generator(name: str) -> bool:
     """Whether a folder below a label may name a generator: not a split, partition, number, shard or label."""
     if is_split(name) or partition(name) is not None or paired_label(name) is not None:
@@ -95,7 +94,7 @@ def partitions(parts: Parts, key: str) -> dict[int, str | None]:
     return {place: pair[1] for place, pair in pairs.items() if pair is not None and pair[0] == key}
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHE_ENTRIES)
 def label_run(parts: Parts) -> range:
     """Indices of the last label folder and of those of the same label directly above it; empty: no label.
 
@@ -115,7 +114,7 @@ def label_run(parts: Parts) -> range:
     return range(start, stop)
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHE_ENTRIES)
 def undecided(parts: Parts) -> Sequence[int]:
     """Indices of folders that are labels if the source's other folders agree (`decide`).
 

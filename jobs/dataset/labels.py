@@ -25,8 +25,10 @@ PAIRED_WORDS: Final = {word: label for word, label in WORDS.items() if not word.
     "machine_generated": 1, "computer_generated": 1,
 }  # fmt: skip
 """Words of a name, joined by `_`, that are a label if a word of the other label is beside them."""
+NO_GENERATOR: Final = "(none)"
+"""What images without a generator are grouped under."""
 NOUNS: Final = frozenset(
-    "image images img imgs image images pic pics photo photos photograph photographs art arts artworks data "
+    "image images img imgs picture pictures pic pics photo photos photograph photographs art arts artworks data "
     "dataset face faces sample samples set file files class jpg jpeg png webp train training val valid validation test "
     "testing".split()
 )  # fmt: skip

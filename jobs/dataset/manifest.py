@@ -19,7 +19,7 @@ CONTAINERS: Final = (".tar", ".parquet")
 """Endings of files that hold images."""
 HASH: Final = "content_hash"
 """Column of a manifest with the SHA-256 that a file must have; not used for images stored in the manifest itself."""
-FACTS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
+MANIFEST_KEYS: Final = ("uri", "etag", "size_bytes", HASH, "container", "position")
 """Columns of a manifest beside labels; the last two describe images in a tar or in Parquet."""
 
 NUMBER: Final = re.compile(
@@ -61,7 +61,7 @@ def readable(name: str) -> str:
 
 
 def from_values(values: Mapping[str, Any], manifest: str, number: int, **labels: Any) -> dict[str, Any]:
-    """Build a row from a manifest's values (`FACTS`); if it names no readable image, `problem` holds the reason.
+    """A row from a manifest's values (`MANIFEST_KEYS`); if it names no readable image, `problem` holds the reason.
 
     `manifest`: its URI, the base of relative names; `number`: index of the row, from 0.
     """

@@ -30,7 +30,7 @@ UPDATE_SECONDS: Final = 5.0
 MAX_FOLDERS: Final = 50_000
 """Maximum folders of a source that are compared to find labels: a bucket may have millions."""
 
-LISTED_COLUMNS: Final = pa.schema(
+PLANNED_COLUMNS: Final = pa.schema(
     [pa.field("n", pa.int64()), *schema.MANIFEST, pa.field("folder", pa.string()), pa.field(SERIES, pa.string())]
 )
 """Listed rows, numbered, with the folder or the series of containers that their labels come from."""
@@ -281,7 +281,7 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
     Listing stops early when it has enough images to process, which is tested each time the listing has doubled. Under
     a transform an image is new until it was processed under it, even if the file changed.
     """
-    rows.create("listed", "* replace (image_id::uuid as image_id)", LISTED_COLUMNS)
+    rows.create("listed", "* replace (image_id::uuid as image_id)", PLANNED_COLUMNS)
     rows.execute(
         f"create view judged as select l.n, f.form, case when s.scored then '{SCORED}' when s.scored is not null then "
         f"'{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state from listed l "
@@ -306,7 +306,7 @@ def _load_listing(rows: Database, source: Source, selection: Selection, wanted: 
 def _batches(listing: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
     last_update = time.monotonic()
     while batch := [{"n": n, **row} for n, row in islice(listing, parquet.BATCH_ROWS)]:
-        yield pa.RecordBatch.from_pylist(batch, schema=LISTED_COLUMNS)
+        yield pa.RecordBatch.from_pylist(batch, schema=PLANNED_COLUMNS)
         if time.monotonic() > last_update + UPDATE_SECONDS:
             last_update = time.monotonic()
             say(f"listing: {batch[-1]['n'] + 1:,} images so far")

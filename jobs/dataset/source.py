@@ -110,7 +110,7 @@ class Source:
                 else:
                     yield from self._inside(entry, relative)
             elif ending in self._sidecars:
-                self.left_out[f"{ending} is no image"] += 1
+                self.left_out[f"{ending} is no picture"] += 1
             else:
                 yield row(
                     entry.uri, entry.etag, entry.size_bytes, listed=True, modified_at=entry.modified_at,
@@ -133,7 +133,7 @@ class Source:
         except NoImagesError as error:
             if strict:
                 raise
-            self.left_out[f"{ending} without images"] += 1
+            self.left_out[f"{ending} without pictures"] += 1
             say(f"left out: {error}")
         except SourceError as error:
             if strict:

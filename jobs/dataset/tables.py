@@ -8,7 +8,7 @@ from jobs.console.output import say
 from jobs.dataset.containers import Container, Described
 from jobs.dataset.folders import SPLIT_FOLDERS
 from jobs.dataset.labels import HUGGINGFACE, class_names, is_missing, meanings, number, text, without_label
-from jobs.dataset.manifest import FACTS, HASH, from_values, readable, row, series
+from jobs.dataset.manifest import HASH, MANIFEST_KEYS, from_values, readable, row, series
 from jobs.dataset.path_labels import Labels
 from jobs.storage import reading
 from jobs.storage.listing import Entry
@@ -17,9 +17,9 @@ from nsnet.errors import SourceError
 LABELS: Final = ("label", "generator", "split")
 GENERATORS: Final = ("generator", "model_name")
 """Columns that name the generator; the first that exists is used."""
-IMAGES: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "image_data", "img")
+IMAGE_COLUMNS: Final = ("bytes", "image", "jpg", "jpeg", "png", "webp", "content", "image_bytes", "image_data", "img")
 """Columns of images, as bytes or as `datasets` stores them (struct of bytes and path); the first is used."""
-KEYS: Final = ("image", *FACTS, *LABELS)
+KEYS: Final = ("image", *MANIFEST_KEYS, *LABELS)
 """Keys of `--column KEY=NAME`."""
 PLAIN: Final = (
     "null", "bool", "int", "uint", "half", "float", "double", "decimal", "string", "large_", "binary", "fixed",
@@ -44,7 +44,7 @@ class Columns:
     image: tuple[str, ...] | None
     """Name of the column of stored images, and of its field if it is a struct; None: no such column."""
     own: dict[str, str]
-    """Key (`FACTS`, `LABELS`) -> name of its column."""
+    """Key (`MANIFEST_KEYS`, `LABELS`) -> name of its column."""
 
 
 def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Columns:
@@ -53,19 +53,23 @@ def find_columns(uri: str, described: Described, named: Mapping[str, str]) -> Co
     Raises `NoImagesError` if the file has neither a list nor stored images.
     """
     wanted = dict(named)
-    own = {what: column for what in (*FACTS, *LABELS) if (column := _column(uri, described, wanted.get(what, what)))}
+    own = {
+        what: column
+        for what in (*MANIFEST_KEYS, *LABELS)
+        if (column := _column(uri, described, wanted.get(what, what)))
+    }
     if "generator" not in own and (found := _first(uri, described, GENERATORS)):
         own["generator"] = found
     image = None
     if "image" in wanted:
         image = _image(described, _column(uri, described, wanted["image"]))
     elif "container" not in own:  # a split of stored images may also have the images' columns
-        image = next((one for name in IMAGES if (one := _image(described, _column(uri, described, name)))), None)
+        image = next((one for name in IMAGE_COLUMNS if (one := _image(described, _column(uri, described, name)))), None)
     if image is None and ("image" in wanted or "uri" not in own):
         present = ", ".join(f"{name} ({kind})" for name, kind in sorted(described.columns.items()))
         raise NoImagesError(
-            f"{uri} has neither a `uri` column nor an image column ({', '.join(IMAGES)}; bytes, or as `datasets` "
-            f"stores them), only {present[:500]}: name it with --column image=NAME"
+            f"{uri} has neither a `uri` column nor an image column ({', '.join(IMAGE_COLUMNS)}; bytes, or as "
+            f"`datasets` stores them), only {present[:500]}: name it with --column image=NAME"
         )
     is_list = "uri" in own and described.columns[own["uri"]].startswith(PLAIN)
     if is_list and image is not None and "image" not in wanted and image[0] != "bytes":

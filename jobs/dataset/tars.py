@@ -48,9 +48,9 @@ def rows(
         if member.label is not None:
             continue
         if ending in sidecars | SIDECARS:
-            left_out[f"{ending} is no image"] += 1
+            left_out[f"{ending} is no picture"] += 1
         elif ending not in IMAGE_ENDINGS and (stem in with_image or _key(stem) in with_image):
-            left_out["beside an image of the same key in a tar"] += 1
+            left_out["beside a picture of the same key in a tar"] += 1
         else:
             path_labels = labels_from_path(f"{folder}/{readable(member.name)}")
             is_known, label, is_number = labels.of(stem)

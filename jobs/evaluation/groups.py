@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset import benchmarks
+from jobs.dataset.labels import NO_GENERATOR
 from nsnet.errors import ConfigError, SourceError
 
 Array = npt.NDArray[np.float64]
@@ -22,7 +23,6 @@ Integers = npt.NDArray[np.int64]
 SAID: Final = ("real", "uncertain", "fake")
 """Verdicts."""
 REAL, UNCERTAIN, FAKE = range(3)
-NO_GENERATOR: Final = "(none)"
 UNTRANSFORMED: Final = ""
 
 

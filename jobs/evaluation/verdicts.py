@@ -30,7 +30,7 @@ APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
 """Columns that identify a row of a file: an image may be among the reals of several generators."""
 STATUSES: Final = ("scored", "failed")
 MAX_SHOWN: Final = 12
-"""Most names or values in a message."""
+"""Maximum number of names or values in a message."""
 
 Converter = Callable[[Any], Any]
 

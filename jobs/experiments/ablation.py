@@ -43,7 +43,6 @@ def ablate(
     **training: Any,
 ) -> dict[str, Any]:
     """Train and test each variant with each seed; returns the table. Checks all requests before the first training."""
-
     shared = TrainRequest(
         source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),
         caption_missing=captions is None, seed=split_seed, leave_out=leave_out, limits=limits or DecodeLimits(),

@@ -163,4 +163,4 @@ def fit_projection(experiment: Experiment, examples: "Examples") -> Experiment:
     else:
         projection = replace(projection, bank=len(tensors["caption_bank"]))
     fitted = replace(recipe, detector=replace(recipe.detector, projection=projection))
-    return replace(experiment, recipe=fitted)
+    return experiment.with_recipe(fitted)

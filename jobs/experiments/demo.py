@@ -9,7 +9,6 @@ from jobs.cluster.address import check_address
 from jobs.console import output
 from jobs.console.output import say
 from jobs.dataset.synthetic import write_bucket
-from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
 from jobs.workflows.evaluate import evaluate
@@ -25,12 +24,13 @@ HELD_OUT_SCENES: Final = range(1000, 1150)
 
 def demo(out: Path, *, seed: int = 0, workers: int = 2, address: str | None = None) -> dict[str, Any]:
     """Run the demo; returns the evaluation."""
-
     started = time.monotonic()
     out = out.absolute()
     if (out / "detector" / DESCRIPTION).exists():
         raise UsageError(f"{out} already holds a finished demo; choose another --out or remove it")
     check_address(address)
+    from jobs.experiments.job import train  # it imports torch, which takes seconds
+
     parts = {"training/train": TRAINING_SCENES, "training/val": VALIDATION_SCENES, "held_out": HELD_OUT_SCENES}
     for name, scenes in parts.items():
         count = write_bucket(out / "pictures" / name, scenes, seed=seed, progress=_progress(name, len(scenes)))

@@ -1,6 +1,6 @@
 """A resolved training: the request and the recipe, models and settings that follow from it. Every step receives it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -52,6 +52,12 @@ class Experiment:
     def needs_captions(self) -> bool:
         """Whether training reads captions."""
         return needs_captions(self.recipe)
+
+    def with_recipe(self, recipe: Recipe) -> Self:
+        """The experiment with its projection fitted, which changes nothing in its facts."""
+        fitted = replace(self, recipe=recipe)
+        fitted.__dict__["facts"] = self.facts  # computing their id again would read all weights again
+        return fitted
 
     @cached_property
     def facts(self) -> Facts:

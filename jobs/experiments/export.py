@@ -18,7 +18,6 @@ def write_bundle(
     experiment: Experiment, best: dict[str, Any], calibration: Calibration, result: dict[str, Any], folder: Path
 ) -> str:
     """Write the bundle to a local folder; returns the detector's id. `best`: weights of the best epoch."""
-
     recipe, models = experiment.recipe, experiment.models
     detector = Detector.build(recipe.detector, models.clip_path(), seed=experiment.request.seed)
     if recipe.detector.projection.kind in ("global", "rank_k"):
@@ -30,9 +29,8 @@ def write_bundle(
         return detector.save(folder, captioner=captioner, training=result).detector_id
 
 
-def _captioner(recipe: "Recipe", models: "Models", scratch: Path) -> Path | None:
+def _captioner(recipe: Recipe, models: Models, scratch: Path) -> Path | None:
     """Folder of the captioner to include in the bundle; None: not needed, or the hub has it at a pinned revision."""
-
     if not recipe.detector.projection.needs_captions:
         return None
     if models.captioner_folder(recipe.detector.captioner) is not None:

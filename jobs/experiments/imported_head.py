@@ -21,7 +21,6 @@ from nsnet.errors import UsageError, WeightsError
 
 def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: Uri | None = None) -> str:
     """Write the bundle; returns the detector's id. Raises `WeightsError` if head and tower do not fit."""
-
     probes.check_output(out)
     if listing.exists(uris.join(out, DESCRIPTION)):
         raise UsageError(f"{out} already holds a detector; choose another --out")
@@ -44,7 +43,6 @@ def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: 
 
 def _read(path: Path) -> dict[str, Any]:
     """The tensors of an untrusted file."""
-
     if not path.exists():
         raise WeightsError(f"there is no file {path}")
     try:

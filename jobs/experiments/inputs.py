@@ -42,7 +42,6 @@ def publish_facts(experiment: Experiment) -> None:
 
 def examples_of(experiment: Experiment) -> "Examples":
     """The examples of the split with caption features; makes the split if it is missing."""
-
     stored, workers = experiment.file(SPLIT_FILE), experiment.request.workers[1]
     if not listing.exists(stored):
         _store_split(experiment)
@@ -73,7 +72,6 @@ def share_split(experiment: Experiment) -> Uri:
 
 def _store_split(experiment: Experiment) -> None:
     """Make and store the split; from then on the training's folder belongs to these settings."""
-
     made = _make_split(experiment)
     writing.write_json(experiment.file(SETTINGS_FILE), experiment.settings)
     examples.write_split(made, experiment.file(SPLIT_FILE))
@@ -81,8 +79,8 @@ def _store_split(experiment: Experiment) -> None:
 
 def _make_split(experiment: Experiment) -> "pa.Table":
     """Collect facts of the images, and split them."""
-
     request, training = experiment.request, experiment.recipe.training
+    facts = experiment.facts  # before the listing, which may take an hour: it raises if weights are missing
     manifest = experiment.file("manifest.parquet")
     plan = write_manifest(request.source, manifest, Selection(columns=request.columns))
     if plan.unread > request.max_left_out:
@@ -93,7 +91,6 @@ def _make_split(experiment: Experiment) -> "pa.Table":
     _check_labels(plan.labels, plan.count)
     _check_request(request, manifest, plan.count)
     publish_facts(experiment)
-    facts = experiment.facts
     listed = split.known_images(manifest, facts.place, facts.product, facts.maker)
     if request.split is not None:
         made = split.reuse(request.split, listed, request.max_failed)
@@ -123,7 +120,6 @@ def _check_labels(labels: dict[int | None, int], count: int) -> None:
 
 def _check_request(request: TrainRequest, manifest: str, count: int) -> None:
     """Check the request against the listing, before hours of reading every image."""
-
     if count < 2 * request.workers[1]:
         raise SourceError(f"{count} images are too few for {request.workers[1]} workers: at least two for each")
     if request.split is not None:

@@ -54,7 +54,6 @@ def train(request: TrainRequest) -> dict[str, Any]:
 
 def _finish(experiment: Experiment, examples: "Examples", last: Path, point: OperatingPoint) -> dict[str, Any]:
     """Calibrate the weights of the best epoch on validation; write them as a bundle, with predictions and metrics."""
-
     request, settings = experiment.request, experiment.settings
     progress = checkpoints.read_progress(last, checkpoints.settings_digest(settings))
     checkpoints.remove(last)

@@ -73,7 +73,6 @@ def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict
 
     `origin`: further keys of the record. Without test images `test` is null.
     """
-
     best = next(record for record in progress.history if record["epoch"] == progress.best_epoch)
     test = judged.of("test")
     return {
@@ -88,7 +87,6 @@ def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict
 
 def summary(result: dict[str, Any]) -> str:
     """The result in a few lines."""
-
     best, fitted = result["best_epoch"], result["calibration"]
     ap = "undefined" if best["val_ap"] is None else f"{best['val_ap']:.4f}"
     lines = [

@@ -53,7 +53,7 @@ class TrainRequest:
         low, high = self.workers
         if not 1 <= low <= high or self.seed < 0:
             raise ConfigError(
-                f"--workers must be N or FEWEST-MOST, at least 1, and --seed ≥ 0, got {low}-{high}, {self.seed}"
+                f"--workers must be N or MIN-MAX, at least 1, and --seed ≥ 0, got {low}-{high}, {self.seed}"
             )
         if self.split is not None and self.leave_out is not None:
             raise ConfigError(

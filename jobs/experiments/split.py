@@ -26,10 +26,10 @@ KNOWN_COLUMNS: Final = pa.schema(
     + [schema.FACTS.field("error_message")]
 )
 """Columns of published facts or captions that a split needs."""
-LISTED_COLUMNS: Final = pa.schema([*schema.MANIFEST, *list(KNOWN_COLUMNS)[1:]])
-UNREADABLE: Final = ("uri", "error_class", "error_message")
+KNOWN_IMAGES: Final = pa.schema([*schema.MANIFEST, *list(KNOWN_COLUMNS)[1:]])
+UNREADABLE_COLUMNS: Final = ("uri", "error_class", "error_message")
 MAX_NAMED: Final = 10
-"""Most images that messages name."""
+"""Maximum number of images that messages name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Split:
     """A split, and the images that it lacks."""
 
     table: pa.Table
-    """Rows of `examples.SPLIT`; `split` is null for an unused image."""
+    """Rows of `schema.SPLIT`; `split` is null for an unused image."""
     unreadable: list[dict[str, Any]] = field(default_factory=list)
     """URI and error of unreadable images, which are not in the table."""
 
     @property
     def leaking(self) -> int:
-        """Number of validation images with near-duplicates in training, and of test images with any in either part."""
+        """Number of validation images with a near-duplicate in training, plus test images with one in either part."""
         pairs = list(
             zip(self.table.column("split").to_pylist(), self.table.column("group").to_pylist(), strict=True)
         )  # fmt: skip
@@ -79,7 +79,7 @@ class Split:
 
 
 def known_images(manifest: str, facts: Uri, product: Product, maker: str) -> pa.Table:
-    """The manifest's rows with a maker's newest published facts (`LISTED_COLUMNS`), ordered by id.
+    """The manifest's rows with a maker's newest published facts (`KNOWN_IMAGES`), ordered by id.
 
     Raises `SourceError` for rows without published facts.
     """
@@ -102,8 +102,8 @@ def known_images(manifest: str, facts: Uri, product: Product, maker: str) -> pa.
                 "them first, or give --caption-missing"
             )
         batches = rows.select("select * from manifest join known using (image_id) order by image_id")
-        listed = [batch.select(LISTED_COLUMNS.names).cast(LISTED_COLUMNS) for batch in batches]
-    return pa.Table.from_batches(listed, LISTED_COLUMNS)
+        listed = [batch.select(KNOWN_IMAGES.names).cast(KNOWN_IMAGES) for batch in batches]
+    return pa.Table.from_batches(listed, KNOWN_IMAGES)
 
 
 def make(listed: pa.Table, config: SplitConfig) -> Split:
@@ -136,7 +136,7 @@ def check(table: pa.Table) -> None:
 
 def _readable(listed: pa.Table, lost_share: float) -> tuple[pa.Table, list[dict[str, Any]]]:
     good = pc.equal(listed.column("status"), "scored")
-    unreadable: list[dict[str, Any]] = listed.filter(pc.invert(good)).select(UNREADABLE).to_pylist()
+    unreadable: list[dict[str, Any]] = listed.filter(pc.invert(good)).select(UNREADABLE_COLUMNS).to_pylist()
     for row in unreadable[:MAX_NAMED]:
         say(f"  unreadable: {row['uri']}: {row['error_class']}: {row['error_message']}")
     _check_unreadable(unreadable, listed.num_rows, lost_share)
@@ -192,7 +192,7 @@ def _assigned(table: pa.Table, groups: np.ndarray[Any, np.dtype[np.int64]], conf
 
 
 def reuse(stored: str, listed: pa.Table, lost_share: float = 0.0) -> Split:
-    """A stored split applied to the current source, of whose images a share of `lost_share` may be unreadable.
+    """Apply a stored split to the current source; at most a share `lost_share` of its images may be unreadable.
 
     Raises `SourceError` if the two no longer match.
     """
@@ -202,7 +202,7 @@ def reuse(stored: str, listed: pa.Table, lost_share: float = 0.0) -> Split:
     for row in table.to_pylist():
         current = by_uri.get(row["uri"])
         if current is not None and current["status"] != "scored" and current["error_class"] != "ObjectChangedError":
-            unreadable.append({name: current[name] for name in UNREADABLE})
+            unreadable.append({name: current[name] for name in UNREADABLE_COLUMNS})
         elif current is None or current["content_hash"] != row["content_hash"]:
             mismatched.append(f"{row['uri']} ({'missing' if current is None else 'changed'})")
         else:

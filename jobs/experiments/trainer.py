@@ -26,7 +26,7 @@ from nsnet.errors import NsnetError
 from nsnet.preparation import PreparationConfig
 
 RESTARTS: Final = 8
-"""Most restarts after a worker died; restarts after a drained node do not count."""
+"""Maximum number of restarts after a worker died; restarts after a drained node do not count."""
 
 
 class TrainingFailedError(NsnetError):

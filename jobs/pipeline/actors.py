@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from jobs.dataset import schema
 from jobs.pipeline.models import Models, caption_id
-from jobs.pipeline.rows import PIXEL_COLUMNS, Progress, RowDicts, failed, to_table
+from jobs.pipeline.rows import PIXEL_COLUMNS, ProgressReporter, RowDicts, failed, to_table
 from nsnet.errors import (
     BundleError,
     CaptionError,
@@ -60,7 +60,7 @@ class Caption:
     """
 
     def __init__(
-        self, models: Models, config: "CaptionerConfig", schema: pa.Schema, batch_size: int, report: Progress
+        self, models: Models, config: "CaptionerConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
     ) -> None:
         self.models, self.config = models, config
         self.schema, self.batch_size, self.report = schema, batch_size, report
@@ -105,7 +105,7 @@ class Embed:
     """
 
     def __init__(
-        self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: Progress
+        self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
     ) -> None:
         self.models, self.config = models, config
         self.schema, self.batch_size, self.report = schema, batch_size, report
@@ -139,7 +139,7 @@ class Score:
     uninterrupted one.
     """
 
-    def __init__(self, models: Models, batch_size: int, report: Progress) -> None:
+    def __init__(self, models: Models, batch_size: int, report: ProgressReporter) -> None:
         self.models, self.batch_size, self.report = models, batch_size, report
         self.memory = ResultCache()
 

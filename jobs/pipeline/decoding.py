@@ -16,7 +16,7 @@ from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
 
-FACTS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
+ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
 """Keys of an answer's header."""
 MAX_REMARK: Final = 200
 SERVICE: Final = "jobs.pipeline.decoding"
@@ -140,5 +140,5 @@ def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> No
         except ImageError as error:
             frames.send(answers, {"error_class": type(error).__name__, "error_message": str(error)})
             continue
-        header = {name: getattr(prepared, name) for name in FACTS}
+        header = {name: getattr(prepared, name) for name in ANSWER_KEYS}
         frames.send(answers, header, prepared.patches.data, prepared.thumbnail.data)

@@ -12,7 +12,7 @@ from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.outages import Fetcher
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.poison import Remembered
-from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress, RowDicts, failed, to_table
+from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.reading import Fetched
 from jobs.storage.uris import Uri
@@ -21,7 +21,7 @@ from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
 
 BYTES_PER_BLOCK: Final = 256 * 2**20
-"""Most file bytes that a task holds at a time, unless a single file is larger."""
+"""Maximum number of file bytes that a task holds at a time, unless a single file is larger."""
 Decode = Callable[[bytes, str, str, int], Prepared | None]
 """Decodes an image, given its bytes, their hash, the transform and its seed; None: it timed out."""
 
@@ -29,7 +29,7 @@ Decode = Callable[[bytes, str, str, int], Prepared | None]
 @cache
 def _patience(config: PreparationConfig, board_name: str | None) -> Patience:
     """The worker process's decoder with one guarded child. Ray reuses worker processes, so it serves many blocks."""
-    return Patience(GuardedDecoder(config), Progress(board_name=board_name))
+    return Patience(GuardedDecoder(config), ProgressReporter(board_name=board_name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Prepare:
     config: PreparationConfig
     schema: pa.Schema
     """Columns of the result; `mosaic` and `thumbnail` are binary."""
-    report: Progress = field(default_factory=Progress)
+    report: ProgressReporter = field(default_factory=ProgressReporter)
     source: Uri | None = None
     """URI of the source. An image counts as missing only if the source exists."""
     outage_seconds: float = OUTAGE_SECONDS

@@ -20,7 +20,7 @@ RowDicts = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class ProgressReporter:
     """Reports progress of stages to the `jobs.pipeline.progress.Board` of this name."""
 
     board_name: str | None = None

@@ -19,7 +19,7 @@ from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.preparing import Prepare
-from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress
+from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
@@ -37,7 +37,7 @@ class Stream:
     models: Models
     batch_size: int
     """Images per model call."""
-    report: Progress
+    report: ProgressReporter
     board: Any
     """Handle of the progress board, which keeps it alive."""
 
@@ -115,7 +115,7 @@ def prepared(
     models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
-    report = Progress(board_name=board_name)
+    report = ProgressReporter(board_name=board_name)
     files = sorted(entry.uri for entry in listing.list_files(todo))
     # Reading requests as much CPU as preparing so that Ray fuses both into one task per file. A repartition in between
     # would occupy a whole CPU for the whole run, which small nodes cannot spare.

@@ -17,7 +17,7 @@ Figure = dict[str, Any]
 
 MAX_THIN_LINES: Final = 30
 DESCRIBED: Final = 10
-"""Most rows of a plot that its description names."""
+"""Maximum number of rows of a plot that its description names."""
 HEADINGS: Final = {
     "jpeg": "JPEG", "blur": "Blur", "resize": "Resizing", "noise": "Noise", "crop": "Cropping",
     "screenshot": "Screenshots",

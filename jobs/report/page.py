@@ -37,7 +37,7 @@ BARS: Final = ("acc", "ap")
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The HTML page of a result of `evaluate.evaluate` (evaluation.json); the same result gives the same page."""
+    """The HTML page of a result of `workflows.evaluate` (evaluation.json); the same result gives the same page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("jobs.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     groups = worst_first(result["generators"])

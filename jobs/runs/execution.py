@@ -1,6 +1,6 @@
 """Carry out a run of any product: lock the output, plan or continue, make rows, verify, publish, write the record.
 
-`score`, `caption` and `facts` differ in the rows they make; this module ensures that no image is lost or done twice.
+`score`, `caption` and `examine` differ in the rows they make; this module ensures that no image is lost or done twice.
 """
 
 import json
@@ -45,7 +45,7 @@ class Request:
     """Identity of the run: an unpublished run with equal settings is continued."""
     selection: Selection = field(default_factory=Selection)
     transforms: tuple[str, ...] = ()
-    """Chains of `nsnet.transforms` to do each image under, "" for untransformed; empty: untransformed only."""
+    """Chains of `nsnet.transforms` to process each image under; "" is no transform. Empty: no transforms."""
     wait: bool = False
     """Wait while another run writes to the output."""
     address: str | None = None

@@ -14,7 +14,7 @@ from jobs.runs.execution import Request
 from jobs.storage.uris import Uri
 
 MAX_REMEMBERED: Final = 10_000
-"""Most contents to remember, the newest first."""
+"""Maximum number of contents to remember, the newest first."""
 COLUMNS: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("content_hash", "error_class", "error_message")]
     + [schema.TRANSFORM]

@@ -17,7 +17,7 @@ from jobs.storage import filesystems, listing, uris, writing
 from nsnet.errors import StorageError
 
 MAX_NAMED: Final = 3
-"""Most files that a message names."""
+"""Maximum number of files that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)

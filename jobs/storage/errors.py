@@ -27,7 +27,7 @@ ATTEMPTS: Final = 6
 FIRST_WAIT_SECONDS: Final = 0.25
 MAX_WAIT_SECONDS: Final = 10.0
 OUTAGE_SECONDS: Final = 120.0
-"""Longest outage of the images' store before a run stops."""
+"""Maximum outage of the images' store before a run stops."""
 
 
 class Fault(Enum):

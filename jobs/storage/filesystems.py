@@ -19,7 +19,7 @@ LISTING_THREADS: Final = 16
 """Folders or prefixes listed in parallel."""
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
-"""Longest pause of a store within an answer."""
+"""Maximum pause of a store within an answer."""
 REFRESH_SECONDS: Final = 30.0
 """Shortest time between two reloads of credentials."""
 

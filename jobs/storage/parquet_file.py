@@ -125,8 +125,8 @@ def _footer(source: pa.NativeFile, size_bytes: int) -> bytes:
     length, magic = struct.unpack("<I4s", source.read(8))
     if magic != MAGIC:
         raise pa.ArrowInvalid("it does not end with Parquet's magic bytes")
-    if length > min(MAX_FOOTER_BYTES, size_bytes - 12):
-        raise pa.ArrowInvalid(f"it declares {length:,} bytes of metadata; the limit is {MAX_FOOTER_BYTES:,}")
+    if length > (limit := min(MAX_FOOTER_BYTES, size_bytes - 12)):
+        raise pa.ArrowInvalid(f"it declares {length:,} bytes of metadata; the limit is {limit:,}")
     source.seek(size_bytes - 8 - length)
     footer: bytes = source.read(length)
     return footer

@@ -12,8 +12,10 @@ SCHEMES: Final = ("file", "s3")
 class Uri(str):
     """An absolute address: `s3://bucket/key`, or the absolute path of a local file.
 
-    A command or a manifest row's address becomes a `Uri` once and is never resolved again. This text is recorded and
-    hashed into ids. Raises `UsageError` for other schemes, an empty address, text that is not UTF-8, and an address
+    An address becomes a `Uri` where it enters the program: on the command line or in a manifest row. A `Uri` of a `Uri`
+    is the same. The text is recorded and hashed into ids.
+
+    Raises `UsageError` for other schemes, an empty address, text that is not UTF-8, and an address
     with a password or a signature, which would be printed and recorded.
     """
 

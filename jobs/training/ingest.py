@@ -20,7 +20,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jobs.dataset import schema
 from jobs.pipeline.preparing import Prepare
-from jobs.pipeline.rows import Progress
+from jobs.pipeline.rows import ProgressReporter
 from jobs.storage.uris import Uri
 from jobs.training.examples import Examples
 from jobs.training.order import Indices, Order, image_seed
@@ -74,7 +74,9 @@ class Ingest:
     """Memory of Ray's object store that this process's decoding may use."""
 
     def stream(self, order: Order, first: int, last: int) -> Iterator[Arrival]:
-        """The steps from `first` to before `last`. A shuffled order is augmented, another is prepared as for scoring.
+        """Yield the steps from `first` up to, not including, `last`.
+
+        Images of a shuffled order are augmented; others are prepared as for scoring.
 
         Raises `RuntimeError` if other images arrive than the order demands.
         """
@@ -82,7 +84,7 @@ class Ingest:
         prepare = Prepare(
             config=self.preparation,
             schema=pa.schema([*ARRIVED, pa.field("mosaic", pa.binary())]),
-            report=Progress(),
+            report=ProgressReporter(),
             source=self.source,
         )
         task = _Task(

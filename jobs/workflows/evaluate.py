@@ -22,7 +22,8 @@ from jobs.evaluation.verdicts import NoVerdictsError
 from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
 from jobs.storage.uris import Uri
-from nsnet import transforms
+from jobs.workflows.score import score
+from nsnet import bundle, transforms
 from nsnet.errors import ConfigError, SourceError
 
 STANDARD: Final = "standard"
@@ -117,8 +118,6 @@ def evaluate(
 
 
 def _bundle_id(detector: Uri) -> str:
-    from nsnet import bundle
-
     folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
     return bundle.read(folder).detector_id
 
@@ -127,8 +126,6 @@ def _score(
     source: Uri, detector: Uri, out: Uri, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Verdicts on the source's current images, and its unreadable folders and containers."""
-    from jobs.workflows.score import score
-
     record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
     unread = {name: record[name] for name in ("unread", "unread_count")}
     return _as_listed(verdicts.read(out), source, chains, selection), unread

@@ -239,7 +239,7 @@ def test_result_is_printed_and_stored(no_cluster: None, source: str, tmp_path: P
     publish(source, out)
     code, printed, _ = run_command("audit", source, "--out", out)
     assert code == 0 and printed == (tmp_path / "out" / module.REPORT_FILE).read_text()
-    text = (tmp_path / "out" / module.RESULT_FILE).read_text()
+    text = (tmp_path / "out" / module.AUDIT_FILE).read_text()
     result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert as_text(result) + "\n" == printed
     assert (result["source"], result["pictures"], result["not_examined"]) == (source, 30, 0)
@@ -291,8 +291,8 @@ def test_containers_that_cannot_be_read_are_exit_code_3_though_there_is_nothing_
     assert ("1 folders or containers of the source could not be read, more than the allowed" in log) == (code == 3)
     (record,) = (found for found in catalog.runs(out, products.FACTS) if not found["rows"])  # both may be of one second
     assert record["unread_count"] == 1 and f"{source}/cut.tar" in record["unread"][0]
-    assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no image": 1}
-    assert reading.read_json(f"{out}/{module.RESULT_FILE}")["unread"] == record["unread"]
+    assert record["left_out"] == {".tar that cannot be read": 1, ".txt is no picture": 1}
+    assert reading.read_json(f"{out}/{module.AUDIT_FILE}")["unread"] == record["unread"]
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 64}, {"distance": -1}, {"seed": -1}, {"seed": 2**32}])
@@ -326,7 +326,7 @@ def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_pat
     assert code == 0
     assert printed.splitlines()[0] == f"27 images of {source}: 14 real, 13 fake, 1 failed"
     assert printed.splitlines()[-1].startswith("1 of 1 generators are separable by metadata alone: g (")
-    result = reading.read_json(f"{out}/{module.RESULT_FILE}")
+    result = reading.read_json(f"{out}/{module.AUDIT_FILE}")
     assert result["duplicates"]["exact"]["across_labels"]["groups"] == 1
     assert result["generators"]["g"]["classes"]["real"]["jpeg_quality"] == [90, 90, 90]
     assert set(result["generators"]["g"]["metadata"]["told_by"]) == {"format", "bytes per pixel"}

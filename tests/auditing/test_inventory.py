@@ -10,8 +10,8 @@ import pytest
 
 from jobs.auditing import inventory
 from jobs.auditing.inventory import CLASSES, IMAGES, KNOWN_COLUMNS, LISTED_COLUMNS, describe, images
+from jobs.dataset.labels import NO_GENERATOR
 from jobs.dataset.manifest import image_id
-from jobs.evaluation.groups import NO_GENERATOR
 from tests.support.tables import batches
 
 Rows = list[dict[str, Any]]

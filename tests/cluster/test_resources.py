@@ -3,6 +3,7 @@
 import itertools
 import logging
 import re
+import signal
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
 
-from jobs.cluster import resources
+from jobs.cluster import embedded, resources
 from jobs.cluster.resources import shares
 from jobs.console import output
 from nsnet.errors import StorageError
@@ -142,3 +143,26 @@ def test_error_of_ray_data_is_kept_off_the_console(module: str) -> None:
     record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "Full stack trace:"})
     assert logging.getLogger(module).filter(record)
     assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
+
+
+def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does
+
+    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(resources, "check_address", lambda address: None)
+    monkeypatch.setattr(embedded, "start", start)
+    for name in ("configure_data", "guard_logs", "_await_worker", "_disable_uv_hook"):
+        monkeypatch.setattr(resources, name, lambda *_: None)
+    monkeypatch.setattr(resources, "_size", lambda: (2.0, 0.0))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def own(*_: object) -> None:
+        pass
+
+    try:
+        signal.signal(signal.SIGTERM, own)
+        resources.connect("local")
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import resource
@@ -123,7 +124,7 @@ def test_source_that_is_none_is_refused(command: str, bundle: str, images: str, 
     expected = {
         "absent": "there is no folder or prefix",
         "empty": "holds no images",
-        "texts": r"holds no images \(1: \.txt is no image\)",
+        "texts": r"holds no images \(1: \.txt is no picture\)",
         "text.parquet": "is not a complete Parquet file",
         "urls.parquet": "neither a `uri` column nor an image column",
         "pictures/0_real/0.png": "use nsnet predict",
@@ -173,14 +174,14 @@ def test_store_that_cannot_be_reached_is_one_line_and_an_exit_code_of_its_own(
 
 @pytest.mark.parametrize("command", ["score", "predict"])
 def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, images: str, tmp_path: Path) -> None:
-    def tell(detector: str) -> str:
+    def complaint_about(detector: str) -> str:
         given = ["--out", str(tmp_path / "out")] if command == "score" else []
         source = images if command == "score" else f"{images}/0_real/0.png"
         return complaint(command, source, "--detector", detector, *given)
 
-    assert "is no detector bundle: detector.json is missing" in tell(str(tmp_path / "absent"))
-    assert "is no detector bundle: detector.json is missing" in tell(images)
-    assert "not gs://" in tell("gs://bucket/detector")
+    assert "is no detector bundle: detector.json is missing" in complaint_about(str(tmp_path / "absent"))
+    assert "is no detector bundle: detector.json is missing" in complaint_about(images)
+    assert "not gs://" in complaint_about("gs://bucket/detector")
     original = Path(bundle, bundles.DESCRIPTION).read_bytes()
     weights = Path(bundle, bundles.NETWORK).read_bytes()
     for name, content, reason in (
@@ -192,7 +193,7 @@ def test_detector_that_is_none_or_damaged_is_refused(command: str, bundle: str, 
         copy = tmp_path / f"{reason} {len(content or b'')}"
         put(str(copy), {path.relative_to(bundle).as_posix(): path.read_bytes() for path in Path(bundle).rglob("*.*")})
         (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
-        assert reason in tell(str(copy))
+        assert reason in complaint_about(str(copy))
     assert not (tmp_path / "out").exists()
 
 
@@ -307,6 +308,36 @@ def test_exit_codes_of_errors_are_those_promised(monkeypatch: pytest.MonkeyPatch
     for failure in (OSError(errno.ESTALE, "x"), ConnectionError("http://me:s3cret@store x"), PermissionError("x")):
         code, message = command_raising(failure)
         assert code == 1 and message.startswith("error: the store failed: ") and "s3cret" not in message
+
+
+WAITS = """
+import sys, time
+from jobs import cli
+from jobs.console import main
+from jobs.runs import lock
+
+def wait(*_, **__):
+    with lock.hold(sys.argv[1]):
+        print("working", flush=True)
+        time.sleep(60)
+
+cli.group.invoke = wait
+main.run(cli.group, "nsnet")
+"""
+
+
+def test_sigterm_ends_a_command_in_one_line_and_releases_its_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "working\n"
+            process.terminate()
+            _, log = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, unmarked(log)) == (143, "error: stopped\n")
+    (held,) = (tmp_path / "locks").iterdir()
+    assert json.loads(held.read_text()) == {"released": True}
 
 
 def test_error_of_the_program_itself_keeps_its_traceback_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def test_folders_alone_suffice_where_the_source_has_a_name_of_its_own(benchmark:
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_folder_of_a_benchmark_is_told_as_the_whole_is(benchmark: str) -> None:
+def test_folder_of_a_benchmark_is_recognised_as_the_whole_is(benchmark: str) -> None:
     """From every folder that may be the source, above the labels, but for a class `train` without others beside it."""
     source, _, whole = BENCHMARKS[benchmark]
     folders = {folder.rsplit("/", i)[0] for folder in whole for i in range(1, folder.count("/") + 1)}
@@ -249,7 +249,7 @@ def test_case_of_folders_does_not_matter(benchmark: str, change: Callable[[str],
     assert small == {folder: ((generator or "").lower(), split) for folder, (generator, split) in changed.items()}
 
 
-def test_several_benchmarks_side_by_side_are_all_told() -> None:
+def test_several_benchmarks_side_by_side_are_all_recognised() -> None:
     tree: dict[str, Labels] = {}
     for benchmark in ("AIGIBench", "ForenSynths", "GenImage unpacked"):
         source, _, expected = BENCHMARKS[benchmark]

@@ -37,9 +37,10 @@ def labels_of(*folders: str) -> list[int | None]:
     ("name", "label"),
     [
         ("Human", 0), ("original", 0), ("photos", 0), ("Real Images", 0), ("train_real", 0), ("RealArt", 0),
-        ("0-real-imgs", 0), ("natural", 0), ("NATURE", 0),
-        ("generated", 1), ("fake_images", 1), ("AiArtData", 1), ("AI-Generated", 1), ("AIGenerated", 1),
-        ("ai_generated_images", 1), ("synthetic", 1), ("deepfakes", 1), ("training_fake", 1), ("1_synthetic", 1),
+        ("0-real-imgs", 0), ("real_pictures", 0), ("natural", 0), ("NATURE", 0),
+        ("generated", 1), ("fake_images", 1), ("FakePictures", 1), ("AiArtData", 1), ("AI-Generated", 1),
+        ("AIGenerated", 1), ("ai_generated_images", 1), ("synthetic", 1), ("deepfakes", 1), ("training_fake", 1),
+        ("1_synthetic", 1),
         ("real_vs_fake", None), ("not_ai", None), ("images", None), ("train", None), ("0", None), ("1", None),
         ("sdxl", None), ("reality", None), ("tampered", None), ("art", None), ("", None),
     ],
@@ -203,7 +204,7 @@ NAMES = [
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(NAMES), max_size=4).map("/".join), max_size=8))
-def test_folder_says_all_that_its_images_are_told(folders: list[str]) -> None:
+def test_folder_says_all_that_is_known_of_its_images(folders: list[str]) -> None:
     for folder in folders:
         said = labels_from_path(f"{folder}/1.png", SOURCE)
         if said.folder is not None:

@@ -117,9 +117,9 @@ def test_manifest_holds_the_rows_of_the_source(images: str, tmp_path: Path) -> N
     written = write_manifest(images, uri)
     assert sorted(manifest_of(uri), key=lambda row: row["uri"]) == rows_of(images)
     assert (written.uri, written.count, written.labels) == (uri, 9, {0: 5, 1: 3, None: 1})
-    assert written.left_out == {".md is no image": 1, "hidden file": 1}
+    assert written.left_out == {".md is no picture": 1, "hidden file": 1}
     assert written.states == {NEW: 9}
-    assert written.describe() == "9 images to do (1 left out: .md is no image; 1 left out: hidden file)"
+    assert written.describe() == "9 images to do (1 left out: .md is no picture; 1 left out: hidden file)"
 
 
 @pytest.mark.s3
@@ -151,7 +151,7 @@ def test_source_without_images_says_why_and_leaves_nothing(tmp_path: Path) -> No
     put(str(tmp_path / "source"), {"a.txt": b"", "b.txt": b"", ".c": b""})
     with pytest.raises(SourceError) as caught:
         write_manifest(str(tmp_path / "source"), str(tmp_path / "out" / "m.parquet"))
-    assert str(caught.value) == f"{tmp_path}/source holds no images (2: .txt is no image; 1: hidden file)"
+    assert str(caught.value) == f"{tmp_path}/source holds no images (2: .txt is no picture; 1: hidden file)"
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -364,7 +364,7 @@ def test_globs_choose_images_and_the_rest_is_counted(
     selection = Selection(include=include, exclude=exclude)
     written = write_manifest(images, str(tmp_path / "m.parquet"), selection)
     assert sorted(row["uri"].removeprefix(f"{images}/") for row in manifest_of(written.uri)) == names
-    assert written.left_out == {".md is no image": 1, "hidden file": 1, **left_out}
+    assert written.left_out == {".md is no picture": 1, "hidden file": 1, **left_out}
     assert written.states == {NEW: len(names)}
 
 
@@ -559,7 +559,7 @@ def test_form_named_twice_is_done_once(planned: Planner) -> None:
     assert written.count == 6 and written.left_out == {}
 
 
-def test_rows_of_a_image_differ_in_identity_and_transform_only(images: str, tmp_path: Path) -> None:
+def test_rows_of_an_image_differ_in_identity_and_transform_only(images: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "m.parquet")
     write_manifest(images, uri, transforms=FORMS)
     rows = manifest_of(uri)
@@ -605,7 +605,7 @@ def test_limit_stops_the_listing_of_forms_as_early(planned: Planner, drawn: type
     assert drawn.count == 10
 
 
-def test_forms_of_a_image_stay_together_in_a_random_order(planned: Planner) -> None:
+def test_forms_of_an_image_stay_together_in_a_random_order(planned: Planner) -> None:
     _, whole = planned(MANY, shuffle_seed=5)
     _, rows = planned(MANY, transforms=FORMS, shuffle_seed=5)
     assert rows == [pair for pair in whole for _ in FORMS]

@@ -95,9 +95,9 @@ KEPT = [
 ]  # fmt: skip
 LEFT_OUT = {
     ".DS_Store": "hidden file", ".hidden.png": "hidden file", "a/._x.jpg": "hidden file", "._x.tar": "hidden file",
-    ".part-0.parquet.crc": "hidden file", "_SUCCESS": "empty marker object", "README.md": ".md is no image",
-    "a/list.CSV": ".csv is no image", "model.safetensors": ".safetensors is no image",
-    "shard.tar.gz": ".gz is no image", "more.tgz": ".tgz is no image", "labels.json": ".json is no image",
+    ".part-0.parquet.crc": "hidden file", "_SUCCESS": "empty marker object", "README.md": ".md is no picture",
+    "a/list.CSV": ".csv is no picture", "model.safetensors": ".safetensors is no picture",
+    "shard.tar.gz": ".gz is no picture", "more.tgz": ".tgz is no picture", "labels.json": ".json is no picture",
 }  # fmt: skip
 
 
@@ -397,7 +397,7 @@ def test_container_that_cannot_be_read_does_not_stop_the_rest(place: str, capsys
     assert source.left_out == {
         ".tar that cannot be read": 1,
         ".parquet that cannot be read": 1,
-        ".parquet without images": 1,
+        ".parquet without pictures": 1,
     }
     assert source.left_out.unread == 2  # what can be read, and holds no images, is no reason to worry
     said = unmarked(capsys.readouterr().err)
@@ -538,7 +538,7 @@ def test_manifest_among_images_is_not_followed(place: str, tmp_path: Path) -> No
     put(place, {"a.jpg": b"x", "m.parquet": parquet_bytes({"uri": [str(tmp_path / "secret"), "s3://other/secret"]})})
     source = Source(place)
     assert [row["uri"] for row in source.rows()] == [f"{place}/a.jpg"]
-    assert source.left_out == {".parquet without images": 1}
+    assert source.left_out == {".parquet without pictures": 1}
 
 
 @pytest.mark.s3
@@ -581,8 +581,8 @@ def test_ending_of_sidecars_is_tried_where_it_is_asked_for(include: tuple[str, .
     found = {PurePosixPath(row["uri"]).name for source in (listed, tar) for row in source.rows()}
     expected = {(): {"a.jpg"}, ("*.txt",): {"a.txt", "b.txt"}, ("*.jpg", "*/*.TXT"): {"a.jpg"}}
     assert found == expected[include]
-    assert listed.left_out[".json is no image"] == tar.left_out[".json is no image"] == 1
-    assert (listed.left_out[".txt is no image"] == 2) == (not include)
+    assert listed.left_out[".json is no picture"] == tar.left_out[".json is no picture"] == 1
+    assert (listed.left_out[".txt is no picture"] == 2) == (not include)
 
 
 def test_excluded_container_is_not_opened(place: str) -> None:
@@ -718,7 +718,7 @@ def test_tar_gives_a_row_per_member(place: str) -> None:
     for name, row in rows.items():
         assert fetch(row, LARGE) == files[name] and row["size_bytes"] == len(files[name])
         assert row["container"] == f"{place}/shard-000.tar"
-    assert source.left_out == {".json is no image": 1, "hidden file": 2}
+    assert source.left_out == {".json is no picture": 1, "hidden file": 2}
     assert identities(list(rows.values())) == identities(rows_of(f"{place}/shard-000.tar"))
 
 

@@ -54,14 +54,14 @@ def test_cls_beats_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ".label .caption .text .prompt .id .__url__ .pyd .msgpack .width .index .pb".split())
 def test_what_decoders_know_as_text_or_object_is_no_image(ending: str, tmp_path: Path) -> None:
     rows, left_out = listed(tmp_path, tar_bytes({"a.jpg": b"x", f"a{ending}": b"y", f"alone{ending}": b"y"}))
-    assert names(rows) == ["a.jpg"] and left_out == {f"{ending} is no image": 2}
+    assert names(rows) == ["a.jpg"] and left_out == {f"{ending} is no picture": 2}
 
 
 def test_what_lies_beside_an_image_of_its_key_is_about_it(tmp_path: Path) -> None:
     files = {"a.jpg": b"x", "a.mystery": b"y", "b.mystery": b"z", "c.input.JPEG": b"x", "c.target.raw": b"y"}
     rows, left_out = listed(tmp_path, tar_bytes(files))
     assert names(rows) == ["a.jpg", "b.mystery", "c.input.JPEG"]
-    assert left_out == {"beside an image of the same key in a tar": 2}
+    assert left_out == {"beside a picture of the same key in a tar": 2}
 
 
 def test_last_of_several_members_of_one_name_counts(tmp_path: Path) -> None:

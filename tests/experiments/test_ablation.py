@@ -133,7 +133,7 @@ def test_what_was_finished_with_other_settings_is_not_taken_over(source: str, tr
     assert len(trained) == 1
 
 
-def test_variant_without_a_null_space_is_told_and_the_others_go_on(source: str, trained: Any, tmp_path: Path) -> None:
+def test_variant_without_a_null_space_is_reported_and_others_go_on(source: str, trained: Any, tmp_path: Path) -> None:
     result = ablation.ablate(source, out=str(tmp_path / "out"), variants=("original:tau=1e-6", "advanced"))
     rows = by_variant(result)
     assert rows["original:tau=1e-6"] == {"variant": "original:tau=1e-6", "error": "ranks 1 to 7 are possible"}

@@ -67,7 +67,7 @@ def test_wish_that_cannot_be_met_is_refused(setting: str, message: str) -> None:
 
 @pytest.mark.parametrize("changed", [{"workers": (0, 1)}, {"workers": (3, 2)}, {"seed": -1}])
 def test_ranges_are_checked(changed: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--workers must be N or FEWEST-MOST"):
+    with pytest.raises(ConfigError, match="--workers must be N or MIN-MAX"):
         replace(REQUEST, **changed)
 
 

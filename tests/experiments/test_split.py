@@ -12,7 +12,7 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.experiments import split
-from jobs.experiments.split import LISTED_COLUMNS, Split, SplitConfig, describe, make, reuse
+from jobs.experiments.split import KNOWN_IMAGES, Split, SplitConfig, describe, make, reuse
 from jobs.runs.products import CAPTIONS, FACTS, Product
 from jobs.runs.publication import Run
 from jobs.storage import parquet
@@ -28,12 +28,12 @@ def listed(count: int = 60, **columns: list[Any]) -> pa.Table:
     rows = []
     for i in range(count):
         row = {
-            **dict.fromkeys(LISTED_COLUMNS.names),
+            **dict.fromkeys(KNOWN_IMAGES.names),
             **manifest_row(f"/p/{i:04d}.png", label=i % 2, generator=GENERATORS[i // 2 % 3]),
             "content_hash": f"{i:064x}", "perceptual_hash": None, "status": "scored",
         }  # fmt: skip
         rows.append(row | {name: values[i] for name, values in columns.items()})
-    return pa.Table.from_pylist(rows, schema=LISTED_COLUMNS).sort_by("image_id")
+    return pa.Table.from_pylist(rows, schema=KNOWN_IMAGES).sort_by("image_id")
 
 
 def by_uri(found: Split | pa.Table) -> dict[str, dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_what_a_source_lacks_is_drawn_from_its_training_part() -> None:
     assert {uri for uri, row in found.items() if row["split"] == "test"} == {f"/p/{i:04d}.png" for i in range(12)}
 
 
-def test_leaks_of_given_splits_are_counted_and_told() -> None:
+def test_leaks_of_given_splits_are_counted_and_reported() -> None:
     given = ["train" if i < 40 else "val" if i < 50 else "test" for i in range(60)]
     contents = [f"{i:064x}" for i in range(60)]
     contents[45] = contents[3]
@@ -165,7 +165,7 @@ def test_unreadable_images_are_left_out_and_listed_up_to_a_share() -> None:
         make(table, SplitConfig(lost_share=0.04))
 
 
-def test_images_that_are_not_what_a_split_says_are_told_apart() -> None:
+def test_images_that_are_not_what_a_split_says_are_counted_by_reason() -> None:
     status = ["failed" if i < 6 else "scored" for i in range(60)]
     errors = ["ObjectChangedError" if i < 6 else None for i in range(60)]
     with pytest.raises(SourceError, match="6 differ from the split, which no longer matches its source"):
@@ -219,7 +219,7 @@ def test_stored_split_that_no_longer_matches_is_refused(what: str, tmp_path: Pat
 
 def changed(table: pa.Table, uris: list[str], **values: Any) -> pa.Table:
     rows = [row | values if row["uri"] in uris else row for row in table.to_pylist()]
-    return pa.Table.from_pylist(rows, schema=LISTED_COLUMNS)
+    return pa.Table.from_pylist(rows, schema=KNOWN_IMAGES)
 
 
 def test_images_of_a_stored_split_may_be_unreadable_up_to_a_share(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_newest_facts_of_each_listed_image_are_known(tmp_path: Path) -> None:
     publish(out, FACTS, [facts_of(2, content_hash="f" * 64)])
     publish(out, FACTS, [facts_of(1, content_hash="e" * 64)], maker="another")
     found = split.known_images(write_listing(tmp_path, range(4)), out, FACTS, "m")
-    assert found.schema == LISTED_COLUMNS
+    assert found.schema == KNOWN_IMAGES
     known = {row["uri"]: row["content_hash"] for row in found.to_pylist()}
     assert known == {f"/p/{i}.png": "f" * 64 if i == 2 else f"{i:064x}" for i in range(4)}
     assert found["image_id"].to_pylist() == sorted(found["image_id"].to_pylist())

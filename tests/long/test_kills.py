@@ -52,7 +52,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(s3_environment: SwiftServer) -> str:
     """A bucket of images, some of which are broken, and some of which repeat."""
     files = {f"{i % 7}/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(IMAGES - 40)}
-    files |= {f"broken/{i}.jpg": b"no picture %d" % i for i in range(20)}
+    files |= {f"broken/{i}.jpg": b"no image %d" % i for i in range(20)}
     files |= {f"again/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(20)}
     return put(f"{new_bucket()}/pictures", files)
 

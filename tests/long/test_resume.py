@@ -18,10 +18,13 @@ from jobs.dataset import synthetic
 from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.experiments.trainer import TrainingFailedError
+from jobs.storage import listing
 from nsnet import bundle
 from nsnet.errors import UsageError
 from tests.support.events import events
+from tests.support.multinode import title
 from tests.support.preloaded import COMMAND, processes_below
+from tests.support.tables import new_bucket
 
 BATCH, SCENES, EPOCHS = 8, 28, 3
 STEPS = 2 * SCENES // BATCH
@@ -93,7 +96,7 @@ def wait_for_the_middle_of_an_epoch(request: TrainRequest, after: int = STEPS, s
 
 def kill_a_training_worker(driver: subprocess.Popen[str]) -> None:
     """One of the processes that train, below the Ray cluster that a driver has begun."""
-    next(process for process in processes_below(driver.pid) if "RayTrainWorker" in " ".join(process.cmdline())).kill()
+    next(process for process in processes_below(driver.pid) if "RayTrainWorker" in title(process)).kill()
 
 
 def assert_same_outcome(found: TrainRequest, expected: TrainRequest) -> None:
@@ -186,17 +189,17 @@ def test_training_that_was_stopped_before_its_bundle_goes_on_and_finds_nothing_o
     def stop(*_: object, **__: object) -> None:
         raise Stopped
 
-    request = request_for("stopped", 1)
+    request = replace(request_for("stopped", 2), out=f"{new_bucket()}/detector")
     with monkeypatch.context() as patch:
         patch.setattr("jobs.experiments.job.write_bundle", stop)
         with pytest.raises(Stopped):
             train(request)
-    assert not Path(request.out).exists()
+    assert not listing.exists(request.out)
     with pytest.raises(UsageError, match="training with other settings .seed."):
         train(replace(request, seed=1))
     monkeypatch.setattr("jobs.experiments.inputs.write_manifest", stop)
     train(request)
-    assert Path(request.out, bundle.DESCRIPTION).exists()
+    assert listing.exists(f"{request.out}/{bundle.DESCRIPTION}")
 
 
 def test_loss_that_is_not_finite_ends_the_training_with_the_images_of_its_step(

@@ -572,10 +572,14 @@ def test_normalisation_that_is_not_three_numbers_is_refused(value: Any, copied: 
     assert "'preprocess_cfg.mean' may not be" in refused(copied)
 
 
-@pytest.mark.parametrize("content", [b"[" * 10**6, b" " * (bundle.MAX_DESCRIPTION_BYTES + 1)], ids=["deep", "large"])
-def test_description_that_would_hurt_is_refused(content: bytes, copied: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"[" * 10**6, "recursion"), (b" " * (bundle.MAX_DESCRIPTION_BYTES + 1), "larger")],
+    ids=["deep", "large"],
+)
+def test_description_that_would_hurt_is_refused(content: bytes, reason: str, copied: Path) -> None:
     (copied / bundle.DESCRIPTION).write_bytes(content)
-    refused(copied)
+    assert reason in refused(copied)
 
 
 @pytest.mark.parametrize("key", ["detector_id", "config", "calibration", "training", "clip_digest", "files"])

@@ -266,13 +266,14 @@ def test_missing_folder_is_refused_with_what_belongs_in_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe damaged"], ids=["empty", "cut", "list", "noise"])
 def test_damaged_file_is_refused_in_one_line(name: str, content: bytes, copied: Path) -> None:
     (copied / name).write_bytes(content)
-    refused(copied)
+    message = refused(copied)
+    assert name in message or (name == WEIGHTS and "SafetensorError" in message)
 
 
 def test_weights_cut_short_are_refused(copied: Path) -> None:
     content = (copied / WEIGHTS).read_bytes()
     (copied / WEIGHTS).write_bytes(content[:-1000])
-    refused(copied)
+    assert "SafetensorError" in refused(copied)
 
 
 def test_missing_weights_are_counted(copied: Path) -> None:

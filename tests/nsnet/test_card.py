@@ -83,7 +83,7 @@ def test_undefined_is_said() -> None:
     assert rows[1][3:] == ["undefined"] * 4 and "0.000" not in card(training)
 
 
-def test_images_of_each_split_are_told() -> None:
+def test_images_of_each_split_are_counted() -> None:
     assert table(card(record("A", "B")), "Data")[1:] == [["A", "4 + 5", "2 + 3"], ["B", "4 + 5", "0 + 0"]]
 
 

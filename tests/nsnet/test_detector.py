@@ -464,7 +464,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [*recipes.VARIANTS, "rank-k:3"])
-def test_every_variant_is_saved_loaded_and_judges_a_image(name: str, captioner: Path, tmp_path: Path) -> None:
+def test_every_variant_is_saved_loaded_and_judges_an_image(name: str, captioner: Path, tmp_path: Path) -> None:
     """With captions, or without any captioner: the hub that would have it is out of reach."""
     config = variant(name)
     built = trained(config)
@@ -496,7 +496,7 @@ def test_detector_without_captions_makes_no_thumbnail_and_takes_no_caption(kind:
         loaded = Detector.load(tmp_path / "bundle")
     assert loaded.captioner is None and loaded.preparation().thumbnail_px == 0
     images = [models.image(seed) for seed in range(3)]
-    verdicts = loaded.predict([images[0], b"no picture", *images[1:]])
+    verdicts = loaded.predict([images[0], b"no image", *images[1:]])
     assert [verdict.error_class for verdict in verdicts] == [None, "ImageUnidentifiedError", None, None]
     assert {verdict.caption for verdict in verdicts} == {None}
     mosaics = models.mosaics(2)
@@ -587,7 +587,7 @@ def bad_images(folder: Path) -> dict[str, tuple[Any, str]]:
         "too long a path": ("x" * 5000, "FetchError"),
         "empty file": (folder / "empty.png", "ImageEmptyError"),
         "no bytes": (b"", "ImageEmptyError"),
-        "noise": (b"no picture at all", "ImageUnidentifiedError"),
+        "noise": (b"no image at all", "ImageUnidentifiedError"),
         "cut short": (whole[: len(whole) // 2], "ImageCorruptError"),
         "cut short, opened": (lazy, "ImageCorruptError"),
         "closed": (closed, "ImageCorruptError"),

@@ -97,7 +97,7 @@ def test_half_of_the_bits_are_set() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size", [(240, 320), (500, 333), (1100, 400)])
-def test_copies_of_a_image_are_near_it(seed: int, size: tuple[int, int]) -> None:
+def test_copies_of_an_image_are_near_it(seed: int, size: tuple[int, int]) -> None:
     image = scene(seed, *size)
     copies = [jpeg(image, quality) for quality in (95, 75, 50, 30)]
     copies += [resized(image, factor) for factor in (0.5, 0.75, 2.0)]

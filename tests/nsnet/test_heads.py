@@ -309,7 +309,7 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5)])
-def test_mapper_drops_by_the_rows_it_is_told(shape: tuple[int, ...]) -> None:
+def test_mapper_drops_by_the_rows_it_is_given(shape: tuple[int, ...]) -> None:
     """(B, D) and (B, k, D): in parts as in one go, and each of the k directions with a mask of its own."""
     mapper = randomised(SemanticMapper(5, MapperConfig(hidden_dim=64, dropout=0.5)).double()).train()
     v = randn(1, 5).expand(6, *shape)

@@ -444,7 +444,7 @@ def test_png_of_a_depth_that_the_format_does_not_have_is_refused_by_name(depth: 
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_transparent_grey_of_few_bits_is_the_one_that_is_told(bits: int) -> None:
+def test_transparent_grey_of_few_bits_is_the_one_that_is_named(bits: int) -> None:
     samples = np.tile(np.arange(1 << bits), (1 << bits, 1))[..., None]
     rows = b"".join(b"\0" + packed(row[None], bits, 1, "<") for row in samples)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << bits, 1 << bits, bits, 0, 0, 0, 0))

@@ -536,7 +536,7 @@ def test_file_cut_short_is_corrupt(file_format: str, share: float) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\0", b"not a picture", b"<!doctype html><title>404</title>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8",
+        b"\0", b"not an image", b"<!doctype html><title>404</title>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8",
         b"RIFF\x10\0\0\0WAVEfmt ", b"%PDF-1.7\n", bytes(4096), np.random.default_rng(0).bytes(4096),
     ],
 )  # fmt: skip

@@ -25,11 +25,6 @@ from nsnet.nullspace import project_per_sample
 from nsnet.training import Batch, TrainingConfig, build_optimizer, training_step
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -469,7 +464,6 @@ def of(parameter: Tensor) -> Tensor:
 
 def run_rank(rank: int, folder: Path) -> None:
     """One process: every case of two processes, then every case of three."""
-    torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     for world_size, cases in CASES.items():
         if rank >= world_size:

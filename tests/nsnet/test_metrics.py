@@ -21,6 +21,7 @@ from nsnet.metrics import (
     check,
     expected_calibration_error,
     intervals,
+    mean_defined,
     precision_at_base_rate,
     reliability,
     resamples,
@@ -503,3 +504,20 @@ def test_samples_of_several_predictions_draw_the_same_images() -> None:
         np.testing.assert_allclose(joint[name], np.mean([one[name] for one in each], axis=0), rtol=1e-12)
     one, copies = bootstrap(y, p[0], p[0] > 0.5), bootstrap(y, p[[0, 0, 0]], p[[0, 0, 0]] > 0.5)
     np.testing.assert_allclose(copies["ap"], one["ap"], rtol=1e-12)
+
+
+def test_mean_of_groups_leaves_out_what_is_undefined_sample_by_sample() -> None:
+    rng = np.random.default_rng(11)
+    groups = []
+    for number, (n, fakes) in enumerate([(40, 20), (90, 3), (30, 0)]):
+        y, p = (np.arange(n) < fakes).astype(np.int64), rng.random(n)
+        groups.append(bootstrap(y, p, p > 0.97, samples=60, seed=(0, number)))
+    found = {name: mean_defined([group[name] for group in groups]) for name in METRICS}
+    for name in METRICS:
+        for i in range(60):
+            defined = [group[name][i] for group in groups if not math.isnan(group[name][i])]
+            expected = math.fsum(defined) / len(defined) if defined else math.nan
+            assert found[name][i] == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(groups[2]["ap"]).all() and not np.isnan(found["ap"]).any()
+    assert np.isnan(found["precision_at_1"]).any() and not np.isnan(found["precision_at_1"]).all()
+    assert np.isnan(mean_defined([]))

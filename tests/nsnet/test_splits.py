@@ -172,7 +172,7 @@ def test_single_images_are_shared_out_within_one(shares: dict[str, float]) -> No
 @pytest.mark.parametrize(
     ("count", "expected"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (4, [2, 1, 1]), (10, [8, 1, 1])]
 )
-def test_small_stratum_gives_a_image_to_every_split_while_there_is_one(count: int, expected: list[int]) -> None:
+def test_small_stratum_gives_an_image_to_every_split_while_there_is_one(count: int, expected: list[int]) -> None:
     rows = singles(count) + [row._replace(group=row.group + count) for row in singles(1000, "large")]
     assert sizes(rows, split(rows)) == {"a": expected, "large": [800, 100, 100]}
 
@@ -269,11 +269,11 @@ def test_lists_of_different_lengths_are_refused() -> None:
         leave_out(np.array([0, 1]), ["a"], "a")
 
 
-Images = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["sd", "dalle", "progan", None])), max_size=40)
+image_lists = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["sd", "dalle", "progan", None])), max_size=40)
 
 
 @settings(max_examples=50, deadline=None)
-@given(Images)
+@given(image_lists)
 def test_left_out_rows_and_their_near_duplicates_are_found(images: list[tuple[int, str | None]]) -> None:
     images = [*images, (3, "sd")]
     groups = np.array([group for group, _ in images], np.int64)

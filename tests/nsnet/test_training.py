@@ -38,11 +38,6 @@ VARIANTS: dict[str, DetectorConfig] = {
 CONFIG = TrainingConfig(head_lr=3e-3, backbone_lr=1e-3, weight_decay=0.03, precision="fp32")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def built(variant: str) -> Network:
     return Detector.build(VARIANTS[variant], seed=1).network.train()
@@ -194,7 +189,7 @@ def test_gradient_is_clipped_to_its_norm(clip_norm: float) -> None:
     assert math.sqrt(sum(squares)) == pytest.approx(clip_norm, rel=1e-3)
 
 
-def test_gradient_that_is_not_finite_is_no_step_and_is_told() -> None:
+def test_gradient_that_is_not_finite_is_no_step_and_is_reported() -> None:
     network = build()
     before = weights(network)
     optimizer = build_optimizer(network, CONFIG)

@@ -189,7 +189,7 @@ def test_result_is_a_pure_function_of_its_arguments(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(chain=CHAINS, height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**64 - 1))
-def test_any_chain_gives_a_image_of_the_computed_size(
+def test_any_chain_gives_an_image_of_the_computed_size(
     chain: tuple[Transform, ...], height: int, width: int, seed: int
 ) -> None:
     expected = [height, width]

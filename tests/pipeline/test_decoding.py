@@ -108,7 +108,7 @@ HUGE_HEADER = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 2**
 BROKEN = {
     "over the pixel limit": (big_image_file(), ImageTooLargeError),
     "extreme header": (HUGE_HEADER + bytes(4), ImageError),
-    "text": (b"no picture at all", ImageUnidentifiedError),
+    "text": (b"no image at all", ImageUnidentifiedError),
     "one byte": (b"\xff", ImageUnidentifiedError),
     "zeros": (bytes(100_000), ImageUnidentifiedError),
     "cut": (image_file(1, "PNG", 200, 200)[:9_000], ImageCorruptError),

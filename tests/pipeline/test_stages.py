@@ -25,7 +25,7 @@ from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.preparing import Prepare, transform_seed
-from jobs.pipeline.rows import ROWS_PER_BLOCK, Progress
+from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
 from jobs.storage import errors, probes
 from nsnet.captions import Captioner
 from nsnet.detector import Detector
@@ -35,9 +35,9 @@ from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, prepare
 from tests.support.models import FROZEN
 from tests.support.proxy import PASS, Action, Always, FaultyProxy, Script
-from tests.support.tables import image_file, new_bucket, one_thread, put, save_bundle, todo_row, todo_table
+from tests.support.tables import image_file, new_bucket, put, save_bundle, todo_row, todo_table
 
-REPORT = Progress()
+REPORT = ProgressReporter()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
 CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
@@ -49,7 +49,7 @@ PIXELS = {"mosaic", "thumbnail"}
 
 FILES = {
     "a.png": image_file(1),
-    "text.jpg": b"no picture",
+    "text.jpg": b"no image",
     "b.jpg": image_file(2, "JPEG", 90, 70),
     "cut.png": image_file(3, "PNG", 80, 80)[:3000],
     "empty.png": b"",
@@ -77,9 +77,9 @@ def decoders() -> Iterator[None]:
     @cache
     def patience(config: PreparationConfig, board_name: str | None) -> Patience:
         made.append(GuardedDecoder(config))
-        return Patience(made[-1], Progress(board_name=board_name))
+        return Patience(made[-1], ProgressReporter(board_name=board_name))
 
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "_patience", patience)
         yield
     for one in made:
@@ -156,7 +156,7 @@ def like(stage: Any, **changes: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts(Progress):
+class Counts(ProgressReporter):
     """What a stage tells of its progress, kept."""
 
     total: Counter[str] = field(default_factory=Counter)
@@ -350,7 +350,7 @@ def test_rows_of_a_repeated_task_fall_into_the_same_blocks_whatever_fails(tmp_pa
     assert len(before) > 2 and rows_of_blocks() == before
 
 
-def test_progress_of_preparing_is_told(manifest: pa.Table) -> None:
+def test_progress_of_preparing_is_counted(manifest: pa.Table) -> None:
     report = Counts()
     Prepare(config=CONFIG, schema=PREPARED, report=report)(manifest)
     assert report.total == {"prepared": len(OUTCOMES), "asked_again": 0, "failed": len(OUTCOMES) - len(GOOD)}
@@ -521,7 +521,7 @@ def test_image_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.s3
-def test_all_requests_for_a_image_are_counted_also_those_before_an_outage(
+def test_all_requests_for_an_image_are_counted_also_those_before_an_outage(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = put(new_bucket(), {name: FILES[name] for name in GOOD})
@@ -627,7 +627,7 @@ def test_known_caption_of_another_content_is_made_anew(
     assert stage.captioner.distinct == len(GOOD) // 2
 
 
-def test_known_caption_does_not_save_a_image_that_cannot_be_read(manifest: pa.Table, captioner: Caption) -> None:
+def test_known_caption_does_not_save_an_image_that_cannot_be_read(manifest: pa.Table, captioner: Caption) -> None:
     known = {name: ("known", content_of(name) if name in FILES else "0" * 64) for name in OUTCOMES}
     done = by_name(captioner(Prepare(config=CONFIG, schema=PREPARED)(with_known(manifest, known))))
     outcomes = {name: (row["error_stage"], row["error_class"]) for name, row in done.items()}

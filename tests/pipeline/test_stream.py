@@ -39,7 +39,7 @@ def test_error_on_purpose_keeps_class_and_words() -> None:
     assert type(error) is OutageError and str(error) == "the store is away"
 
 
-def test_memory_and_secrets_of_a_task_are_told_and_hidden() -> None:
+def test_memory_of_a_task_is_reported_and_its_secrets_are_hidden() -> None:
     assert "out of memory" in str(_stream_error(carried(MemoryError("x")), "/out"))
     assert "s3cret" not in str(_stream_error(carried(ConnectionError("http://me:s3cret@store")), "/out"))
 

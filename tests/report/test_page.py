@@ -281,7 +281,7 @@ def test_every_metric_of_every_generator_is_on_the_page() -> None:
                 assert per_cent(numbers[name]["value"]) in cells
 
 
-def test_threshold_that_was_asked_for_is_told() -> None:
+def test_threshold_that_was_asked_for_is_named() -> None:
     text = " ".join("".join(Parsed(render(made_result(made_rows("g"), threshold=0.5))).text).split())
     assert (
         "the requested threshold of 0.5, not the detector's own" in text and "the detector's own threshold" not in text
@@ -368,7 +368,7 @@ def contrast(first: str, second: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_colours_are_told_from_their_grounds_in_light_and_dark() -> None:
+def test_colours_stand_out_from_their_grounds_in_light_and_dark() -> None:
     schemes = re.findall(r":root \{(.*?)\}", page("usual"), re.DOTALL)
     assert len(schemes) == 2
     for scheme in schemes:

@@ -773,7 +773,8 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
     second = begin_next(staging)
     done = set(finished(second))
     assert left_for(second) == [row["uri"] for row in planned if row["uri"] not in done]
-    assert done and len(second.accepted) == len(first.committed())
+    # a write that was under way when its dataset died may commit later: its rows are done again
+    assert done and {*second.accepted} <= {*first.committed()}
     write(second, poisoned=None)
     assert finished(second) == sorted(row["uri"] for row in planned)
     assert ray.data.DataContext.get_current().checkpoint_config is None  # other datasets of the process have none

@@ -114,7 +114,7 @@ def taken(out: str) -> Iterator[Lock]:
 # One holder at a time.
 
 
-def test_second_run_is_refused_and_told_who_writes(out: str) -> None:
+def test_second_run_is_refused_and_learns_who_writes(out: str) -> None:
     with hold(out) as held:
         with pytest.raises(LockedError) as caught:
             Lock(out).acquire()
@@ -276,7 +276,7 @@ def test_process_that_lives_is_not_dead_where_proc_hides_it(
     assert_free(on_disk)
 
 
-def test_later_process_of_another_user_is_told_from_the_holder(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_process_of_another_user_is_not_the_holder(on_disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(pid: int, signal_number: int) -> None:
         raise PermissionError
 

@@ -64,8 +64,8 @@ def publish(out: str, run_id: str, rows: list[dict[str, Any]], **details: Any) -
     return run.publish(*stage(run, rows, planned=[row["uri"] for row in rows]), {**DETAILS, **details})
 
 
-def rows_for(some: list[str], failed: int = 0) -> list[dict[str, Any]]:
-    return [verdict_row(uri, None if i < failed else i / len(some)) for i, uri in enumerate(some)]
+def rows_for(names: list[str], failed: int = 0) -> list[dict[str, Any]]:
+    return [verdict_row(uri, None if i < failed else i / len(names)) for i, uri in enumerate(names)]
 
 
 def files_below(place: str) -> list[str]:

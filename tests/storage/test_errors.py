@@ -135,7 +135,7 @@ FETCH_ERRORS: list[tuple[Exception, type[FetchError], bool]] = [
 
 
 @pytest.mark.parametrize(("error", "kind", "may_be_outage"), FETCH_ERRORS, ids=lambda value: repr(value)[:40])
-def test_error_becomes_that_of_a_image(error: Exception, kind: type[FetchError], may_be_outage: bool) -> None:
+def test_error_becomes_that_of_an_image(error: Exception, kind: type[FetchError], may_be_outage: bool) -> None:
     made = fetch_error(error, 3)
     assert type(made) is kind and made.may_be_outage is may_be_outage
     assert made.requests == 3 and "(after 3 requests)" in str(made) and type(error).__name__ in str(made)
@@ -274,7 +274,7 @@ def test_many_readers_behind_a_bad_network_get_every_byte(proxy: FaultyProxy) ->
 
 
 @pytest.mark.parametrize("password", ["secret", "se@cret", "s:ecret"])
-def test_error_is_told_without_the_password_of_an_address(password: str) -> None:
+def test_error_is_reported_without_the_password_of_an_address(password: str) -> None:
     error = OSError(f"no answer from http://me:{password}@store:8080/a and https://me:{password}@other, of s3://b/a@b")
     assert (
         errors.reason(error) == "OSError: no answer from http://***@store:8080/a and https://***@other, of s3://b/a@b"
@@ -554,7 +554,7 @@ def test_what_a_machine_cannot_do_is_one_line_also_out_of_a_task(error: Exceptio
     assert line_said.startswith(line) and "\n" not in line_said and "ray::" not in line_said
 
 
-def test_error_that_ray_data_has_annotated_is_told_in_its_own_words() -> None:
+def test_error_that_ray_data_has_annotated_is_reported_in_its_own_words() -> None:
     suffix = (
         "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, configure"
     )

@@ -267,6 +267,7 @@ def tree(count: int, seed: int, odd: bool) -> list[str]:
     rng = random.Random(seed)
     found = {f"wide/{i}/x" for i in range(count // 4)} | {f"flat/{i}" for i in range(count // 4)}
     found |= {"/".join(["deep"] * depth) + "/x" for depth in range(1, 13)}
+    found |= {"a/c/z", "a/c/y/z"} | ({"a//x", "a/b//y", "a/c//z"} if odd else set())
     while len(found) < count:
         parts = [rng.choice("abcdefghij") for _ in range(rng.randint(1, 6))]
         if odd and rng.random() < 0.2:

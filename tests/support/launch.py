@@ -1,7 +1,8 @@
-"""Start a Ray worker as Ray's `setup_worker.py` does, but as a fork of a process that has imported (`preloaded.py`).
+"""Start a Ray worker as Ray's `setup_worker.py` does, but as a fork of a process that has imported (`preloaded.py`):
+importing torch and the models takes ten seconds for each worker.
 
 A raylet runs this file by its path. It imports little, stays until the fork ends, ends as that does, and takes it along
-when it is killed. A worker that wants more than variables of its own is left to Ray.
+when it is killed. A worker whose runtime environment sets more than variables is left to Ray.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 ADDRESS: Final = "NSNET_TESTS_PRELOADED"
 """Variable with the path of the socket of the process that forks."""
@@ -37,9 +38,12 @@ def main(arguments: list[str]) -> None:
         leave_to_ray(arguments)
     request = {"arguments": kept, "environment": {**os.environ, **variables}, "folder": os.getcwd()}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(os.environ[ADDRESS])
-        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
-        pid = int(server.recv(64))
+        try:
+            server.connect(os.environ[ADDRESS])
+            socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+            pid = int(server.recv(64))
+        except (OSError, ValueError):  # the process that forks has ended, which its parent reports
+            leave_to_ray(arguments)
         with open("/proc/self/comm", "w") as name:
             name.write(f"{NAME}{pid}")
         status = int(server.recv(64) or b"1")
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> None:
     sys.exit(status)
 
 
-def leave_to_ray(arguments: list[str]) -> None:
+def leave_to_ray(arguments: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, os.environ[RAYS_OWN], *arguments])
 
 

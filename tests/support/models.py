@@ -27,8 +27,6 @@ from nsnet.head import HeadConfig
 from nsnet.mapper import MapperConfig
 from nsnet.patches import PatchConfig
 
-torch.set_num_threads(1)  # small models gain nothing from more, and lose much where cores are shared
-
 SIDE_PX = 64
 
 ARCHITECTURE: dict[str, Any] = {

@@ -58,7 +58,7 @@ class Nodes:
         found = []
         for node in self.cluster.worker_nodes:
             for process in processes_below(_raylet(node)):
-                if TITLES[role] in _title(process):
+                if TITLES[role] in title(process):
                     found.append(process)
         return found
 
@@ -95,7 +95,8 @@ def _raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """Its command line; empty if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

@@ -1,5 +1,8 @@
 """Ray workers that fork from a process which has imported already: their start costs no ten seconds of imports.
 
+The price: a fork has the torch threads of that process (one), and a worker that lacks an import does not show it.
+`tests/long/test_submit.py` starts workers as Ray does.
+
 `preloaded()` starts that process, and lets the clusters of this process start their workers through `launch.py`.
 `COMMAND` runs a module in a process of its own whose cluster does so too.
 """
@@ -65,6 +68,7 @@ def preloaded() -> Iterator[None]:
                 yield
             finally:
                 server.stdin.close()
+            assert server.wait() == 0, "the process that forks workers ended too early: its output says why"
 
 
 def processes_below(pid: int) -> list[psutil.Process]:
@@ -106,19 +110,19 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                     selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                     for file in files:
                         os.close(file)
-                    tell(launcher, pid)
+                    send(launcher, pid)
                 else:
                     launcher.close()
                     leave(selector)
-                    os.setpgid(0, 0)  # a raylet of another group ends the whole group of a worker that it loses
+                    os.setpgid(0, 0)  # Ray kills the process group of a worker that it loses: not that of the tests
                     for number, file in enumerate(files):
                         os.dup2(file, number)
                         os.close(file)
                     request: dict[str, Any] = json.loads(data)
                     return request
             elif isinstance(key.fileobj, socket.socket):
-                selector.unregister(key.fileobj)
-                if key.data in launchers:
+                if launchers.get(key.data) is key.fileobj:  # else its fork ended as well, in the same round
+                    selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
             else:
                 selector.unregister(key.fd)
@@ -127,11 +131,11 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 launcher = launchers.pop(key.data)
                 with suppress(KeyError):  # it was killed, and the fork for it
                     selector.unregister(launcher)
-                tell(launcher, status)
+                send(launcher, status)
                 launcher.close()
 
 
-def tell(launcher: socket.socket, number: int) -> None:
+def send(launcher: socket.socket, number: int) -> None:
     with suppress(OSError):  # it was killed
         launcher.send(str(number).encode())
 

@@ -9,7 +9,7 @@ import tarfile
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime
 from functools import cache
 from itertools import islice
@@ -147,17 +147,6 @@ def save_bundle(folder: Path) -> Path:
     save_tiny_captioner(captioner, seed=0)
     as_if_trained().save(folder / "bundle", captioner=captioner)
     return folder / "bundle"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small models compute faster in one thread, above all beside other programs."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 MARK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\d{8}T\d{6}Z-[0-9a-f]{6} )?")

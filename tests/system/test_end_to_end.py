@@ -138,7 +138,7 @@ def test_scoring_from_s3_to_s3_gives_one_row_per_image_the_same_in_any_batch(
     score(source, detector=detector, out=f"{bucket}/scored-one-by-one", batch_size=1)
     first, one_by_one = by_uri(f"{bucket}/scored"), by_uri(f"{bucket}/scored-one-by-one")
     assert scored["rows"] == len(first) == 25
-    assert scored["left_out"] == {".txt is no image": 1}
+    assert scored["left_out"] == {".txt is no picture": 1}
     assert scored["counts"]["status"] == {"failed": 1, "scored": 24}
     (failed,) = [row for row in first.values() if row["status"] == "failed"]
     assert failed["uri"] == f"{source}/upsampler/0_real/bröken #1.jpg"
@@ -170,7 +170,7 @@ def test_captions_are_one_row_per_image_and_a_record(bucket: str, tmp_path: Path
     assert all(words) and len(words) == 24
     assert record["counts"]["status"] == {"failed": 1, "scored": 24}
     assert record["counts"]["error_class"] == {"ImageCorruptError": 1}
-    assert record["left_out"] == {".txt is no image": 1}
+    assert record["left_out"] == {".txt is no picture": 1}
     assert catalog.runs(str(tmp_path), products.CAPTIONS) == [record] and catalog.runs(str(tmp_path)) == []
     assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
     assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
@@ -214,7 +214,7 @@ def test_every_hostile_image_gets_its_row(detector: str, tmp_path: Path) -> None
     # The collection was made when HEIC was not decoded. Now it is, on purpose; nothing else may change.
     assert expected[HOSTILE_HEIC] == "error row"
     expected[HOSTILE_HEIC] = "decodes"
-    assert record["left_out"] == {".csv is no image": 1}
+    assert record["left_out"] == {".csv is no picture": 1}
     outcome = {"scored": "decodes", "failed": "error row"}
     assert {name: outcome[str(row["status"])] for name, row in rows.items()} == expected
     assert all(row["error_stage"] and row["error_class"] and row["error_message"] for row in rows.values()

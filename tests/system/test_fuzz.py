@@ -1,4 +1,4 @@
-"""Some cases of `tests.fuzz`, those that failed once among them. Costs 20 s."""
+"""Some cases of `tests.fuzz`, those that failed once among them, but for bundles, which need torch. Costs 20 s."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import campaign
+from tests.fuzz.deeds import DEEDS
 
 FIRST = {"images": 100, "tars": 25, "tables": 10, "products": 30}
-"""Kind -> number of cases. `tests/long/test_fuzz.py` runs those that follow, and bundles, which need torch."""
+"""Kind -> number of cases. `tests/long/test_fuzz.py` runs those that follow."""
 
 
 @pytest.mark.parametrize("kind", FIRST)
@@ -22,3 +23,9 @@ def check(kind: str, cases: Iterable[int], tmp_path: Path) -> None:
     summary = campaign.run(kind, seeds, tmp_path)
     print(*summary.notable, summary, sep="\n")
     assert sum(summary.outcomes.values()) == len(seeds) and summary.failures == {}
+
+
+def test_deed_that_is_forbidden_is_noticed(tmp_path: Path) -> None:
+    """The first one is allowed; `tests/long/test_fuzz.py` tries all."""
+    failures = campaign.run("deeds", [0, 1], tmp_path).failures
+    assert failures.keys() == {"deeds:1"} and DEEDS[1][0] in failures["deeds:1"]

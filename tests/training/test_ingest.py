@@ -75,7 +75,7 @@ def test_order_that_is_not_shuffled_is_that_of_the_rows() -> None:
     assert [row for step in range(3) for row in one.whole(step).tolist()] == one.rows.tolist()
 
 
-def test_seed_of_a_image_is_of_seed_epoch_and_image() -> None:
+def test_seed_of_an_image_is_of_seed_epoch_and_image() -> None:
     seeds = {image_seed(*key) for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
     assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
 
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ingest")
     for i in range(9):
         (place / f"{i}.png").write_bytes(image_file(i, "PNG", 90 + i, 80))
-    (place / "4.png").write_bytes(b"no picture")
+    (place / "4.png").write_bytes(b"no image")
     return place
 
 

@@ -92,7 +92,7 @@ def test_training_goes_on_where_records_cannot_be_stored(tmp_path: Path, caplog:
     assert "was not copied" in caplog.text
 
 
-def test_mlflow_is_told_where_it_is_and_has_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlflow_is_used_where_it_has_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not tracking._mlflow_wanted()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path))
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name)

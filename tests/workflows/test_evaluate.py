@@ -186,7 +186,7 @@ def test_unpublished_run_is_not_evaluated(tmp_path: Path) -> None:
     assert len(catalog.runs(str(tmp_path / "scored"))) == 1
 
 
-def test_file_that_lacks_a_column_is_told_which(tmp_path: Path) -> None:
+def test_file_that_lacks_a_column_is_refused_with_its_name(tmp_path: Path) -> None:
     whole = verdict_table(verdict_row("/a", 0.2, label=0)).select(NEEDED)
     for missing in NEEDED:
         uri = _stored(whole.drop_columns([missing]), tmp_path / "v.parquet")
@@ -488,7 +488,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
         ]
         pq.write_table(pa.Table.from_pylist(rows), source)
 
-    monkeypatch.setattr("jobs.workflows.score.score", score)
+    monkeypatch.setattr("jobs.workflows.evaluate.score", score)
     monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
     list_source(["train"] * len(labelled_rows()))
     result = evaluate(source, out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
