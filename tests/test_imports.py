@@ -185,12 +185,19 @@ def test_parquet_is_read_in_one_place() -> None:
     }
 
 
-def test_modules_of_the_cpu_workers_load_no_torch() -> None:
-    code = (
-        "import sys\n"
-        "import nsnet, nsnet.images, nsnet.patches, nsnet.preparation\n"
-        "print(sorted({'torch', 'ray', 'open_clip', 'transformers', 'peft', 'pyarrow', 'pandas'} & {*sys.modules}))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "others"),
+    [
+        (
+            "nsnet, nsnet.images, nsnet.patches, nsnet.preparation",
+            "torch ray open_clip transformers peft pyarrow pandas",
+        ),
+        ("jobs.cli, jobs.predict, jobs.workflows.predict", "torch ray transformers"),
+    ],
+    ids=["workers that decode", "predict"],
+)
+def test_modules_load_nothing_slow_before_it_is_needed(modules: str, others: str) -> None:
+    code = f"import sys\nimport {modules}\nprint(sorted({{*{others.split()}}} & {{*sys.modules}}))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

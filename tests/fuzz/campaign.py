@@ -18,6 +18,8 @@ ROOT: Final = Path(__file__).parents[2]
 SEEDS: Final[dict[str, dict[str, str]]] = json.loads(Path(__file__).with_name("seeds.json").read_text())
 """Kind -> seed -> why it is kept."""
 DRIVERS: Final = 2
+MIN_CASES: Final = 120
+"""Of a second driver: for fewer it takes longer to start than to help."""
 MAX_WAIT_SECONDS: Final = 150.0
 """By the wall clock, for one case: over the longest wait of a guard."""
 START_SECONDS: Final = 300.0
@@ -72,10 +74,11 @@ def run(
             shutil.rmtree(case)
 
     threads = []
-    for number in range(min(DRIVERS, len(seeds))):
+    drivers = DRIVERS if len(seeds) >= MIN_CASES else 1
+    for number in range(drivers):
         own = folder / f"{kind}-{number}"
         own.mkdir(parents=True)
-        threads.append(threading.Thread(target=_drive, args=(kind, seeds[number::DRIVERS], own, note)))
+        threads.append(threading.Thread(target=_drive, args=(kind, seeds[number::drivers], own, note)))
     for thread in threads:
         thread.start()
     for thread in threads:

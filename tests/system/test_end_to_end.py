@@ -2,7 +2,6 @@
 
 import csv
 import json
-import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -174,35 +173,6 @@ def test_captions_are_one_row_per_image_and_a_record(bucket: str, tmp_path: Path
     assert catalog.runs(str(tmp_path), products.CAPTIONS) == [record] and catalog.runs(str(tmp_path)) == []
     assert caption(f"{bucket}/held out", out=str(tmp_path))["rows"] == 0  # nothing is captioned twice
     assert caption(f"{bucket}/held out", out=str(tmp_path), selection=Selection(retry_failed=True))["rows"] == 1
-
-
-def test_manifest_image_parquet_and_tar_score_like_the_folder(bucket: str, detector: str, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    synthetic.write_bucket(folder / "files", range(200, 203), seed=0, size_px=224, processes=1)
-    files = sorted(path for path in folder.rglob("*.jpg"))
-    labels = [int("1_fake" in path.as_posix()) for path in files]
-    pq.write_table(pa.table({"uri": [str(path) for path in files], "label": labels}), tmp_path / "manifest.parquet")
-    pq.write_table(
-        pa.table({"bytes": [path.read_bytes() for path in files], "label": labels}), folder / "images.parquet"
-    )
-    with tarfile.open(folder / "shard.tar", "w") as tar:
-        for path in files:
-            tar.add(path, arcname=path.relative_to(folder).as_posix())
-    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for source in (folder, tmp_path / "manifest.parquet"):
-        out = f"{tmp_path}/scored-{source.name}"
-        # each by itself: otherwise equal files are judged once for all of them
-        score(str(source), detector=detector, out=out, reuse=False)
-        for uri, row in by_uri(out).items():
-            kind = next((name for name in ("images.parquet", "shard.tar") if name in uri), source.name)
-            found[kind][str(row["content_hash"])] = row
-    assert found.keys() == {"pictures", "manifest.parquet", "images.parquet", "shard.tar"}
-    for rows in found.values():
-        assert rows.keys() == found["pictures"].keys() and len(rows) == 6
-        assert [row["label"] for row in rows.values()].count(1) == 3
-        for content, row in rows.items():
-            assert row["prob_fake"] == pytest.approx(found["pictures"][content]["prob_fake"], abs=1e-9)
-            assert row["label"] == found["pictures"][content]["label"]
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="the collection of hostile files is not here")

@@ -158,6 +158,7 @@ def test_detector_and_images_may_lie_in_a_bucket(
     assert values[3]["prob_fake"] == pytest.approx(expected["ü 图.jpg"].prob_fake, abs=1e-5)
 
 
+@pytest.mark.long  # a process that imports torch and transformers; tests/test_imports.py has the imports alone
 def test_program_judges_without_ray(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
     code = (
         "import sys, jobs.predict\nfrom jobs.console import main\ntry:\n"
