@@ -9,7 +9,7 @@ KILLS ?= 24
 # Tests start many processes: without bytecode each would compile the modules of this tree again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all test-unit test-cluster test-long-unit test-long-cluster test-faults fuzz golden check format lock help
+.PHONY: setup demo test test-all test-unit test-cluster test-long-faults test-long-rest test-faults fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
 help:
@@ -46,13 +46,13 @@ test-cluster: setup
 
 test-all: setup
 	$(RUN) -m tests.support.swift
-	$(MAKE) --no-print-directory --jobs 2 test-long-unit test-long-cluster
+	$(MAKE) --no-print-directory --jobs 2 test-long-faults test-long-rest
 
-test-long-unit: setup
-	$(RUN) -m pytest -m "long and not cluster" --durations=10
+test-long-faults: setup
+	$(RUN) -m pytest -m "long and faults" --durations=10
 
-test-long-cluster: setup
-	$(RUN) -m pytest -m "long and cluster" --durations=10
+test-long-rest: setup
+	$(RUN) -m pytest -m "long and not faults" --durations=10
 
 # KILLS: number of kills of drivers, actors, workers and nodes; `make test-all` uses two.
 test-faults: setup

@@ -14,7 +14,7 @@ from tests.support.proxy import FaultyProxy, RandomPolicy
 from tests.support.swift import SwiftServer
 from tests.support.tables import big_image_file, image_file, new_bucket, put, save_bundle
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("forked_workers")]
 
 IMAGES = int(os.environ.get("NSNET_FAULT_IMAGES", "300"))
 RUN_SECONDS = 560.0
