@@ -53,6 +53,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries that count their objects at the end report frozen ones as leaks."""
+    gc.unfreeze()
+
+
 RAYS_WARNINGS = (  # it leaves sockets and files to the garbage collector, and warns of its own coming changes
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
     "ignore::pytest.PytestUnraisableExceptionWarning",
@@ -148,3 +153,14 @@ def cluster(s3_environment: SwiftServer, forked_workers: None) -> Iterator[None]
     resources.connect("local")
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting or joining a cluster ends the test."""
+    from jobs.cluster import resources
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a cluster was asked for")
+
+    monkeypatch.setattr(resources, "connect", refuse)

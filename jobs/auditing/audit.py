@@ -21,6 +21,7 @@ from jobs.workflows.examine import FACTS_ID, examine
 from nsnet.duplicates import BITS, DISTANCE
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
+from nsnet.splits import Indices
 
 AUDIT_FILE: Final = "audit.json"
 REPORT_FILE: Final = "audit.txt"
@@ -112,8 +113,8 @@ def findings(table: pa.Table, *, distance: int = DISTANCE, seed: int = 0) -> tup
 
 
 def _described(
-    table: pa.Table, rows: inventory.Indices, groups: inventory.Indices, seed: int, generator: str,
-    lent: tuple[str, inventory.Indices] | None = None,
+    table: pa.Table, rows: Indices, groups: Indices, seed: int, generator: str,
+    lent: tuple[str, Indices] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Classes and metadata bias of these rows. `lent`: another generator's name and reals to compare the fakes with."""
     say(f"metadata of {generator}: {len(rows):,} images")

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from jobs.dataset import schema
 from nsnet.duplicates import DISTANCE, near_duplicate_groups
-
-Indices = npt.NDArray[np.int64]
+from nsnet.splits import Indices
 
 COPIES: Final = pa.schema(
     [

@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 from jobs.dataset import benchmarks, schema
 from jobs.dataset.labels import NO_GENERATOR
 from jobs.storage.database import database, last_of_each
-
-Indices = npt.NDArray[np.int64]
+from nsnet.splits import Indices
 
 LISTED_COLUMNS: Final = pa.schema(
     [schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")]

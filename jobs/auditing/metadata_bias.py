@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nsnet import metrics
+from nsnet.splits import Indices
 
-Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 
 BOUND: Final = 0.6

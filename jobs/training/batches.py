@@ -12,7 +12,7 @@ import torch
 
 from jobs.training.examples import Examples
 from jobs.training.ingest import Arrival
-from jobs.training.order import Indices
+from nsnet.splits import Indices
 from nsnet.training import Batch
 
 

@@ -23,10 +23,11 @@ from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage.uris import Uri
 from jobs.training.examples import Examples
-from jobs.training.order import Indices, Order, image_seed
+from jobs.training.order import Order, image_seed
 from nsnet import transforms
 from nsnet.patches import SCORING_SEED
 from nsnet.preparation import PreparationConfig
+from nsnet.splits import Indices
 from nsnet.transforms import AugmentationConfig
 
 IMAGES_PER_TASK: Final = 64

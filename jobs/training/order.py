@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from nsnet.splits import Indices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ import torch
 
 from jobs.training.batches import Batches
 from jobs.training.ingest import Ingest
-from jobs.training.order import Indices, Order
+from jobs.training.order import Order
 from nsnet.losses import Gather
 from nsnet.metrics import average_precision
 from nsnet.network import Network
+from nsnet.splits import Indices
 
 
 class CannotGoOn(Exception):

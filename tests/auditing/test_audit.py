@@ -13,7 +13,6 @@ from jobs.auditing import audit as module
 from jobs.auditing import duplicates, inventory, metadata_bias
 from jobs.auditing.audit import audit, findings
 from jobs.auditing.text import as_text, conclusion
-from jobs.cluster import resources
 from jobs.dataset import schema
 from jobs.dataset.plan import write_manifest
 from jobs.runs import catalog, products
@@ -200,16 +199,6 @@ def test_names_from_a_source_are_harmless_and_short() -> None:
 
 
 # The command, without Ray: there is nothing to look at.
-
-
-@pytest.fixture
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting or joining a cluster ends the test."""
-
-    def refuse(*_: Any) -> None:
-        pytest.fail("a cluster was asked for")
-
-    monkeypatch.setattr(resources, "connect", refuse)
 
 
 def publish(source: str, out: str, failing: str = "") -> None:

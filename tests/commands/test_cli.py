@@ -20,7 +20,6 @@ import pytest
 import s3fs
 
 from jobs import cli
-from jobs.cluster import resources
 from jobs.console import main, output, parameters
 from jobs.storage import probes, writing
 from jobs.storage.left_out import LeftOut, first_named
@@ -28,6 +27,8 @@ from jobs.storage.uris import Uri
 from nsnet import bundle as bundles
 from nsnet.errors import NsnetError, StorageError, UsageError
 from tests.support.tables import image_file, put, run_command, save_bundle, unmarked
+
+pytestmark = pytest.mark.usefixtures("no_cluster")
 
 REPO_ROOT = Path(__file__).parents[2]
 
@@ -41,16 +42,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def images(tmp_path: Path) -> str:
     files = {f"{label}/{i}.png": image_file(i) for i, label in enumerate(["0_real", "1_fake"] * 2)}
     return put(str(tmp_path / "pictures"), files)
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting or joining a cluster ends the test."""
-
-    def refuse(*_: Any) -> None:
-        pytest.fail("a cluster was asked for")
-
-    monkeypatch.setattr(resources, "connect", refuse)
 
 
 def complaint(*arguments: str, code: int = 2) -> str:

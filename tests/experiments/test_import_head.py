@@ -19,6 +19,7 @@ from nsnet.detector import Detector
 from nsnet.errors import UsageError, WeightsError
 from tests.support import models
 from tests.support.models import image, one_line
+from tests.support.pickles import Bomb
 from tests.support.tables import run_command
 
 DIM = 32
@@ -98,11 +99,6 @@ def test_verdict_for_people_names_no_caption(tmp_path: Path) -> None:
 def test_head_that_does_not_fit_is_refused_with_both_shapes(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     message = refused(written(tensors, tmp_path / "head.pth"), tmp_path)
     assert "'weight': (1, 32)" in message and "'bias': (1,)" in message
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pytest.fail, ("unpickled",)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from nsnet import captions, images
 from nsnet.captions import Captioner, CaptionerConfig
 from nsnet.errors import ConfigError, WeightsError
 from tests.support import models
+from tests.support.pickles import Harm
 
 TINY = CaptionerConfig(model=None, max_new_tokens=8)
 BLIP = CaptionerConfig()
@@ -159,16 +160,6 @@ def test_weights_in_pytorchs_format_are_read_as_tensors_only(
     (copied / WEIGHTS).unlink()
     torch.save(state, copied / "pytorch_model.bin")
     assert Captioner.load(TINY, copied).caption(thumbnails[:8]) == captioner.caption(thumbnails[:8])
-
-
-class Harm:
-    """Unpickling it would write a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.write_text, (self.target, "owned")
 
 
 def test_pickle_with_code_is_refused_and_not_run(copied: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from nsnet import captions, clip, recipes
 from nsnet.clip import ClipConfig, LoraSettings
 from nsnet.errors import ConfigError, WeightsError
 from tests.support import models
+from tests.support.pickles import Harm
 
 SMALL = models.FROZEN.clip
 CAPTIONS = ["a red boat on a lake", "two dogs", "", "the moon over a grey tower, seen from far away"]
@@ -462,16 +463,6 @@ def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_pat
 
 
 # --- weights that are missing, damaged or others ---------------------------------------------------------------------
-
-
-class Harm:
-    """Unpickling it would write a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.write_text, (self.target, "owned")
 
 
 DAMAGES: dict[str, Callable[[Path, clip.Clip], Path]] = {}

@@ -20,6 +20,7 @@ from nsnet.network import Network
 from nsnet.training import TrainingConfig, build_optimizer, training_step
 from tests.nsnet.test_training import batch
 from tests.support.models import FROZEN, one_line
+from tests.support.pickles import Bomb
 
 DIGEST = checkpoints.settings_digest({"seed": 0})
 CONFIG = TrainingConfig(head_lr=3e-3, backbone_lr=1e-3, precision="fp32")
@@ -156,11 +157,6 @@ def test_state_of_another_shape_is_damage(state: str, folder: Path) -> None:
 def test_optimiser_of_another_network_is_damage(folder: Path) -> None:
     torch.save({"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}, folder / checkpoints.OPTIMIZER)
     assert "damaged" in refused(folder)
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pytest.fail, ("unpickled",)
 
 
 @pytest.mark.parametrize("write", ["pickle", "torch"])
