@@ -384,6 +384,12 @@ def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, ima
     assert re.fullmatch(r"error: '\S+/caf\\udce9' is not UTF-8: rename it, .*\n", unmarked(done.stderr.decode("ascii")))
 
 
+@pytest.mark.parametrize("option", ["--captions", "--split"])
+def test_empty_address_of_an_option_that_may_lack_counts_as_not_given(option: str, images: str, tmp_path: Path) -> None:
+    message = complaint("train", images, "--out", str(tmp_path / "out"), option, "", "--workers", "3-2")
+    assert "--workers must be" in message
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_letters_that_a_stream_lacks_end_nothing(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def shows(*_: Any, **__: Any) -> None:

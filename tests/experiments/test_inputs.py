@@ -13,7 +13,7 @@ from jobs.experiments.experiment import Experiment
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
 from jobs.training.examples import Examples
-from nsnet.errors import ConfigError, NullSpaceError, SourceError
+from nsnet.errors import ConfigError, NullSpaceError, SourceError, WeightsError
 from tests.support.models import one_line
 from tests.support.tables import image_file, put
 
@@ -36,6 +36,30 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainRequest:
 
 def prepare(request: TrainRequest) -> Any:
     return inputs.examples_of(Experiment.resolve(request))
+
+
+def test_missing_weights_are_found_before_the_source_is_listed(
+    request_: TrainRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(*_: object) -> None:
+        pytest.fail("the source was listed")
+
+    monkeypatch.setattr(inputs, "write_manifest", listed)
+    with pytest.raises(WeightsError, match="nowhere"):
+        prepare(replace(request_, captioner=Uri(str(tmp_path / "nowhere"))))
+
+
+def test_facts_of_an_experiment_are_found_out_once(request_: TrainRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their id contains digests of all weights, which take a second for each GB."""
+    found: list[str] = []
+
+    def features_id(*_: object) -> str:
+        found.append("id")
+        return "id"
+
+    monkeypatch.setattr("jobs.experiments.experiment.features_id", features_id)
+    experiment = Experiment.resolve(request_)
+    assert experiment.with_recipe(experiment.recipe).facts == experiment.facts and found == ["id"]
 
 
 @pytest.mark.parametrize(
