@@ -49,7 +49,7 @@ def test_missing_weights_are_found_before_the_source_is_listed(
         prepare(replace(request_, captioner=Uri(str(tmp_path / "nowhere"))))
 
 
-def test_facts_of_an_experiment_are_found_out_once(request_: TrainRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_id_of_the_facts_is_computed_once(request_: TrainRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their id contains digests of all weights, which take a second for each GB."""
     found: list[str] = []
 
