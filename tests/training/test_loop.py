@@ -1,0 +1,213 @@
+"""The loop of a training process, without Ray: what ends it, what it keeps, and how it continues. Costs 5 s."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from jobs.dataset.schema import SPLIT
+from jobs.storage.uris import Uri
+from jobs.training import checkpoints, loop
+from jobs.training.checkpoints import Progress
+from jobs.training.config import WorkerConfig
+from jobs.training.examples import Examples
+from jobs.training.ingest import Arrival
+from jobs.training.loop import Loop
+from jobs.training.order import Order
+from nsnet.detector import Detector
+from nsnet.losses import SINGLE_PROCESS
+from nsnet.training import TrainingConfig, build_optimizer
+from tests.support.models import FROZEN, mosaics
+from tests.support.tables import manifest_row
+
+CPU = torch.device("cpu")
+DIGEST = "of the settings"
+COUNTS = {"train": 24, "val": 8, "test": 4}
+STEPS = 3
+"""Of an epoch."""
+CONFIG = TrainingConfig(
+    epochs=3, batch_size=8, head_lr=3e-3, backbone_lr=1e-3, precision="fp32", checkpoint_steps=2
+)  # fmt: skip
+VAL_ROWS = [row for row in range(sum(COUNTS.values())) if COUNTS["train"] <= row < COUNTS["train"] + COUNTS["val"]]
+
+
+def examples() -> Examples:
+    splits = [name for name, count in COUNTS.items() for _ in range(count)]
+    rows = [
+        dict.fromkeys(SPLIT.names)
+        | manifest_row(f"/{i}.png", image_id=f"{i:032x}", label=i % 2, generator="g", split=split)
+        for i, split in enumerate(splits)
+    ]
+    features = np.random.default_rng(0).standard_normal((len(rows), 32)).astype(np.float32)
+    return Examples(table=pa.Table.from_pylist(rows, schema=SPLIT), text_features=features)
+
+
+EXAMPLES = examples()
+MOSAICS = mosaics(len(EXAMPLES.image_ids))
+
+
+class Images:
+    """Stands for `Ingest`: the mosaic of an image depends on its row alone, and some images fail."""
+
+    def __init__(self, failing: Sequence[int] = ()) -> None:
+        self._failing = failing
+        self.first_steps: list[int] = []
+
+    def stream(self, order: Order, first: int, last: int) -> Iterator[Arrival]:
+        self.first_steps.append(first)
+        for step in range(first, last):
+            rows, valid = order.part(step)
+            good = ~np.isin(rows, self._failing)
+            failed = [{"image_id": EXAMPLES.image_ids[row]} for row in rows[valid & ~good]]
+            yield Arrival(rows=rows, valid=valid & good, mosaics=MOSAICS[rows], failed=failed)
+
+
+class Reports:
+    """Stands for Ray Train: keeps what is reported, and copies of the checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.metrics: list[dict[str, Any]] = []
+
+    def report(self, metrics: dict[str, Any], *, checkpoint: Any, checkpoint_upload_mode: Any) -> None:
+        shutil.copytree(checkpoint.path, self.checkpoint(len(self.metrics)))
+        checkpoints.remove(Path(checkpoint.path))
+        self.metrics.append(metrics)
+
+    def checkpoint(self, number: int) -> Path:
+        return self._folder / str(number)
+
+
+@pytest.fixture
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reports:
+    found = Reports(tmp_path / "checkpoints")
+    monkeypatch.setattr("ray.train.report", found.report)
+    return found
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Loop]:
+    """A loop, from a checkpoint if one is given; `changes`: of `TrainingConfig`."""
+
+    def loop_of(
+        images: Images | None = None, checkpoint: Path | None = None, failed_share: float = 0.05, **changes: Any
+    ) -> Loop:
+        training, network = replace(CONFIG, **changes), Detector.build(FROZEN, seed=1).network
+        optimizer, progress = build_optimizer(network, training), Progress()
+        if checkpoint is not None:
+            progress = checkpoints.restore(checkpoint, network, optimizer, CPU, DIGEST)
+        place = Uri(str(tmp_path / "work"))
+        config = WorkerConfig(
+            detector={}, training={}, preparation={}, seed=3, source=place, clip_weights=None, work=place, split=place,
+            captions=None, features_id="", fitted=None, digest=DIGEST, failed_share=failed_share, task_cpus=1.0,
+            board=None,
+        )  # fmt: skip
+        return Loop(
+            config=config, training=training, loss=FROZEN.loss, network=network, model=network, optimizer=optimizer,
+            progress=progress, examples=EXAMPLES, ingest=images or Images(),  # type: ignore[arg-type]
+            gather=SINGLE_PROCESS, device=CPU,
+        )  # fmt: skip
+
+    return loop_of
+
+
+def test_training_that_stops_within_an_epoch_continues_as_if_it_had_not_stopped(
+    make: Callable[..., Loop], reports: Reports
+) -> None:
+    whole = make()
+    assert whole.run() is None
+    steps = [metrics.get("step") for metrics in reports.metrics]
+    assert steps == [2, None, 4, None, 8, None, None]  # None: an epoch, and the end
+    images = Images()
+    continued = make(images, reports.checkpoint(2))
+    assert (continued.progress.step, continued.progress.step % STEPS) == (4, 1)
+    assert continued.run() is None
+    assert images.first_steps[0] == 4
+    assert continued.progress.history == whole.progress.history and len(whole.progress.history) == 3
+    assert len({record["loss"] for record in whole.progress.history}) == 3
+    for name in ("best", "validation", "test"):
+        theirs, ours = getattr(whole.progress, name), getattr(continued.progress, name)
+        assert theirs.keys() == ours.keys() and theirs
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items()), name
+
+
+def test_finished_training_takes_no_further_step(make: Callable[..., Loop], reports: Reports) -> None:
+    whole = make(epochs=1)
+    assert whole.run() is None and reports.metrics[-1] == {loop.FINISHED: True}
+    images = Images()
+    again = make(images, reports.checkpoint(len(reports.metrics) - 1), epochs=1)
+    assert again.run() is None
+    assert images.first_steps == [] and again.progress.history == whole.progress.history
+
+
+def test_each_step_has_a_seed_of_its_own(
+    make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout would otherwise drop the same in every step."""
+    seeds: list[int] = []
+    step = loop.training_step
+
+    def recorded(*arguments: Any, seed: int) -> Any:
+        seeds.append(seed)
+        return step(*arguments, seed=seed)
+
+    monkeypatch.setattr(loop, "training_step", recorded)
+    assert make(epochs=2).run() is None
+    assert len({*seeds}) == len(seeds) == 2 * STEPS
+
+
+def test_too_many_failed_images_in_an_epoch_end_a_training_with_their_names(
+    make: Callable[..., Loop], reports: Reports, tmp_path: Path
+) -> None:
+    reason = make(Images(failing=[1, 5])).run()
+    assert reason is not None
+    assert reason.startswith("2 of 24 training images could not be read, more than 5% (--max-failed)")
+    files = (tmp_path / "work" / "failed").iterdir()
+    named = [row["image_id"] for path in files for row in json.loads(path.read_text())]
+    assert sorted(named) == [EXAMPLES.image_ids[1], EXAMPLES.image_ids[5]]
+
+
+def test_failed_images_below_the_limit_are_counted_in_each_epoch(make: Callable[..., Loop], reports: Reports) -> None:
+    images = make(Images(failing=[1, 5]), failed_share=0.1)
+    assert images.run() is None
+    assert [record["failed"] for record in images.progress.history] == [2, 2, 2]
+
+
+def test_too_many_failed_images_of_the_validation_end_a_training(make: Callable[..., Loop], reports: Reports) -> None:
+    reason = make(Images(failing=[VAL_ROWS[0]])).run()
+    assert reason is not None and "1 of 8 images of the split val could not be read, more than 5%" in reason
+    judged = make(Images(failing=[VAL_ROWS[0]]), failed_share=0.2)
+    assert judged.run() is None
+    assert judged.progress.validation[checkpoints.ROWS].tolist() == VAL_ROWS[1:]
+
+
+def test_loss_that_is_not_finite_ends_a_training_with_the_images_of_its_step(
+    make: Callable[..., Loop], reports: Reports, tmp_path: Path
+) -> None:
+    diverged = make(head_lr=1e30, warmup=0.0)
+    reason = diverged.run()
+    assert reason is not None and reason.startswith("the loss is not finite in step 2 (epoch 1)")
+    written = json.loads((tmp_path / "work" / "diverged.json").read_text())
+    assert (written["epoch"], written["step"], len(written["pictures"])) == (1, 2, 8)
+
+
+def test_training_stops_after_epochs_without_a_better_one_and_keeps_the_best(
+    make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([0.5, 0.7, 0.6, 0.6, 0.9])
+    monkeypatch.setattr(loop, "scores", lambda labels, logits: {"val_ap": next(found), "val_bce": 0.5})
+    kept = make(epochs=5, patience=2)
+    assert kept.run() is None
+    assert [record["val_ap"] for record in kept.progress.history] == [0.5, 0.7, 0.6, 0.6]
+    assert kept.progress.best_epoch == 2
+    (second,) = [i for i, metrics in enumerate(reports.metrics) if metrics.get("epoch") == 2]
+    best = checkpoints.read_progress(reports.checkpoint(second), DIGEST).best
+    assert all(torch.equal(kept.progress.best[name], value) for name, value in best.items())
+    assert all(torch.equal(kept.network.state_dict()[name].cpu(), value) for name, value in best.items())
