@@ -163,6 +163,24 @@ def test_each_step_has_a_seed_of_its_own(
     assert len({*seeds}) == len(seeds) == 2 * STEPS
 
 
+def test_record_of_an_epoch_is_the_mean_of_its_steps(
+    make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    step = loop.training_step
+
+    def recorded(*arguments: Any, seed: int) -> Any:
+        losses, energy = step(*arguments, seed=seed)
+        taken.append(float(losses[0]))
+        return losses, energy
+
+    monkeypatch.setattr(loop, "training_step", recorded)
+    trained = make(epochs=2)
+    assert trained.run() is None
+    epochs = [sum(taken[i : i + STEPS]) / STEPS for i in (0, STEPS)]
+    assert [record["loss"] for record in trained.progress.history] == pytest.approx(epochs, abs=1e-6)
+
+
 def test_too_many_failed_images_in_an_epoch_end_a_training_with_their_names(
     make: Callable[..., Loop], reports: Reports, tmp_path: Path
 ) -> None:
