@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from nsnet.detector import Detector, DetectorConfig
 from nsnet.head import HeadConfig
 from nsnet.mapper import MapperConfig
 from nsnet.patches import PatchConfig
+
+# open_clip reads 49,000 merges of its tokenizer for each model: 0.17 s, and a tenth of the time of all unit tests.
+open_clip.factory.SimpleTokenizer = lru_cache(open_clip.SimpleTokenizer)
 
 SIDE_PX = 64
 
