@@ -1,9 +1,8 @@
-"""Joins over more rows than fit in memory, by a DuckDB database in a temporary folder; Arrow batches in and out."""
+"""Joins over more rows than fit in memory, by DuckDB, which spills to a temporary folder; Arrow batches in and out."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import duckdb
@@ -60,7 +59,7 @@ def database() -> Iterator[Database]:
             "autoinstall_known_extensions": "false",  # nothing is downloaded
             "autoload_known_extensions": "false",
         }
-        with duckdb.connect(str(Path(folder) / "rows.duckdb"), config=settings) as connection:
+        with duckdb.connect(":memory:", config=settings) as connection:
             yield Database(connection)
 
 
