@@ -3,9 +3,11 @@
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from botocore.loaders import JSONFileLoader
 
 from tests.support.preloaded import preloaded
 from tests.support.proxy import FaultyProxy, in_front_of
@@ -25,6 +27,10 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
 
+# Each S3 client parses botocore's descriptions of AWS again, for 0.1 s; a test makes several clients.
+loaded = cache(JSONFileLoader().load_file)
+JSONFileLoader.load_file = lambda _, path: loaded(path)
+os.fsync = os.fstat  # no test survives a power failure; waiting for the disk was a fiftieth of their time
 gc.set_threshold(20_000)  # imports make millions of objects, of which a collection looks at all again and again
 LONG_SECONDS = 60.0
 LONG = Path(__file__).parent / "long"

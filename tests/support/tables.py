@@ -179,7 +179,8 @@ def run_command(*arguments: str) -> tuple[int, str, str]:
         main.run(cli.group, "nsnet")
     signal.signal(signal.SIGTERM, terminated)
     for logger, level, filters in before:
-        logger.setLevel(level)
+        if logger.level != level:  # `setLevel` takes long: it visits all loggers
+            logger.setLevel(level)
         logger.filters[:] = filters
     for stream in streams:
         stream.seek(0)
