@@ -1,6 +1,7 @@
 """Fixtures for the whole suite."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -31,6 +32,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
 loaded = cache(JSONFileLoader().load_file)
 JSONFileLoader.load_file = lambda _, path: loaded(path)
 os.fsync = os.fstat  # no test survives a power failure; waiting for the disk was a fiftieth of their time
+logging.getLogger().addHandler(logging.NullHandler())  # else the first message adds one that writes to stderr
 gc.set_threshold(20_000)  # imports make millions of objects, of which a collection looks at all again and again
 LONG_SECONDS = 60.0
 LONG = Path(__file__).parent / "long"
@@ -101,6 +103,17 @@ def _is_at(item: pytest.Item, place: str) -> bool:
     return (
         isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.callspec.params.get("place") == place
     )
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The warnings and errors that are logged during a test."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield messages
+    logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -85,16 +85,14 @@ def test_environment_of_a_child_holds_no_secret(zygote: Zygote, monkeypatch: pyt
 
 
 def test_child_that_cannot_be_confined_says_so_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')")
     monkeypatch.setattr(guard, "_import_path", lambda: [str(tmp_path), *sys.path])
     with closing(Zygote("tests.support.services.echo")) as zygote:
         for _ in range(2):
             zygote.fork({}, MEMORY).end()
-    assert [record.getMessage() for record in caplog.records] == [
-        "guarded processes are not confined on this machine (RuntimeError: Unable to find libseccomp)"
-    ]
+    assert logged == ["guarded processes are not confined on this machine (RuntimeError: Unable to find libseccomp)"]
 
 
 def test_memory_of_a_child_is_bounded(zygote: Zygote) -> None:
