@@ -17,7 +17,7 @@ help:
 	@echo "make demo    draw images, train, score, evaluate into OUT=$(OUT)"
 	@echo "make test    what a change must not break, in 8 minutes: test-unit and test-cluster, side by side"
 	@echo "make test-all   the rest: kills, nights, network faults, runs on S3, real sizes, the demo, a submitted job"
-	@echo "make test-faults   KILLS=$(KILLS) times kill -9, of each kind of process in turn; network faults; hostile images"
+	@echo "make test-faults   KILLS=$(KILLS) times kill -9, of each kind of process in turn; network faults; damaged files"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test-all runs one minute of them"
 	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
 	@echo "make check   ruff, mypy, import rules"

@@ -8,6 +8,8 @@ from tests.fuzz import KINDS, campaign
 from tests.fuzz.deeds import DEEDS
 from tests.system.test_fuzz import FIRST, check
 
+pytestmark = pytest.mark.faults
+
 END = {"images": 600, "tars": 150, "tables": 50, "products": 200, "bundles": 30}
 """Kind -> the first case that only `make fuzz` runs."""
 
