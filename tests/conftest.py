@@ -29,8 +29,8 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
 
 
 # Each S3 client parses botocore's descriptions of AWS again, for 0.1 s; a test makes several clients.
-loaded = cache(JSONFileLoader().load_file)
-JSONFileLoader.load_file = lambda _, path: loaded(path)
+load_once = cache(JSONFileLoader().load_file)
+JSONFileLoader.load_file = lambda _, path: load_once(path)
 os.fsync = os.fstat  # no test survives a power failure; waiting for the disk was a fiftieth of their time
 logging.getLogger().addHandler(logging.NullHandler())  # else the first message adds one that writes to stderr
 gc.set_threshold(20_000)  # imports make millions of objects, of which a collection looks at all again and again
@@ -107,7 +107,7 @@ def _is_at(item: pytest.Item, place: str) -> bool:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """The warnings and errors that are logged during a test."""
+    """The warnings and errors that are logged during a test, in place of pytest's `caplog`, which is off."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -303,7 +303,7 @@ def test_missing_and_empty_sources_are_said(no_cluster: None, tmp_path: Path) ->
 # The whole way.
 
 
-@pytest.mark.long  # two runs on a cluster; the tests above have all that is found
+@pytest.mark.long  # two runs on a cluster; the tests above check each finding, and trainings examine their sources
 def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_path: Path) -> None:
     files = {}
     for i in range(12):

@@ -385,7 +385,7 @@ def test_address_that_is_not_utf8_is_refused_in_a_printable_form(place: str, ima
 
 
 @pytest.mark.parametrize("option", ["--captions", "--split"])
-def test_empty_address_of_an_option_that_may_lack_counts_as_not_given(option: str, images: str, tmp_path: Path) -> None:
+def test_empty_address_of_an_optional_option_counts_as_not_given(option: str, images: str, tmp_path: Path) -> None:
     message = complaint("train", images, "--out", str(tmp_path / "out"), option, "", "--workers", "3-2")
     assert "--workers must be" in message
 

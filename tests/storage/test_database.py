@@ -118,6 +118,20 @@ def test_database_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.listdir(tmp_path) == []
 
 
+def test_rows_beyond_the_memory_limit_are_spilled_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("jobs.storage.database.MEMORY_LIMIT", "32MB")
+    size, text = 2_000, np.random.default_rng(0).bytes(2_000).hex()  # 80 MB in all, which no compression shrinks
+    with database() as rows:
+        rows.create("numbers", "n, name", NUMBERS)
+        for start in range(0, 10 * size, size):
+            named = [{"n": n, "name": f"{n}{text[n % 97 :]}"} for n in range(start, start + size)]
+            rows.insert("numbers", batches(named, NUMBERS))
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > 2**20
+        assert rows.execute("select count(*), sum(n) from numbers") == [(10 * size, sum(range(10 * size)))]
+    assert os.listdir(tmp_path) == []
+
+
 # Parquet.
 
 

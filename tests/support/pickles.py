@@ -1,4 +1,4 @@
-"""Objects whose unpickling shows."""
+"""Objects that reveal that they were unpickled."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -159,7 +159,7 @@ def test_evaluation_of_published_verdicts_is_written(bucket: str, scored: dict[s
     assert set(result["generators"]) == {"upsampler"} and result["all"]["real"] + result["all"]["fake"] == 24
 
 
-@pytest.mark.long  # three runs; the stage and what it publishes have their tests in pipeline/ and runs/
+@pytest.mark.long  # three runs; the training above captions its source, and tests/pipeline has the stage
 def test_captions_are_one_row_per_image_and_a_record(bucket: str, tmp_path: Path) -> None:
     record = caption(f"{bucket}/held out", out=str(tmp_path))
     table = pq.read_table(tmp_path / "captions", partitioning=None, schema=schema.CAPTIONS)

@@ -147,37 +147,35 @@ def test_finished_training_takes_no_further_step(make: Callable[..., Loop], repo
     assert images.first_steps == [] and again.progress.history == whole.progress.history
 
 
-def test_each_step_has_a_seed_of_its_own(
-    make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dropout would otherwise drop the same in every step."""
-    seeds: list[int] = []
-    step = loop.training_step
-
-    def recorded(*arguments: Any, seed: int) -> Any:
-        seeds.append(seed)
-        return step(*arguments, seed=seed)
-
-    monkeypatch.setattr(loop, "training_step", recorded)
-    assert make(epochs=2).run() is None
-    assert len({*seeds}) == len(seeds) == 2 * STEPS
-
-
-def test_record_of_an_epoch_is_the_mean_of_its_steps(
-    make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[float] = []
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """Seed and loss of each step that is taken."""
+    taken: list[tuple[int, float]] = []
     step = loop.training_step
 
     def recorded(*arguments: Any, seed: int) -> Any:
         losses, energy = step(*arguments, seed=seed)
-        taken.append(float(losses[0]))
+        taken.append((seed, float(losses[0])))
         return losses, energy
 
     monkeypatch.setattr(loop, "training_step", recorded)
+    return taken
+
+
+def test_each_step_has_a_seed_of_its_own(
+    make: Callable[..., Loop], reports: Reports, steps: list[tuple[int, float]]
+) -> None:
+    """Dropout would otherwise drop the same in every step."""
+    assert make(epochs=2).run() is None
+    assert len({seed for seed, _ in steps}) == len(steps) == 2 * STEPS
+
+
+def test_record_of_an_epoch_is_the_mean_of_its_steps(
+    make: Callable[..., Loop], reports: Reports, steps: list[tuple[int, float]]
+) -> None:
     trained = make(epochs=2)
     assert trained.run() is None
-    epochs = [sum(taken[i : i + STEPS]) / STEPS for i in (0, STEPS)]
+    epochs = [sum(loss for _, loss in steps[i : i + STEPS]) / STEPS for i in (0, STEPS)]
     assert [record["loss"] for record in trained.progress.history] == pytest.approx(epochs, abs=1e-6)
 
 
