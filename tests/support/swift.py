@@ -80,7 +80,7 @@ use = egg:swift#proxy
 account_autocreate = true
 """
 
-# Runs the proxy with a cache in its own memory, in place of memcached. Without one, the proxy asks the other servers for
+# Runs the proxy with a cache in its own memory, in place of memcached. Without one, it asks the other servers for
 # account and container in each request, which was 29 % of the processor time of all servers.
 PROXY_SCRIPT = """\
 import copy, runpy, sys, types
