@@ -31,6 +31,10 @@ START_ENVIRONMENT: Final = {
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
 }
 """Ray's timeouts for starting the parts of an embedded cluster; its defaults are 10 to 60 s."""
+NO_API_SERVER: Final = "http://127.0.0.1:1"
+"""An address that refuses connections. An embedded cluster has no API server, but Ray Train asks one whether its own
+controller is alive: without an address it searches for 40 s, and each training ends 12 s later; with that of another
+cluster, which does not know the controller, it removes the workers of the training."""
 MIN_OPEN_FILES: Final = 512
 MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 """Minimum free space for the sockets and logs of an embedded cluster."""
@@ -41,6 +45,7 @@ def start(**settings: Any) -> None:
     _check_machine()
     for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
+    os.environ["RAY_API_SERVER_ADDRESS"] = NO_API_SERVER
     _keep_token()
     started = time.monotonic()
     with waiting("the embedded Ray cluster to start"), _patience():

@@ -86,8 +86,9 @@ def losses() -> list[dict[str, float]]:
 
     detector = Detector.build(TINY.detector, seed=0)
     captioner = Captioner.load(TINY.detector.captioner, None)
-    thumbnails = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=None)
-    captions = [captioner.caption(prepare(file, thumbnails).thumbnail[None])[0] or "" for file in files]
+    wanted = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=TINY.detector.patches)
+    prepared = [prepare(file, wanted) for file in files]
+    captions = [captioner.caption(each.thumbnail[None])[0] or "" for each in prepared]
     features = detector.clip.encode_text(captions)
 
     order = Order(rows=np.arange(len(names)), batch_size=BATCH, seed=0, rank=0, world_size=1)
@@ -100,8 +101,7 @@ def losses() -> list[dict[str, float]]:
         for row in rows:
             seed = image_seed(0, order.epoch(step), names[row])
             assert transforms.draw(TINY.training.augmentation, seed) == ()
-            patches = prepare(files[row], PreparationConfig(patches=TINY.detector.patches)).patches
-            mosaics.append(assemble_mosaic(patches, TINY.detector.patches.slot_seed(seed)))
+            mosaics.append(assemble_mosaic(prepared[row].patches, TINY.detector.patches.slot_seed(seed)))
         batch = Batch(
             mosaics=torch.from_numpy(np.stack(mosaics)),
             text_features=features[torch.from_numpy(rows)],

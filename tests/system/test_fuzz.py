@@ -1,4 +1,4 @@
-"""Some cases of `tests.fuzz`, those that failed once among them, but for bundles, which need torch. Costs 20 s."""
+"""Some cases of `tests.fuzz`, those that failed once among them, but for bundles, which need torch. Costs 15 s."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.fuzz import campaign
 from tests.fuzz.deeds import DEEDS
 
-FIRST = {"images": 100, "tars": 25, "tables": 10, "products": 30}
+FIRST = {"images": 50, "tars": 12, "tables": 5, "products": 15}
 """Kind -> number of cases. `tests/long/test_fuzz.py` runs those that follow."""
 
 
