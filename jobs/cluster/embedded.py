@@ -45,10 +45,9 @@ def start(**settings: Any) -> None:
     _check_machine()
     for name, value in {**NODE_ENVIRONMENT, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
-    os.environ["RAY_API_SERVER_ADDRESS"] = NO_API_SERVER
     _keep_token()
     started = time.monotonic()
-    with waiting("the embedded Ray cluster to start"), _patience():
+    with waiting("the embedded Ray cluster to start"), _patience(), _without_api_server():
         for is_last in (False, True):
             try:
                 ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
@@ -84,6 +83,20 @@ def _patience() -> Iterator[None]:
         yield
     finally:
         services.get_node = get_node
+
+
+@contextmanager
+def _without_api_server() -> Iterator[None]:
+    """Give the processes of a cluster that starts meanwhile, but not this one, the address `NO_API_SERVER`."""
+    variable = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(variable)
+    os.environ[variable] = NO_API_SERVER
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _check_machine() -> None:

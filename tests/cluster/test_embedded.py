@@ -34,14 +34,18 @@ def test_embedded_cluster_that_does_not_start_is_tried_once_more(
     assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
 
 
+@pytest.mark.parametrize("own", [None, "http://head.of.another:8265"])
 def test_training_on_an_embedded_cluster_asks_no_other_cluster_for_its_controller(
-    monkeypatch: pytest.MonkeyPatch,
+    own: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train removes the workers of a training whose controller is unknown to the cluster at this address."""
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head.of.another:8265")
-    monkeypatch.setattr("ray.init", lambda **_: None)
+    variable, inherited = "RAY_API_SERVER_ADDRESS", []
+    monkeypatch.delenv(variable, raising=False)
+    if own is not None:
+        monkeypatch.setenv(variable, own)
+    monkeypatch.setattr("ray.init", lambda **_: inherited.append(os.environ[variable]))
     embedded.start()
-    assert os.environ["RAY_API_SERVER_ADDRESS"] == embedded.NO_API_SERVER
+    assert inherited == [embedded.NO_API_SERVER] and os.environ.get(variable) == own
 
 
 def test_node_is_asked_for_again_until_the_start_has_taken_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
