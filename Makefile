@@ -5,17 +5,19 @@ RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
 KILLS ?= 24
+# Folders of tests that need no S3 server; they take as long as all others that need no cluster.
+WITHOUT_STORAGE := $(addprefix tests/,nsnet golden training experiments evaluation report auditing commands isolation)
 
 # Tests start many processes: without bytecode each would compile the modules of this tree again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all test-unit test-cluster test-long-faults test-long-rest test-faults fuzz golden check format lock help
+.PHONY: setup demo test test-all test-models test-storage test-cluster test-long-faults test-long-rest test-faults fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   install into $(VENV)"
 	@echo "make demo    draw images, train, score, evaluate into OUT=$(OUT)"
-	@echo "make test    what a change must not break, in 8 minutes: test-unit and test-cluster, side by side"
+	@echo "make test    what a change must not break, in 8 minutes: test-models, test-storage and test-cluster, side by side"
 	@echo "make test-all   the rest: kills, nights, network faults, runs on S3, real sizes, the demo, a submitted job"
 	@echo "make test-faults   KILLS=$(KILLS) times kill -9, of each kind of process in turn; network faults; damaged files"
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test-all runs one minute of them"
@@ -36,10 +38,13 @@ demo: setup
 
 test: setup
 	$(RUN) -m tests.support.swift
-	$(MAKE) --no-print-directory --jobs 2 test-unit test-cluster
+	$(MAKE) --no-print-directory --jobs 3 test-models test-storage test-cluster
 
-test-unit: setup
-	$(RUN) -m pytest -m "not long and not cluster" --numprocesses 2 --dist loadfile --durations=10
+test-models: setup
+	$(RUN) -m pytest $(WITHOUT_STORAGE) -m "not long and not cluster" --durations=10
+
+test-storage: setup
+	$(RUN) -m pytest $(WITHOUT_STORAGE:%=--ignore=%) -m "not long and not cluster" --durations=10
 
 test-cluster: setup
 	$(RUN) -m pytest -m "cluster and not long" --durations=10
