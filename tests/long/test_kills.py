@@ -22,7 +22,7 @@ from tests.support.tables import image_file, new_bucket, put, save_bundle
 pytestmark = pytest.mark.faults
 
 KILLS = int(os.environ.get("NSNET_KILLS", "2"))
-IMAGES = 300
+IMAGES = 600
 RUN_SECONDS = 400.0
 
 Rows = dict[str, tuple[Any, ...]]
@@ -51,9 +51,9 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def source(s3_environment: SwiftServer) -> str:
     """A bucket of images, some of which are broken, and some of which repeat."""
-    files = {f"{i % 7}/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(IMAGES - 20)}
-    files |= {f"broken/{i}.jpg": b"no image %d" % i for i in range(10)}
-    files |= {f"again/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(10)}
+    files = {f"{i % 7}/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(IMAGES - 40)}
+    files |= {f"broken/{i}.jpg": b"no image %d" % i for i in range(20)}
+    files |= {f"again/{i}.jpg": image_file(i, "JPEG", 160, 120) for i in range(20)}
     return put(f"{new_bucket()}/pictures", files)
 
 

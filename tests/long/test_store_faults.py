@@ -62,7 +62,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
 ) -> None:
     """The store is a disk, which is away at once; what S3 clients do until they give up is tested with the stage."""
     source, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
-    put(str(source), {f"{i}.jpg": image_file(i, "JPEG", 200, 150) for i in range(1500)})
+    put(str(source), {f"{i}.jpg": image_file(i, "JPEG", 200, 150) for i in range(3000)})
     arguments = [str(source), "--detector", str(detector), "--out", str(tmp_path / "out"), "--outage-seconds", "5"]
     with running(*arguments) as score:
         assert score.wait_for(lambda: score.prepared > 0, RUN_SECONDS), score.text()
@@ -81,7 +81,7 @@ def test_run_that_was_stopped_by_an_outage_and_by_a_signal_is_continued_by_the_s
     with running(*arguments) as score:
         assert score.end(RUN_SECONDS) == 0, score.text()
     rows = verdicts(str(tmp_path / "out"))
-    assert len(rows) == 1500 and {row["status"] for row in rows} == {"scored"}
+    assert len(rows) == 3000 and {row["status"] for row in rows} == {"scored"}
     assert catalog.runs(str(tmp_path / "out"))[0]["attempts"] == 3
 
 
