@@ -18,7 +18,7 @@ from jobs.dataset import synthetic
 from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.experiments.trainer import TrainingFailedError
-from jobs.storage import listing
+from jobs.storage import filesystems, listing
 from nsnet import bundle
 from nsnet.errors import UsageError
 from tests.support.events import events
@@ -64,11 +64,38 @@ def request_for(source: Path, captions: Path) -> Callable[..., TrainRequest]:
     return ask
 
 
+class Stopped(Exception):
+    """Stands for a driver that is stopped after the last epoch, before the bundle is written."""
+
+
+def stop(*_: object, **__: object) -> None:
+    raise Stopped
+
+
 @pytest.fixture(scope="module")
-def undisturbed(request_for: Callable[..., TrainRequest]) -> TrainRequest:
-    """A training by two workers to which nothing happens."""
+def stopped(request_for: Callable[..., TrainRequest]) -> TrainRequest:
+    """A training by two workers into a bucket, stopped before its bundle; it refuses to go on with other settings."""
+    request = replace(request_for("undisturbed", 2), out=f"{new_bucket()}/detector")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.experiments.job.write_bundle", stop)
+        with pytest.raises(Stopped):
+            train(request)
+    assert not listing.exists(request.out)
+    with pytest.raises(UsageError, match="training with other settings .seed."):
+        train(replace(request, seed=1))
+    return request
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stopped: TrainRequest, request_for: Callable[..., TrainRequest]) -> TrainRequest:
+    """That training, finished by a second start: nothing happened to its steps. On disk, copied from the bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.experiments.inputs.write_manifest", stop)  # the images are not listed again
+        train(stopped)
     request = request_for("undisturbed", 2)
-    train(request)
+    for remote, local in ((stopped.out, request.out), (stopped.work, request.work)):
+        system, path = filesystems.filesystem(remote)
+        system.get(path, local, recursive=True)
     return request
 
 
@@ -179,27 +206,12 @@ def test_any_number_of_workers_takes_the_same_steps(
     assert max(expected) - min(expected) > 0.1  # it learned: equal constants would prove nothing
 
 
-class Stopped(Exception):
-    """Stands for a driver that is stopped after the last epoch, before the bundle is written."""
-
-
 def test_training_that_was_stopped_before_its_bundle_goes_on_and_finds_nothing_out_again(
-    request_for: Callable[..., TrainRequest], monkeypatch: pytest.MonkeyPatch
+    stopped: TrainRequest, undisturbed: TrainRequest
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise Stopped
-
-    request = replace(request_for("stopped", 2), out=f"{new_bucket()}/detector")
-    with monkeypatch.context() as patch:
-        patch.setattr("jobs.experiments.job.write_bundle", stop)
-        with pytest.raises(Stopped):
-            train(request)
-    assert not listing.exists(request.out)
-    with pytest.raises(UsageError, match="training with other settings .seed."):
-        train(replace(request, seed=1))
-    monkeypatch.setattr("jobs.experiments.inputs.write_manifest", stop)
-    train(request)
-    assert listing.exists(f"{request.out}/{bundle.DESCRIPTION}")
+    """All but this is checked while the training is stopped and continued, by the two fixtures."""
+    assert listing.exists(f"{stopped.out}/{bundle.DESCRIPTION}")
+    assert Path(undisturbed.out, bundle.DESCRIPTION).is_file() and len(losses(undisturbed)) == EPOCHS * STEPS
 
 
 def test_loss_that_is_not_finite_ends_the_training_with_the_images_of_its_step(
