@@ -32,9 +32,9 @@ START_ENVIRONMENT: Final = {
 }
 """Ray's timeouts for starting the parts of an embedded cluster; its defaults are 10 to 60 s."""
 NO_API_SERVER: Final = "http://127.0.0.1:1"
-"""An address that refuses connections. An embedded cluster has no API server, but Ray Train asks one whether its own
-controller is alive: without an address it searches for 40 s, and each training ends 12 s later; with that of another
-cluster, which does not know the controller, it removes the workers of the training."""
+"""An address that refuses connections. Ray Train asks the API server whether its own controller is alive, but an
+embedded cluster has no API server. Without an address the search takes 40 s, and each training ends 12 s later. If the
+variable names another cluster, that one does not know the controller, and Ray Train removes the training's workers."""
 MIN_OPEN_FILES: Final = 512
 MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 """Minimum free space for the sockets and logs of an embedded cluster."""
@@ -87,7 +87,7 @@ def _patience() -> Iterator[None]:
 
 @contextmanager
 def _without_api_server() -> Iterator[None]:
-    """Give the processes of a cluster that starts meanwhile, but not this one, the address `NO_API_SERVER`."""
+    """Start the processes of a cluster with the address `NO_API_SERVER`; then restore the variable of this process."""
     variable = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(variable)
     os.environ[variable] = NO_API_SERVER
