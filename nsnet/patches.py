@@ -10,19 +10,23 @@ from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.fft
 
+from nsnet.entropy import (
+    MARGIN,
+    MAX_ESTIMATED_PX,
+    PATCHES_AT_ONCE,
+    Spectrum,
+    channel_sum,
+    estimate_entropy,
+    spectral_entropy,
+)
 from nsnet.errors import ConfigError
 
-Spectrum = Literal["magnitude", "power"]
 Selection = Literal["entropy", "center"]
 
-EPSILON: Final = 1e-8
 SCORING_SEED: Final = 0
 """Seed of the patch order in scoring; fixed, so that an image always gets the same score."""
 
-CHUNK_PATCHES: Final = 4096
-"""Patches transformed at a time, which limits the memory for a large image to about 50 MB."""
 TIE_DECIMALS: Final = 9
 """Entropies that differ only after this decimal tie: rounding errors, which depend on the processor, must not rank."""
 
@@ -67,6 +71,12 @@ def split_patches(image_hwc: npt.NDArray[np.uint8], patch_px: int = 32) -> npt.N
     The remainder at the right and bottom edge is cropped: the published code pads it with black, which has the lowest
     entropy, so padding is always selected. A side shorter than N is padded to N by replicating its edge.
     """
+    patches = _grid(_whole_patches(image_hwc, patch_px), patch_px)
+    return np.ascontiguousarray(patches).reshape(-1, patch_px, patch_px, 3)
+
+
+def _whole_patches(image_hwc: npt.NDArray[np.uint8], patch_px: int) -> npt.NDArray[np.uint8]:
+    """The image with sides that are multiples of the patch's: cropped, or padded if shorter than a patch."""
     if image_hwc.ndim != 3 or image_hwc.shape[2] != 3 or image_hwc.dtype != np.uint8 or 0 in image_hwc.shape:
         raise ValueError(f"image must be (H, W, 3) uint8 with H, W ≥ 1, got {image_hwc.shape} {image_hwc.dtype}")
     height, width = image_hwc.shape[:2]
@@ -74,40 +84,13 @@ def split_patches(image_hwc: npt.NDArray[np.uint8], patch_px: int = 32) -> npt.N
         missing_rows, missing_columns = max(0, patch_px - height), max(0, patch_px - width)
         image_hwc = np.pad(image_hwc, ((0, missing_rows), (0, missing_columns), (0, 0)), mode="edge")
     rows, columns = image_hwc.shape[0] // patch_px, image_hwc.shape[1] // patch_px
-    cropped = image_hwc[: rows * patch_px, : columns * patch_px]
-    grid = cropped.reshape(rows, patch_px, columns, patch_px, 3).swapaxes(1, 2)
-    return np.ascontiguousarray(grid).reshape(rows * columns, patch_px, patch_px, 3)
+    return image_hwc[: rows * patch_px, : columns * patch_px]
 
 
-def spectral_entropy(patches_pnn: npt.NDArray[np.generic], spectrum: Spectrum = "magnitude") -> npt.NDArray[np.float64]:
-    """Spectral entropy of (P, N, N) grey patches -> (P,) float64.
-
-    S = −Σ_k p_k log p_k with p_k = |F_k| / (Σ |F| + ε) over all N² frequencies, including the constant one (eq. 13).
-    `magnitude`: natural logarithm, range [0, ln N²]. `power`: |F|² and log2, range [0, log2 N²].
-    """
-    if patches_pnn.ndim != 3 or patches_pnn.shape[1] != patches_pnn.shape[2]:
-        raise ValueError(f"patches must be (P, N, N), got {patches_pnn.shape}")
-    side = patches_pnn.shape[1]
-    # The transform of real input is symmetric: half of the columns suffice; columns with a mirror image count twice.
-    multiplicity = np.full(side // 2 + 1, 2.0)
-    multiplicity[0] = 1.0
-    if side % 2 == 0:
-        multiplicity[-1] = 1.0
-    entropy = np.empty(len(patches_pnn))
-    for start in range(0, len(patches_pnn), CHUNK_PATCHES):
-        chunk = patches_pnn[start : start + CHUNK_PATCHES].astype(np.float64)
-        weight = np.abs(scipy.fft.rfft2(chunk))
-        if spectrum == "power":
-            weight *= weight
-        total = (weight @ multiplicity).sum(axis=1) + EPSILON
-        # −Σ p log p = −(Σ w log w)/T + log T · (Σ w)/T saves a division per frequency; w = 0 contributes 0.
-        logs = np.log(weight, out=np.zeros_like(weight), where=weight > 0)
-        log_total = np.log(total)
-        entropy[start : start + CHUNK_PATCHES] = (
-            log_total * ((total - EPSILON) / total) - ((weight * logs) @ multiplicity).sum(axis=1) / total
-        )
-    entropy = np.maximum(entropy, 0.0)
-    return entropy / np.log(2.0) if spectrum == "power" else entropy
+def _grid(image_hwc: npt.NDArray[np.uint8], patch_px: int) -> npt.NDArray[np.uint8]:
+    """View of an image of whole patches as (rows, columns, N, N, 3)."""
+    height, width = image_hwc.shape[:2]
+    return image_hwc.reshape(height // patch_px, patch_px, width // patch_px, patch_px, 3).swapaxes(1, 2)
 
 
 def select_patches(image_hwc: npt.NDArray[np.uint8], config: PatchConfig | None = None) -> npt.NDArray[np.uint8]:
@@ -119,16 +102,41 @@ def select_patches(image_hwc: npt.NDArray[np.uint8], config: PatchConfig | None 
     config = config or PatchConfig()
     if config.selection == "center":
         return split_patches(center_crop(image_hwc, config.mosaic_px), config.patch_px)
-    patches = split_patches(image_hwc, config.patch_px)
-    # 3 × the channel mean: entropy does not depend on the scale. This is 10 times as fast as `sum(axis=3)`.
-    grey = patches[..., 0].astype(np.uint16) + patches[..., 1] + patches[..., 2]
-    order = np.argsort(-spectral_entropy(grey, config.spectrum).round(TIE_DECIMALS), kind="stable")
+    image_hwc = _whole_patches(image_hwc, config.patch_px)
+    grid = _grid(image_hwc, config.patch_px)
+    columns = grid.shape[1]
+    candidates, entropy = _candidates(image_hwc, grid, config)
+    order = candidates[np.argsort(-entropy.round(TIE_DECIMALS), kind="stable")]
     if len(order) < config.slots:
         chosen = np.resize(order, config.slots)
     else:
         highest, lowest = (config.slots + 1) // 2, config.slots // 2
         chosen = np.concatenate([order[:highest], order[len(order) - lowest :]])
-    return patches[chosen]
+    selected: npt.NDArray[np.uint8] = grid[chosen // columns, chosen % columns]
+    return selected
+
+
+def _candidates(
+    image_hwc: npt.NDArray[np.uint8], grid: npt.NDArray[np.uint8], config: PatchConfig
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Positions of the patches among which the chosen ones are, ascending, and their exact entropies.
+
+    Estimates leave out patches that are beyond both cut-offs by more than the error of two estimates.
+    """
+    rows, columns = grid.shape[:2]
+    highest, lowest = (config.slots + 1) // 2, config.slots // 2
+    candidates = varying = np.arange(rows * columns)
+    if config.slots < len(candidates) and config.patch_px <= MAX_ESTIMATED_PX:
+        estimate = estimate_entropy(image_hwc, config.patch_px, config.spectrum)
+        ascending = np.sort(estimate)
+        at_least, at_most = ascending[-highest] - 2 * MARGIN, ascending[max(0, lowest - 1)] + 2 * MARGIN
+        candidates = np.flatnonzero((estimate >= at_least) | (estimate <= at_most))
+        varying = candidates[estimate[candidates] > 0]  # others are of one level: their entropy is 0
+    entropy = np.zeros(rows * columns)
+    for start in range(0, len(varying), PATCHES_AT_ONCE):
+        part = varying[start : start + PATCHES_AT_ONCE]
+        entropy[part] = spectral_entropy(channel_sum(grid[part // columns, part % columns]), config.spectrum)
+    return candidates, entropy[candidates]
 
 
 def center_crop(image_hwc: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
