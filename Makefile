@@ -26,7 +26,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml nsnet/entropy.c
+$(STAMP): requirements.lock pyproject.toml $(wildcard nsnet/kernels/*)
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/uv --version >/dev/null 2>&1 || $(RUN) -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -r requirements.lock

@@ -14,10 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.fft
 
-try:
-    import nsnet_entropy  # entropy.c
-except ImportError:  # no compiler at installation
-    nsnet_entropy = None
+from nsnet.kernels import compiled, with_whole_rows
 
 Spectrum = Literal["magnitude", "power"]
 
@@ -65,12 +62,11 @@ def estimate_entropy(
 
     Each is within `MARGIN` of `spectral_entropy` of the patch's channel sum; 0 means a patch of one level, exactly.
     """
-    samples = image_hwc.reshape(len(image_hwc), -1)  # (H, 3W)
     entropy = np.empty((len(image_hwc) // patch_px, image_hwc.shape[1] // patch_px))
-    if nsnet_entropy is not None and patch_px == nsnet_entropy.PATCH_PX:
-        nsnet_entropy.estimate(samples, entropy, spectrum == "power")
+    if compiled is not None and patch_px == compiled.PATCH_PX:
+        compiled.entropy(with_whole_rows(image_hwc), entropy, spectrum == "power")
     else:
-        _estimate(samples, patch_px, spectrum, entropy)
+        _estimate(image_hwc.reshape(len(image_hwc), -1), patch_px, spectrum, entropy)
     return entropy.ravel() / (LOG_2 if spectrum == "power" else 1.0)
 
 

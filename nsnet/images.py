@@ -48,6 +48,7 @@ from nsnet.errors import (
     ImageTooLargeError,
     ImageUnidentifiedError,
 )
+from nsnet.kernels import compiled, with_whole_rows
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
 
 INSPECTORS: Final[dict[str, Callable[[bytes, DecodeLimits], Inspected]]] = {
@@ -111,7 +112,7 @@ class DecodedImage:
     """An image as a viewer shows it: first frame, upright, on a white background."""
 
     pixels: npt.NDArray[np.uint8]
-    """(H, W, 3) uint8."""
+    """(H, W, 3) uint8, read-only: Pillow's own copy."""
     format: str
     """Pillow's name of the format, from the content."""
     frames: int
@@ -133,8 +134,8 @@ class DecodedImage:
 
 
 def decode(data: bytes, limits: DecodeLimits | None = None) -> npt.NDArray[np.uint8]:
-    """Decode an image file to an (H, W, 3) uint8 array; see `decode_image` for the details and errors."""
-    return decode_image(data, limits).pixels
+    """Decode an image file to a new (H, W, 3) uint8 array; see `decode_image` for the details and errors."""
+    return decode_image(data, limits).pixels.copy()
 
 
 def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImage:
@@ -161,7 +162,7 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> DecodedImag
 
 
 def image_to_rgb(image: Image.Image, limits: DecodeLimits | None = None) -> npt.NDArray[np.uint8]:
-    """Convert a Pillow image of any mode to an upright (H, W, 3) uint8 array on a white background.
+    """Convert a Pillow image of any mode to an upright, read-only (H, W, 3) uint8 array on a white background.
 
     Raises an `ImageError`, as `decode_image` does.
     """
@@ -182,8 +183,12 @@ def preload() -> None:
 
 def thumbnail(array: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
     """Resize (H, W, 3) uint8 to (side_px, side_px, 3) uint8, bicubic, aspect ratio not kept: the input of BLIP."""
-    image = Image.fromarray(array)
-    return np.array(image.resize((side_px, side_px), Image.Resampling.BICUBIC), dtype=np.uint8)
+    if compiled is None:
+        image = Image.fromarray(array)
+        return np.array(image.resize((side_px, side_px), Image.Resampling.BICUBIC), dtype=np.uint8)
+    resized = np.empty((side_px, side_px, 3), np.uint8)
+    compiled.resize(with_whole_rows(array), resized, side_px)
+    return resized
 
 
 def _candidates(data: bytes) -> list[str]:

@@ -29,7 +29,7 @@ WHOLE_RANGE: Final = ("HEIF", "PNG", "PPM", "JPEG2000")
 def to_rgb(
     image: Image.Image, box: tuple[int, int, int, int] | None = None, full_scale: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Convert a loaded image to an (H, W, 3) uint8 array, upright, on white.
+    """Convert a loaded image to a read-only (H, W, 3) uint8 array, upright, on white.
 
     `box`: the first frame's box in the canvas, which is white around it. `full_scale`: see `limits.Inspected`.
     Raises `ImageCorruptError` if the range of its samples is not known.
@@ -50,7 +50,7 @@ def to_rgb(
         image = canvas
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    return np.array(image, dtype=np.uint8)
+    return np.asarray(image)
 
 
 def _flat(image: Image.Image, full_scale: int | None) -> Image.Image:

@@ -125,9 +125,9 @@ def grey(levels: NDArray[np.float64]) -> Pixels:
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
-        monkeypatch.setattr(entropy, "nsnet_entropy", None)
-    elif entropy.nsnet_entropy is None:
-        pytest.skip("entropy.c is not compiled on this machine")
+        monkeypatch.setattr(entropy, "compiled", None)
+    elif entropy.compiled is None:
+        pytest.skip("the kernels are not compiled")
     return str(request.param)
 
 
@@ -156,34 +156,3 @@ def test_estimates_come_row_by_row(height: int, width: int, implementation: str)
     np.testing.assert_allclose(estimate_entropy(image, 32), exact, rtol=0, atol=MARGIN / 10)
     part = image[:, :32]  # rows that are not contiguous in memory
     np.testing.assert_allclose(estimate_entropy(part, 32), exact[:: width // 32], rtol=0, atol=MARGIN / 10)
-
-
-def test_estimates_on_every_processor_are_within_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path for processors without AVX2, which no machine with AVX2 would take by itself."""
-    module = entropy.nsnet_entropy
-    if module is None:
-        pytest.skip("entropy.c is not compiled on this machine")
-    for spectrum in (False, True):
-        image = np.concatenate([np.concatenate(list(pixels), axis=1) for _, pixels in hard_patches()])
-        results = np.empty((2, image.shape[0] // 32, image.shape[1] // 32))
-        for result, portable in zip(results, (False, True), strict=True):
-            module.estimate(image.reshape(len(image), -1), result, spectrum, portable)
-        assert 0 < np.abs(results[0] - results[1]).max() < MARGIN / 10
-
-
-@pytest.mark.parametrize(
-    ("samples", "result"),
-    [
-        (np.zeros((64, 192), np.uint16), np.zeros((2, 2))),
-        (np.zeros((64, 384), np.uint8)[:, ::2], np.zeros((2, 2))),
-        (np.zeros(64 * 192, np.uint8), np.zeros((2, 2))),
-        (np.zeros((64, 192), np.uint8), np.zeros((2, 3))),
-        (np.zeros((64, 192), np.uint8), np.zeros((2, 4), np.float32)),
-    ],
-    ids=["samples of 16 bits", "rows with gaps", "one dimension", "too many values", "values of 32 bits"],
-)
-def test_compiled_estimate_refuses_other_arrays(samples: NDArray[Any], result: NDArray[Any]) -> None:
-    if entropy.nsnet_entropy is None:
-        pytest.skip("entropy.c is not compiled on this machine")
-    with pytest.raises(ValueError, match="must"):
-        entropy.nsnet_entropy.estimate(samples, result, False)
