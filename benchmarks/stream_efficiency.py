@@ -30,7 +30,7 @@ def pool_worker(
     import numpy as np
     import torch
 
-    from nsnet.captions import Captioner
+    from nsnet.captioner import Captioner
     from nsnet.detector import Detector
     from nsnet.patches import SCORING_SEED, assemble_mosaic
     from nsnet.preparation import PreparationConfig, prepare

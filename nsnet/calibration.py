@@ -10,8 +10,6 @@ from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
-from scipy.special import betaincinv, expit
 
 from nsnet.errors import ConfigError
 from nsnet.metrics import check
@@ -149,6 +147,8 @@ class Calibration:
 
     def probability(self, logit: npt.ArrayLike) -> Array:
         """P(fake) of logits of any shape, fp64."""
+        from scipy.special import expit  # slow to import, for a driver that computes nothing
+
         return np.asarray(expit(np.asarray(logit, dtype=np.float64) / self.temperature))
 
     def verdict(self, prob_fake: float) -> Label:
@@ -192,6 +192,8 @@ def rate_upper(count: int, total: int, confidence: float = 0.95) -> float:
     Clopper and Pearson (1934): the quantile of Beta(count + 1, total − count). The bound also holds if the threshold
     was chosen so that `count` of these reals lie above it: the share above the next real has this distribution.
     """
+    from scipy.special import betaincinv
+
     return float(betaincinv(count + 1, total - count, confidence)) if count < total else 1.0
 
 
@@ -201,6 +203,8 @@ def _temperature(y: npt.NDArray[np.int64], s: Array) -> float:
     The targets are Platt's (1999), slightly inside 0 and 1: otherwise a validation set that the detector separates
     without error would drive T to 0.
     """
+    from scipy.optimize import minimize_scalar  # slow to import; only training and calibrating need it
+
     fakes, reals = int(y.sum()), int((1 - y).sum())
     target = np.where(y == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
 

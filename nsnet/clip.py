@@ -11,13 +11,10 @@ open_clip takes seconds to import (it imports torchvision): functions import it 
 that only reads configurations does not wait for it.
 """
 
-import hashlib
 import json
 import pickle
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
@@ -27,63 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet import hub, model_files, model_settings, weight_formats
-from nsnet.digest import file_digest, weights_digest
+from nsnet import model_files, weight_formats
+from nsnet.clip_weights import CONFIG_FILE, WEIGHTS_FILE
+from nsnet.configuration import ClipConfig, LoraSettings
+from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 from nsnet.model_size import ModelSize
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469bb561bf468d76c1d73aa35156c922b"}
-"""Hub repository -> commit. Other repositories are used at `main`; the digest of their weights is recorded."""
 
-WEIGHTS_FILE: Final = "open_clip_model.safetensors"
-CONFIG_FILE: Final = "open_clip_config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Selects a CLIP model and its weights."""
-
-    model: str = "ViT-L-14-quickgelu"
-    """open_clip's name of the architecture. OpenAI weights need a `-quickgelu` one, else their features differ."""
-    pretrained: str | None = "openai"
-    """open_clip's tag of the weights; None: seeded random weights."""
-    architecture: dict[str, Any] | None = None
-    """open_clip model configuration (`embed_dim`, `vision_cfg`, `text_cfg`) instead of the one of that name."""
-    seed: int = 0
-    """Seed of random weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("model", "pretrained"):  # open_clip would load from "hf-hub:…" and "local-dir:…"
-            if not re.fullmatch(r"[\w.-]+", getattr(self, name) or "none"):
-                raise ConfigError(f"{name} must be a name that open_clip knows, got {getattr(self, name)[:100]!r}")
-        if self.architecture is not None and (
-            reason := model_settings.complaint(self.architecture, model_settings.ARCHITECTURE)
-        ):
-            raise ConfigError(f"architecture: {reason[:400]}; settings that download or select code are not allowed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Settings of the image tower's adapters."""
-
-    rank: int = 6
-    """Rank R; 0: no adapters."""
-    alpha: float = 6.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout before the adapter, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0 or not self.alpha > 0 or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(
-                f"need rank ≥ 0, alpha > 0 and 0 ≤ dropout < 1, got {self.rank}, {self.alpha}, {self.dropout}"
-            )
 
 
 class SplitAttention(nn.Module):
@@ -325,78 +279,6 @@ def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
     if architecture is None:
         raise ConfigError(f"open_clip has no model {config.model!r}")
     return dict(architecture)
-
-
-def known_models() -> list[str]:
-    """Names of all architectures that open_clip can build."""
-    import open_clip
-
-    return list(open_clip.list_models())
-
-
-def activation_fits(model: str, tag: str) -> bool:
-    """Whether weights were trained with the activation of an architecture (quick_gelu or not); else features differ."""
-    import open_clip
-
-    trained_with = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
-    return bool(trained_with) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
-
-
-def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None:
-    """Return the file or folder of the weights: the given one, or from the hub or its cache; None: seeded random.
-
-    Raises `WeightsError` with the command that downloads missing weights. Loads nothing.
-    """
-    import open_clip
-
-    if weights is not None:
-        if not weights.exists():
-            raise WeightsError(f"--clip-weights {weights} does not exist")
-        if weights.is_dir() and not (weights / CONFIG_FILE).is_file():
-            its_format = "it has transformers' format; " if (weights / "config.json").is_file() else ""
-            raise WeightsError(
-                f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format); {its_format}give a "
-                f"folder or file in open_clip's format, such as the {WEIGHTS_FILE} of the same model on the hub"
-            )
-        return weights
-    if config.pretrained is None:
-        return None
-    source = open_clip.get_pretrained_cfg(config.model, config.pretrained)
-    if not source:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
-        raise ConfigError(f"open_clip has no weights {config.pretrained!r} for {config.model}; its tags: {tags}")
-    if not activation_fits(config.model, config.pretrained):
-        raise ConfigError(
-            f"the weights {config.pretrained!r} and the architecture {config.model} differ in their activation "
-            f"(quick_gelu), which would change the features; choose the model with or without '-quickgelu'"
-        )
-    repository, _, filename = str(source.get("hf_hub") or "").rpartition("/")  # "owner/name/" or "owner/name/file"
-    if not repository:
-        raise WeightsError(
-            f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass "
-            "--clip-weights"
-        )
-    revision, file = PINNED_REVISIONS.get(repository), filename or WEIGHTS_FILE
-
-    def download(local_files_only: bool) -> Path:
-        import huggingface_hub  # slow to import; needed only for weights by name
-
-        return Path(
-            huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=local_files_only)
-        )
-
-    return hub.fetch(download, repository, revision, probe=file, wanted=file, option="--clip-weights with the file")
-
-
-def text_tower_id(config: ClipConfig, weights: Path | None) -> str:
-    """Identity of a frozen text tower, 16 hexadecimal digits: equal ids give a caption equal features.
-
-    `weights`: the result of `find_weights`. Loads nothing; takes about 1 s per GB.
-    """
-    files = sorted(path for path in weights.iterdir() if path.is_file()) if weights and weights.is_dir() else [weights]
-    digests = [[path.name, file_digest(path)] for path in files if path is not None]
-    identity = [config.model, config.architecture, digests or config.seed]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:

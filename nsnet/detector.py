@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -20,13 +20,10 @@ from torch import nn
 
 from nsnet import bundle
 from nsnet.calibration import Calibration, Label
-from nsnet.captions import Captioner, CaptionerConfig
+from nsnet.captioner import Captioner
 from nsnet.clip import (
     Clip,
-    ClipConfig,
-    LoraSettings,
     add_lora,
-    find_weights,
     fuse_attention,
     has_lora,
     load_clip,
@@ -35,7 +32,9 @@ from nsnet.clip import (
     merge_lora,
     save_lora,
 )
+from nsnet.clip_weights import find_weights
 from nsnet.config import from_dict, to_dict
+from nsnet.configuration import DetectorConfig, config_of
 from nsnet.errors import (
     BundleError,
     CaptionError,
@@ -44,31 +43,12 @@ from nsnet.errors import (
     NsnetError,
     WeightsError,
 )
-from nsnet.head import HeadConfig
 from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
-from nsnet.losses import LossConfig
-from nsnet.mapper import MapperConfig
 from nsnet.model_size import ModelSize
-from nsnet.network import Network, ProjectionConfig, residual_energy
-from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
+from nsnet.network import Network, residual_energy
+from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
-    """Everything that defines a detector, except its weights."""
-
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
-    patches: PatchConfig = field(default_factory=PatchConfig)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    mapper: MapperConfig = field(default_factory=MapperConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train_backbone: bool = False
-    """Train the whole image tower, not only its adapters; used if the tower starts from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,11 +360,3 @@ def _check_mosaic(config: DetectorConfig, clip: Clip) -> None:
             f"mosaic_px is {config.patches.mosaic_px}, but {config.clip.model} takes {clip.image_px} px: set "
             f"mosaic_px to {clip.image_px}"
         )
-
-
-def config_of(description: bundle.Description) -> DetectorConfig:
-    """Return the configuration of a bundle. Raises `BundleError` if it is of another version."""
-    try:
-        return from_dict(DetectorConfig, description.config)
-    except ConfigError as error:
-        raise BundleError(f"the bundle of detector {description.detector_id} is of another version: {error}") from error

@@ -3,32 +3,11 @@
 Dimensions: B images, D embedding, F head feature.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """Kind and sizes of the projection head."""
-
-    kind: Literal["mlp", "linear"] = "mlp"
-    """`mlp`: the paper's. `linear`: the logit directly from ũ, UniversalFakeDetect's probe (arXiv 2302.10174)."""
-    hidden_dim: int = 768
-    """Width of the hidden layer."""
-    feature_dim: int = 512
-    """Dimension d_f of the unit-length feature f."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("mlp", "linear"):
-            raise ConfigError(f"the head's kind must be 'mlp' or 'linear', got {self.kind!r}")
-        if self.hidden_dim < 1 or self.feature_dim < 1:
-            raise ConfigError(f"head sizes must be positive, got {self.hidden_dim} and {self.feature_dim}")
+from nsnet.configuration import HeadConfig
 
 
 class ProjectionHead(nn.Module):

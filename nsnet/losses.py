@@ -6,44 +6,16 @@ Every loss is a mean over the global batch. A process has only its own B rows, s
 of processes: the mean over processes, which DDP computes for the gradients, is then the global loss.
 """
 
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsnet.errors import ConfigError
+from nsnet.configuration import LossConfig
 
 MASKED: Final = -1e9
 """Replaces −∞ in a masked log-sum-exp, where −∞ would give NaN gradients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the objective."""
-
-    temperature: float = 0.07
-    """τ of the contrastive loss."""
-    contrastive_weight: float = 1.0
-    """γ of the contrastive loss; 1 in the paper."""
-    bce_weight: float = 0.2
-    """α of the binary cross-entropy."""
-    alignment_weight: float = 0.3
-    """β of the alignment."""
-    alignment_reduction: Literal["mean", "sum"] = "mean"
-    """Over D: the published numbers used `mean`; `sum` is exactly eq. 20 and D times larger."""
-
-    def __post_init__(self) -> None:
-        weights = (self.contrastive_weight, self.bce_weight, self.alignment_weight)
-        if not (self.temperature > 0 and all(weight >= 0 for weight in weights) and max(weights[:2]) > 0):
-            raise ConfigError(
-                f"need temperature > 0 and weights ≥ 0, one of the contrastive and the bce weight > 0, got temperature "
-                f"{self.temperature}, contrastive_weight {self.contrastive_weight}, bce_weight {self.bce_weight}, "
-                f"alignment_weight {self.alignment_weight}"
-            )
-        if self.alignment_reduction not in ("mean", "sum"):
-            raise ConfigError(f"alignment_reduction must be 'mean' or 'sum', got {self.alignment_reduction!r}")
 
 
 class Gather(Protocol):

@@ -9,21 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapperConfig:
-    """Size and dropout of the semantic mapper."""
-
-    hidden_dim: int = 1024
-    """Width h of the hidden layer; 0: no mapper, the caption feature itself is removed."""
-    dropout: float = 0.1
-    """Dropout after the hidden activation, in [0, 1). The paper uses none, its published code 0.1."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_dim < 0 or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"need hidden_dim ≥ 0 and 0 ≤ dropout < 1, got {self.hidden_dim} and {self.dropout}")
+from nsnet.configuration import MapperConfig
 
 
 @dataclass(frozen=True, kw_only=True)

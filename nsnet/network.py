@@ -4,61 +4,22 @@ Dimensions: B images, M mosaic side, D embedding, F head feature, R rank of a gl
 bank.
 """
 
-from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nsnet.clip import Clip
+from nsnet.configuration import HeadConfig, MapperConfig, ProjectionConfig
 from nsnet.errors import ConfigError, NullSpaceError
-from nsnet.head import HeadConfig, ProjectionHead
-from nsnet.mapper import MapperConfig, SemanticMapper
+from nsnet.head import ProjectionHead
+from nsnet.mapper import SemanticMapper
 from nsnet.nullspace import project_global, project_per_sample, project_rank_k
 
 BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SAME_CAPTION: Final = 1.0 - 1e-5
 """Smallest cosine at which two captions count as the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectionConfig:
-    """Selects what is removed from the image feature."""
-
-    kind: Literal["per_sample", "rank_k", "global", "none"] = "per_sample"
-    """`per_sample`: the mapped caption (eq. 16); `rank_k`: that and its nearest captions of a bank, also mapped;
-    `global`: a basis of many captions (eq. 15); `none`: nothing."""
-    rank: int = 0
-    """`global`: R of the basis, 0 before it is computed; `rank_k`: number of directions; else 0."""
-    bank: int = 0
-    """N captions of `rank_k`'s bank, 0 before it is made."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("per_sample", "rank_k", "global", "none"):
-            raise ConfigError(f"unknown projection {self.kind!r}: choose per_sample, rank_k, global or none")
-        least = {"rank_k": 2, "global": 0}.get(self.kind)
-        unwanted = (least is None and self.rank) or (self.kind != "rank_k" and self.bank)
-        if self.rank < (least or 0) or self.bank < 0 or unwanted:
-            raise ConfigError(
-                f"a global projection needs rank ≥ 1, rank_k needs rank ≥ 2 and a bank, other kinds allow neither; got "
-                f"{self.kind}, rank {self.rank}, bank {self.bank}"
-            )
-        if 0 < self.bank < self.rank:  # the bank may contain the image's own caption
-            raise ConfigError(
-                f"{self.rank} directions of rank_k need a bank of at least {self.rank} captions, got "
-                f"{self.bank}: choose fewer directions, or caption more images"
-            )
-
-    @property
-    def needs_captions(self) -> bool:
-        """Whether scoring an image needs its caption."""
-        return self.kind in ("per_sample", "rank_k")
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the basis or bank, if one is needed, has been computed from captions."""
-        return {"global": self.rank, "rank_k": self.bank}.get(self.kind, 1) > 0
 
 
 class Features(NamedTuple):

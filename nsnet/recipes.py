@@ -4,16 +4,19 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nsnet.captions import CaptionerConfig
-from nsnet.clip import ClipConfig, activation_fits, known_models
-from nsnet.detector import DetectorConfig
+from nsnet.clip_weights import activation_fits, known_models
+from nsnet.configuration import (
+    CaptionerConfig,
+    ClipConfig,
+    DetectorConfig,
+    HeadConfig,
+    MapperConfig,
+    ProjectionConfig,
+    TrainingConfig,
+)
 from nsnet.errors import ConfigError
-from nsnet.head import HeadConfig
-from nsnet.mapper import MapperConfig
-from nsnet.network import ProjectionConfig
 from nsnet.nullspace import BasisRule
 from nsnet.patches import PatchConfig
-from nsnet.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

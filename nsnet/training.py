@@ -5,83 +5,22 @@ Dimensions: B images of this process, G of all processes, M mosaic side, D embed
 
 import contextlib
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nsnet.configuration import LossConfig, TrainingConfig
 from nsnet.errors import ConfigError
-from nsnet.losses import SINGLE_PROCESS, Gather, LossConfig, Losses, objective
+from nsnet.losses import SINGLE_PROCESS, Gather, Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network, residual_energy
-from nsnet.transforms import AugmentationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of training."""
-
-    epochs: int = 2
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images per optimisation step, over all processes; they are each other's positives and negatives."""
-    head_lr: float = 2e-4
-    """Highest learning rate of mapper and head."""
-    backbone_lr: float = 1e-4
-    """Highest learning rate of the adapters, and of the image tower if it is trained."""
-    weight_decay: float = 0.01
-    """AdamW's decay, on matrices only."""
-    warmup: float = 0.05
-    """Share of the steps in which the rates increase; then they decrease as a cosine to 0."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    precision: str = "auto"
-    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU."""
-    micro_batch: int = 0
-    """Maximum images of a process in one forward pass; 0: all of its rows. Fewer images need less memory and one more
-    forward pass; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""
-    activation_checkpointing: bool = False
-    """Recompute the image tower's activations in the backward pass instead of storing them."""
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """Random transforms of training images before patch selection, drawn again in every epoch."""
-    captions: Literal["own", "constant", "shuffled"] = "own"
-    """Source of an image's caption in training and validation; the others are controls of an ablation."""
-    validation_share: float = 0.15
-    """Share of a dataset without splits that is used for validation, in (0, 1)."""
-    test_share: float = 0.15
-    """Share of such a dataset that is used for the test, in [0, 1)."""
-    patience: int = 0
-    """Epochs without a better validation AP after which training stops; 0: no early stop."""
-    checkpoint_steps: int = 200
-    """Steps between checkpoints within an epoch; 0: only at its end."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2:
-            raise ConfigError(f"need epochs ≥ 1 and batch_size ≥ 2, got {self.epochs} and {self.batch_size}")
-        if not (self.head_lr > 0 and self.backbone_lr > 0 and self.weight_decay >= 0 and self.clip_norm > 0):
-            raise ConfigError("learning rates and clip_norm must be positive, weight_decay at least 0")
-        if not 0.0 <= self.warmup < 1.0:
-            raise ConfigError(f"need 0 ≤ warmup < 1, got {self.warmup}")
-        if not 0.0 < self.validation_share < 1.0 or not 0.0 <= self.test_share < 1.0 - self.validation_share:
-            raise ConfigError(
-                "need validation_share > 0, test_share ≥ 0 and a sum below 1, got "
-                f"{self.validation_share:g} and {self.test_share:g}"
-            )
-        if min(self.micro_batch, self.patience, self.checkpoint_steps) < 0:
-            raise ConfigError(
-                f"need micro_batch, patience and checkpoint_steps ≥ 0, got {self.micro_batch}, {self.patience}, "
-                f"{self.checkpoint_steps}"
-            )
-        if self.captions not in ("own", "constant", "shuffled"):
-            raise ConfigError(f"captions must be own, constant or shuffled, got {self.captions!r}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
-
-    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
-        """Return the dtype of autocast on a device; None: fp32 without autocast."""
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.bfloat16 if bf16 else None
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast for a precision on a device; None: fp32 without autocast."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else None
 
 
 class Batch(NamedTuple):
@@ -189,7 +128,7 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
         if isinstance(module, RowDropout):
             module.rows = rows
     device = batch.mosaics.device
-    dtype = config.autocast_dtype(device)
+    dtype = autocast_dtype(config.precision, device)
     text_features = batch.text_features[part] if batch.text_features is not None else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's state stays
         torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters

@@ -104,6 +104,7 @@ def test_tree_names_every_package_and_every_module_of_the_library() -> None:
     library, _, jobs = block[1].partition("\njobs/")
     described = [re.split(r"\s{2,}", line.strip())[0] for line in library.splitlines()[1:]]
     modules = {path.stem for path in (REPO_ROOT / "nsnet").glob("*.py")} - {"__init__"}
+    modules |= {f"{path.parent.name}/" for path in (REPO_ROOT / "nsnet").glob("*/__init__.py")}
     assert set(" ".join(described).split()) == modules
     packages = {path.parent.name for path in (REPO_ROOT / "jobs").glob("*/__init__.py")}
     assert set(re.findall(r"^  (\w+) {2,}", jobs, re.MULTILINE)) == packages

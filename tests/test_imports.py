@@ -17,12 +17,17 @@ LEAVES: dict[str, set[str]] = {
     "jpeg": {"errors", "limits"}, "png": {"errors", "limits"}, "tiff": {"errors", "limits"},
     "rasters": {"errors", "limits", "png"},
     "images": {"errors", "limits", "decoders", "pixels", "samples", "jpeg", "png", "tiff", "rasters"},
-    "patches": {"errors"}, "files": set(), "digest": {"files"}, "hub": {"errors"},
+    "entropy": set(), "patches": {"errors", "entropy"}, "files": set(), "digest": {"files"}, "hub": {"errors"},
     "model_settings": set(), "weight_formats": {"errors", "files"},
     "model_files": {"errors", "files", "model_settings", "weight_formats"},
-    "model_size": {"errors"}, "captions": {"errors", "digest", "hub", "model_files", "model_size"},
-    "clip": {"errors", "digest", "hub", "model_files", "model_settings", "model_size", "weight_formats"},
-    "mapper": {"errors"}, "nullspace": {"errors"}, "head": {"errors"}, "losses": {"errors"}, "metrics": {"errors"},
+    "configuration": {"bundle", "config", "errors", "model_settings", "patches", "transforms"},
+    "model_size": {"errors"}, "captions": {"configuration", "errors", "digest", "hub", "model_files"},
+    "captioner": {"captions", "configuration", "errors", "model_files", "model_size"},
+    "clip_weights": {"configuration", "errors", "digest", "hub"},
+    "clip": {"clip_weights", "configuration", "errors", "digest", "hub", "model_files", "model_settings", "model_size",
+             "weight_formats"},
+    "mapper": {"configuration", "errors"}, "nullspace": {"errors"}, "head": {"configuration", "errors"},
+    "losses": {"configuration", "errors"}, "metrics": {"errors"},
     "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip
@@ -193,8 +198,10 @@ def test_parquet_is_read_in_one_place() -> None:
             "torch ray open_clip transformers peft pyarrow pandas",
         ),
         ("jobs.cli, jobs.predict, jobs.workflows.predict", "torch ray transformers"),
+        ("jobs.workflows.streams, nsnet.recipes", "torch open_clip transformers peft scipy"),
+        ("jobs.calibrate, jobs.ablate, jobs.train, jobs.score, jobs.evaluate", "torch ray scipy"),
     ],
-    ids=["workers that decode", "predict"],
+    ids=["workers that decode", "predict", "a driver that scores", "the help of commands"],
 )
 def test_modules_load_nothing_slow_before_it_is_needed(modules: str, others: str) -> None:
     code = f"import sys\nimport {modules}\nprint(sorted({{*{others.split()}}} & {{*sys.modules}}))"

@@ -9,7 +9,7 @@ from jobs.experiments.paths import FITTED_FILE
 from jobs.pipeline.models import Models
 from jobs.training import checkpoints
 from nsnet.calibration import Calibration
-from nsnet.captions import save_tiny_captioner
+from nsnet.captioner import save_tiny_captioner
 from nsnet.detector import Detector
 from nsnet.recipes import Recipe
 

@@ -18,7 +18,7 @@ from jobs.storage import listing, probes, uris, writing
 from jobs.training import checkpoints
 from nsnet.bundle import DESCRIPTION
 from nsnet.calibration import OperatingPoint
-from nsnet.clip import find_weights
+from nsnet.clip_weights import find_weights
 from nsnet.errors import UsageError
 
 if TYPE_CHECKING:

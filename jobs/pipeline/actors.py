@@ -22,8 +22,9 @@ from nsnet.errors import (
 )
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
-    from nsnet.captions import Captioner, CaptionerConfig
-    from nsnet.clip import Clip, ClipConfig
+    from nsnet.captioner import Captioner
+    from nsnet.clip import Clip
+    from nsnet.configuration import CaptionerConfig, ClipConfig
     from nsnet.detector import Detector
 
 CACHE_ENTRIES: Final = 65_536
@@ -69,7 +70,7 @@ class Caption:
     @cached_property
     def captioner(self) -> "Captioner":
         """The captioner, loaded on first use."""
-        from nsnet.captions import Captioner
+        from nsnet.captioner import Captioner
 
         self.models.use_threads()
         return Captioner.load(self.config, self.models.captioner_folder(self.config), self.models.device)
@@ -113,7 +114,8 @@ class Embed:
     @cached_property
     def clip(self) -> "Clip":
         """The CLIP model; not loaded in `__init__`, because Ray reports only the text of errors raised there."""
-        from nsnet.clip import find_weights, load_clip
+        from nsnet.clip import load_clip
+        from nsnet.clip_weights import find_weights
 
         self.models.use_threads()
         clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))

@@ -10,7 +10,7 @@ from jobs.storage.uris import Uri
 from nsnet import bundle
 
 if TYPE_CHECKING:
-    from nsnet.captions import CaptionerConfig
+    from nsnet.configuration import CaptionerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
-from nsnet.captions import CaptionerConfig
+from nsnet.configuration import CaptionerConfig
 from nsnet.errors import NsnetError, StorageError
 from nsnet.preparation import PreparationConfig
 

@@ -26,9 +26,10 @@ from jobs.training.ingest import Arrival, Ingest
 from jobs.training.order import Order
 from jobs.training.reporting import LOGGED, Reporter
 from jobs.training.validation import CannotGoOn, Validation, quality, scores
-from nsnet.losses import Gather, LossConfig, Losses
+from nsnet.configuration import LossConfig, TrainingConfig
+from nsnet.losses import Gather, Losses
 from nsnet.network import Network
-from nsnet.training import TrainingConfig, set_learning_rate, training_step
+from nsnet.training import set_learning_rate, training_step
 
 FINISHED: Final = "finished"
 """Metric that is reported with the last checkpoint."""

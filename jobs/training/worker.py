@@ -16,10 +16,11 @@ from jobs.training.examples import Examples
 from jobs.training.ingest import Ingest
 from jobs.training.loop import Loop
 from nsnet.config import from_dict
-from nsnet.detector import Detector, DetectorConfig
+from nsnet.configuration import DetectorConfig, TrainingConfig
+from nsnet.detector import Detector
 from nsnet.network import Network
 from nsnet.preparation import PreparationConfig
-from nsnet.training import TrainingConfig, build_optimizer, use_activation_checkpointing
+from nsnet.training import build_optimizer, use_activation_checkpointing
 
 
 def run(values: dict[str, Any]) -> str | None:

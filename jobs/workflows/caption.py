@@ -19,7 +19,7 @@ from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
 if TYPE_CHECKING:
-    from nsnet.detector import DetectorConfig
+    from nsnet.configuration import DetectorConfig
 
 
 def caption(
@@ -62,7 +62,7 @@ def caption(
 
 def features_id(config: "DetectorConfig", models: Models) -> str:
     """Identity of captions and their features, 16 hexadecimal digits, from the captioner and the text tower."""
-    from nsnet.clip import find_weights, text_tower_id
+    from nsnet.clip_weights import find_weights, text_tower_id
 
     tower = text_tower_id(config.clip, find_weights(config.clip, models.clip_path()))
     return hashlib.sha256(json.dumps([_captioner_id(config, models), tower]).encode()).hexdigest()[:16]

@@ -14,9 +14,9 @@ from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work
 from nsnet import bundle
 from nsnet.captions import captioner_id, thumbnail_px
-from nsnet.clip import find_weights
+from nsnet.clip_weights import find_weights
 from nsnet.config import to_dict
-from nsnet.detector import DetectorConfig, config_of
+from nsnet.configuration import DetectorConfig, config_of
 from nsnet.images import DecodeLimits
 from nsnet.preparation import PreparationConfig
 

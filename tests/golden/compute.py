@@ -68,7 +68,7 @@ def losses() -> list[dict[str, float]]:
     from jobs.dataset.manifest import image_id
     from jobs.training.order import Order, image_seed
     from nsnet import transforms
-    from nsnet.captions import Captioner
+    from nsnet.captioner import Captioner
     from nsnet.detector import Detector
     from nsnet.patches import assemble_mosaic
     from nsnet.preparation import PreparationConfig, prepare

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nsnet import clip, recipes
-from nsnet.clip import ClipConfig
+from nsnet import clip, clip_weights, recipes
+from nsnet.configuration import ClipConfig
 from nsnet.detector import Detector
 from nsnet.training import Batch, build_optimizer, training_step
 from tests.support import models
@@ -47,7 +47,7 @@ class Reference(NamedTuple):
 
     @property
     def file(self) -> Path:
-        return self.folder / clip.WEIGHTS_FILE
+        return self.folder / clip_weights.WEIGHTS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
         theirs.to_empty(device="cpu").eval()
         for embeddings in (theirs.vision_model.embeddings, theirs.text_model.embeddings):
             embeddings.position_ids.copy_(torch.arange(embeddings.position_ids.shape[1])[None])
-        theirs.load_state_dict(models.huggingface_clip_state(load_file(folder / clip.WEIGHTS_FILE)))
+        theirs.load_state_dict(models.huggingface_clip_state(load_file(folder / clip_weights.WEIGHTS_FILE)))
         out = theirs(input_ids=tokens, pixel_values=pixels)
         del theirs
     gc.collect()
     yield Reference(folder, pixels, image, text, out.image_embeds, out.text_embeds)
-    (folder / clip.WEIGHTS_FILE).unlink()  # 1.7 GB that pytest would keep
+    (folder / clip_weights.WEIGHTS_FILE).unlink()  # 1.7 GB that pytest would keep
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def blip_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_vit_l_14_gives_the_features_of_open_clip_and_hugging_face(reference: Reference) -> None:
-    loaded = clip.load_clip(CONFIG.clip, clip.find_weights(CONFIG.clip, reference.folder))
+    loaded = clip.load_clip(CONFIG.clip, clip_weights.find_weights(CONFIG.clip, reference.folder))
     assert (loaded.embed_dim, loaded.image_px) == (768, 224) and loaded.mean == open_clip.OPENAI_DATASET_MEAN
     with torch.no_grad():
         image = loaded.visual(reference.pixels)

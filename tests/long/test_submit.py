@@ -17,7 +17,7 @@ import pytest
 from jobs.dataset import synthetic
 from jobs.runs import catalog
 from nsnet import recipes
-from nsnet.captions import save_tiny_captioner
+from nsnet.captioner import save_tiny_captioner
 from nsnet.detector import Detector
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsnet import bundle, captions
+from nsnet import bundle
+from nsnet import captioner as captioner_module
 from nsnet.calibration import Calibration
 from nsnet.card import model_card
 from nsnet.config import to_dict
+from nsnet.configuration import MapperConfig, ProjectionConfig
 from nsnet.detector import Detector
 from nsnet.digest import file_digest
 from nsnet.errors import BundleError, WeightsError
-from nsnet.mapper import MapperConfig
-from nsnet.network import ProjectionConfig
 from tests.support import models
 
 TRAINING = {"epochs": 3, "ap": 0.75, "data": "images of a café"}
@@ -34,7 +34,7 @@ TRAINING = {"epochs": 3, "ap": 0.75, "data": "images of a café"}
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("captioner")
-    captions.save_tiny_captioner(folder, seed=0)
+    captioner_module.save_tiny_captioner(folder, seed=0)
     return folder
 
 
@@ -473,7 +473,7 @@ def test_detector_saved_again_by_another_process_has_the_same_id(saved: Path, tm
     code = (
         "import sys; from pathlib import Path; from tests.support import models; from nsnet import captions\n"
         "folder = Path(sys.argv[1]); (folder / 'captioner').mkdir()\n"
-        "captions.save_tiny_captioner(folder / 'captioner', seed=0)\n"
+        "captioner_module.save_tiny_captioner(folder / 'captioner', seed=0)\n"
         "print(models.as_if_trained().save(folder / 'out', captioner=folder / 'captioner').detector_id)"
     )
     for seed in ("1", "2"):

@@ -15,8 +15,10 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from nsnet import captioner as captioner_module
 from nsnet import captions, images
-from nsnet.captions import Captioner, CaptionerConfig
+from nsnet.captioner import Captioner
+from nsnet.configuration import CaptionerConfig
 from nsnet.errors import ConfigError, WeightsError
 from tests.support import models
 from tests.support.pickles import Harm
@@ -30,7 +32,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("captioner")
-    captions.save_tiny_captioner(path, seed=0)
+    captioner_module.save_tiny_captioner(path, seed=0)
     return path
 
 
@@ -102,7 +104,7 @@ def test_every_caption_is_words_of_the_vocabulary(captioner: Captioner, thumbnai
     for caption in captioner.caption(thumbnails):
         assert caption is not None
         words = caption.split(" ")
-        assert 1 <= len(words) <= TINY.max_new_tokens and set(words) <= set(captions.TINY_WORDS)
+        assert 1 <= len(words) <= TINY.max_new_tokens and set(words) <= set(captioner_module.TINY_WORDS)
 
 
 @pytest.mark.parametrize("limit", [1, 3])

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from nsnet.calibration import Calibration, OperatingPoint
 from nsnet.card import model_card
 from nsnet.config import to_dict
-from nsnet.detector import DetectorConfig
+from nsnet.configuration import DetectorConfig
 
 HOSTILE = [
     "<script>alert(1)</script>",

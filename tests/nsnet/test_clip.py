@@ -20,8 +20,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nsnet import captions, clip, recipes
-from nsnet.clip import ClipConfig, LoraSettings
+from nsnet import captioner as captioner_module
+from nsnet import clip, clip_weights, recipes
+from nsnet.configuration import ClipConfig, LoraSettings
 from nsnet.errors import ConfigError, WeightsError
 from tests.support import models
 from tests.support.pickles import Harm
@@ -259,8 +260,8 @@ def test_adapter_setting_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
 
 def test_text_tower_of_equal_configuration_has_one_id() -> None:
     same = replace(SMALL, architecture=dict(reversed(list(models.ARCHITECTURE.items()))))
-    found = clip.text_tower_id(SMALL, None)
-    assert found == clip.text_tower_id(copy.deepcopy(SMALL), None) == clip.text_tower_id(same, None)
+    found = clip_weights.text_tower_id(SMALL, None)
+    assert found == clip_weights.text_tower_id(copy.deepcopy(SMALL), None) == clip_weights.text_tower_id(same, None)
     assert re.fullmatch("[0-9a-f]{16}", found)
 
 
@@ -268,7 +269,7 @@ def test_equal_ids_mean_equal_text_features_and_other_seeds_others(tmp_path: Pat
     models_of: dict[str, Tensor] = {}
     for config in (SMALL, copy.deepcopy(SMALL), replace(SMALL, seed=1), replace(SMALL, seed=2)):
         features = clip.load_clip(config).encode_text(CAPTIONS)
-        known = models_of.setdefault(clip.text_tower_id(config, None), features)
+        known = models_of.setdefault(clip_weights.text_tower_id(config, None), features)
         assert torch.equal(known, features)
     assert len(models_of) == 3
     first, *others = models_of.values()
@@ -285,13 +286,13 @@ def test_text_tower_of_another_seed_name_or_architecture_has_another_id() -> Non
         replace(SMALL, architecture=deeper),
         replace(SMALL, architecture=None),
     ]
-    assert len({clip.text_tower_id(config, None) for config in others}) == len(others)
+    assert len({clip_weights.text_tower_id(config, None) for config in others}) == len(others)
 
 
 def no_weights(folder: Path, **other: bytes) -> Path:
     """A folder in open_clip's format but for its content, which is no model; a few files may be other ones."""
     folder.mkdir(parents=True)
-    files = {clip.WEIGHTS_FILE: b"no weights at all", clip.CONFIG_FILE: b"{}"}
+    files = {clip_weights.WEIGHTS_FILE: b"no weights at all", clip_weights.CONFIG_FILE: b"{}"}
     for name, content in (files | {f"{name}.json": content for name, content in other.items()}).items():
         (folder / name).write_bytes(content)
     return folder
@@ -300,12 +301,14 @@ def no_weights(folder: Path, **other: bytes) -> Path:
 def test_id_is_of_the_files_content_wherever_it_lies_and_nothing_is_loaded(tmp_path: Path) -> None:
     """The content is no model: whoever loaded it would fail."""
     one, same = no_weights(tmp_path / "one"), no_weights(tmp_path / "elsewhere" / "two")
-    assert clip.text_tower_id(SMALL, one) == clip.text_tower_id(SMALL, same)
-    file = one / clip.WEIGHTS_FILE
-    assert clip.text_tower_id(SMALL, file) == clip.text_tower_id(SMALL, same / clip.WEIGHTS_FILE)
+    assert clip_weights.text_tower_id(SMALL, one) == clip_weights.text_tower_id(SMALL, same)
+    file = one / clip_weights.WEIGHTS_FILE
+    assert clip_weights.text_tower_id(SMALL, file) == clip_weights.text_tower_id(
+        SMALL, same / clip_weights.WEIGHTS_FILE
+    )
     # the seed decides nothing where there are weights
-    assert clip.text_tower_id(replace(SMALL, seed=5), file) == clip.text_tower_id(SMALL, file)
-    assert clip.text_tower_id(SMALL, file) != clip.text_tower_id(SMALL, None)
+    assert clip_weights.text_tower_id(replace(SMALL, seed=5), file) == clip_weights.text_tower_id(SMALL, file)
+    assert clip_weights.text_tower_id(SMALL, file) != clip_weights.text_tower_id(SMALL, None)
     with pytest.raises(WeightsError):
         clip.load_clip(SMALL, file)
 
@@ -319,10 +322,10 @@ def test_id_changes_with_any_file_of_the_weights(tmp_path: Path) -> None:
         no_weights(tmp_path / "other tokenizer", tokenizer=b"[]"),
         no_weights(tmp_path / "other configuration", open_clip_config=b"[]"),
     ]
-    (folders[1] / clip.WEIGHTS_FILE).write_bytes(b"no weights at alm")
-    (folders[2] / clip.WEIGHTS_FILE).write_bytes(b"no weights at all ")
-    ids = [clip.text_tower_id(SMALL, folder) for folder in folders]
-    ids += [clip.text_tower_id(SMALL, folder / clip.WEIGHTS_FILE) for folder in folders[:3]]
+    (folders[1] / clip_weights.WEIGHTS_FILE).write_bytes(b"no weights at alm")
+    (folders[2] / clip_weights.WEIGHTS_FILE).write_bytes(b"no weights at all ")
+    ids = [clip_weights.text_tower_id(SMALL, folder) for folder in folders]
+    ids += [clip_weights.text_tower_id(SMALL, folder / clip_weights.WEIGHTS_FILE) for folder in folders[:3]]
     assert len(set(ids)) == len(ids)
 
 
@@ -396,7 +399,7 @@ def save_as(kind: str, model: clip.Clip, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["local-dir", "safetensors", "pt", "checkpoint.pt"])
 def test_saved_weights_load_again_as_the_same_model(kind: str, small: clip.Clip, tmp_path: Path) -> None:
     path = save_as(kind, small, tmp_path)
-    loaded = clip.load_clip(SMALL, clip.find_weights(SMALL, path))
+    loaded = clip.load_clip(SMALL, clip_weights.find_weights(SMALL, path))
     assert loaded.digest() == small.digest()
     assert torch.equal(image_features(loaded), image_features(small))
     assert torch.equal(loaded.encode_text(CAPTIONS), small.encode_text(CAPTIONS))
@@ -407,17 +410,18 @@ def test_saved_weights_load_again_as_the_same_model(kind: str, small: clip.Clip,
 
 def test_folder_brings_its_own_architecture_and_normalisation(small: clip.Clip, tmp_path: Path) -> None:
     small.save(tmp_path)
-    described = json.loads((tmp_path / clip.CONFIG_FILE).read_text())
+    described = json.loads((tmp_path / clip_weights.CONFIG_FILE).read_text())
     assert described["model_cfg"] == models.ARCHITECTURE
     described["preprocess_cfg"] = {"mean": [0.5, 0.25, 0.125], "std": [1.0, 0.5, 0.25]}
-    (tmp_path / clip.CONFIG_FILE).write_text(json.dumps(described))
+    (tmp_path / clip_weights.CONFIG_FILE).write_text(json.dumps(described))
     by_name = ClipConfig(model="ViT-B-32-quickgelu", pretrained="openai")
     loaded = clip.load_clip(by_name, tmp_path)
     assert (loaded.embed_dim, loaded.image_px) == (32, 64)
     assert loaded.mean == (0.5, 0.25, 0.125) and loaded.std == (1.0, 0.5, 0.25)
     loaded.save(tmp_path / "again")
     assert (
-        json.loads((tmp_path / "again" / clip.CONFIG_FILE).read_text())["preprocess_cfg"] == described["preprocess_cfg"]
+        json.loads((tmp_path / "again" / clip_weights.CONFIG_FILE).read_text())["preprocess_cfg"]
+        == described["preprocess_cfg"]
     )
     assert clip.load_clip(by_name, tmp_path / "again").digest() == small.digest()
 
@@ -426,7 +430,7 @@ def test_folder_with_a_hugging_face_tokenizer_keeps_it_when_saved(tmp_path: Path
     text = {**models.ARCHITECTURE["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
     source = clip.load_clip(replace(SMALL, architecture={**models.ARCHITECTURE, "text_cfg": text}))
     source.save(tmp_path / "first")
-    captions.save_tiny_captioner(tmp_path, seed=0)  # for its tokenizer of few words, unlike open_clip's own
+    captioner_module.save_tiny_captioner(tmp_path, seed=0)  # for its tokenizer of few words, unlike open_clip's own
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).rename(tmp_path / "first" / name)
     by_name = ClipConfig(model="ViT-B-16-SigLIP", pretrained="webli")
@@ -449,7 +453,7 @@ def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_pat
     source.save(tmp_path)
     ours = clip.load_clip(config, tmp_path)
     theirs = CLIPModel(models.huggingface_clip_config(architecture)).eval()
-    theirs.load_state_dict(models.huggingface_clip_state(load_file(tmp_path / clip.WEIGHTS_FILE)))
+    theirs.load_state_dict(models.huggingface_clip_state(load_file(tmp_path / clip_weights.WEIGHTS_FILE)))
     images = pixels(ours.visual, 4)
     with torch.no_grad():
         out = theirs(input_ids=ours.tokenizer(CAPTIONS), pixel_values=images)
@@ -457,7 +461,7 @@ def test_features_are_those_of_hugging_faces_clip_given_the_same_weights(tmp_pat
     assert models.cosine(image, out.image_embeds) > 0.999999
     assert models.cosine(text, out.text_embeds) > 0.999999
     assert models.cosine(image[:1], image[1:2]) < 0.999 and models.cosine(text[:1], text[1:2]) < 0.999
-    plain = clip.load_clip(replace(config, architecture=models.ARCHITECTURE), tmp_path / clip.WEIGHTS_FILE)
+    plain = clip.load_clip(replace(config, architecture=models.ARCHITECTURE), tmp_path / clip_weights.WEIGHTS_FILE)
     assert models.cosine(features(plain.visual, images), out.image_embeds) < 0.99999, "the activation must matter"
 
 
@@ -533,21 +537,21 @@ def missing_tensor(folder: Path, model: clip.Clip) -> Path:
 @damage
 def folder_with_damaged_config(folder: Path, model: clip.Clip) -> Path:
     model.save(folder)
-    put(folder / clip.CONFIG_FILE, b'{"model_cfg": {')
+    put(folder / clip_weights.CONFIG_FILE, b'{"model_cfg": {')
     return folder
 
 
 @damage
 def folder_with_strange_setting(folder: Path, model: clip.Clip) -> Path:
     model.save(folder)
-    put(folder / clip.CONFIG_FILE, json.dumps({"model_cfg": {**models.ARCHITECTURE, "colour": 1}}).encode())
+    put(folder / clip_weights.CONFIG_FILE, json.dumps({"model_cfg": {**models.ARCHITECTURE, "colour": 1}}).encode())
     return folder
 
 
 @damage
 def folder_without_weights(folder: Path, model: clip.Clip) -> Path:
     model.save(folder)
-    (folder / clip.WEIGHTS_FILE).unlink()
+    (folder / clip_weights.WEIGHTS_FILE).unlink()
     return folder
 
 
@@ -555,7 +559,7 @@ def folder_without_weights(folder: Path, model: clip.Clip) -> Path:
 def test_damaged_weights_are_refused_in_one_line(kind: str, small: clip.Clip, tmp_path: Path) -> None:
     path = DAMAGES[kind](tmp_path, small)
     with pytest.raises(WeightsError) as caught:
-        clip.load_clip(SMALL, clip.find_weights(SMALL, path))
+        clip.load_clip(SMALL, clip_weights.find_weights(SMALL, path))
     assert str(path) in models.one_line(caught.value) and caught.value.exit_code == 2
 
 
@@ -565,11 +569,11 @@ def test_pickle_with_code_is_refused_and_not_run(place: str, small: clip.Clip, t
     path = tmp_path / "weights.pt"
     if place == "folder":
         small.save(tmp_path / "model")
-        (tmp_path / "model" / clip.WEIGHTS_FILE).unlink()
+        (tmp_path / "model" / clip_weights.WEIGHTS_FILE).unlink()
         path = tmp_path / "model"
     torch.save(state, path / "open_clip_pytorch_model.bin" if path.is_dir() else path)
     with pytest.raises(WeightsError) as caught:
-        clip.load_clip(SMALL, clip.find_weights(SMALL, path))
+        clip.load_clip(SMALL, clip_weights.find_weights(SMALL, path))
     message = models.one_line(caught.value)
     assert str(path) in message and "write_text" not in message.split(":")[0]
     assert "weights_only" not in message, "the message must not teach how to run the code"
@@ -585,30 +589,30 @@ def test_pickle_of_the_test_above_is_armed(small: clip.Clip, tmp_path: Path) -> 
 
 def test_missing_path_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not exist") as caught:
-        clip.find_weights(SMALL, tmp_path / "nothing.safetensors")
+        clip_weights.find_weights(SMALL, tmp_path / "nothing.safetensors")
     assert "--clip-weights" in models.one_line(caught.value) and "nothing.safetensors" in str(caught.value)
 
 
 def test_folder_without_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="open_clip_config.json") as caught:
-        clip.find_weights(SMALL, tmp_path)
+        clip_weights.find_weights(SMALL, tmp_path)
     assert str(tmp_path) in models.one_line(caught.value)
 
 
 def test_seeded_random_weights_need_no_file() -> None:
-    assert clip.find_weights(SMALL) is None
+    assert clip_weights.find_weights(SMALL) is None
 
 
 def test_unknown_tag_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no weights 'opnai' for ViT-L-14-quickgelu") as caught:
-        clip.find_weights(ClipConfig(pretrained="opnai"))
+        clip_weights.find_weights(ClipConfig(pretrained="opnai"))
     assert "openai" in models.one_line(caught.value) and "dfn2b" in str(caught.value)
 
 
 @pytest.mark.parametrize(("model", "tag"), [("ViT-L-14", "openai"), ("ViT-B-32", "openai"), ("ViT-H-14-378", "dfn5b")])
 def test_weights_of_another_activation_are_refused(model: str, tag: str) -> None:
     with pytest.raises(ConfigError, match="quick_gelu") as caught:
-        clip.find_weights(ClipConfig(model=model, pretrained=tag))
+        clip_weights.find_weights(ClipConfig(model=model, pretrained=tag))
     assert model in models.one_line(caught.value) and tag in str(caught.value)
 
 
@@ -627,7 +631,7 @@ def test_random_weights_are_not_announced_as_a_fault(logged: list[str]) -> None:
 
 PAPERS = ClipConfig()
 REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
-REVISION = clip.PINNED_REVISIONS[REPOSITORY]
+REVISION = clip_weights.PINNED_REVISIONS[REPOSITORY]
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -676,7 +680,7 @@ def hub(tmp_path: Path) -> Iterator[type[Hub]]:
 def hub_failure(config: ClipConfig) -> str:
     started = time.monotonic()
     with pytest.raises(WeightsError) as caught:
-        clip.find_weights(config)
+        clip_weights.find_weights(config)
     assert time.monotonic() - started < 5, "a machine without network must not wait"
     return models.one_line(caught.value)
 
@@ -715,8 +719,8 @@ def test_weights_come_from_the_hub_at_the_pinned_revision_and_then_from_the_cach
     hub: type[Hub], tmp_path: Path
 ) -> None:
     hub.content = {f"/{REPOSITORY}/resolve/{REVISION}/open_clip_model.safetensors": b"weights"}
-    found = clip.find_weights(PAPERS)
+    found = clip_weights.find_weights(PAPERS)
     assert found is not None and found.read_bytes() == b"weights"
     hub.asked.clear()
-    assert clip.find_weights(PAPERS) == found
+    assert clip_weights.find_weights(PAPERS) == found
     assert not hub.asked, "what is in the cache needs no network"

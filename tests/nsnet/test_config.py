@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 
 from nsnet.calibration import Calibration
-from nsnet.captions import CaptionerConfig
-from nsnet.clip import ClipConfig, LoraSettings
 from nsnet.config import from_dict, override, to_dict
-from nsnet.detector import DetectorConfig
+from nsnet.configuration import (
+    CaptionerConfig,
+    ClipConfig,
+    DetectorConfig,
+    HeadConfig,
+    LoraSettings,
+    LossConfig,
+    MapperConfig,
+    ProjectionConfig,
+    TrainingConfig,
+)
 from nsnet.errors import ConfigError
-from nsnet.head import HeadConfig
 from nsnet.images import DecodeLimits
-from nsnet.losses import LossConfig
-from nsnet.mapper import MapperConfig
-from nsnet.network import ProjectionConfig
 from nsnet.patches import PatchConfig
 from nsnet.recipes import TINY
-from nsnet.training import TrainingConfig
 
 OWN = DetectorConfig(
     clip=ClipConfig(model="other", pretrained=None, architecture={"embed_dim": 8, "text_cfg": {"layers": [1]}}, seed=9),

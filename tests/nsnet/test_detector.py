@@ -16,15 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nsnet
-from nsnet import captions, clip, recipes
+from nsnet import captioner as captioner_module
+from nsnet import clip, clip_weights, configuration, recipes
 from nsnet.calibration import Calibration
-from nsnet.clip import LoraSettings
-from nsnet.detector import Detector, DetectorConfig, Verdict
+from nsnet.configuration import DetectorConfig, LoraSettings, ProjectionConfig, TrainingConfig
+from nsnet.detector import Detector, Verdict
 from nsnet.errors import BundleError, ConfigError, WeightsError
 from nsnet.images import DecodeLimits
-from nsnet.network import ProjectionConfig, residual_energy
+from nsnet.network import residual_energy
 from nsnet.patches import SCORING_SEED, PatchConfig, center_crop, select_mosaic
-from nsnet.training import Batch, TrainingConfig, build_optimizer, training_step
+from nsnet.training import Batch, build_optimizer, training_step
 from tests.support import models
 
 WORDS = ["a red boat on a lake", "two dogs", "the moon over a grey tower", "a small cup"]
@@ -414,7 +415,7 @@ def test_named_weights_are_referred_to_and_not_put_inside(weights: Path, tmp_pat
     built.save(tmp_path / "bundle")
     assert not (tmp_path / "bundle" / "clip").exists()
     loaded = Detector.load(tmp_path / "bundle", clip_weights=weights, captioner=False)
-    same_file = Detector.load(tmp_path / "bundle", clip_weights=weights / clip.WEIGHTS_FILE, captioner=False)
+    same_file = Detector.load(tmp_path / "bundle", clip_weights=weights / clip_weights.WEIGHTS_FILE, captioner=False)
     expected = built.score(models.mosaics(4), WORDS).logit
     for one in (loaded, same_file):
         np.testing.assert_allclose(one.score(models.mosaics(4), WORDS).logit, expected, atol=1e-5)
@@ -423,7 +424,7 @@ def test_named_weights_are_referred_to_and_not_put_inside(weights: Path, tmp_pat
 def test_other_clip_weights_are_refused(weights: Path, tmp_path: Path) -> None:
     description = models.as_if_trained(models.NAMED, clip_weights=weights).save(tmp_path / "bundle")
     shutil.copytree(weights, tmp_path / "others")
-    path = tmp_path / "others" / clip.WEIGHTS_FILE
+    path = tmp_path / "others" / clip_weights.WEIGHTS_FILE
     state = load_file(path)
     state["text_projection"][0, 0] += 1e-6
     save_file(state, path)
@@ -452,14 +453,14 @@ def variant(name: str) -> DetectorConfig:
     return replace(
         config,
         projection=replace(config.projection, **made),
-        captioner=captions.CaptionerConfig(max_new_tokens=6),
+        captioner=configuration.CaptionerConfig(max_new_tokens=6),
     )
 
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("captioner")
-    captions.save_tiny_captioner(folder, seed=0)
+    captioner_module.save_tiny_captioner(folder, seed=0)
     return folder
 
 
@@ -553,7 +554,7 @@ def test_prediction_carries_all_that_is_known_of_the_image(detector: Detector) -
     scored(verdict)
     assert (verdict.width, verdict.height, verdict.format) == (90, 70, "JPEG")
     assert verdict.threshold == 0.4 and verdict.verdict == ("fake" if verdict.prob_fake >= 0.4 else "real")  # type: ignore[operator]
-    assert verdict.caption and set(verdict.caption.split()) <= set(captions.TINY_WORDS)
+    assert verdict.caption and set(verdict.caption.split()) <= set(captioner_module.TINY_WORDS)
     assert verdict.residual_energy is not None and 0 < verdict.residual_energy <= 1
     assert (verdict.error_stage, verdict.error_class, verdict.error_message) == (None, None, None)
 
@@ -681,7 +682,7 @@ def test_mosaics_may_be_read_only(detector: Detector) -> None:
 
 
 def test_image_without_a_caption_is_a_failed_verdict(saved: Path, tmp_path: Path) -> None:
-    captions.save_tiny_captioner(tmp_path, seed=0)
+    captioner_module.save_tiny_captioner(tmp_path, seed=0)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     state["text_decoder.cls.predictions.bias"][3] = 1e6  # [SEP] comes first, and ends every caption
@@ -700,10 +701,12 @@ def test_detector_without_captioner_scores_but_does_not_predict(saved: Path) -> 
 
 
 def test_captioner_in_the_bundle_goes_before_the_hub_and_the_given_one_before_both(tmp_path: Path) -> None:
-    config = replace(models.FROZEN, captioner=captions.CaptionerConfig(max_new_tokens=6))  # the hub's BLIP, by name
+    config = replace(
+        models.FROZEN, captioner=configuration.CaptionerConfig(max_new_tokens=6)
+    )  # the hub's BLIP, by name
     folder = tmp_path / "captioner"
     folder.mkdir()
-    captions.save_tiny_captioner(folder, seed=0)
+    captioner_module.save_tiny_captioner(folder, seed=0)
     models.as_if_trained(config).save(tmp_path / "with", captioner=folder)
     models.as_if_trained(config).save(tmp_path / "without")
     with models.hub_at(models.closed_address(), tmp_path / "cache"):
@@ -711,7 +714,7 @@ def test_captioner_in_the_bundle_goes_before_the_hub_and_the_given_one_before_bo
         given = Detector.load(tmp_path / "without", captioner=folder)
         with pytest.raises(WeightsError, match="hf download Salesforce/blip-image-captioning-base"):
             Detector.load(tmp_path / "without")
-        captions.save_tiny_captioner(folder, seed=1)
+        captioner_module.save_tiny_captioner(folder, seed=1)
         instead = Detector.load(tmp_path / "with", captioner=folder)
     said = [one.predict([models.image(0)])[0].caption for one in (inside, given, instead)]
     assert said[0] == said[1] != said[2]

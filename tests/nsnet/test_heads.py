@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nsnet.configuration import HeadConfig, MapperConfig
 from nsnet.errors import ConfigError
-from nsnet.head import HeadConfig, ProjectionHead
-from nsnet.mapper import MapperConfig, RowDropout, RowsOfBatch, SemanticMapper
+from nsnet.head import ProjectionHead
+from nsnet.mapper import RowDropout, RowsOfBatch, SemanticMapper
 
 Array = NDArray[np.float64]
 M = TypeVar("M", bound=nn.Module)

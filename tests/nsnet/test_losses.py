@@ -16,13 +16,14 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.training.collectives import DistributedGather
+from nsnet.configuration import HeadConfig, LossConfig, MapperConfig, ProjectionConfig, TrainingConfig
 from nsnet.errors import ConfigError
-from nsnet.head import HeadConfig, ProjectionHead
-from nsnet.losses import LossConfig, Losses, alignment, binary_cross_entropy, objective, supervised_contrastive
-from nsnet.mapper import MapperConfig, SemanticMapper
-from nsnet.network import Network, ProjectionConfig
+from nsnet.head import ProjectionHead
+from nsnet.losses import Losses, alignment, binary_cross_entropy, objective, supervised_contrastive
+from nsnet.mapper import SemanticMapper
+from nsnet.network import Network
 from nsnet.nullspace import project_per_sample
-from nsnet.training import Batch, TrainingConfig, build_optimizer, training_step
+from nsnet.training import Batch, build_optimizer, training_step
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

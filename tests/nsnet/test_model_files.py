@@ -17,9 +17,10 @@ from transformers import (
     GenerationConfig,
 )
 
-from nsnet import captions, clip, model_files, model_settings, weight_formats
-from nsnet.captions import Captioner, CaptionerConfig
-from nsnet.clip import ClipConfig
+from nsnet import captioner as captioner_module
+from nsnet import captions, clip, clip_weights, model_files, model_settings, weight_formats
+from nsnet.captioner import Captioner
+from nsnet.configuration import CaptionerConfig, ClipConfig
 from nsnet.errors import ConfigError, WeightsError
 from tests.support import models
 from tests.support.tables import tar_bytes
@@ -33,13 +34,13 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each kind; do not change it."""
     root = tmp_path_factory.mktemp("models")
     (root / "captioner").mkdir()
-    captions.save_tiny_captioner(root / "captioner", seed=0)
+    captioner_module.save_tiny_captioner(root / "captioner", seed=0)
     clip.load_clip(SMALL).save(root / "clip")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(root / "captioner" / name, root / "clip" / name)
-    described = json.loads((root / "clip" / clip.CONFIG_FILE).read_text())
+    described = json.loads((root / "clip" / clip_weights.CONFIG_FILE).read_text())
     described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
-    (root / "clip" / clip.CONFIG_FILE).write_text(json.dumps(described))
+    (root / "clip" / clip_weights.CONFIG_FILE).write_text(json.dumps(described))
     clip.save_lora(clip.add_lora(clip.load_clip(SMALL).visual, clip.LoraSettings(rank=2)), root / "lora")
     return root
 
@@ -85,7 +86,7 @@ def arm(folder: Path, target: Path) -> None:
     """Have the tokenizer of a CLIP folder run code that writes a file."""
     (folder.parent / "elsewhere").mkdir()
     (folder.parent / "elsewhere" / "tokenizer.py").write_text(f"open({str(target)!r}, 'w').close()\n")
-    change(folder / clip.CONFIG_FILE, "model_cfg.text_cfg.tokenizer_kwargs", {"trust_remote_code": True})
+    change(folder / clip_weights.CONFIG_FILE, "model_cfg.text_cfg.tokenizer_kwargs", {"trust_remote_code": True})
     where = f"{folder.parent / 'elsewhere'}--tokenizer.Tokenizer"
     change(folder / "tokenizer_config.json", "auto_map", {"AutoTokenizer": [None, where]})
     change(folder / "tokenizer_config.json", "tokenizer_class", "Foreign")
@@ -404,14 +405,14 @@ def test_weights_in_another_format_are_named_as_what_they_are(kind: str, suffix:
         weight_formats.check(path)
     assert str(path) in models.one_line(caught.value)
     with pytest.raises(WeightsError, match=message):
-        clip.load_clip(SMALL, clip.find_weights(SMALL, path))
+        clip.load_clip(SMALL, clip_weights.find_weights(SMALL, path))
 
 
 @pytest.mark.parametrize("kind", ["lfs", "html", "empty", "torchscript"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_folder_with_weights_in_another_format_names_them(kind: str, folders: Path) -> None:
     message, write = FOREIGN[kind]
-    for name, weights in (("captioner", "model.safetensors"), ("clip", clip.WEIGHTS_FILE)):
+    for name, weights in (("captioner", "model.safetensors"), ("clip", clip_weights.WEIGHTS_FILE)):
         write(folders / name / weights)
         assert f"{weights} is {message}" in refused(folders / name)
 
@@ -445,7 +446,7 @@ def test_transformers_clip_is_named_as_such(suffix: str, tmp_path: Path) -> None
         clip.load_clip(SMALL, path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(WeightsError, match="transformers' format; give .* in open_clip's") as caught:
-        clip.find_weights(SMALL, tmp_path)
+        clip_weights.find_weights(SMALL, tmp_path)
     models.one_line(caught.value)
 
 

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nsnet.detector import Detector, DetectorConfig
+from nsnet.configuration import DetectorConfig, LossConfig, ProjectionConfig
+from nsnet.detector import Detector
 from nsnet.errors import ConfigError, NullSpaceError
-from nsnet.losses import LossConfig, objective
-from nsnet.network import SAME_CAPTION, Features, Network, ProjectionConfig, residual_energy
+from nsnet.losses import objective
+from nsnet.network import SAME_CAPTION, Features, Network, residual_energy
 from tests.support import models
 
 Array = NDArray[np.float64]

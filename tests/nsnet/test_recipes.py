@@ -8,9 +8,10 @@ import open_clip
 import pytest
 
 from nsnet import recipes
-from nsnet.clip import activation_fits
+from nsnet.clip_weights import activation_fits
 from nsnet.config import from_dict, to_dict
-from nsnet.detector import Detector, DetectorConfig
+from nsnet.configuration import DetectorConfig
+from nsnet.detector import Detector
 from nsnet.errors import ConfigError
 from nsnet.nullspace import BasisRule
 from tests.support import models

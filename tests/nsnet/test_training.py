@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsnet.detector import Detector, DetectorConfig
+from nsnet.configuration import DetectorConfig, LossConfig, ProjectionConfig, TrainingConfig
+from nsnet.detector import Detector
 from nsnet.errors import ConfigError
-from nsnet.losses import LossConfig, Losses, objective
+from nsnet.losses import Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
-from nsnet.network import Features, Network, ProjectionConfig
+from nsnet.network import Features, Network
 from nsnet.training import (
     Batch,
-    TrainingConfig,
+    autocast_dtype,
     build_optimizer,
     set_learning_rate,
     training_step,
@@ -462,7 +463,7 @@ def test_bf16_step_is_near_the_fp32_step_and_keeps_fp32_weights() -> None:
     ],
 )  # fmt: skip
 def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, dtype: torch.dtype | None) -> None:
-    assert TrainingConfig(precision=precision).autocast_dtype(torch.device(device)) is dtype
+    assert autocast_dtype(precision, torch.device(device)) is dtype
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from jobs.pipeline.patience import Patience
 from jobs.pipeline.preparing import Prepare, transform_seed
 from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
 from jobs.storage import errors, probes
-from nsnet.captions import Captioner
+from nsnet.captioner import Captioner
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, FetchError, OutageError
 from nsnet.images import DecodeLimits

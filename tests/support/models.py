@@ -21,11 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from nsnet.calibration import Calibration
-from nsnet.captions import CaptionerConfig
-from nsnet.clip import ClipConfig, LoraSettings
-from nsnet.detector import Detector, DetectorConfig
-from nsnet.head import HeadConfig
-from nsnet.mapper import MapperConfig
+from nsnet.configuration import CaptionerConfig, ClipConfig, DetectorConfig, HeadConfig, LoraSettings, MapperConfig
+from nsnet.detector import Detector
 from nsnet.patches import PatchConfig
 
 # open_clip reads 49,000 merges of its tokenizer for each model: 0.17 s, and a tenth of the time of all unit tests.

@@ -139,7 +139,7 @@ def verdict_table(*rows: dict[str, Any]) -> pa.Table:
 
 def save_bundle(folder: Path) -> Path:
     """A small detector with a captioner of its own, as a bundle; its weights are random and its scores differ."""
-    from nsnet.captions import save_tiny_captioner  # torch and transformers take seconds, which many tests can spare
+    from nsnet.captioner import save_tiny_captioner
     from tests.support.models import as_if_trained
 
     captioner = folder / "captioner"

@@ -25,7 +25,7 @@ from jobs.training import examples
 from jobs.workflows.caption import caption
 from jobs.workflows.evaluate import evaluate
 from jobs.workflows.score import score
-from nsnet.captions import CaptionerConfig
+from nsnet.configuration import CaptionerConfig
 from nsnet.errors import SourceError, UsageError
 from nsnet.preparation import PreparationConfig
 from tests.golden.compute import FOLDER, LOSSES, STEPS

@@ -15,9 +15,10 @@ from torch import Tensor
 from jobs.training import checkpoints
 from jobs.training.checkpoints import CheckpointError, Progress
 from jobs.training.validation import quality
+from nsnet.configuration import TrainingConfig
 from nsnet.detector import Detector
 from nsnet.network import Network
-from nsnet.training import TrainingConfig, build_optimizer, training_step
+from nsnet.training import build_optimizer, training_step
 from tests.nsnet.test_training import batch
 from tests.support.models import FROZEN, one_line
 from tests.support.pickles import Bomb

@@ -21,9 +21,10 @@ from jobs.training.examples import Examples
 from jobs.training.ingest import Arrival
 from jobs.training.loop import Loop
 from jobs.training.order import Order
+from nsnet.configuration import TrainingConfig
 from nsnet.detector import Detector
 from nsnet.losses import SINGLE_PROCESS
-from nsnet.training import TrainingConfig, build_optimizer
+from nsnet.training import build_optimizer
 from tests.support.models import FROZEN, mosaics
 from tests.support.tables import manifest_row
 
