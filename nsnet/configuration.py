@@ -4,7 +4,7 @@ only reads configurations does not wait for it.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from nsnet import bundle, model_settings
 from nsnet.config import from_dict
@@ -117,6 +117,39 @@ class ProjectionConfig:
     def fitted(self) -> bool:
         """Whether the basis or bank, if one is needed, has been computed from captions."""
         return {"global": self.rank, "rank_k": self.bank}.get(self.kind, 1) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisRule:
+    """The rule for the number of semantic directions of the captions' spectrum: exactly one of the three."""
+
+    rank: int | None = None
+    """This number of directions."""
+    tau: float | None = None
+    """All directions with a singular value above tau times the largest (the paper: 1e-6)."""
+    energy: float | None = None
+    """The fewest directions that hold this share of Σ σ²."""
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.rank, self.tau, self.energy) if value is not None]
+        if len(given) != 1 or not given[0] > 0 or (self.rank is None and given[0] > 1):
+            raise ConfigError(
+                f"choose exactly one of rank ≥ 1, 0 < tau ≤ 1 and 0 < energy ≤ 1, got {self.rank}, {self.tau}, "
+                f"{self.energy}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse a rule such as `rank=64`, `tau=1e-6` or `energy=0.9`. Raises `ConfigError`."""
+        name, _, value = text.partition("=")
+        try:
+            number: Any = int(value) if name == "rank" else float(value)
+            return cls(**{name: number})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{text!r} is not a rule: give rank=64, tau=1e-6 or energy=0.9, for example") from error
+
+    def __str__(self) -> str:
+        return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ formed.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor
 
-from nsnet.errors import ConfigError, NullSpaceError
+from nsnet.errors import NullSpaceError
 
 EPSILON: Final = 1e-8
 """Lower bound of ‖v‖² as a divisor (paper, section V-9)."""
@@ -78,39 +78,6 @@ def project_global(u: Tensor, semantic_basis: Tensor) -> Tensor:
     with torch.autocast(u.device.type, enabled=False):
         u, semantic_basis = _at_least_fp32(u, semantic_basis)
         return u - (u @ semantic_basis) @ semantic_basis.T
-
-
-@dataclass(frozen=True, kw_only=True)
-class BasisRule:
-    """The rule for the number of semantic directions of the captions' spectrum: exactly one of the three."""
-
-    rank: int | None = None
-    """This number of directions."""
-    tau: float | None = None
-    """All directions with a singular value above tau times the largest (the paper: 1e-6)."""
-    energy: float | None = None
-    """The fewest directions that hold this share of Σ σ²."""
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.rank, self.tau, self.energy) if value is not None]
-        if len(given) != 1 or not given[0] > 0 or (self.rank is None and given[0] > 1):
-            raise ConfigError(
-                f"choose exactly one of rank ≥ 1, 0 < tau ≤ 1 and 0 < energy ≤ 1, got {self.rank}, {self.tau}, "
-                f"{self.energy}"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse a rule such as `rank=64`, `tau=1e-6` or `energy=0.9`. Raises `ConfigError`."""
-        name, _, value = text.partition("=")
-        try:
-            number: Any = int(value) if name == "rank" else float(value)
-            return cls(**{name: number})
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{text!r} is not a rule: give rank=64, tau=1e-6 or energy=0.9, for example") from error
-
-    def __str__(self) -> str:
-        return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

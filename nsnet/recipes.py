@@ -6,6 +6,7 @@ from typing import Final
 
 from nsnet.clip_weights import activation_fits, known_models
 from nsnet.configuration import (
+    BasisRule,
     CaptionerConfig,
     ClipConfig,
     DetectorConfig,
@@ -15,7 +16,6 @@ from nsnet.configuration import (
     TrainingConfig,
 )
 from nsnet.errors import ConfigError
-from nsnet.nullspace import BasisRule
 from nsnet.patches import PatchConfig
 
 

@@ -14,9 +14,9 @@ from jobs.experiments.request import TrainRequest
 from jobs.storage import uris, writing
 from jobs.storage.uris import Uri
 from nsnet import recipes
+from nsnet.configuration import BasisRule
 from nsnet.errors import ConfigError, StorageError, UsageError
 from nsnet.images import DecodeLimits
-from nsnet.nullspace import BasisRule
 from tests.support.models import one_line
 from tests.support.tables import put
 

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nsnet.configuration import BasisRule
 from nsnet.errors import ConfigError, NullSpaceError
-from nsnet.nullspace import (
-    BasisRule,
-    SemanticSpectrum,
-    StreamingSVD,
-    project_global,
-    project_per_sample,
-    project_rank_k,
-)
+from nsnet.nullspace import SemanticSpectrum, StreamingSVD, project_global, project_per_sample, project_rank_k
 
 SHAPES = [(1, 2), (3, 5), (8, 64), (4, 768)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}

@@ -10,10 +10,9 @@ import pytest
 from nsnet import recipes
 from nsnet.clip_weights import activation_fits
 from nsnet.config import from_dict, to_dict
-from nsnet.configuration import DetectorConfig
+from nsnet.configuration import BasisRule, DetectorConfig
 from nsnet.detector import Detector
 from nsnet.errors import ConfigError
-from nsnet.nullspace import BasisRule
 from tests.support import models
 
 
