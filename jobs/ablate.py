@@ -52,4 +52,4 @@ def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) 
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet ablate")
+    main.program(command, "nsnet ablate")

@@ -44,4 +44,4 @@ def command(source: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet audit")
+    main.program(command, "nsnet audit")

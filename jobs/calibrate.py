@@ -36,4 +36,4 @@ def command(detector: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet calibrate")
+    main.program(command, "nsnet calibrate")

@@ -39,4 +39,4 @@ def command(source: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet caption")
+    main.program(command, "nsnet caption")

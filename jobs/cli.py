@@ -5,7 +5,7 @@ from typing import Final
 
 import click
 
-from jobs.console.main import run
+from jobs.console.main import program
 
 COMMANDS: Final = {
     "audit": "Find what would mislead a detector in a labelled source.",
@@ -51,7 +51,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the console script."""
-    run(group, "nsnet")
+    program(group, "nsnet")
 
 
 if __name__ == "__main__":

@@ -27,4 +27,4 @@ def command(out: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet demo")
+    main.program(command, "nsnet demo")

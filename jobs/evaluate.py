@@ -63,4 +63,4 @@ def command(
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet evaluate")
+    main.program(command, "nsnet evaluate")

@@ -33,4 +33,4 @@ def command(head: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet import-head")
+    main.program(command, "nsnet import-head")

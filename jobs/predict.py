@@ -32,4 +32,4 @@ def command(images: tuple[str, ...], as_json: bool, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet predict")
+    main.program(command, "nsnet predict")

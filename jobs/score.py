@@ -51,4 +51,4 @@ def command(source: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet score")
+    main.program(command, "nsnet score")

@@ -65,4 +65,4 @@ def command(source: Uri, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    main.run(command, "nsnet train")
+    main.program(command, "nsnet train")

@@ -4,11 +4,10 @@ Dimensions: B images or texts, M image side in pixels, D embedding, T tokens in 
 
 open_clip keeps q, k, v in one fused matrix, whose parts LoRA adapters cannot target; peft's own wrapper for
 `nn.MultiheadAttention` merges and unmerges its weights in every forward pass. Training therefore splits the fused
-projection into three linears with the same weights (`split_attention`). Inference merges the adapters and fuses the
-three linears again (`merge_lora`), so it runs open_clip's own modules.
+projection into three linears with the same weights (`split_attention`). Inference merges the adapters into open_clip's
+own modules (`merge_lora`), without peft, which takes seconds to import.
 
-open_clip takes seconds to import (it imports torchvision): functions import it where they need it, so that a driver
-that only reads configurations does not wait for it.
+open_clip takes seconds to import: functions import it where they need it (`nsnet.imports`).
 """
 
 import json
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsnet import model_files, weight_formats
+from nsnet import imports, model_files, weight_formats
 from nsnet.clip_weights import CONFIG_FILE, WEIGHTS_FILE
 from nsnet.configuration import ClipConfig, LoraSettings
 from nsnet.digest import weights_digest
@@ -170,36 +169,6 @@ def has_lora(visual: nn.Module) -> "TypeGuard[PeftModel]":
     return hasattr(visual, "peft_config")
 
 
-def load_lora(visual: nn.Module, adapter: Path) -> "PeftModel":
-    """Add saved adapters (peft's format) to an image tower. Raises `WeightsError`.
-
-    peft does not read the files: its settings can name classes to import and models to download. Only three numbers
-    of them are used.
-    """
-    from peft import set_peft_model_state_dict
-
-    try:
-        described = model_files.read_json(adapter, "lora", ADAPTER_CONFIG)
-        settings = LoraSettings(
-            rank=described["r"], alpha=described["lora_alpha"], dropout=described.get("lora_dropout", 0.0)
-        )
-        state = load_file(model_files.inside(adapter, ADAPTER_WEIGHTS))
-    except (OSError, KeyError, SafetensorError) as error:
-        raise WeightsError(f"{adapter} holds no LoRA adapters: {type(error).__name__}: {error}") from error
-    adapted = add_lora(visual, settings)
-    report: Any = set_peft_model_state_dict(adapted, state)
-    missing = [name for name in report.missing_keys if "lora_" in name]
-    if missing or report.unexpected_keys:
-        raise WeightsError(f"{adapter} does not fit the image tower: {(missing + report.unexpected_keys)[0]}")
-    return adapted.requires_grad_(False)
-
-
-def lora_settings(adapted: "PeftModel") -> tuple[int, float]:
-    """Rank and alpha of the adapters of an image tower."""
-    lora = cast(Any, adapted.peft_config["default"])
-    return int(lora.r), float(lora.lora_alpha)
-
-
 def save_lora(adapted: "PeftModel", folder: Path) -> None:
     """Write the adapters in peft's format; equal adapters give equal files with every release of peft."""
     adapted.save_pretrained(str(folder))
@@ -210,19 +179,42 @@ def save_lora(adapted: "PeftModel", folder: Path) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def merge_lora(visual: "PeftModel") -> nn.Module:
-    """Merge the adapters into the weights and return open_clip's own image tower."""
-    merged = cast(nn.Module, visual.merge_and_unload())
-    fuse_attention(merged)
-    return merged
+def merge_lora(visual: nn.Module, adapter: Path) -> LoraSettings:
+    """Add saved adapters (peft's format) to the weights of an image tower, in place; returns their settings.
+
+    W += alpha / rank · B A (arXiv 2106.09685). peft does not read the files: its settings can name classes to import
+    and models to download. Only three numbers of them are used. Raises `WeightsError`.
+    """
+    try:
+        described = model_files.read_json(adapter, "lora", ADAPTER_CONFIG)
+        settings = LoraSettings(
+            rank=described["r"], alpha=described["lora_alpha"], dropout=described.get("lora_dropout", 0.0)
+        )
+        state = load_file(model_files.inside(adapter, ADAPTER_WEIGHTS))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise WeightsError(f"{adapter} holds no LoRA adapters: {type(error).__name__}: {error}") from error
+    split_attention(visual)
+    with torch.no_grad():
+        for name, module in visual.named_modules():
+            if name.rpartition(".")[2] not in PROJECTIONS:
+                continue
+            weight = cast(nn.Linear, module).weight
+            a, b = (state.pop(f"base_model.model.{name}.lora_{factor}.weight", None) for factor in "AB")
+            shapes = ((settings.rank, weight.shape[1]), (weight.shape[0], settings.rank))
+            if a is None or b is None or (a.shape, b.shape) != shapes:
+                raise WeightsError(f"{adapter} does not fit the image tower: {name}")
+            weight += (b.to(weight.dtype) @ a.to(weight.dtype)) * (settings.alpha / settings.rank)
+    if state:
+        raise WeightsError(f"{adapter} does not fit the image tower: {next(iter(state))}")
+    fuse_attention(visual)
+    return settings
 
 
 class Clip:
     """An open_clip model with its tokenizer, input size, normalisation and embedding size."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: ClipConfig) -> None:
-        import open_clip
-
+        open_clip = imports.open_clip()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = config
@@ -256,8 +248,7 @@ class Clip:
 
     def save(self, folder: Path) -> None:
         """Write the model in open_clip's `local-dir` format; the image tower must be merged."""
-        import open_clip
-
+        open_clip = imports.open_clip()
         folder.mkdir(parents=True, exist_ok=True)
         described = {
             "model_cfg": _model_config(self.config, self),
@@ -271,8 +262,7 @@ class Clip:
 
 
 def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
-    import open_clip
-
+    open_clip = imports.open_clip()
     architecture = config.architecture or getattr(clip.model, "nsnet_architecture", None)
     if architecture is None:
         architecture = open_clip.get_model_config(config.model)
@@ -283,8 +273,7 @@ def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
 
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     """Build the towers on the CPU in fp32, with the weights from `find_weights` or seeded random ones."""
-    import open_clip
-
+    open_clip = imports.open_clip()
     try:
         if weights is not None and not weights.is_dir():
             weight_formats.check(weights)
@@ -331,8 +320,7 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
 
 def _load_folder(folder: Path, config: ClipConfig) -> Clip:
     """Build the towers from a checked folder in open_clip's format."""
-    import open_clip
-
+    open_clip = imports.open_clip()
     name = f"local-dir:{folder}"
     model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True)
     model.nsnet_architecture = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from nsnet import hub
+from nsnet import hub, imports
 from nsnet.configuration import ClipConfig
 from nsnet.digest import file_digest
 from nsnet.errors import ConfigError, WeightsError
@@ -19,15 +19,13 @@ CONFIG_FILE: Final = "open_clip_config.json"
 
 def known_models() -> list[str]:
     """Names of all architectures that open_clip can build."""
-    import open_clip
-
+    open_clip = imports.open_clip()
     return list(open_clip.list_models())
 
 
 def activation_fits(model: str, tag: str) -> bool:
     """Whether weights were trained with the activation of an architecture (quick_gelu or not); else features differ."""
-    import open_clip
-
+    open_clip = imports.open_clip()
     trained_with = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
     return bool(trained_with) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
 
@@ -37,8 +35,6 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
 
     Raises `WeightsError` with the command that downloads missing weights. Loads nothing.
     """
-    import open_clip
-
     if weights is not None:
         if not weights.exists():
             raise WeightsError(f"--clip-weights {weights} does not exist")
@@ -51,6 +47,7 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
         return weights
     if config.pretrained is None:
         return None
+    open_clip = imports.open_clip()
     source = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if not source:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"

@@ -27,8 +27,6 @@ from nsnet.clip import (
     fuse_attention,
     has_lora,
     load_clip,
-    load_lora,
-    lora_settings,
     merge_lora,
     save_lora,
 )
@@ -163,10 +161,9 @@ class Detector:
             size = ModelSize([weights, folder / bundle.LORA, folder / bundle.NETWORK])
             with torch.random.fork_rng(devices=[]), size:  # modules draw random weights; the caller's generator is kept
                 if (folder / bundle.LORA).is_dir():
-                    adapted = load_lora(clip.visual, folder / bundle.LORA)
-                    if lora_settings(adapted) != (config.lora.rank, config.lora.alpha):
+                    merged = merge_lora(clip.visual, folder / bundle.LORA)
+                    if (merged.rank, merged.alpha) != (config.lora.rank, config.lora.alpha):
                         raise BundleError("the settings of its adapters are not those of detector.json")
-                    clip.visual = merge_lora(adapted)
                 network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
             mismatch = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError, NsnetError) as error:

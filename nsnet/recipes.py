@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Final
 
+from nsnet import imports
 from nsnet.clip_weights import activation_fits, known_models
 from nsnet.configuration import (
     BasisRule,
@@ -67,8 +68,7 @@ def get(name: str) -> Recipe:
     """
     if name in _NAMED:
         return _NAMED[name]
-    import open_clip
-
+    open_clip = imports.open_clip()
     model, _, tag = name.partition(":")
     config = open_clip.get_model_config(model) if model in known_models() else None
     if config is None:

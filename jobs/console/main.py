@@ -1,10 +1,13 @@
 """Run a command: signals, one-line errors, exit codes."""
 
+import atexit
+import contextlib
 import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -19,8 +22,31 @@ EXIT_TOO_MANY_FAILED = 3
 """The run was published, but more images failed, or more of the source was unreadable, than allowed."""
 
 
+def program(command: click.Command, name: str) -> NoReturn:
+    """Run a command as this process, and end it. See `run`."""
+    try:
+        run(command, name)
+    except SystemExit as end:
+        if "torch" in sys.modules:
+            _leave(end.code)
+        raise
+
+
+def _leave(code: Any) -> NoReturn:
+    """End the process without taking apart its modules, which takes a second or two with torch among them.
+
+    What Python does before that is done: it waits for threads, and calls the functions that libraries registered.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def run(command: click.Command, name: str) -> NoReturn:
-    """Run a command as the program; an expected error ends as one line on stderr and an exit code.
+    """Run a command and exit; an expected error ends as one line on stderr and an exit code.
 
     Expected errors are those of `nsnet.errors`, wrong usage, signals, and failures of a store or of this machine
     (`errors.explain`): every `OSError`, errors of the store's client, memory, nesting; also when Ray passes them on

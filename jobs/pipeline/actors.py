@@ -4,6 +4,7 @@ A stage does not change rows that already failed. Pixels travel as fixed-length 
 as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic side, S thumbnail side.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -144,10 +145,17 @@ class Score:
     def __init__(self, models: Models, batch_size: int, report: ProgressReporter) -> None:
         self.models, self.batch_size, self.report = models, batch_size, report
         self.memory = ResultCache()
+        # Load while the first images are prepared and captioned. Errors are raised by the first call, as in `Embed`.
+        self._loading = ThreadPoolExecutor(1).submit(self._load)
 
     @cached_property
     def detector(self) -> "Detector":
-        """The detector; not loaded in `__init__`, as in `Embed`."""
+        """The detector, when it is loaded."""
+        detector = self._loading.result()
+        self.models.use_threads()
+        return detector
+
+    def _load(self) -> "Detector":
         from nsnet.detector import Detector
 
         models = self.models

@@ -471,9 +471,9 @@ def test_identity_changes_with_every_file(copied: Path) -> None:
 def test_detector_saved_again_by_another_process_has_the_same_id(saved: Path, tmp_path: Path) -> None:
     """peft writes a set, in an order that differs between processes, and releases put their versions into JSON."""
     code = (
-        "import sys; from pathlib import Path; from tests.support import models; from nsnet import captions\n"
+        "import sys; from pathlib import Path; from tests.support import models; from nsnet import captioner\n"
         "folder = Path(sys.argv[1]); (folder / 'captioner').mkdir()\n"
-        "captioner_module.save_tiny_captioner(folder / 'captioner', seed=0)\n"
+        "captioner.save_tiny_captioner(folder / 'captioner', seed=0)\n"
         "print(models.as_if_trained().save(folder / 'out', captioner=folder / 'captioner').detector_id)"
     )
     for seed in ("1", "2"):

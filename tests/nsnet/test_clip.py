@@ -114,27 +114,39 @@ def test_adapters_at_start_change_nothing(stock: nn.Module) -> None:
     close(features(with_lora, images), features(stock, images))
 
 
-def test_merged_adapters_equal_unmerged_ones_in_stock_modules(stock: nn.Module) -> None:
+def merged(adapted: PeftModel, stock: nn.Module, folder: Path) -> nn.Module:
+    """A copy of a tower with these adapters, saved and merged."""
+    tower = copy.deepcopy(stock)
+    clip.save_lora(adapted, folder)
+    clip.merge_lora(tower, folder)
+    return tower
+
+
+def test_merged_adapters_equal_unmerged_ones_in_stock_modules(stock: nn.Module, tmp_path: Path) -> None:
     images = pixels(stock)
     torch.manual_seed(0)  # of the adapters' A
     adapted = clip.add_lora(copy.deepcopy(stock), LoraSettings(rank=4, alpha=8.0))
     models.randomise(adapted, 2, only="lora_B", std=0.3)
     unmerged = features(adapted, images)
     assert (unmerged - features(stock, images)).abs().max() > 1e-3, "the adapters do nothing, the test proves nothing"
-    merged = clip.merge_lora(adapted)
-    assert [type(module) for module in merged.modules()] == [type(module) for module in stock.modules()]
-    assert list(merged.state_dict()) == list(stock.state_dict())
-    close(features(merged, images), unmerged)
+    tower = merged(adapted, stock, tmp_path)
+    assert [type(module) for module in tower.modules()] == [type(module) for module in stock.modules()]
+    assert list(tower.state_dict()) == list(stock.state_dict())
+    close(features(tower, images), unmerged)
+    pefts: nn.Module = adapted.merge_and_unload()
+    clip.fuse_attention(pefts)
+    assert all(torch.equal(a, b) for a, b in zip(tower.state_dict().values(), pefts.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["tiny-recipe", "siglip"])
-def test_merged_weights_are_the_weights_plus_scaled_b_times_a(kind: str) -> None:
+def test_merged_weights_are_the_weights_plus_scaled_b_times_a(kind: str, tmp_path: Path) -> None:
     tower: nn.Module = TOWERS[kind]().visual  # type: ignore[assignment]
+    stock = copy.deepcopy(tower)
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     adapted = clip.add_lora(tower, LoraSettings(rank=2, alpha=6.0))
     models.randomise(adapted, 5, only="lora_")
     factors = {name: tensor.clone() for name, tensor in adapted.named_parameters() if "lora_" in name}
-    after = clip.merge_lora(adapted).state_dict()
+    after = merged(adapted, stock, tmp_path).state_dict()
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert len(changed) == len(factors) // 6 > 1
     for name in changed:
@@ -190,9 +202,26 @@ def test_saved_adapters_load_again_in_pefts_format(stock: nn.Module, tmp_path: P
     assert (described["peft_type"], described["r"], described["lora_alpha"]) == ("LORA", 3, 5.0)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved and all("lora_A" in name or "lora_B" in name for name in saved)
-    loaded = clip.load_lora(copy.deepcopy(stock), tmp_path)
-    assert isinstance(loaded, PeftModel)
+    split = copy.deepcopy(stock)
+    clip.split_attention(split)
+    loaded = PeftModel.from_pretrained(split, str(tmp_path))
     assert torch.equal(features(loaded, images), features(adapted, images))
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "other rank"])
+def test_adapters_that_do_not_fit_are_refused(change: str, stock: nn.Module, tmp_path: Path) -> None:
+    clip.save_lora(clip.add_lora(copy.deepcopy(stock), LoraSettings(rank=3)), tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    name = min(state)
+    if change == "missing":
+        del state[name]
+    elif change == "unknown":
+        state[f"{name}.other"] = state[name].clone()
+    else:
+        state[name] = state[name][:2].clone()
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(WeightsError, match="does not fit the image tower"):
+        clip.merge_lora(copy.deepcopy(stock), tmp_path)
 
 
 def test_attention_weights_are_refused_not_left_out() -> None:

@@ -58,7 +58,7 @@ def use(folder: Path) -> None:
     elif folder.name == "clip":
         clip.load_clip(SMALL, folder)
     else:
-        clip.load_lora(clip.load_clip(SMALL).visual, folder)
+        clip.merge_lora(clip.load_clip(SMALL).visual, folder)
 
 
 def refused(folder: Path) -> str:
