@@ -15,7 +15,8 @@ from jobs.workflows.caption import caption
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish captions in.")
 @click.option("--recipe", default="tiny", show_default=True, help="Recipe whose captioner and text tower are used.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
+@parameters.batch_option
+@parameters.precision_option
 @parameters.selection_options
 @click.option("--wait", is_flag=True, help="Wait while another run writes to OUT, instead of exiting with code 4.")
 @parameters.max_failed_option

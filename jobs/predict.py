@@ -13,6 +13,7 @@ from jobs.workflows.predict import as_text, predict
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if a GPU is available.")
+@parameters.precision_option
 @parameters.weights_options
 @parameters.limit_options
 @parameters.debug_option

@@ -16,7 +16,8 @@ from jobs.workflows.score import score
 @click.argument("source", type=parameters.URI)
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish verdicts in.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per model call.")
+@parameters.batch_option
+@parameters.precision_option
 @parameters.selection_options
 @click.option(
     "--reuse/--no-reuse", default=True, show_default=True, help="Reuse published captions; score equal files once."

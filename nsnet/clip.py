@@ -14,6 +14,7 @@ import json
 import pickle
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
@@ -25,10 +26,11 @@ from torch.nn import functional
 
 from nsnet import imports, model_files, weight_formats
 from nsnet.clip_weights import CONFIG_FILE, WEIGHTS_FILE
-from nsnet.configuration import ClipConfig, LoraSettings
+from nsnet.configuration import ClipConfig, LoraSettings, Precision
 from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 from nsnet.model_size import ModelSize
+from nsnet.precision import autocast
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
+TEXT_LENGTHS: Final = (16, 32)
+"""Numbers of tokens to which captions are padded, if they are shorter than the context. Few, because each is a shape of
+its own; most captions of BLIP have fewer than 16 tokens."""
 
 
 class SplitAttention(nn.Module):
@@ -218,6 +223,8 @@ class Clip:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = config
+        self.precision: Precision = "fp32"
+        """Arithmetic of the text tower."""
         visual = cast(Any, model).visual
         size = visual.image_size
         self.image_px = int(size[0] if isinstance(size, Sequence) else size)
@@ -235,12 +242,52 @@ class Clip:
     def visual(self, tower: nn.Module) -> None:
         cast(Any, self.model).visual = tower
 
+    def text_lengths(self, captions: Sequence[str]) -> list[int]:
+        """Tokens for `encode_text` of each caption: the least of `TEXT_LENGTHS` that holds it, or the context."""
+        if not captions:
+            return []
+        tokens = self._tokens(captions)
+        context = tokens.shape[1]
+        if not self._can_shorten:
+            return [context] * len(captions)
+        ends = (tokens.argmax(dim=1) + 1).tolist()  # the end of the text has the largest number
+        return [min((length for length in TEXT_LENGTHS if end <= length < context), default=context) for end in ends]
+
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """Encode captions with the frozen text tower -> (B, D) fp32, not normalised."""
+    def encode_text(self, captions: Sequence[str], length: int | None = None) -> Tensor:
+        """Encode captions with the frozen text tower -> (B, D) fp32, not normalised.
+
+        `length`: tokens of the longest caption, from `text_lengths`; None: computed. Attention is causal, so that
+        padding after a caption's end changes no feature; shorter padding costs less.
+        """
+        length = max(self.text_lengths(captions)) if length is None else length
         device = next(self.model.parameters()).device
-        tokens = self.tokenizer(list(captions)).to(device)
-        return cast(Tensor, cast(Any, self.model).encode_text(tokens)).float()
+        tokens = self._tokens(captions)[:, :length].to(device)
+        model = cast(Any, self.model)
+        with autocast(self.precision, device):
+            encoded = self._encode_short(tokens) if self._can_shorten else model.encode_text(tokens)
+        return cast(Tensor, encoded).float()
+
+    @cached_property
+    def _can_shorten(self) -> bool:
+        """Whether the text tower is causal and reads the feature at the end of the text: CLIP's own."""
+        open_clip = imports.open_clip()
+        model = cast(Any, self.model)
+        return type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
+
+    def _tokens(self, captions: Sequence[str]) -> Tensor:
+        return cast(Tensor, self.tokenizer(list(captions)))
+
+    def _encode_short(self, tokens: Tensor) -> Tensor:
+        """`open_clip.CLIP.encode_text` for tokens (B, L) of fewer positions than the context."""
+        model, length = cast(Any, self.model), tokens.shape[1]
+        x = model.token_embedding(tokens) + model.positional_embedding[:length]
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        projection = model.text_projection
+        if projection is None:
+            return cast(Tensor, ends)
+        return cast(Tensor, projection(ends) if isinstance(projection, nn.Linear) else ends @ projection)
 
     def digest(self) -> str:
         """SHA-256 over names, shapes and values of all weights; independent of the file they came from."""

@@ -12,6 +12,17 @@ from nsnet.errors import BundleError, ConfigError
 from nsnet.patches import PatchConfig
 from nsnet.transforms import AugmentationConfig
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""Arithmetic of the towers. `auto`: bf16 on a GPU, fp32 on a CPU. On a GPU, fp32 uses TF32 for matrix products."""
+
+
+def resolved(precision: Precision, device: str) -> Precision:
+    """The precision on a device, `cpu` or `cuda`."""
+    if precision == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return precision
+
+
 MAX_TOKENS: Final = 512
 """Largest `max_new_tokens`: the number of positions of BLIP's text decoder."""
 
@@ -245,8 +256,8 @@ class TrainingConfig:
     """Share of the steps in which the rates increase; then they decrease as a cosine to 0."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    precision: str = "auto"
-    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU, fp32 on a CPU. fp16 would need a scaled loss."""
     micro_batch: int = 0
     """Maximum images of a process in one forward pass; 0: all of its rows. Fewer images need less memory and one more
     forward pass; losses and gradients stay those of the whole batch (gradient caching, arXiv 2101.06983)."""

@@ -32,7 +32,7 @@ from nsnet.clip import (
 )
 from nsnet.clip_weights import find_weights
 from nsnet.config import from_dict, to_dict
-from nsnet.configuration import DetectorConfig, config_of
+from nsnet.configuration import DetectorConfig, Precision, config_of, resolved
 from nsnet.errors import (
     BundleError,
     CaptionError,
@@ -46,7 +46,9 @@ from nsnet.inputs import Input, checked, try_prepare
 from nsnet.model_size import ModelSize
 from nsnet.network import Network, residual_energy
 from nsnet.patches import SCORING_SEED, assemble_mosaic
+from nsnet.precision import autocast, speed_up, to_device, use_matrix_units
 from nsnet.preparation import PreparationConfig, Prepared
+from nsnet.text_features import TextFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,9 @@ class Detector:
         self.calibration = calibration or Calibration()
         self.description = description
         self.device = torch.device("cpu")
+        self.precision: Precision = "fp32"
+        """Arithmetic of the towers."""
+        self.text_features = TextFeatures(clip)
 
     @property
     def detector_id(self) -> str | None:
@@ -130,13 +135,14 @@ class Detector:
         path: str | Path,
         *,
         device: str = "cpu",
+        precision: Precision = "auto",
         clip_weights: Path | None = None,
         captioner: Path | Literal[False] | None = None,
     ) -> Self:
         """Load a bundle for inference: adapters merged, everything frozen.
 
-        `clip_weights`, `captioner`: local paths instead of the hub; `captioner=False` loads none (no `predict`). If the
-        detector needs no captions, no captioner is loaded.
+        `precision`: arithmetic of the towers and of the captioner. `clip_weights`, `captioner`: local paths instead of
+        the hub; `captioner=False` loads none (no `predict`). If the detector needs no captions, no captioner is loaded.
         Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or different).
         """
         folder = Path(path)
@@ -179,13 +185,21 @@ class Detector:
             config, clip, network, captioner=loaded_captioner, calibration=calibration, description=description
         )
         loaded.network.requires_grad_(False).eval()
-        return loaded.to(device)
+        return loaded.to(device)._for_inference(precision)
 
     def to(self, device: str) -> Self:
         """Move the towers and heads to a device."""
         self.device = torch.device(device)
         self.clip.model.to(self.device)
         self.network.to(self.device)
+        self.text_features = TextFeatures(self.clip)
+        return self
+
+    def _for_inference(self, precision: Precision) -> Self:
+        """Choose the arithmetic of the towers, which are frozen."""
+        self.precision = self.clip.precision = resolved(precision, self.device.type)
+        use_matrix_units(self.device)
+        speed_up(self.clip.model, self.precision, self.device)
         return self
 
     def save(
@@ -263,7 +277,7 @@ class Detector:
 
     @torch.inference_mode()
     def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Scores:
-        """Score mosaics (B, M, M, 3) uint8 with their captions, in fp32, without dropout.
+        """Score mosaics (B, M, M, 3) uint8 with their captions, without dropout, the towers in this precision.
 
         `captions` may be None if the detector needs none.
         """
@@ -272,15 +286,18 @@ class Detector:
         if self.config.projection.needs_captions:
             if captions is None:
                 raise ConfigError("this detector needs a caption for each image")
-            text_features = self.clip.encode_text(captions).to(self.device)
-        out = self.network(torch.tensor(mosaics).to(self.device), text_features)  # copied: batches may be read-only
-        logit = out.logit.double().cpu().numpy()
+            text_features = self.text_features.of(captions)
+        with autocast(self.precision, self.device):
+            image = self.network.encode_image(to_device(mosaics, self.device))
+        out = self.network.judge(image.float() if self.precision != "fp32" else image, text_features)
+        # one transfer for both, because each waits for the GPU
+        logit, energy = torch.stack([out.logit.double(), residual_energy(out).double()]).cpu().numpy()
         prob_fake = self.calibration.probability(logit)
         return Scores(
             logit=logit,
             prob_fake=prob_fake,
             verdict=[self.calibration.verdict(float(p)) for p in prob_fake],
-            residual_energy=residual_energy(out).double().cpu().numpy(),
+            residual_energy=energy,
         )
 
     def predict(

@@ -81,9 +81,17 @@ class Network(nn.Module):
 
     def forward(self, mosaics: Tensor, text_features: Tensor | None = None) -> Features:
         """Mosaics (B, M, M, 3) uint8 and, where the projection needs captions, their features (B, D) -> `Features`."""
-        pixels = mosaics.permute(0, 3, 1, 2).float() / 255.0
-        encoded = self.visual((pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std))
-        image = encoded[0] if isinstance(encoded, tuple) else encoded
+        return self.judge(self.encode_image(mosaics), text_features)
+
+    def encode_image(self, mosaics: Tensor) -> Tensor:
+        """Mosaics (B, M, M, 3) uint8 -> the image tower's features u (B, D)."""
+        mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
+        pixels = mosaics.permute(0, 3, 1, 2).to(mean.dtype)  # a copy, which is normalised in place
+        encoded = self.visual(pixels.div_(255.0).sub_(mean).div_(std))
+        return cast(Tensor, encoded[0] if isinstance(encoded, tuple) else encoded)
+
+    def judge(self, image: Tensor, text_features: Tensor | None = None) -> Features:
+        """Image features u (B, D) and, where the projection needs captions, their features (B, D) -> `Features`."""
         semantic = None
         if self.projection.needs_captions:
             assert text_features is not None

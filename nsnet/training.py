@@ -15,12 +15,7 @@ from nsnet.errors import ConfigError
 from nsnet.losses import SINGLE_PROCESS, Gather, Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network, residual_energy
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast for a precision on a device; None: fp32 without autocast."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else None
+from nsnet.precision import autocast
 
 
 class Batch(NamedTuple):
@@ -128,11 +123,10 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
         if isinstance(module, RowDropout):
             module.rows = rows
     device = batch.mosaics.device
-    dtype = autocast_dtype(config.precision, device)
     text_features = batch.text_features[part] if batch.text_features is not None else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's state stays
         torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(config.precision, device):
             features: Features = model(batch.mosaics[part], text_features)
     return features
 

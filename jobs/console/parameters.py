@@ -82,6 +82,11 @@ weights_options = _stack(
         help="Local transformers folder of a BLIP captioner, instead of the hub's.",
     ),
 )
+precision_option = click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
+    help="Arithmetic of the models; auto: bf16 on a GPU, fp32 on a CPU.",
+)  # fmt: skip
+batch_option = click.option("--batch-size", type=int, help="Images per model call. Default: 128 on a GPU, 32 on a CPU.")
 limit_options = _stack(
     click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
     click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest image, in px."),

@@ -24,9 +24,9 @@ from nsnet.errors import (
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captioner import Captioner
-    from nsnet.clip import Clip
     from nsnet.configuration import CaptionerConfig, ClipConfig
     from nsnet.detector import Detector
+    from nsnet.text_features import TextFeatures
 
 CACHE_ENTRIES: Final = 65_536
 """Results that an actor caches."""
@@ -81,8 +81,7 @@ class Caption:
         uncaptioned = [i for i in usable if rows[i].get("caption") is None]
         for batch in _batches(_first_of_each(rows, uncaptioned, self.models, self.memory), self.batch_size):
             side = self.captioner.thumbnail_px
-            thumbnails = _pixels(table, "thumbnail", batch, (side, side, 3))
-            captions = self.captioner.caption(_padded(thumbnails, self.batch_size))
+            captions = self.captioner.caption(_pixels(table, "thumbnail", batch, (self.batch_size, side, side, 3)))
             for i, caption in zip(batch, captions, strict=False):
                 self.memory[self.models.key(rows[i])] = caption
         for i in usable:
@@ -113,22 +112,22 @@ class Embed:
         self.schema, self.batch_size, self.report = schema, batch_size, report
 
     @cached_property
-    def clip(self) -> "Clip":
-        """The CLIP model; not loaded in `__init__`, because Ray reports only the text of errors raised there."""
+    def features(self) -> "TextFeatures":
+        """The text tower, in fp32; not loaded in `__init__`: Ray reports only the text of errors raised there."""
         from nsnet.clip import load_clip
         from nsnet.clip_weights import find_weights
+        from nsnet.text_features import TextFeatures
 
         self.models.use_threads()
         clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))
         clip.model.to(self.models.device)
-        return clip
+        return TextFeatures(clip, self.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, usable = _light_rows(table)
         for batch in _batches(usable, self.batch_size):
-            captions = [rows[i]["caption"] for i in batch]
-            features = self.clip.encode_text(captions + captions[:1] * (self.batch_size - len(batch))).cpu().numpy()
-            for i, feature in zip(batch, features, strict=False):
+            features = self.features.of([rows[i]["caption"] for i in batch]).cpu().numpy()
+            for i, feature in zip(batch, features, strict=True):
                 rows[i]["text_features"] = feature.tolist()
         self.report.add(embedded=len(rows))
         return _with_heavy(rows, table, self.schema)
@@ -157,24 +156,27 @@ class Score:
 
     def _load(self) -> "Detector":
         from nsnet.detector import Detector
+        from nsnet.text_features import TextFeatures
 
         models = self.models
         models.use_threads()
         detector = Detector.load(
-            models.bundle_folder(), device=models.device, clip_weights=models.clip_path(), captioner=False
-        )
+            models.bundle_folder(), device=models.device, precision=models.precision, clip_weights=models.clip_path(),
+            captioner=False,
+        )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(
                 f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "
                 f"{models.detector_id}"
             )
+        detector.text_features = TextFeatures(detector.clip, self.batch_size)
         return detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, usable = _light_rows(table)
         side = self.detector.config.patches.mosaic_px
         for batch in _batches(_first_of_each(rows, usable, self.models, self.memory), self.batch_size):
-            mosaics = _padded(_pixels(table, "mosaic", batch, (side, side, 3)), self.batch_size)
+            mosaics = _pixels(table, "mosaic", batch, (self.batch_size, side, side, 3))
             captions = None
             if self.detector.config.projection.needs_captions:
                 captions = [rows[i]["caption"] for i in batch]
@@ -214,11 +216,6 @@ def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory:
     return list(first.values())
 
 
-def _padded(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """A batch, padded to a fixed size with its first image."""
-    return np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
-
-
 def _light_rows(table: pa.Table) -> tuple[RowDicts, list[int]]:
     """Rows without the pixel columns, and the positions of those that have not failed."""
     rows: RowDicts = table.drop_columns([name for name in PIXEL_COLUMNS if name in table.column_names]).to_pylist()
@@ -240,6 +237,9 @@ def _batches(positions: list[int], size: int) -> list[list[int]]:
 
 
 def _pixels(table: pa.Table, name: str, positions: list[int], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Values of a binary column at these positions, as one uint8 array (rows, *shape)."""
-    column = table.column(name)
-    return np.stack([np.frombuffer(column[i].as_buffer(), dtype=np.uint8).reshape(shape) for i in positions])
+    """Values of a binary column at these positions as one uint8 array, padded to the shape with the first of them."""
+    column, batch = table.column(name), np.empty(shape, np.uint8)
+    for row, i in enumerate(positions):
+        batch[row] = np.frombuffer(column[i].as_buffer(), np.uint8).reshape(shape[1:])
+    batch[len(positions) :] = batch[0]
+    return batch

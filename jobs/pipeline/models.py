@@ -10,7 +10,7 @@ from jobs.storage.uris import Uri
 from nsnet import bundle
 
 if TYPE_CHECKING:
-    from nsnet.configuration import CaptionerConfig
+    from nsnet.configuration import CaptionerConfig, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class Models:
     captioner: Uri | None = None
     """Local transformers folder that replaces the hub's captioner."""
     device: str = "cpu"
+    precision: "Precision" = "auto"
+    """Arithmetic of detector and captioner."""
     threads: int = 1
     """Threads per actor on the CPU."""
     run_id: str | None = None

@@ -2,7 +2,7 @@
 
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import ray.data
@@ -23,9 +23,13 @@ from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
-from nsnet.configuration import CaptionerConfig
+from nsnet.configuration import CaptionerConfig, resolved
 from nsnet.errors import NsnetError, StorageError
 from nsnet.preparation import PreparationConfig
+
+CPU_BATCH: Final = 32
+GPU_BATCH: Final = 128
+"""Images per model call, if the user does not choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,12 @@ class Stream:
     report: ProgressReporter
     board: Any
     """Handle of the progress board, which keeps it alive."""
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What the results depend on in their last digits, for the record."""
+        device = self.models.device
+        precision = resolved(self.models.precision, device)
+        return {"device": device, "precision": precision, "batch_size": self.batch_size}
 
     def captioned(self, captioner: CaptionerConfig, keep: pa.Schema) -> "Stream":
         """Append the captioning actors, which keep these columns and drop the thumbnails."""
@@ -100,14 +110,15 @@ def prepared(
     models: Models,
     *,
     keep: pa.Schema,
-    batch_size: int,
+    batch_size: int | None,
     checkpoint: str | None = None,
     outage_seconds: float = OUTAGE_SECONDS,
     remembered: Remembered | None = None,
 ) -> Stream:
     """The pipeline up to prepared images, over a folder `todo` that `attempts.write_todo` made from a manifest.
 
-    `keep`: columns of the result besides pixels. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`:
+    `keep`: columns of the result besides pixels. `batch_size`: images per model call; None: `GPU_BATCH` on GPUs, else
+    `CPU_BATCH`. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`:
     failures of earlier runs, which are not decoded again.
     """
     shares = cluster_shares()
@@ -139,7 +150,14 @@ def prepared(
         compute=TaskPoolStrategy(),
         num_cpus=shares.task_cpus,
     )
-    return Stream(dataset=dataset, shares=shares, models=models, batch_size=batch_size, report=report, board=board)
+    return Stream(
+        dataset=dataset,
+        shares=shares,
+        models=models,
+        batch_size=batch_size or (GPU_BATCH if on_gpu else CPU_BATCH),
+        report=report,
+        board=board,
+    )
 
 
 def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema:

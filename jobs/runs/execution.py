@@ -100,8 +100,8 @@ def carry_out(request: Request, make_work: Callable[[Run], Work]) -> dict[str, A
             work = make_work(run)
             held.check()
             attempt = attempts.begin(run.staging, held.number, work.known, work.captioner_id)
-            _make_rows(request, run, work, attempt, plan["count"])
-            number, files, details = attempt.number, attempt.files(), work.details
+            arithmetic = _make_rows(request, run, work, attempt, plan["count"])
+            number, files, details = attempt.number, attempt.files(), {**work.details, "arithmetic": arithmetic}
         record = run.publish(
             uris.join(run.staging, attempts.MANIFEST_FILE),
             files,
@@ -135,8 +135,8 @@ def _common_details(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> None:
-    """Make the rows of an attempt's images."""
+def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> dict[str, Any] | None:
+    """Make the rows of an attempt's images. Returns the arithmetic for the record; None: no row was left to make."""
     if attempt.accepted:
         say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} images are left")
     if attempt.count:
@@ -144,7 +144,10 @@ def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt
 
         resources.connect(request.address)
         rows_per_file = attempts.commit_rows(attempt.count)
-        work.stream(attempt).write(attempt.rows, work.title, attempt.count, work.stages, rows_per_file)
+        stream = work.stream(attempt)
+        stream.write(attempt.rows, work.title, attempt.count, work.stages, rows_per_file)
+        return stream.arithmetic()
+    return None
 
 
 def _unfinished(request: Request) -> Run | None:

@@ -15,6 +15,7 @@ from jobs.runs.publication import Run
 from jobs.storage import probes
 from jobs.storage.uris import Uri
 from nsnet.config import to_dict
+from nsnet.configuration import Precision
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
@@ -28,7 +29,8 @@ def caption(
     out: Uri,
     recipe: str = "tiny",
     selection: Selection | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    precision: Precision = "auto",
     wait: bool = False,
     clip_weights: Uri | None = None,
     captioner: Uri | None = None,
@@ -38,18 +40,19 @@ def caption(
     """Caption a source and publish; returns the run's record, which has no rows if there was nothing to do."""
     from nsnet import recipes
 
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
     limits = limits or DecodeLimits()
     probes.check_output(out)
     check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(clip_weights=clip_weights, captioner=captioner)
+    models = Models(clip_weights=clip_weights, captioner=captioner, precision=precision)
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
         source=source, out=out, product=products.CAPTIONS, maker=features_id(config, models),
-        selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
+        selection=selection or Selection(), wait=wait, address=address,
+        settings={"limits": to_dict(limits), **({"precision": precision} if precision != "auto" else {})},
     )  # fmt: skip
 
     def work(run: Run) -> Work:

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.console import output
 from jobs.storage import errors, listing, probes, reading, uris
 from jobs.storage.uris import Uri
+from nsnet.configuration import Precision
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.images import DecodeLimits
 from nsnet.preparation import Prepared
@@ -18,6 +19,7 @@ def predict(
     *,
     detector: Uri,
     device: str | None = None,
+    precision: Precision = "auto",
     clip_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
@@ -44,6 +46,7 @@ def predict(
     loaded = Detector.load(
         models.bundle_folder(),
         device=models.device,
+        precision=precision,
         clip_weights=models.clip_path(),
         captioner=Path(captioner) if captioner else None,
     )

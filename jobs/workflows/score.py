@@ -17,6 +17,7 @@ from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
 from nsnet import bundle
 from nsnet.config import to_dict
+from nsnet.configuration import Precision
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
@@ -27,7 +28,8 @@ def score(
     detector: Uri,
     out: Uri,
     selection: Selection | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    precision: Precision = "auto",
     reuse: bool = True,
     wait: bool = False,
     outage_seconds: float = OUTAGE_SECONDS,
@@ -39,10 +41,11 @@ def score(
 ) -> dict[str, Any]:
     """Score a source and publish; returns the run's record, which has no rows if there was nothing to do.
 
+    `batch_size`: images per model call; None: more on a GPU than on a CPU. `precision`: arithmetic of the models.
     `transforms`: chains of `nsnet.transforms`; each adds a row per image. Continues an unpublished run with the same
     settings. Checks the request before it starts Ray or a model; imports torch only if there is work.
     """
-    if batch_size < 1 or outage_seconds < 0:
+    if (batch_size is not None and batch_size < 1) or outage_seconds < 0:
         raise ConfigError(
             f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
         )
@@ -57,7 +60,10 @@ def score(
     request = Request(
         source=source, out=out, product=products.VERDICTS, maker=description.detector_id, selection=selection,
         transforms=("", *transforms) if transforms else (), wait=wait, address=address,
-        settings={"limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner},
+        settings={
+            "limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner,
+            **({"precision": precision} if precision != "auto" else {}),  # unknown to unfinished runs of older releases
+        },
     )  # fmt: skip
 
     models = Models(
@@ -66,6 +72,7 @@ def score(
         captioner=captioner,
         detector_id=description.detector_id,
         reuse=reuse,
+        precision=precision,
     )
 
     def work(run: Run) -> Work:

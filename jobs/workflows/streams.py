@@ -30,7 +30,7 @@ def scoring(
     description: bundle.Description,
     *,
     limits: DecodeLimits,
-    batch_size: int,
+    batch_size: int | None,
     outage_seconds: float,
 ) -> Work:
     """Images to verdicts of a bundle. Raises `WeightsError` if weights that the bundle refers to are missing."""
@@ -53,7 +53,7 @@ def scoring(
         if captioned:
             keep = replace(preparation, thumbnail_px=0)
             images = images.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
-        return images.through(Score, images.shares.scorers, images.models, batch_size, images.report)
+        return images.through(Score, images.shares.scorers, images.models, images.batch_size, images.report)
 
     known = catalog.published(request.out, schema.CAPTIONED, captioner_id=models.captioner_id)
     return Work(
@@ -64,13 +64,13 @@ def scoring(
         captioner_id=models.captioner_id,
         details={
             "captioner_id": models.captioner_id,
-            "settings": {"batch_size": batch_size, "reuse": models.reuse, "detector": to_dict(config)},
+            "settings": {"reuse": models.reuse, "detector": to_dict(config)},
         },
     )
 
 
 def captioning(
-    request: Request, models: Models, config: DetectorConfig, *, limits: DecodeLimits, batch_size: int
+    request: Request, models: Models, config: DetectorConfig, *, limits: DecodeLimits, batch_size: int | None
 ) -> Work:
     """Images to captions and their features."""
     side = thumbnail_px(models.captioner_folder(config.captioner))
@@ -82,7 +82,13 @@ def captioning(
             checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
         ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
         return images.through(
-            Embed, images.shares.scorers, images.models, config.clip, schema.CAPTIONS, batch_size, images.report
+            Embed,
+            images.shares.scorers,
+            images.models,
+            config.clip,
+            schema.CAPTIONS,
+            images.batch_size,
+            images.report,
         )
 
     return Work(
@@ -93,7 +99,7 @@ def captioning(
         captioner_id=models.captioner_id,
         details={
             "captioner_id": models.captioner_id,
-            "settings": {"batch_size": batch_size, "captioner": to_dict(config.captioner)},
+            "settings": {"captioner": to_dict(config.captioner)},
         },
     )
 

@@ -16,9 +16,9 @@ from nsnet.errors import ConfigError
 from nsnet.losses import Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network
+from nsnet.precision import dtype_of
 from nsnet.training import (
     Batch,
-    autocast_dtype,
     build_optimizer,
     set_learning_rate,
     training_step,
@@ -463,7 +463,7 @@ def test_bf16_step_is_near_the_fp32_step_and_keeps_fp32_weights() -> None:
     ],
 )  # fmt: skip
 def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, dtype: torch.dtype | None) -> None:
-    assert autocast_dtype(precision, torch.device(device)) is dtype
+    assert dtype_of(precision, torch.device(device)) is dtype
 
 
 @pytest.mark.parametrize(

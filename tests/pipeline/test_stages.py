@@ -819,7 +819,7 @@ def test_embedding_adds_the_features_of_the_captions(embedder: Embed, captioned:
     assert done.schema.equals(CAPTIONED.append(schema.TEXT_FEATURES))
     assert done.drop_columns("text_features").equals(captioned)
     rows = by_name(done)
-    expected = embedder.clip.encode_text([rows[name]["caption"] for name in GOOD]).numpy()
+    expected = embedder.features.clip.encode_text([rows[name]["caption"] for name in GOOD]).numpy()
     assert len(np.unique(expected, axis=0)) > 1
     for name, feature in zip(GOOD, expected, strict=True):
         np.testing.assert_allclose(rows[name]["text_features"], feature, atol=1e-5)

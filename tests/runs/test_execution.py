@@ -36,6 +36,9 @@ def write_rows(attempt: attempts.Attempt, run_id: str, most: int | None = None) 
     writing.write_bytes(f"{attempt.checkpoint}/{WRITE}_000000.parquet", b"ids")
 
 
+ARITHMETIC = {"device": "cpu", "precision": "fp32", "batch_size": 32}
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """Stands for the pipeline: verdicts out of thin air."""
@@ -45,6 +48,9 @@ class Verdicts:
 
     def write(self, *_: Any) -> None:
         write_rows(self.attempt, self.run_id)
+
+    def arithmetic(self) -> dict[str, Any]:
+        return ARITHMETIC
 
 
 def work_of(run: Run) -> Work:
@@ -321,6 +327,12 @@ def test_run_that_was_published_is_not_done_again(nights: Nights, monkeypatch: p
 
 
 # What is planned.
+
+
+def test_record_tells_the_arithmetic_of_its_rows(nights: Nights) -> None:
+    first, second = (execution.carry_out(nights.request(), work_of) for _ in range(2))
+    assert first["arithmetic"] == ARITHMETIC
+    assert "arithmetic" not in second, "nothing was computed"
 
 
 def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:

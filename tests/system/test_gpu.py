@@ -10,7 +10,8 @@ from nsnet import recipes
 from nsnet.captioner import save_tiny_captioner
 from nsnet.configuration import TrainingConfig
 from nsnet.detector import Detector
-from nsnet.training import Batch, autocast_dtype, build_optimizer, training_step
+from nsnet.precision import dtype_of
+from nsnet.training import Batch, build_optimizer, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -43,7 +44,7 @@ def test_tiny_learns_a_batch_in_bf16() -> None:
     detector = Detector.build(recipes.TINY.detector)
     network = detector.network.to("cuda")
     training = TrainingConfig(batch_size=32, head_lr=1e-3, backbone_lr=1e-3)
-    assert autocast_dtype(training.precision, torch.device("cuda")) is torch.bfloat16
+    assert dtype_of(training.precision, torch.device("cuda")) is torch.bfloat16
     optimizer = build_optimizer(network, training)
     data = batch(32, 224, detector.clip.embed_dim, "cuda")
     losses = [
