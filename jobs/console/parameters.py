@@ -8,7 +8,7 @@ import click
 
 from jobs.storage import uris
 from jobs.storage.uris import Uri
-from nsnet.images import DecodeLimits
+from nsnet.limits import DecodeLimits
 
 
 class ShareType(click.ParamType[float]):
