@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "score": "Score new and changed images of a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
     "predict": "Judge single images, without a cluster.",
+    "plan-cluster": "Size a cluster for a number of images and a deadline.",
     "demo": "Make images, train, score and evaluate on this machine.",
 }
 

@@ -24,7 +24,7 @@ import yaml
 
 from jobs import cli, score, train
 from jobs.cluster.embedded import NODE_ENVIRONMENT
-from jobs.cluster.resources import shares
+from jobs.cluster.shares import shares
 from jobs.experiments.request import TrainRequest
 from jobs.runs.publication import Run
 from jobs.storage import writing

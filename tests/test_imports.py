@@ -57,8 +57,8 @@ def imports(path: Path) -> set[str]:
 
 
 PACKAGES = (
-    "isolation", "storage", "console", "dataset", "cluster", "pipeline", "runs", "training", "evaluation", "report",
-    "workflows", "auditing", "experiments",
+    "isolation", "storage", "console", "dataset", "cluster", "planning", "pipeline", "runs", "training", "evaluation",
+    "report", "workflows", "auditing", "experiments",
 )  # fmt: skip
 """Packages of jobs/ from the bottom to the top: each imports only those before it."""
 
@@ -200,9 +200,10 @@ def test_parquet_is_read_in_one_place() -> None:
         ),
         ("jobs.cli, jobs.predict, jobs.workflows.predict", "torch ray transformers"),
         ("jobs.workflows.streams, nsnet.recipes", "torch open_clip transformers peft scipy"),
+        ("jobs.plan_cluster", "torch ray transformers pyarrow numpy fsspec duckdb"),
         ("jobs.calibrate, jobs.ablate, jobs.train, jobs.score, jobs.evaluate", "torch ray scipy"),
     ],
-    ids=["workers that decode", "predict", "a driver that scores", "the help of commands"],
+    ids=["workers that decode", "predict", "a driver that scores", "plan-cluster", "the help of commands"],
 )
 def test_modules_load_nothing_slow_before_it_is_needed(modules: str, others: str) -> None:
     code = f"import sys\nimport {modules}\nprint(sorted({{*{others.split()}}} & {{*sys.modules}}))"

@@ -1,9 +1,8 @@
-"""Connect to a Ray cluster, and compute the share of it that each stage takes."""
+"""Connect to a Ray cluster, and look up its size and the shares of its stages."""
 
 import logging
 import os
 import signal
-from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
@@ -13,82 +12,15 @@ from ray.data.checkpoint import CheckpointConfig
 
 from jobs.cluster import embedded
 from jobs.cluster.address import check_address
+from jobs.cluster.shares import BLOCK_BYTES, Shares, shares
 from jobs.console.output import say, waiting
 from jobs.storage import errors, filesystems
 from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
 
-BLOCK_BYTES: Final = 16 * 2**20
-"""Largest block between stages: about 32 images with BLIP's thumbnails, small enough to stream."""
-
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """Resources of each stage, chosen so that no stage starves another. Actors hold theirs; tasks release theirs."""
-
-    cpus: float
-    """CPUs of the cluster."""
-    captioners: int
-    """Number of captioning actors."""
-    scorers: int
-    """Number of scoring actors."""
-    actor_cpus: float
-    """CPUs that each actor holds."""
-    actor_gpus: float
-    """GPUs that each actor holds; 0: actors compute on the CPU."""
-    task_cpus: float
-    """CPUs of a decoding task."""
-    light_task_cpus: float
-    """CPUs of a task that only reads or writes."""
-    writers: int
-    """Maximum parallel writing tasks: each is a process that takes seconds to start."""
-    threads: int
-    """Threads of an actor that computes on the CPU."""
-
-
-def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gpu: float | None = None) -> Shares:
-    """Shares of a cluster with these CPUs and GPUs.
-
-    `node_cpus`: CPUs of its smallest node that has any; None: `cpus`. `cpus_per_gpu`: the lowest ratio of any node;
-    None: that of the whole cluster.
-
-    Actors hold at most a quarter of the CPUs, with or without GPUs, so that tasks of every stage always fit: on two
-    cores, three tasks of 0.5 CPU beside two actors of 0.25. With two actors of 0.75, writing tasks did not fit and a
-    quarter of the CPU time was idle. A pair of actors and a task fit on any node, so that work continues when one node
-    is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a GPU; without GPUs there is
-    one pair per 8 CPUs, which its threads use.
-    """
-    node_cpus = cpus if node_cpus is None else node_cpus
-    if cpus <= 0:
-        raise StorageError("the cluster has no CPU for decoding: add CPU workers")
-    pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
-    actor_cpus = min(1.0, cpus / 8.0 / pairs, node_cpus / 8.0)
-    if gpus >= 1 and cpus_per_gpu is not None:
-        actor_cpus = min(actor_cpus, cpus_per_gpu / 4.0)
-    return Shares(
-        cpus=cpus,
-        captioners=pairs,
-        scorers=pairs,
-        actor_cpus=actor_cpus,
-        actor_gpus=0.5 if gpus >= 1 else 0.0,
-        task_cpus=min(1.0, 0.25 * node_cpus),
-        light_task_cpus=min(0.5, node_cpus / 16.0),
-        writers=max(1, int(cpus) // 4),
-        threads=max(1, min(4, int(cpus) // 2)),
-    )
-
-
-def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
-    """CPUs that each training process holds, and CPUs left for decoding.
-
-    A process holds at most one CPU, and all together at most half of the cluster's; the rest decodes.
-    """
-    worker_cpus = min(1.0, 0.5 * shares.cpus / workers)
-    return worker_cpus, max(shares.task_cpus, shares.cpus - worker_cpus * workers)
 
 
 def streaming_bytes() -> int:

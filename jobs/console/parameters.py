@@ -1,6 +1,7 @@
 """Options that several commands share, and their types."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -8,7 +9,11 @@ import click
 
 from jobs.storage import uris
 from jobs.storage.uris import Uri
-from nsnet.images import DecodeLimits
+from nsnet.limits import DecodeLimits
+
+COUNT_PATTERN: Final = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(?:\.([0-9]+))?([kKmMbB]?)")
+COUNT_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+MAX_COUNT_LETTERS: Final = 30
 
 
 class ShareType(click.ParamType[float]):
@@ -25,6 +30,24 @@ class ShareType(click.ParamType[float]):
         if not 0.0 <= share <= 1.0:
             self.fail(f"{value!r} is not between 0 and 100%", param, ctx)
         return share
+
+
+class CountType(click.ParamType[int]):
+    """A whole number as `300`, `1,000`, `1_000`, `300k`, `2.5M` or `1B`."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).strip()
+        match = COUNT_PATTERN.fullmatch(text) if len(text) <= MAX_COUNT_LETTERS else None
+        if match is not None:
+            whole, decimals, unit = match[1].replace(",", "").replace("_", ""), match[2] or "", match[3].lower()
+            divisor: int = 10 ** len(decimals)
+            count, rest = divmod(int(whole + decimals) * COUNT_UNITS[unit], divisor)
+            if rest == 0:
+                return count
+        shown = repr(text[:MAX_COUNT_LETTERS])
+        self.fail(f"{shown} is not a whole number such as 1000, 1,000, 300k, 2.5M or 1B", param, ctx)
 
 
 class UriType(click.ParamType[Uri]):
@@ -54,6 +77,7 @@ class ModelPathType(click.ParamType[Uri]):
         return uris.model_path(value)
 
 
+COUNT: Final = CountType()
 URI: Final = UriType()
 OPTIONAL_URI: Final = OptionalUriType()
 MODEL_PATH: Final = ModelPathType()

@@ -10,7 +10,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError as RayTrainError
 
 from jobs.cluster import resources
-from jobs.cluster.resources import Shares
+from jobs.cluster.shares import Shares, training_cpus
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import FITTED_FILE, SPLIT_FILE
 from jobs.pipeline import progress
@@ -38,7 +38,7 @@ def run_trainer(experiment: Experiment, examples: Examples) -> Path:
     request = experiment.request
     resources.connect(request.address)
     shares = resources.cluster_shares()
-    cpus, _ = resources.training_cpus(shares, request.workers[1])
+    cpus, _ = training_cpus(shares, request.workers[1])
     board_name = f"nsnet-train-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name)
     gpus = {"GPU": 1.0} if shares.actor_gpus > 0 else {}

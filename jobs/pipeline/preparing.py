@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from jobs.cluster.shares import ROWS_PER_BLOCK
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.outages import Fetcher
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.poison import Remembered
-from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter, RowDicts, failed, to_table
+from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.reading import Fetched
 from jobs.storage.uris import Uri

@@ -11,8 +11,6 @@ import ray
 from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
 
-ROWS_PER_BLOCK: Final = 32
-"""Images per block: about 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
 LEASE_POLL_SECONDS: Final = 0.25
 PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
 """Columns of pixels, as bytes."""

@@ -11,7 +11,8 @@ from ray.data.exceptions import ExecutionTimeoutError, SystemException
 from ray.exceptions import RayError
 
 from jobs.cluster import resources
-from jobs.cluster.resources import Shares, cluster_shares
+from jobs.cluster.resources import cluster_shares
+from jobs.cluster.shares import BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares
 from jobs.dataset import schema
 from jobs.pipeline import progress
 from jobs.pipeline.actors import Caption
@@ -19,7 +20,7 @@ from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.preparing import Prepare
-from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
+from jobs.pipeline.rows import ProgressReporter
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
@@ -65,7 +66,7 @@ class Stream:
             batch_format="pyarrow",
             batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray requires a number with GPUs
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR),
             num_cpus=self.shares.actor_cpus,
             num_gpus=self.shares.actor_gpus,
         )

@@ -8,6 +8,7 @@ import ray.train.torch
 import torch
 
 from jobs.cluster import resources
+from jobs.cluster.shares import training_cpus
 from jobs.training import checkpoints, examples
 from jobs.training.checkpoints import Progress, load_fitted
 from jobs.training.collectives import gather
@@ -85,7 +86,7 @@ def _ingest(config: WorkerConfig, training: TrainingConfig, loaded: Examples) ->
     """Streams of this process's images."""
     workers = ray.train.get_context().get_world_size()
     # of the current cluster: nodes may join and leave between restarts
-    _, decoding = resources.training_cpus(resources.cluster_shares(), workers)
+    _, decoding = training_cpus(resources.cluster_shares(), workers)
     return Ingest(
         examples=loaded,
         preparation=from_dict(PreparationConfig, config.preparation),

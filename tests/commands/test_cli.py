@@ -479,7 +479,7 @@ def test_program_ends_in_one_line_with_its_code(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-ADDRESSES = {"source", "out", "detector", "predictions", "captions", "verdicts_or_source"}
+ADDRESSES = {"source", "out", "detector", "predictions", "captions", "verdicts_or_source", "rates"}
 WEIGHTS = {"clip_weights", "captioner", "head"}
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from jobs.cluster.shares import ROWS_PER_BLOCK
 from jobs.dataset import fetching, schema
 from jobs.dataset.source import Source
 from jobs.pipeline import outages, preparing, rows
@@ -25,7 +26,7 @@ from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.preparing import Prepare, transform_seed
-from jobs.pipeline.rows import ROWS_PER_BLOCK, ProgressReporter
+from jobs.pipeline.rows import ProgressReporter
 from jobs.storage import errors, probes
 from nsnet.captioner import Captioner
 from nsnet.detector import Detector

@@ -1,0 +1,78 @@
+"""Compute the share of a cluster that each stage takes. Imports no Ray, so that a planner can use the same numbers."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from nsnet.errors import StorageError
+
+BLOCK_BYTES: Final = 16 * 2**20
+"""Largest block between stages: about 32 images with BLIP's thumbnails, small enough to stream."""
+ROWS_PER_BLOCK: Final = 32
+"""Images per block: about 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+BLOCKS_PER_ACTOR: Final = 2
+"""Blocks that are sent to an actor at a time: one to compute, one to wait, so that the actor never does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Resources of each stage, chosen so that no stage starves another. Actors hold theirs; tasks release theirs."""
+
+    cpus: float
+    """CPUs of the cluster."""
+    captioners: int
+    """Number of captioning actors."""
+    scorers: int
+    """Number of scoring actors."""
+    actor_cpus: float
+    """CPUs that each actor holds."""
+    actor_gpus: float
+    """GPUs that each actor holds; 0: actors compute on the CPU."""
+    task_cpus: float
+    """CPUs of a decoding task."""
+    light_task_cpus: float
+    """CPUs of a task that only reads or writes."""
+    writers: int
+    """Maximum parallel writing tasks: each is a process that takes seconds to start."""
+    threads: int
+    """Threads of an actor that computes on the CPU."""
+
+
+def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gpu: float | None = None) -> Shares:
+    """Shares of a cluster with these CPUs and GPUs.
+
+    `node_cpus`: CPUs of its smallest node that has any; None: `cpus`. `cpus_per_gpu`: the lowest ratio of any node;
+    None: that of the whole cluster.
+
+    Actors hold at most a quarter of the CPUs, with or without GPUs, so that tasks of every stage always fit: on two
+    cores, three tasks of 0.5 CPU beside two actors of 0.25. With two actors of 0.75, writing tasks did not fit and a
+    quarter of the CPU time was idle. A pair of actors and a task fit on any node, so that work continues when one node
+    is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a GPU; without GPUs there is
+    one pair per 8 CPUs, which its threads use.
+    """
+    node_cpus = cpus if node_cpus is None else node_cpus
+    if cpus <= 0:
+        raise StorageError("the cluster has no CPU for decoding: add CPU workers")
+    pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
+    actor_cpus = min(1.0, cpus / 8.0 / pairs, node_cpus / 8.0)
+    if gpus >= 1 and cpus_per_gpu is not None:
+        actor_cpus = min(actor_cpus, cpus_per_gpu / 4.0)
+    return Shares(
+        cpus=cpus,
+        captioners=pairs,
+        scorers=pairs,
+        actor_cpus=actor_cpus,
+        actor_gpus=0.5 if gpus >= 1 else 0.0,
+        task_cpus=min(1.0, 0.25 * node_cpus),
+        light_task_cpus=min(0.5, node_cpus / 16.0),
+        writers=max(1, int(cpus) // 4),
+        threads=max(1, min(4, int(cpus) // 2)),
+    )
+
+
+def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:
+    """CPUs that each training process holds, and CPUs left for decoding.
+
+    A process holds at most one CPU, and all together at most half of the cluster's; the rest decodes.
+    """
+    worker_cpus = min(1.0, 0.5 * shares.cpus / workers)
+    return worker_cpus, max(shares.task_cpus, shares.cpus - worker_cpus * workers)

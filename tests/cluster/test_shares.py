@@ -1,0 +1,58 @@
+"""Shares of a cluster: no stage may wait for ever, whatever the cluster, and nobody may sit idle."""
+
+import itertools
+
+import pytest
+
+from jobs.cluster.shares import shares
+from nsnet.errors import StorageError
+
+CPUS = [0.5, 1, 1.5, 2, 2.5, 3, *range(4, 33), 47.5, 48, 63, 64, 96, 128]
+GPUS = [0, 0.5, 1, 2, 3, 4, 7, 8]
+PRECISION = 1e-4
+"""Ray counts resources in steps of this size."""
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+@pytest.mark.parametrize("cpus", CPUS)
+def test_every_stage_finds_room_beside_all_actors(cpus: float, gpus: float) -> None:
+    it = shares(cpus, gpus)
+    held = (it.captioners + it.scorers) * it.actor_cpus
+    assert held + it.task_cpus + it.light_task_cpus <= cpus
+    assert held <= cpus / 4 + 1e-9
+    assert min(it.actor_cpus, it.task_cpus, it.light_task_cpus) >= PRECISION
+    assert it.captioners >= 1 and it.scorers >= 1 and it.threads >= 1
+    assert it.cpus == cpus
+    assert (it.captioners + it.scorers) * it.actor_gpus <= gpus
+    assert (it.actor_gpus > 0) == (gpus >= 1)
+
+
+def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
+    for cpus, gpus in itertools.product(CPUS, GPUS):
+        it = shares(cpus, gpus)
+        assert max(it.actor_cpus, it.task_cpus, it.light_task_cpus) <= 1.0 and it.actor_gpus <= 1.0
+
+
+def test_two_cores_decode_two_images_at_a_time() -> None:
+    it = shares(2, 0)
+    assert (2 - (it.captioners + it.scorers) * it.actor_cpus - it.light_task_cpus) // it.task_cpus == 2
+    assert it.threads == 1
+
+
+def test_every_gpu_has_a_captioner_and_a_scorer() -> None:
+    for gpus in (1, 2, 8):
+        it = shares(64, gpus)
+        assert (it.captioners, it.scorers, it.actor_gpus) == (gpus, gpus, 0.5)
+
+
+def test_more_cpus_never_mean_smaller_shares_or_fewer_actors() -> None:
+    for gpus in GPUS:
+        made = [shares(cpus, gpus) for cpus in CPUS]
+        for smaller, larger in itertools.pairwise(made):
+            assert larger.captioners >= smaller.captioners and larger.task_cpus >= smaller.task_cpus
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_cluster_without_cpus_is_refused(gpus: float) -> None:
+    with pytest.raises(StorageError, match="no CPU for decoding: add CPU workers"):
+        shares(0, gpus)
