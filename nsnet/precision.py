@@ -7,7 +7,6 @@ norms, the projection, mapper and head stay in fp32.
 from contextlib import AbstractContextManager
 from typing import Any, Final, cast
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -50,13 +49,10 @@ def speed_up(tower: nn.Module, precision: Precision, device: torch.device) -> No
                 parameter.data = parameter.data.to(dtype)
 
 
-def to_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
-    """An array of uint8 as a tensor on a device; a copy to a GPU does not wait for its earlier work."""
-    if device.type == "cuda":
-        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)  # torch keeps such memory for reuse
-        pinned.numpy()[...] = pixels
-        return pinned.to(device, non_blocking=True)
-    return torch.from_numpy(pixels) if pixels.flags.writeable else torch.tensor(pixels)
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array as a tensor on a device; a copy to a GPU does not wait for its earlier work."""
+    tensor = torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _ScaledSilu(nn.Module):

@@ -46,7 +46,7 @@ def use_activation_checkpointing(network: Network) -> None:
 
 def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters: separate rates for image tower and heads, decay on matrices only."""
-    groups = []
+    groups: list[dict[str, Any]] = []
     for is_backbone, lr in ((True, config.backbone_lr), (False, config.head_lr)):
         for is_matrix, decay in ((True, config.weight_decay), (False, 0.0)):
             members = [
@@ -58,7 +58,8 @@ def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Ada
             ]
             if members:
                 groups.append({"params": members, "lr": lr, "max_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, total_steps: int) -> None:
@@ -109,12 +110,19 @@ def training_step(
         out, losses = _in_parts(model, parts, forward, judge)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    if torch.isfinite(norm):  # the same on every process
-        optimizer.step()
-    else:
-        losses = losses._replace(total=torch.full_like(losses.total, torch.nan))
+    _step_if_finite(optimizer, norm)
+    losses = losses._replace(total=torch.where(torch.isfinite(norm), losses.total, torch.nan))
     energy = (residual_energy(out) * batch.valid).sum()
     return Losses(*(value.detach() for value in losses)), energy
+
+
+def _step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Step unless the gradient's norm, which is the same on every process, is not finite."""
+    if optimizer.defaults.get("fused"):  # its kernel reads this tensor, so that nothing waits for the GPU
+        optimizer.found_inf = (~torch.isfinite(norm)).float().reshape(1)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif torch.isfinite(norm):
+        optimizer.step()
 
 
 def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig, rows: RowsOfBatch) -> Features:

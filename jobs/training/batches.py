@@ -12,6 +12,7 @@ import torch
 
 from jobs.training.examples import Examples
 from jobs.training.ingest import Arrival
+from nsnet.precision import to_device
 from nsnet.splits import Indices
 from nsnet.training import Batch
 
@@ -31,10 +32,10 @@ class Batches:
         rows, device = arrival.rows, self.device
         features = self._text_features(rows)
         return Batch(
-            mosaics=torch.from_numpy(arrival.mosaics).to(device, non_blocking=True),
-            text_features=torch.from_numpy(features).to(device) if features is not None else None,
-            labels=torch.from_numpy(self.examples.labels[rows]).to(device),
-            valid=torch.from_numpy(arrival.valid).to(device),
+            mosaics=to_device(arrival.mosaics, device),
+            text_features=to_device(features, device) if features is not None else None,
+            labels=to_device(self.examples.labels[rows], device),
+            valid=to_device(arrival.valid, device),
         )
 
     def _text_features(self, rows: Indices) -> npt.NDArray[np.float32] | None:

@@ -5,10 +5,9 @@ Dimensions: B images of this process in a step.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import ray.train
 import ray.train.torch
 import torch
@@ -29,10 +28,24 @@ from jobs.training.validation import CannotGoOn, Validation, quality, scores
 from nsnet.configuration import LossConfig, TrainingConfig
 from nsnet.losses import Gather, Losses
 from nsnet.network import Network
+from nsnet.precision import to_device
 from nsnet.training import set_learning_rate, training_step
 
+LOG_STEPS: Final = {"cpu": 1, "cuda": 20}
+"""Steps between two transfers of losses to the host. Each transfer waits until the GPU is idle."""
 FINISHED: Final = "finished"
 """Metric that is reported with the last checkpoint."""
+
+
+class Logged(NamedTuple):
+    """What is logged of a step."""
+
+    step: int
+    """Counted from 0."""
+    rates: dict[str, float]
+    """Learning rates."""
+    values: Tensor
+    """This process's losses, sums of residual energy and of images, and failed images, on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,11 @@ class Loop:
         finally:
             reporter.close()
         return None
+
+    @cached_property
+    def _pending(self) -> list[Logged]:
+        """Steps whose values are still on the device."""
+        return []
 
     @cached_property
     def _reporter(self) -> Reporter:
@@ -104,11 +122,13 @@ class Loop:
         for step, arrival in enumerate(self.ingest.stream(self._order, progress.step, last), start=progress.step):
             self._step(step, last, arrival)
             if progress.step % steps == 0:
+                self._record()
                 self._end_epoch()
                 self._checkpoint(progress.history[-1])
                 if progress.ended:
                     return
             elif self.training.checkpoint_steps and progress.step % self.training.checkpoint_steps == 0:
+                self._record()
                 self._checkpoint({"step": progress.step})
 
     def _step(self, step: int, last: int, arrival: Arrival) -> None:
@@ -118,24 +138,39 @@ class Loop:
             self.model, self._batches.of(arrival), self.optimizer, self.loss, self.training, self.gather,
             seed=self.config.seed * 1_000_003 + step,
         )  # fmt: skip
-        values = self._means(losses, energy, arrival)
-        if not np.isfinite(values).all():
-            self._diverged(step)
-        progress, is_first = self.progress, step % self._order.steps_per_epoch == 0
-        progress.sums = values.tolist() if is_first else (np.array(progress.sums) + values).tolist()
-        self._check_failures(step, arrival, is_first)
-        progress.step = step + 1
-        self._reporter.count(len(self._order.whole(step)))
-        groups = self.optimizer.param_groups
-        rates = {"lr/backbone": float(groups[0]["lr"]), "lr/heads": float(groups[-1]["lr"])}
-        self._reporter.step(dict(zip(LOGGED, values.tolist(), strict=True)) | rates)
+        self._write_failures(step, arrival)
+        self._pending.append(Logged(step, self._rates(), self._local(losses, energy, arrival)))
+        self.progress.step = step + 1
+        if len(self._pending) == LOG_STEPS[self.device.type]:
+            self._record()
 
-    def _means(self, losses: Losses, energy: Tensor, arrival: Arrival) -> npt.NDArray[np.float64]:
-        """Means of the step's losses and residual energy over all processes (`LOGGED`)."""
-        counted = torch.tensor(float(arrival.valid.sum()), device=self.device)
-        local = torch.stack([*(value.double() for value in losses), energy.double(), counted.double()])
-        values = mean_over_processes(local).cpu().numpy()
-        return np.append(values[:-2], values[-2] / max(values[-1], 1e-12))
+    def _rates(self) -> dict[str, float]:
+        groups = self.optimizer.param_groups
+        return {"lr/backbone": float(groups[0]["lr"]), "lr/heads": float(groups[-1]["lr"])}
+
+    def _local(self, losses: Losses, energy: Tensor, arrival: Arrival) -> Tensor:
+        """This process's values of a step: losses, sums of residual energy and of images, failed images."""
+        counts = torch.tensor([float(arrival.valid.sum()), float(len(arrival.failed))], dtype=torch.float64)
+        values = torch.stack([*(value.double() for value in losses), energy.double()])
+        return torch.cat([values, to_device(counts.numpy(), self.device)])
+
+    def _record(self) -> None:
+        """Log the pending steps. Stops the training if a loss is not finite, or if too many images failed."""
+        if not self._pending:
+            return
+        means = mean_over_processes(torch.stack([logged.values for logged in self._pending])).cpu().numpy()
+        progress = self.progress
+        for (step, rates, _), row in zip(self._pending, means, strict=True):
+            values = np.append(row[:-3], row[-3] / max(row[-2], 1e-12))  # `LOGGED`
+            if not np.isfinite(values).all():
+                self._diverged(step)
+            is_first = step % self._order.steps_per_epoch == 0
+            progress.sums = values.tolist() if is_first else (np.array(progress.sums) + values).tolist()
+            progress.failed = round(row[-1] * self.gather.world_size) + (0 if is_first else progress.failed)
+            self._reporter.count(len(self._order.whole(step)))
+            self._reporter.step(step + 1, dict(zip(LOGGED, values.tolist(), strict=True)) | rates)
+        self._pending.clear()
+        self._check_failures()
 
     def _diverged(self, step: int) -> None:
         """Save the names of the step's images, and stop the training."""
@@ -149,22 +184,25 @@ class Loop:
             "lower the learning rates"
         )
 
-    def _check_failures(self, step: int, arrival: Arrival, is_first: bool) -> None:
-        """Count and store the epoch's failed images; stop the training if there are too many."""
-        if is_first:
-            self.progress.failed = 0
-        failed = torch.tensor([float(len(arrival.failed))], dtype=torch.float64, device=self.device)
-        self.progress.failed += round(float(mean_over_processes(failed)) * self.gather.world_size)
-        folder = uris.join(self.config.work, "failed")
+    @property
+    def _failures(self) -> str:
+        """Folder of the images that failed."""
+        return uris.join(self.config.work, "failed")
+
+    def _write_failures(self, step: int, arrival: Arrival) -> None:
+        """Store a step's failed images."""
         if arrival.failed:
             name = f"step-{step + 1:08d}-{self.gather.rank:04d}.json"
-            writing.write_json(uris.join(folder, name), arrival.failed)
+            writing.write_json(uris.join(self._failures, name), arrival.failed)
+
+    def _check_failures(self) -> None:
+        """Stop the training if too many images of the epoch failed."""
         count = len(self._order.rows)
         if self.progress.failed > self.config.failed_share * count:
             raise CannotGoOn(
                 f"{self.progress.failed} of {count} training images could not be read, more than "
                 f"{self.config.failed_share:.0%} (--max-failed): check that the split still matches its source; "
-                f"{folder} lists the images"
+                f"{self._failures} lists the images"
             )
 
     def _end_epoch(self) -> None:

@@ -43,10 +43,10 @@ class Reporter:
             ray.get_actor(self._board).add.remote({"trained": self._uncounted})
             self._updated_at, self._uncounted = time.monotonic(), 0
 
-    def step(self, values: dict[str, float]) -> None:
-        """Log the values of the latest step (`LOGGED`, and learning rates)."""
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Log the values of a step, counted from 1 (`LOGGED`, and learning rates)."""
         if self._records is not None:
-            self._records.step(self._progress.step, values)
+            self._records.step(step, values)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Report the record of a completed epoch."""

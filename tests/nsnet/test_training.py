@@ -190,15 +190,25 @@ def test_gradient_is_clipped_to_its_norm(clip_norm: float) -> None:
     assert math.sqrt(sum(squares)) == pytest.approx(clip_norm, rel=1e-3)
 
 
-def test_gradient_that_is_not_finite_is_no_step_and_is_reported() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_gradient_that_is_not_finite_is_no_step_and_is_reported(fused: bool) -> None:
     network = build()
     before = weights(network)
     optimizer = build_optimizer(network, CONFIG)
-    network.head.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
+    if fused:
+        optimizer = torch.optim.AdamW(optimizer.param_groups, fused=True)
+    hook = network.head.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
     losses, _ = training_step(network, batch(), optimizer, STILL.loss, CONFIG)
     assert math.isnan(float(losses.total)) and math.isfinite(float(losses.bce))
     after = weights(network)
-    assert all(torch.equal(after[name], before[name]) for name in before) and not optimizer.state
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    moments = [value for state in optimizer.state.values() for name, value in state.items()]
+    assert all(not value.any() for value in moments), "no moment and no count of steps"
+    hook.remove()
+    losses, _ = training_step(network, batch(), optimizer, STILL.loss, CONFIG)
+    assert math.isfinite(float(losses.total))
+    after = weights(network)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_gradients_do_not_pile_up_over_steps() -> None:

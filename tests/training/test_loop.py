@@ -205,6 +205,20 @@ def test_too_many_failed_images_of_the_validation_end_a_training(make: Callable[
     assert judged.progress.validation[checkpoints.ROWS].tolist() == VAL_ROWS[1:]
 
 
+@pytest.mark.parametrize("pending", [2, 20])
+def test_history_does_not_depend_on_how_often_losses_are_read(
+    pending: int, make: Callable[..., Loop], reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where each reading waits; `checkpoint_steps` and the ends of epochs lie between."""
+    expected = make()
+    assert expected.run() is None
+    monkeypatch.setitem(loop.LOG_STEPS, "cpu", pending)
+    seldom = make()
+    assert seldom.run() is None
+    assert seldom.progress.history == expected.progress.history
+    assert all(record["failed"] == 0 for record in expected.progress.history)
+
+
 def test_loss_that_is_not_finite_ends_a_training_with_the_images_of_its_step(
     make: Callable[..., Loop], reports: Reports, tmp_path: Path
 ) -> None:
