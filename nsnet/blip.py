@@ -7,7 +7,8 @@ Modules are named as in transformers' state dict, so that weights are found by n
 a seed gives the same random weights. `fuse` then joins the projections that read the same input; it changes the names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self, TypeVar, cast
@@ -15,8 +16,9 @@ from typing import Final, Self, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nsnet.decoding import BatchShape, CaptionBatch, StepRunner, decode
+from nsnet.decoding import CUDA_CHECK_STEPS, BatchShape, CaptionBatch, StepRunner, decode
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,6 +33,9 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
     "relu": F.relu, "silu": F.silu, "swish": F.silu,
 }  # fmt: skip
 """transformers' name of an activation -> its function."""
+
+UNPLANNED: Final = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of attention in the decoder, on CUDA: all but cuDNN's, which plans anew for each length of the captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,14 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """An embedding that draws no weights on the device `meta`: torch would import its compiler for normal numbers."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def _joined(*parts: nn.Linear) -> Linear:
@@ -193,8 +206,8 @@ class TextEmbeddings(nn.Module):
     def __init__(self, settings: TextSettings) -> None:
         super().__init__()
         width = settings.hidden_size
-        self.word_embeddings = nn.Embedding(settings.vocab_size, width, padding_idx=settings.pad_token_id)
-        self.position_embeddings = nn.Embedding(settings.max_position_embeddings, width)
+        self.word_embeddings = Embedding(settings.vocab_size, width, padding_idx=settings.pad_token_id)
+        self.position_embeddings = Embedding(settings.max_position_embeddings, width)
         self.LayerNorm = nn.LayerNorm(width, eps=settings.layer_norm_eps)
 
     def forward(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
@@ -385,6 +398,16 @@ def draw_weights(part: Drawn, std: float) -> Drawn:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _as_current(device: torch.device) -> Iterator[None]:
+    """On CUDA, make a device the current one, where graphs are captured and replayed, with `UNPLANNED` attention."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), sdpa_kernel(UNPLANNED):
+        yield
+
+
 class Blip(nn.Module):
     """Images to captions. `build` makes one; load its weights, `tie`, then `fuse` it for `generate`."""
 
@@ -415,8 +438,9 @@ class Blip(nn.Module):
         dtype: `torch.bfloat16` or `torch.float16`: linear layers, convolutions and attention compute in it;
         normalisations, sums, word embeddings and logits stay in fp32, because equal logits of two words would choose
         the wrong one. None: fp32.
-        graphs: on CUDA, replay the steps of decoding as CUDA graphs. compile_vision: on CUDA, compile the vision
-        transformer at the first image.
+        graphs: on CUDA, replay the steps of decoding as CUDA graphs; the keys and values of the largest batch then stay
+        allocated (BLIP base in fp32: 43 MB an image). compile_vision: on CUDA, compile the vision transformer at the
+        first image.
         """
         for layer in self.text_decoder.layers:
             layer.attention.self.join("query", "key", "value")
@@ -429,7 +453,8 @@ class Blip(nn.Module):
         device = self.text_decoder.cls.predictions.bias.device
         if compile_vision and device.type == "cuda":
             self.vision_model.compile(dynamic=False)
-        self._runner = StepRunner(graphs=graphs and device.type == "cuda")
+        on_cuda = device.type == "cuda"
+        self._runner = StepRunner(graphs=graphs and on_cuda, check_steps=CUDA_CHECK_STEPS if on_cuda else 1)
         return self
 
     @torch.inference_mode()
@@ -448,12 +473,14 @@ class Blip(nn.Module):
             raise ValueError(f"pixels must be (B, 3, {side}, {side}), got {tuple(pixels.shape)}")
         if not 1 <= max_new_tokens <= positions:
             raise ValueError(f"max_new_tokens must be between 1 and {positions}, got {max_new_tokens}")
-        image = self.vision_model(pixels)
+        text, image = self.settings.text, self.vision_model(pixels)
         batch = self._runner.batch(self._shape(image, max_new_tokens), image.device)
         for layer, keys_values in zip(self.text_decoder.layers, batch.image, strict=True):
             keys_values[:, : len(image)] = layer.image_keys_values(image)
-        text = self.settings.text
-        return decode(batch, len(image), self._step, self._runner, first=text.bos_token_id, padding=text.pad_token_id)
+        with _as_current(image.device):
+            return decode(
+                batch, len(image), self._step, self._runner, first=text.bos_token_id, padding=text.pad_token_id
+            )
 
     def _shape(self, image: torch.Tensor, max_new_tokens: int) -> BatchShape:
         """Sizes of the batch for image tokens (B, N, H)."""

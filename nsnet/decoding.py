@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 CUDA_CHECK_STEPS: Final = 8
-"""On CUDA, steps between two questions of the host how many captions have not ended; elsewhere it asks after each."""
+"""`check_steps` on CUDA. Each question waits for the device; a later one costs steps of rows that have ended."""
 MAX_GRAPHS: Final = 1024
 """Maximum number of captured graphs, about 1 MB each; further pairs of batch size and position run without one."""
 
@@ -71,8 +71,9 @@ class StepRunner:
     of the pool. The batch is kept for the next call, because graphs read and write at its addresses.
     """
 
-    def __init__(self, *, graphs: bool) -> None:
-        self.graphs = graphs
+    def __init__(self, *, graphs: bool = False, check_steps: int = 1) -> None:
+        """check_steps: steps between two questions of the host how many captions have not ended."""
+        self.graphs, self.check_steps = graphs, check_steps
         self._kept: CaptionBatch | None = None
         self._seen: set[tuple[int, int]] = set()
         self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -101,20 +102,20 @@ class StepRunner:
             step(batch, rows, position)
             return
         key = (rows, position)
-        if key not in self._captured:
-            with torch.cuda.device(batch.device):
-                if key not in self._seen or len(self._captured) >= MAX_GRAPHS:
-                    self._run_beside(step, batch, rows, position)
-                    self._seen.add(key)
-                    return
-                self._captured[key] = self._capture(step, batch, rows, position)
-        self._captured[key].replay()
+        if key in self._captured:
+            self._captured[key].replay()
+        elif key in self._seen and len(self._captured) < MAX_GRAPHS:
+            self._captured[key] = self._capture(step, batch, rows, position)
+            self._captured[key].replay()
+        else:
+            self._run_beside(step, batch, rows, position)
+            self._seen.add(key)
 
     def _run_beside(self, step: Step, batch: CaptionBatch, rows: int, position: int) -> None:
         """Run on the stream of captures, since libraries keep a workspace for each stream."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(batch.device)
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             step(batch, rows, position)
@@ -125,7 +126,7 @@ class StepRunner:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # another thread may use the device meanwhile, for example to copy
+        # other threads may use the device meanwhile, for example to copy: their calls must not fail
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step(batch, rows, position)
         return graph
@@ -135,20 +136,19 @@ def decode(batch: CaptionBatch, rows: int, step: Step, runner: StepRunner, *, fi
     """Decode the first rows of a batch, whose `image` is filled, and return their tokens (rows, steps) int64.
 
     A row starts from the token `first`, which is not returned, and has `padding` after its end. As soon as at most half
-    of the rows decode, the others leave the batch: rows that ended early cost little. On CUDA there may be a few
-    more steps than the longest row needs, because the host asks every `CUDA_CHECK_STEPS` steps only.
+    of the rows decode, the others leave the batch: rows that ended early cost little. There may be up to
+    `runner.check_steps` - 1 more steps than the longest row needs.
     """
     batch.last.fill_(first)
     batch.ended.fill_(False)
     batch.written.fill_(padding)
     origin = torch.arange(rows, device=batch.device)  # of each row of the batch, its row in the result
     result = torch.full((rows, batch.shape.max_tokens), padding, device=batch.device)
-    check_steps = CUDA_CHECK_STEPS if batch.device.type == "cuda" else 1
     steps = 0
     while steps < batch.shape.max_tokens:
         runner.run(step, batch, rows, steps)
         steps += 1
-        if steps % check_steps:
+        if steps % runner.check_steps:
             continue
         open_rows = rows - int(batch.ended[:rows].sum())
         if open_rows == 0:
