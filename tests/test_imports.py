@@ -28,8 +28,8 @@ LEAVES: dict[str, set[str]] = {
     "clip_weights": {"configuration", "errors", "digest", "hub"},
     "clip": {"clip_weights", "configuration", "errors", "digest", "hub", "model_files", "model_settings", "model_size",
              "weight_formats"},
-    "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"}, "head": {"configuration", "errors"},
-    "losses": {"configuration", "errors"}, "metrics": {"errors"},
+    "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
+    "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},
     "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip
