@@ -30,7 +30,7 @@ from nsnet.configuration import ClipConfig, LoraSettings, Precision
 from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 from nsnet.model_size import ModelSize
-from nsnet.precision import autocast
+from nsnet.precision import autocast, dtype_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -264,7 +264,7 @@ class Clip:
         device = next(self.model.parameters()).device
         tokens = self._tokens(captions)[:, :length].to(device)
         model = cast(Any, self.model)
-        with autocast(self.precision, device):
+        with autocast(dtype_of(self.precision, device), device):
             encoded = self._encode_short(tokens) if self._can_shorten else model.encode_text(tokens)
         return cast(Tensor, encoded).float()
 

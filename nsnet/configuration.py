@@ -13,13 +13,16 @@ from nsnet.patches import PatchConfig
 from nsnet.transforms import AugmentationConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-"""Arithmetic of the towers. `auto`: bf16 on a GPU, fp32 on a CPU. On a GPU, fp32 uses TF32 for matrix products."""
+"""Arithmetic of the models. `auto`: fp16 on a GPU, fp32 on a CPU. On a GPU, fp32 uses TF32 for matrix products.
+
+fp16 keeps 10 bits of the mantissa and bf16 7: with random weights, 95 % and 64 % of captions are those of fp32. What
+exceeds the range of fp16 shows: the image fails, with a logit that is not finite."""
 
 
 def resolved(precision: Precision, device: str) -> Precision:
     """The precision on a device, `cpu` or `cuda`."""
     if precision == "auto":
-        return "bf16" if device == "cuda" else "fp32"
+        return "fp16" if device == "cuda" else "fp32"
     return precision
 
 

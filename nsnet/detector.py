@@ -46,7 +46,7 @@ from nsnet.inputs import Input, checked, try_prepare
 from nsnet.model_size import ModelSize
 from nsnet.network import Network, residual_energy
 from nsnet.patches import SCORING_SEED, assemble_mosaic
-from nsnet.precision import autocast, speed_up, to_device, use_matrix_units
+from nsnet.precision import autocast, dtype_of, speed_up, to_device, use_matrix_units
 from nsnet.preparation import PreparationConfig, Prepared
 from nsnet.text_features import TextFeatures
 
@@ -136,12 +136,14 @@ class Detector:
         *,
         device: str = "cpu",
         precision: Precision = "auto",
+        compiled: bool = False,
         clip_weights: Path | None = None,
         captioner: Path | Literal[False] | None = None,
     ) -> Self:
         """Load a bundle for inference: adapters merged, everything frozen.
 
-        `precision`: arithmetic of the towers and of the captioner. `clip_weights`, `captioner`: local paths instead of
+        `precision`: arithmetic of the towers and of the captioner. `compiled`: compile the image towers, which takes a
+        minute, or seconds if this machine has compiled them before. `clip_weights`, `captioner`: local paths instead of
         the hub; `captioner=False` loads none (no `predict`). If the detector needs no captions, no captioner is loaded.
         Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or different).
         """
@@ -180,12 +182,18 @@ class Detector:
             raise BundleError(f"the bundle {folder} does not fit its configuration: {', '.join(names)}")
         loaded_captioner = None
         if captioner is not False and config.projection.needs_captions:
-            loaded_captioner = Captioner.load(config.captioner, captioner or bundle.captioner_of(folder), device)
+            loaded_captioner = Captioner.load(
+                config.captioner, captioner or bundle.captioner_of(folder), device, precision=precision,
+                compile_vision=compiled,
+            )  # fmt: skip
         loaded = cls(
             config, clip, network, captioner=loaded_captioner, calibration=calibration, description=description
         )
         loaded.network.requires_grad_(False).eval()
-        return loaded.to(device)._for_inference(precision)
+        loaded.to(device)._for_inference(precision)
+        if compiled:
+            loaded.network.visual.compile(dynamic=False)
+        return loaded
 
     def to(self, device: str) -> Self:
         """Move the towers and heads to a device."""
@@ -287,7 +295,7 @@ class Detector:
             if captions is None:
                 raise ConfigError("this detector needs a caption for each image")
             text_features = self.text_features.of(captions)
-        with autocast(self.precision, self.device):
+        with autocast(dtype_of(self.precision, self.device), self.device):
             image = self.network.encode_image(to_device(mosaics, self.device))
         out = self.network.judge(image.float() if self.precision != "fp32" else image, text_features)
         # one transfer for both, because each waits for the GPU

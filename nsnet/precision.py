@@ -16,14 +16,18 @@ from nsnet.configuration import Precision, resolved
 DTYPES: Final[dict[str, torch.dtype | None]] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def training_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """As `dtype_of`, but `auto` is bf16 on a GPU: its range needs no scaling of the loss."""
+    return DTYPES["bf16" if precision == "auto" and device.type == "cuda" else resolved(precision, device.type)]
+
+
 def dtype_of(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products under autocast on a device; None: fp32 without autocast."""
     return DTYPES[resolved(precision, device.type)]
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a tower computes on a device."""
-    dtype = dtype_of(precision, device)
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a tower computes on a device; None: fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

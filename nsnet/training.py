@@ -15,7 +15,7 @@ from nsnet.errors import ConfigError
 from nsnet.losses import SINGLE_PROCESS, Gather, Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network, residual_energy
-from nsnet.precision import autocast
+from nsnet.precision import autocast, training_dtype
 
 
 class Batch(NamedTuple):
@@ -134,7 +134,7 @@ def _forward(model: nn.Module, batch: Batch, part: slice, config: TrainingConfig
     text_features = batch.text_features[part] if batch.text_features is not None else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's state stays
         torch.manual_seed((rows.seed * 1_000_003 + rows.first) % 2**63)  # for dropout in the adapters
-        with autocast(config.precision, device):
+        with autocast(training_dtype(config.precision, device), device):
             features: Features = model(batch.mosaics[part], text_features)
     return features
 

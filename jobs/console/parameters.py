@@ -108,7 +108,7 @@ weights_options = _stack(
 )
 precision_option = click.option(
     "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
-    help="Arithmetic of the models; auto: bf16 on a GPU, fp32 on a CPU.",
+    help="Arithmetic of the models; auto: fp16 on a GPU, fp32 on a CPU.",
 )  # fmt: skip
 batch_option = click.option("--batch-size", type=int, help="Images per model call. Default: 128 on a GPU, 32 on a CPU.")
 limit_options = _stack(

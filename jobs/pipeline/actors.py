@@ -74,7 +74,11 @@ class Caption:
         from nsnet.captioner import Captioner
 
         self.models.use_threads()
-        return Captioner.load(self.config, self.models.captioner_folder(self.config), self.models.device)
+        models = self.models
+        return Captioner.load(
+            self.config, models.captioner_folder(self.config), models.device, precision=models.precision,
+            compile_vision=models.compiled,
+        )  # fmt: skip
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, usable = _light_rows(table)
@@ -161,8 +165,8 @@ class Score:
         models = self.models
         models.use_threads()
         detector = Detector.load(
-            models.bundle_folder(), device=models.device, precision=models.precision, clip_weights=models.clip_path(),
-            captioner=False,
+            models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
+            clip_weights=models.clip_path(), captioner=False,
         )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(

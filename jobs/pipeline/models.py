@@ -26,6 +26,8 @@ class Models:
     device: str = "cpu"
     precision: "Precision" = "auto"
     """Arithmetic of detector and captioner."""
+    compiled: bool = False
+    """Compile the image towers of detector and captioner."""
     threads: int = 1
     """Threads per actor on the CPU."""
     run_id: str | None = None

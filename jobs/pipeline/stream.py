@@ -31,6 +31,8 @@ from nsnet.preparation import PreparationConfig
 CPU_BATCH: Final = 32
 GPU_BATCH: Final = 128
 """Images per model call, if the user does not choose."""
+COMPILED_FROM: Final = 500_000
+"""Images per actor from which compiling the towers takes less time than it saves: an estimate, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ def prepared(
     models: Models,
     *,
     keep: pa.Schema,
+    images_todo: int,
     batch_size: int | None,
     checkpoint: str | None = None,
     outage_seconds: float = OUTAGE_SECONDS,
@@ -118,13 +121,18 @@ def prepared(
 ) -> Stream:
     """The pipeline up to prepared images, over a folder `todo` that `attempts.write_todo` made from a manifest.
 
-    `keep`: columns of the result besides pixels. `batch_size`: images per model call; None: `GPU_BATCH` on GPUs, else
-    `CPU_BATCH`. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`:
+    `keep`: columns of the result besides pixels. `images_todo`: number of images. `batch_size`: images per model call;
+    None: `GPU_BATCH` on GPUs, else `CPU_BATCH`. `checkpoint`: folder of Ray Data's job checkpoint. `remembered`:
     failures of earlier runs, which are not decoded again.
     """
     shares = cluster_shares()
     on_gpu = shares.actor_gpus > 0
-    models = replace(models, device="cuda" if on_gpu else "cpu", threads=shares.threads)
+    models = replace(
+        models,
+        device="cuda" if on_gpu else "cpu",
+        threads=shares.threads,
+        compiled=on_gpu and images_todo >= COMPILED_FROM * shares.scorers,
+    )
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
     report = ProgressReporter(board_name=board_name)

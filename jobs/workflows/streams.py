@@ -47,7 +47,8 @@ def scoring(
 
     def stream(attempt: Attempt) -> Stream:
         images = prepared(
-            attempt.todo, request.source, preparation, models, keep=SCORING_COLUMNS, batch_size=batch_size,
+            attempt.todo, request.source, preparation, models, keep=SCORING_COLUMNS, images_todo=attempt.count,
+            batch_size=batch_size,
             checkpoint=attempt.checkpoint, outage_seconds=outage_seconds, remembered=failures.remembered(request),
         )  # fmt: skip
         if captioned:
@@ -78,7 +79,8 @@ def captioning(
 
     def stream(attempt: Attempt) -> Stream:
         images = prepared(
-            attempt.todo, request.source, preparation, models, keep=CAPTIONING_COLUMNS, batch_size=batch_size,
+            attempt.todo, request.source, preparation, models, keep=CAPTIONING_COLUMNS, images_todo=attempt.count,
+            batch_size=batch_size,
             checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
         ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
         return images.through(
@@ -110,7 +112,8 @@ def examining(request: Request, *, limits: DecodeLimits) -> Work:
     def stream(attempt: Attempt) -> Stream:
         preparation = PreparationConfig(patches=None, fingerprint=True, limits=limits)
         return prepared(
-            attempt.todo, request.source, preparation, Models(), keep=schema.FACTS, batch_size=1,
+            attempt.todo, request.source, preparation, Models(), keep=schema.FACTS, images_todo=attempt.count,
+            batch_size=1,
             checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
         )  # fmt: skip
 

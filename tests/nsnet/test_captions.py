@@ -126,9 +126,7 @@ def test_pixels_reach_the_model_as_hugging_faces_processor_makes_them(captioner:
 
     processor = BlipImageProcessorPil.from_pretrained(folder)
     seen: list[torch.Tensor] = []
-    hook = captioner.model.vision_model.register_forward_pre_hook(
-        lambda module, arguments, named: seen.append(named["pixel_values"]), with_kwargs=True
-    )
+    hook = captioner.model.vision_model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     try:
         for seed, (width, height) in enumerate([(96, 80), (64, 64), (40, 300), (700, 500)]):
             image = models.image(seed, width, height)

@@ -21,11 +21,11 @@ WORDS = ["a red tree", "two old cats", "a boat on a lake", "the moon"]
 @pytest.mark.parametrize(
     ("precision", "device", "expected"),
     [
-        ("auto", "cpu", "fp32"), ("auto", "cuda", "bf16"), ("fp32", "cuda", "fp32"), ("bf16", "cpu", "bf16"),
+        ("auto", "cpu", "fp32"), ("auto", "cuda", "fp16"), ("fp32", "cuda", "fp32"), ("bf16", "cpu", "bf16"),
         ("fp16", "cuda", "fp16"),
     ],
 )  # fmt: skip
-def test_automatic_precision_is_bf16_on_a_gpu_only(precision: Precision, device: str, expected: Precision) -> None:
+def test_automatic_precision_is_fp16_on_a_gpu_only(precision: Precision, device: str, expected: Precision) -> None:
     assert resolved(precision, device) == expected
     assert dtype_of(precision, torch.device(device)) is module.DTYPES[expected]
 

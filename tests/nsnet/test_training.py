@@ -16,7 +16,7 @@ from nsnet.errors import ConfigError
 from nsnet.losses import Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network
-from nsnet.precision import dtype_of
+from nsnet.precision import training_dtype
 from nsnet.training import (
     Batch,
     build_optimizer,
@@ -196,7 +196,8 @@ def test_gradient_that_is_not_finite_is_no_step_and_is_reported(fused: bool) -> 
     before = weights(network)
     optimizer = build_optimizer(network, CONFIG)
     if fused:
-        optimizer = torch.optim.AdamW(optimizer.param_groups, fused=True)
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(groups, fused=True)
     hook = network.head.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
     losses, _ = training_step(network, batch(), optimizer, STILL.loss, CONFIG)
     assert math.isnan(float(losses.total)) and math.isfinite(float(losses.bce))
@@ -473,7 +474,7 @@ def test_bf16_step_is_near_the_fp32_step_and_keeps_fp32_weights() -> None:
     ],
 )  # fmt: skip
 def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, dtype: torch.dtype | None) -> None:
-    assert dtype_of(precision, torch.device(device)) is dtype
+    assert training_dtype(precision, torch.device(device)) is dtype
 
 
 @pytest.mark.parametrize(
