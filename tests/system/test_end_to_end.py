@@ -204,8 +204,8 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     monkeypatch.setattr(stream, "cluster_shares", lambda: shares(cpus=16, gpus=2))
     preparation = PreparationConfig(thumbnail_px=64)
     images_stream = stream.prepared(
-        str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS, images_todo=1,
-        batch_size=256,
+        str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
+        images_todo=1, batch_size=256,
     )  # fmt: skip
     images_stream = images_stream.captioned(
         CaptionerConfig(model=None), stream.with_pixels(stream.SCORING_COLUMNS, preparation)
