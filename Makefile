@@ -11,6 +11,8 @@ WITHOUT_STORAGE := $(addprefix tests/,nsnet golden training experiments evaluati
 # Tests start many processes: without bytecode each would compile the modules of this tree again.
 unexport PYTHONDONTWRITEBYTECODE
 
+BENCH ?= /tmp/nsnet-bench
+.PHONY: bench bench-gpu
 .PHONY: setup demo test test-all test-models test-storage test-cluster test-long-faults test-long-rest test-faults fuzz golden check format lock help
 .DEFAULT_GOAL := help
 
@@ -23,6 +25,8 @@ help:
 	@echo "make fuzz    10,500 damaged images, tars, Parquet files and bundles; make test-all runs one minute of them"
 	@echo "make golden  recompute tests/golden/*.json: losses and verdicts that only a change of the method may change"
 	@echo "make check   ruff, mypy, import rules"
+	@echo "make bench   claims of speed on this CPU, each beside its rival; 15 minutes; images in BENCH=$(BENCH)"
+	@echo "make bench-gpu   the same on one GPU, 8 minutes; writes $(BENCH)/gpu/gpu.json"
 
 setup: $(STAMP)
 
@@ -71,6 +75,17 @@ fuzz: setup
 # Only after a change that is meant to change the numbers; other changes must not change these files.
 golden: setup
 	$(RUN) -m tests.golden
+
+# Each script says how it is run alone, and writes benchmarks/results/NAME_MACHINE_DATE.md.
+bench: setup
+	$(RUN) -m benchmarks.prepare --work $(BENCH)
+	$(RUN) -m benchmarks.training_step --work $(BENCH)
+	$(RUN) -m benchmarks.captioning --work $(BENCH) --device cpu --size tiny --batch 32 --tokens 8
+	$(RUN) -m benchmarks.startup --work $(BENCH)/startup
+	$(RUN) -m benchmarks.stream_efficiency --work $(BENCH)/stream --rounds 1
+
+bench-gpu: setup
+	$(RUN) -m benchmarks.gpu --work $(BENCH) --out $(BENCH)/gpu
 
 check: setup
 	$(VENV)/bin/ruff check .

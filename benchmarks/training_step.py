@@ -15,7 +15,6 @@ from typing import Final
 
 import torch
 
-from benchmarks import measure
 from nsnet import recipes
 from nsnet.detector import Detector
 from nsnet.losses import objective
@@ -44,10 +43,10 @@ def by_hand(network: Network, batch: Batch, recipe: recipes.Recipe) -> Callable[
     return step
 
 
-def compare(name: str, size: int, rounds: int, device: torch.device) -> str:
-    """A row of the table."""
-    recipe = recipes.get(name)
-    recipe = replace(recipe, detector=replace(recipe.detector, clip=replace(recipe.detector.clip, pretrained=None)))
+def compare_steps(
+    recipe: recipes.Recipe, size: int, rounds: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of our steps and of the rival's, in turn."""
     detector = Detector.build(recipe.detector)
     network = detector.network.to(device).train()
     side = recipe.detector.patches.mosaic_px
@@ -73,6 +72,14 @@ def compare(name: str, size: int, rounds: int, device: torch.device) -> str:
                 torch.cuda.synchronize()
             if number > 1:
                 spent.append(time.perf_counter() - started)
+    return times
+
+
+def compare(name: str, size: int, rounds: int, device: torch.device) -> str:
+    """A row of the table."""
+    recipe = recipes.get(name)
+    recipe = replace(recipe, detector=replace(recipe.detector, clip=replace(recipe.detector.clip, pretrained=None)))
+    times = compare_steps(recipe, size, rounds, device)
     ratios = sorted(b / a for a, b in zip(*times, strict=True))
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
     speeds = " | ".join(f"{size / statistics.median(spent):.1f}" for spent in times)
@@ -81,6 +88,8 @@ def compare(name: str, size: int, rounds: int, device: torch.device) -> str:
 
 def main() -> None:
     """Run the benchmark."""
+    from benchmarks import measure  # needs packages that a lent GPU may lack; `benchmarks.gpu` uses this module
+
     arguments = measure.parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=20)
     options = arguments.parse_args()

@@ -119,7 +119,7 @@ def training_step(
 def _step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Step unless the gradient's norm, which is the same on every process, is not finite."""
     if optimizer.defaults.get("fused"):  # its kernel reads this tensor, so that nothing waits for the GPU
-        optimizer.found_inf = (~torch.isfinite(norm)).float().reshape(1)  # type: ignore[attr-defined]
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif torch.isfinite(norm):
         optimizer.step()

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any, Final
 
 import pyarrow as pa
-import ray
 
 from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
@@ -32,6 +31,7 @@ class ProgressReporter:
         """Seconds granted to a slow image (`poison.Budget`), at most `seconds`; waits while others lease the rest."""
         if self.board_name is None:
             return seconds
+        import ray  # not at the top: models are also measured on machines without Ray
 
         while (answer := ray.get(board(self.board_name).lease.remote(seconds))) is None:
             time.sleep(LEASE_POLL_SECONDS)
@@ -45,6 +45,8 @@ class ProgressReporter:
 
 @cache
 def board(name: str) -> Any:
+    """Handle of the board of this name."""
+    import ray
 
     return ray.get_actor(name)
 
