@@ -219,8 +219,7 @@ class Container:
             yield None if size is None else self._payload(size)
 
     def _payload(self, size: int) -> bytes:
-        content: bytes = self._guarded(lambda child: child.read(size, Clock(child.pid, SECONDS)))
-        return content
+        return bytes(self._guarded(lambda child: child.read(size, Clock(child.pid, SECONDS))))
 
     def _ask(self, request: dict[str, Any], rows: int = 0) -> Iterator[dict[str, Any]]:
         """Send a request and yield the answers; serves the child's reads in between. `rows`: rows that it processes."""

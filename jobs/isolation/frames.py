@@ -14,7 +14,7 @@ def frame(header: dict[str, Any]) -> bytes:
     return LENGTH.pack(len(encoded)) + encoded
 
 
-def header_length(prefix: bytes) -> int:
+def header_length(prefix: bytes | bytearray) -> int:
     """Length of the header that follows, in bytes. Raises `ValueError` if it exceeds `MAX_HEADER_BYTES`."""
     (length,) = LENGTH.unpack(prefix)
     if length > MAX_HEADER_BYTES:
@@ -22,7 +22,7 @@ def header_length(prefix: bytes) -> int:
     return int(length)
 
 
-def parse(encoded: bytes) -> dict[str, Any]:
+def parse(encoded: bytes | bytearray) -> dict[str, Any]:
     """Decode a header. Raises `ValueError`, `TypeError` or `RecursionError` if it is not a JSON object."""
     header = json.loads(encoded)
     if not isinstance(header, dict):

@@ -235,16 +235,17 @@ class Child:
         """Read the header of an answer. Raises what `read` and `frames.parse` raise."""
         return parse(self.read(header_length(self.read(frames.LENGTH.size, clock)), clock))
 
-    def read(self, length: int, clock: Clock) -> bytes:
+    def read(self, length: int, clock: Clock) -> bytearray:
         """Read `length` bytes of an answer. Raises `EOFError` if the child has ended, or `ChildTimeoutError`."""
-        parts = bytearray()
-        while len(parts) < length:
+        answer = bytearray(length)
+        rest = memoryview(answer)
+        while rest:
             clock.wait(self._answers, select.POLLIN)
-            part = os.read(self._answers, length - len(parts))
-            if not part:
+            read = os.readv(self._answers, [rest])  # pixels are not copied again
+            if not read:
                 raise EOFError
-            parts += part
-        return bytes(parts)
+            rest = rest[read:]
+        return answer
 
     def is_quiet(self) -> bool:
         """Whether the answer pipe is open and holds no unexpected bytes."""
