@@ -41,6 +41,7 @@ from jobs.storage.uris import Uri
 from nsnet import recipes
 from nsnet.captioner import Captioner
 from nsnet.clip import load_clip
+from nsnet.config import to_dict
 from nsnet.configuration import CaptionerConfig, DetectorConfig, Precision
 from nsnet.detector import Detector
 from nsnet.precision import autocast, dtype_of, speed_up, use_matrix_units
@@ -400,6 +401,32 @@ def flips(bench: Bench) -> None:
         )  # fmt: skip
 
 
+def write_rates(bench: Bench) -> None:
+    """Write `rates.json` for `nsnet plan-cluster --rates`: this GPU's rates, the other rates of the release."""
+    from jobs.planning.rates import load
+
+    speeds = {row["name"]: row["images_per_s"] for row in bench.rows if row["block"] == "actors"}
+    both = [speed for name, speed in speeds.items() if name.endswith("both on one GPU")]
+    alone = [speed for name, speed in speeds.items() if name.endswith("alone")]
+    if len(speeds) < 4 or bench.small:
+        return
+    known, about = load(), machine(bench.device)
+    gpu = {
+        "caption_images_per_s": speeds["caption, alone"], "score_images_per_s": speeds["score, alone"],
+        "both_images_per_s": min(both) if min(both) < min(alone) else None,
+    }  # fmt: skip
+    file = replace(
+        known,
+        machine=f"GPU: {about['gpu']}; other rates: {known.machine}"[:200],
+        date=about["date"],
+        precision="fp16",
+        versions=about["versions"],
+        measured=tuple(dict.fromkeys([*known.measured, *gpu])),
+        rates=replace(known.rates, **gpu),
+    )
+    (bench.out / "rates.json").write_text(json.dumps(to_dict(file), indent=2) + "\n")
+
+
 BLOCKS: Final[dict[str, Callable[[Bench], None]]] = {
     "ceilings": ceilings, "towers": towers, "captioning": captioning, "actors": stages, "stream": stream,
     "training": training, "flips": flips,
@@ -437,6 +464,7 @@ def main() -> None:
         if name == "ceilings" or options.only is None or name in options.only:
             with named(name):
                 block(bench)
+    write_rates(bench)
     sys.exit(1 if FAILED else 0)
 
 
