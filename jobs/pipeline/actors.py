@@ -198,7 +198,7 @@ class Score:
             if np.isfinite(result["logit"]):
                 rows[i] |= result
             else:
-                rows[i] = failed(rows[i], ScoreError(f"the logit is {result['logit']}"))
+                rows[i] = failed(rows[i], ScoreError(f"the logit is {result['logit']} in {self.detector.precision}"))
         self.memory.trim()
         constant = {
             "threshold": self.detector.calibration.threshold,

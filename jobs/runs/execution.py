@@ -75,6 +75,8 @@ class Work:
     """Counts of the progress line, in the order of the pipeline."""
     stream: Callable[[attempts.Attempt], "Stream"]
     """Makes the pipeline over an attempt's images; called when the cluster is connected."""
+    uses_models: bool = True
+    """Whether the rows depend on models and their arithmetic."""
     known: Iterable[pa.RecordBatch] = ()
     """Published captions (`schema.CAPTIONED`)."""
     captioner_id: str = ""
@@ -101,7 +103,7 @@ def carry_out(request: Request, make_work: Callable[[Run], Work]) -> dict[str, A
             held.check()
             attempt = attempts.begin(run.staging, held.number, work.known, work.captioner_id)
             arithmetic = _make_rows(request, run, work, attempt, plan["count"])
-            number, files, details = attempt.number, attempt.files(), {**work.details, "arithmetic": arithmetic}
+            number, files, details = attempt.number, attempt.files(), {**work.details, **arithmetic}
         record = run.publish(
             uris.join(run.staging, attempts.MANIFEST_FILE),
             files,
@@ -135,8 +137,8 @@ def _common_details(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> dict[str, Any] | None:
-    """Make the rows of an attempt's images. Returns the arithmetic for the record; None: no row was left to make."""
+def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> dict[str, Any]:
+    """Make the rows of an attempt's images. Returns `arithmetic` for the record; empty if no row was left to make."""
     if attempt.accepted:
         say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} images are left")
     if attempt.count:
@@ -146,8 +148,8 @@ def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt
         rows_per_file = attempts.commit_rows(attempt.count)
         stream = work.stream(attempt)
         stream.write(attempt.rows, work.title, attempt.count, work.stages, rows_per_file)
-        return stream.arithmetic()
-    return None
+        return {"arithmetic": stream.arithmetic()} if work.uses_models else {}
+    return {}
 
 
 def _unfinished(request: Request) -> Run | None:

@@ -117,4 +117,4 @@ def examining(request: Request, *, limits: DecodeLimits) -> Work:
             checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
         )  # fmt: skip
 
-    return Work(title="examine", stages=("prepared",), stream=stream)
+    return Work(title="examine", stages=("prepared",), stream=stream, uses_models=False)
