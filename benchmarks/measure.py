@@ -139,8 +139,7 @@ def score(arguments: Sequence[str]) -> Watched:
 KINDS: Final = {
     "MapBatches(Prepare": "reading and preparing",
     "zygote.py": "decoding children",
-    "MapBatches(Caption": "captioning actors",
-    "MapBatches(Score": "scoring actors",
+    "MapBatches(ModelActor": "model actors",
     "Write": "writing",
     "ray::": "idle workers and small actors of Ray",
     "raylet": "raylet",

@@ -6,6 +6,7 @@ Selection works at native resolution: resizing first would destroy the traces th
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal
 
 import numpy as np
@@ -151,14 +152,28 @@ def center_crop(image_hwc: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[n
     return image_hwc[top : top + side_px, left : left + side_px]
 
 
-def assemble_mosaic(patches_knnc: npt.NDArray[np.uint8], seed: int | None) -> npt.NDArray[np.uint8]:
-    """Arrange (K, N, N, 3) uint8 patches in an (M, M, 3) uint8 mosaic, shuffled by the seed; None: in their order."""
+def assemble_mosaic(
+    patches_knnc: npt.NDArray[np.uint8], seed: int | None, out: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Arrange (K, N, N, 3) uint8 patches in an (M, M, 3) uint8 mosaic, shuffled by the seed; None: in their order.
+
+    `out`: contiguous array to write to and return; None: a new one.
+    """
     slots, side = len(patches_knnc), patches_knnc.shape[1]
     across = int(round(slots**0.5))
+    if out is None:
+        out = np.empty((across * side, across * side, 3), np.uint8)
     if seed is not None:
-        patches_knnc = patches_knnc[np.random.Generator(np.random.PCG64(seed)).permutation(slots)]
-    grid = patches_knnc.reshape(across, across, side, side, 3).swapaxes(1, 2)
-    return np.ascontiguousarray(grid).reshape(across * side, across * side, 3)
+        patches_knnc = patches_knnc[_slot_order(slots, seed)]
+    grid = out.reshape(across, side, across, side, 3).swapaxes(1, 2)
+    grid[...] = patches_knnc.reshape(across, across, side, side, 3)
+    return out
+
+
+@lru_cache(64)
+def _slot_order(slots: int, seed: int) -> npt.NDArray[np.int64]:
+    """The shuffled order of slots. Cached: the generator costs more than the shuffling, and seeds are few."""
+    return np.random.Generator(np.random.PCG64(seed)).permutation(slots)
 
 
 def select_mosaic(

@@ -6,11 +6,16 @@ from typing import Final
 from nsnet.errors import StorageError
 
 BLOCK_BYTES: Final = 16 * 2**20
-"""Largest block between stages: about 32 images with BLIP's thumbnails, small enough to stream."""
-ROWS_PER_BLOCK: Final = 32
-"""Images per block: about 20 MB with BLIP's thumbnails, small enough to stream, large enough for a GPU batch."""
+"""Largest block of rows without pixels."""
+ROWS_PER_BLOCK: Final = 128
+"""Most images per block: 20 MB with small thumbnails, 76 MB with BLIP's, small enough to stream. A block costs Ray and
+Arrow some 50 ms of CPU time in all processes, whatever its rows."""
 BLOCKS_PER_ACTOR: Final = 2
 """Blocks that are sent to an actor at a time: one to compute, one to wait, so that the actor never does."""
+
+UNLIKE_TASKS: Final = 0.99
+"""Factor that makes an actor's CPUs differ from a decoding task's. If both requested the same, Ray Data would fuse the
+stages and decode inside the actors, in one thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +24,8 @@ class Shares:
 
     cpus: float
     """CPUs of the cluster."""
-    captioners: int
-    """Number of captioning actors."""
-    scorers: int
-    """Number of scoring actors."""
+    actors: int
+    """Number of model actors."""
     actor_cpus: float
     """CPUs that each actor holds."""
     actor_gpus: float
@@ -44,22 +47,23 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
     None: that of the whole cluster.
 
     Actors hold at most a quarter of the CPUs, with or without GPUs, so that tasks of every stage always fit: on two
-    cores, three tasks of 0.5 CPU beside two actors of 0.25. With two actors of 0.75, writing tasks did not fit and a
-    quarter of the CPU time was idle. A pair of actors and a task fit on any node, so that work continues when one node
-    is left; on nodes with GPUs half of the CPUs stay free. A captioner and a scorer share a GPU; without GPUs there is
-    one pair per 8 CPUs, which its threads use.
+    cores, two tasks of 0.5 CPU and a writer beside an actor of 0.5. When actors held 1.5 of them, writing tasks did not
+    fit and a quarter of the CPU time was idle. Two actors and a task fit on any node, so that work continues when one
+    node is left; on nodes with GPUs half of the CPUs stay free. Two actors share a GPU: while one prepares its next
+    batch, the other computes. Without GPUs there is one actor per 4 CPUs, which its threads use.
     """
     node_cpus = cpus if node_cpus is None else node_cpus
     if cpus <= 0:
         raise StorageError("the cluster has no CPU for decoding: add CPU workers")
-    pairs = max(1, int(gpus) if gpus >= 1 else int(cpus) // 8)
-    actor_cpus = min(1.0, cpus / 8.0 / pairs, node_cpus / 8.0)
-    if gpus >= 1 and cpus_per_gpu is not None:
+    actors = 2 * int(gpus) if gpus >= 1 else max(1, int(cpus) // 4)
+    actor_cpus = min(1.0, cpus / 4.0 / actors, node_cpus / (8.0 if actors > 1 else 4.0))
+    if gpus < 1:
+        actor_cpus *= UNLIKE_TASKS
+    elif cpus_per_gpu is not None:
         actor_cpus = min(actor_cpus, cpus_per_gpu / 4.0)
     return Shares(
         cpus=cpus,
-        captioners=pairs,
-        scorers=pairs,
+        actors=actors,
         actor_cpus=actor_cpus,
         actor_gpus=0.5 if gpus >= 1 else 0.0,
         task_cpus=min(1.0, 0.25 * node_cpus),

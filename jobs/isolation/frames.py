@@ -1,8 +1,12 @@
 """Messages between a process and its guarded child: a length, a JSON header, then a payload. Nothing is unpickled."""
 
 import json
+import os
 import struct
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 MAX_HEADER_BYTES: Final = 1 << 19
 LENGTH: Final = struct.Struct("<I")
@@ -37,8 +41,22 @@ def receive(pipe: BinaryIO) -> dict[str, Any] | None:
 
 
 def send(pipe: BinaryIO, header: dict[str, Any], *payload: memoryview | bytes) -> None:
-    """In the child: write an answer."""
-    pipe.write(frame(header))
-    for part in payload:
-        pipe.write(part)
+    """In the child: write an answer, by one system call if the pipe has room, so that the parent wakes once."""
     pipe.flush()
+    parts = views(frame(header), *payload)
+    while parts:
+        parts = rest(parts, os.writev(pipe.fileno(), parts))
+
+
+def views(*buffers: "ReadableBuffer") -> list[memoryview]:
+    """Views of the bytes of buffers, without the empty ones."""
+    return [view.cast("B") for buffer in buffers if (view := memoryview(buffer)).nbytes]
+
+
+def rest(parts: list[memoryview], done: int) -> list[memoryview]:
+    """What remains of some parts after their first `done` bytes."""
+    for i, part in enumerate(parts):
+        if done < len(part):
+            return [part[done:], *parts[i + 1 :]]
+        done -= len(part)
+    return []

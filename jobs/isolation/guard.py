@@ -18,11 +18,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jobs.isolation import frames
 from jobs.isolation.frames import header_length, parse
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 START_SECONDS: Final = 120.0
 """Timeout for starting a zygote, imports included, and for starting a child."""
@@ -32,6 +36,10 @@ WALL_FACTOR: Final = 20.0
 """Wall-clock limit of a child as a multiple of its CPU limit: on a busy machine it waits for a CPU."""
 FIRST_CHECK_SECONDS: Final = 0.25
 """Time until a child's CPU time is checked first, unless its limit is shorter."""
+IDLE_SECONDS: Final = 0.01
+"""A child that used less CPU time than this between two checks counts as idle if it sleeps at the second."""
+CPUCLOCK_SCHED: Final = 2
+"""Linux's number for the precise CPU time of a process."""
 MAX_WAIT_SECONDS: Final = 86_400.0
 """Upper limit of one poll(), which counts milliseconds in 31 bits."""
 PIPE_BYTES: Final = 1 << 20
@@ -57,8 +65,9 @@ class ChildTimeoutError(Exception):
 class Zygote:
     """The process that forks the children of one service. It starts on first use and ends with this process."""
 
-    def __init__(self, service: str) -> None:
-        self._service = service
+    def __init__(self, service: str, niceness: int = 0) -> None:
+        """`service`: see `zygote`. `niceness`: added to that of this process; a higher one gets less CPU time."""
+        self._service, self._niceness = service, niceness
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -120,7 +129,10 @@ class Zygote:
         if self._process is not None and self._control is not None:
             return self._control
         own_socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = {"path": _import_path(), "service": self._service, "control": zygote_socket.fileno()}
+        arguments = {
+            "path": _import_path(), "service": self._service, "control": zygote_socket.fileno(),
+            "niceness": self._niceness,
+        }  # fmt: skip
         environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
         self._process = subprocess.Popen(
             # -I: import nothing from the current folder, which may hold untrusted files
@@ -173,43 +185,54 @@ class Clock:
         self._pid, self.seconds = pid, seconds
         self.wall_seconds = WALL_FACTOR * seconds if wall_seconds is None else wall_seconds
         self._started_at = self._checked_at = time.monotonic()
-        self._computed_before, _ = self._computed = _computed(pid)
+        self._computed_before = self._computed = _computed(pid)
         self._idle = 0.0
 
     @property
     def computed(self) -> float:
         """CPU seconds of the child since the clock started."""
-        return max(_computed(self._pid)[0], self._computed[0]) - self._computed_before
+        return max(_computed(self._pid), self._computed) - self._computed_before
 
     def wait(self, pipe: int, event: int) -> None:
         """Wait until a pipe can be read or written, or is broken. Raises `ChildTimeoutError`."""
         pause = min(self.seconds, FIRST_CHECK_SECONDS)
         while not _ready(pipe, pause, event):
             pause = max(0.01, self._left())
+        self._check_wall_clock(time.monotonic())  # a child that sends a byte now and then is never waited for
 
     def _left(self) -> float:
         """Seconds until the next check. Raises `ChildTimeoutError` if a limit is reached."""
-        now, (computed, asleep) = time.monotonic(), _computed(self._pid)
-        if asleep and computed == self._computed[0]:
+        now, computed = time.monotonic(), _computed(self._pid)
+        if computed - self._computed < IDLE_SECONDS and _is_asleep(self._pid):
             self._idle += now - self._checked_at
-        self._checked_at, self._computed = now, (computed, asleep)
+        self._checked_at, self._computed = now, computed
         computing = computed - self._computed_before
         if computing + self._idle >= self.seconds:
             kind = "of CPU time" if self._idle < computing else "without activity"
             raise ChildTimeoutError(f"{self.seconds:g} s {kind}")
-        if now - self._started_at >= self.wall_seconds:
-            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it had a CPU for {computing:.1f} s")
+        self._check_wall_clock(now)
         return min(self.seconds - computing - self._idle, self._started_at + self.wall_seconds - now)
 
+    def _check_wall_clock(self, now: float) -> None:
+        if now - self._started_at >= self.wall_seconds:
+            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it had a CPU for {self.computed:.1f} s")
 
-def _computed(pid: int) -> tuple[float, bool]:
-    """CPU seconds of a process, and whether it waits for something other than a CPU or a disk."""
+
+def _computed(pid: int) -> float:
+    """CPU seconds of a process, by its clock in the kernel: a fiftieth of the cost of reading /proc."""
     try:
-        # Split after the name, which may hold any character: field 3 is the state, 14 and 15 user and system time.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)  # as clock_getcpuclockid(3), which Python lacks
     except OSError:  # the process has ended: the caller sees its pipe break
-        return 0.0, True
-    return (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK"), state not in "RD"
+        return 0.0
+
+
+def _is_asleep(pid: int) -> bool:
+    """Whether a process waits for something other than a CPU or a disk."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]  # a name may hold any character
+    except OSError:
+        return True
+    return state not in "RD"
 
 
 class Child:
@@ -218,34 +241,42 @@ class Child:
     def __init__(self, zygote: Zygote, pid: int, requests: int, answers: int) -> None:
         self.pid = pid
         self._zygote, self._requests, self._answers = zygote, requests, answers
-        os.set_blocking(requests, False)
         for pipe in (requests, answers):
+            os.set_blocking(pipe, False)
             with contextlib.suppress(OSError):  # the user's pipe memory quota is used up: slower, still correct
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def send(self, clock: Clock, header: dict[str, Any], payload: bytes = b"") -> None:
         """Send a request. Raises `BrokenPipeError` if the child has ended, or `ChildTimeoutError`."""
-        for data in (frames.frame(header), payload):
-            view = memoryview(data)
-            while view:
+        parts = frames.views(frames.frame(header), payload)
+        while parts:
+            try:
+                parts = frames.rest(parts, os.writev(self._requests, parts))
+            except BlockingIOError:
                 clock.wait(self._requests, select.POLLOUT)
-                view = view[os.write(self._requests, view) :]
 
     def receive(self, clock: Clock) -> dict[str, Any]:
-        """Read the header of an answer. Raises what `read` and `frames.parse` raise."""
+        """Read the header of an answer. Raises what `read_into` and `frames.parse` raise."""
         return parse(self.read(header_length(self.read(frames.LENGTH.size, clock)), clock))
 
     def read(self, length: int, clock: Clock) -> bytearray:
-        """Read `length` bytes of an answer. Raises `EOFError` if the child has ended, or `ChildTimeoutError`."""
+        """Read `length` bytes of an answer. Raises what `read_into` raises."""
         answer = bytearray(length)
-        rest = memoryview(answer)
-        while rest:
-            clock.wait(self._answers, select.POLLIN)
-            read = os.readv(self._answers, [rest])  # pixels are not copied again
+        self.read_into([answer], clock)
+        return answer
+
+    def read_into(self, buffers: Sequence["WriteableBuffer"], clock: Clock) -> None:
+        """Fill buffers with an answer's bytes. Raises `EOFError` if the child has ended, or `ChildTimeoutError`."""
+        parts = frames.views(*buffers)
+        while parts:
+            try:
+                read = os.readv(self._answers, parts)
+            except BlockingIOError:
+                clock.wait(self._answers, select.POLLIN)
+                continue
             if not read:
                 raise EOFError
-            rest = rest[read:]
-        return answer
+            parts = frames.rest(parts, read)
 
     def is_quiet(self) -> bool:
         """Whether the answer pipe is open and holds no unexpected bytes."""

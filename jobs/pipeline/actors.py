@@ -1,21 +1,23 @@
-"""Ray Data actors that caption, embed and score: thin shells that turn columns into arrays and call `nsnet`.
+"""The stages that caption, embed and score, and the Ray Data actor that holds them: thin shells that turn columns into
+arrays and call `nsnet`.
 
 A stage does not change rows that already failed. Pixels travel as fixed-length binary columns and are dropped as soon
 as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic side, S thumbnail side.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from jobs.dataset import schema
 from jobs.pipeline.models import Models, caption_id
-from jobs.pipeline.rows import PIXEL_COLUMNS, ProgressReporter, RowDicts, failed, to_table
+from jobs.pipeline.pixels import PIXEL_COLUMNS, gather
+from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from nsnet.errors import (
     BundleError,
     CaptionError,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:  # these modules import torch, which decoding workers do not n
     from nsnet.text_features import TextFeatures
 
 CACHE_ENTRIES: Final = 65_536
-"""Results that an actor caches."""
+"""Results that a stage caches."""
 
 
 class ResultCache:
@@ -54,8 +56,28 @@ class ResultCache:
             del self._values[next(iter(self._values))]
 
 
+Stage = Callable[[], Callable[[pa.Table], pa.Table]]
+"""Makes a stage in the actor's process, which then processes table after table."""
+
+
+class ModelActor:
+    """An actor that holds all models of a stream and sends each table through their stages, one after the other.
+
+    An actor per stage copied pixels and rows from process to process, and imported torch in each. And no share of a GPU
+    suits both: the faster stage would hold its share and wait for the slower one.
+    """
+
+    def __init__(self, *stages: Stage) -> None:
+        self._stages = [make() for make in stages]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        for stage in self._stages:
+            table = stage(table)
+        return table
+
+
 class Caption:
-    """An actor with the captioner that turns thumbnails into captions and drops the thumbnails.
+    """A stage with the captioner that turns thumbnails into captions and drops the thumbnails.
 
     It loads the captioner at the first row without a known caption. Every model call has the same number of images, so
     that a caption does not depend, in its last bits, on the other rows of its block.
@@ -85,7 +107,7 @@ class Caption:
         uncaptioned = [i for i in usable if rows[i].get("caption") is None]
         for batch in _batches(_first_of_each(rows, uncaptioned, self.models, self.memory), self.batch_size):
             side = self.captioner.thumbnail_px
-            captions = self.captioner.caption(_pixels(table, "thumbnail", batch, (self.batch_size, side, side, 3)))
+            captions = self.captioner.caption(gather(table, "thumbnail", batch, (self.batch_size, side, side, 3)))
             for i, caption in zip(batch, captions, strict=False):
                 self.memory[self.models.key(rows[i])] = caption
         for i in usable:
@@ -104,7 +126,7 @@ class Caption:
 
 
 class Embed:
-    """An actor that adds the features of captions by the frozen text tower, so that training needs no text tower.
+    """A stage that adds the features of captions by the frozen text tower, so that training needs no text tower.
 
     Every model call has the same number of captions, as in `Caption`.
     """
@@ -138,7 +160,7 @@ class Embed:
 
 
 class Score:
-    """An actor with the detector that turns mosaics, and captions if the detector uses them, into verdicts; drops the
+    """A stage with the detector that turns mosaics, and captions if the detector uses them, into verdicts; drops the
     mosaics.
 
     Every model call has the same number of images, as in `Caption`: a continued run gives the same bits as an
@@ -180,7 +202,7 @@ class Score:
         rows, usable = _light_rows(table)
         side = self.detector.config.patches.mosaic_px
         for batch in _batches(_first_of_each(rows, usable, self.models, self.memory), self.batch_size):
-            mosaics = _pixels(table, "mosaic", batch, (self.batch_size, side, side, 3))
+            mosaics = gather(table, "mosaic", batch, (self.batch_size, side, side, 3))
             captions = None
             if self.detector.config.projection.needs_captions:
                 captions = [rows[i]["caption"] for i in batch]
@@ -228,22 +250,8 @@ def _light_rows(table: pa.Table) -> tuple[RowDicts, list[int]]:
 
 def _with_heavy(rows: RowDicts, table: pa.Table, wanted: pa.Schema) -> pa.Table:
     """Rows as a table of the wanted schema, with the input's pixel columns, which are not copied."""
-    kept = [name for name in wanted.names if name in PIXEL_COLUMNS]
-    light = pa.schema([field for field in wanted if field.name not in kept])
-    result = to_table(rows, light)
-    for name in kept:
-        result = result.append_column(wanted.field(name), table.column(name))
-    return result.select(wanted.names)
+    return to_table(rows, wanted, {name: table.column(name) for name in wanted.names if name in PIXEL_COLUMNS})
 
 
 def _batches(positions: list[int], size: int) -> list[list[int]]:
     return [positions[start : start + size] for start in range(0, len(positions), size)]
-
-
-def _pixels(table: pa.Table, name: str, positions: list[int], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Values of a binary column at these positions as one uint8 array, padded to the shape with the first of them."""
-    column, batch = table.column(name), np.empty(shape, np.uint8)
-    for row, i in enumerate(positions):
-        batch[row] = np.frombuffer(column[i].as_buffer(), np.uint8).reshape(shape[1:])
-    batch[len(positions) :] = batch[0]
-    return batch

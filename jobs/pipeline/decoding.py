@@ -21,7 +21,10 @@ ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "percept
 MAX_REMARK: Final = 200
 SERVICE: Final = "jobs.pipeline.decoding"
 
-_zygote = Zygote(SERVICE)
+NICENESS: Final = 5
+"""Where CPUs are short, the models go first: they start while the first images are decoded, and drain the queue."""
+
+_zygote = Zygote(SERVICE, NICENESS)
 
 
 class GuardedDecoder:
@@ -75,10 +78,8 @@ class GuardedDecoder:
             error_class = getattr(errors, str(header["error_class"]), ImageCorruptError)
             is_known = isinstance(error_class, type) and issubclass(error_class, ImageError)
             raise (error_class if is_known else ImageCorruptError)(_text(header["error_message"]))
-        patches, thumbnail = (
-            np.frombuffer(child.read(int(np.prod(shape)), clock), dtype=np.uint8).reshape(shape)
-            for shape in self._shapes
-        )
+        patches, thumbnail = (np.empty(shape, np.uint8) for shape in self._shapes)
+        child.read_into([patches.data, thumbnail.data], clock)
         return Prepared(
             patches=patches,
             thumbnail=thumbnail,

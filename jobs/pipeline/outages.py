@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from jobs.dataset import fetching
@@ -15,7 +16,7 @@ from jobs.storage.uris import Uri
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, ObjectChangedError, ObjectMissingError, OutageError
 
 FETCH_THREADS: Final = 8
-"""Objects of a block that are fetched in parallel."""
+"""Objects that a process fetches in parallel."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 OUTAGE_FAILURES: Final = 8
 """Outage: a store fails for this many images of a block and delivers none, even if it answers."""
@@ -34,19 +35,24 @@ class Fetcher:
     def fetch(self, rows: RowDicts) -> list[tuple[Fetched | ImageError, int]]:
         """Bytes or the error of each row, and its number of requests; retries while the store is the cause."""
         end = time.monotonic() + self.outage_seconds
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            fetched = list(pool.map(self._fetch, rows))
-            requests = [result.requests for result in fetched]
-            for repetition in itertools.count():
-                retriable, is_outage = self._retriable(rows, fetched)
-                if not retriable or (repetition and not is_outage):
-                    return list(zip(fetched, requests, strict=True))
-                if is_outage:
-                    self._wait(rows[retriable[0]], fetched[retriable[0]], end)
-                for i, result in zip(retriable, pool.map(self._fetch, [rows[i] for i in retriable]), strict=True):
-                    fetched[i] = result
-                    requests[i] += result.requests
+        fetched = self._fetch_all(rows)
+        requests = [result.requests for result in fetched]
+        for repetition in itertools.count():
+            retriable, is_outage = self._retriable(rows, fetched)
+            if not retriable or (repetition and not is_outage):
+                return list(zip(fetched, requests, strict=True))
+            if is_outage:
+                self._wait(rows[retriable[0]], fetched[retriable[0]], end)
+            for i, result in zip(retriable, self._fetch_all([rows[i] for i in retriable]), strict=True):
+                fetched[i] = result
+                requests[i] += result.requests
         raise AssertionError("unreachable: the loop ends by return or raise")
+
+    def _fetch_all(self, rows: RowDicts) -> list[Fetched | ImageError]:
+        """One attempt. Files of a disk are read one by one: threads would cost more CPU time than reading does."""
+        if all(uris.is_local(_place(row)) for row in rows):
+            return [self._fetch(row) for row in rows]
+        return list(_threads().map(self._fetch, rows))
 
     def _fetch(self, row: dict[str, Any]) -> Fetched | ImageError:
         known = row["size_bytes"]
@@ -86,6 +92,11 @@ class Fetcher:
         retriable = [i for i in retriable if not isinstance(fetched[i], ObjectMissingError)]
         delivers = any(isinstance(result, Fetched | ObjectChangedError) for result in fetched)
         return retriable, len(retriable) >= OUTAGE_FAILURES and not delivers
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(FETCH_THREADS)
 
 
 def _place(row: dict[str, Any]) -> str:

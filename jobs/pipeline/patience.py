@@ -27,8 +27,8 @@ FIRST_SECONDS_PER_BYTE: Final = 0.2e-6
 """Added to either limit for each byte of the file."""
 MIN_SEEN: Final = 32
 """Images that the median needs."""
-MAX_SEEN: Final = 512
-"""Latest images that the median covers."""
+MAX_SEEN: Final = 64
+"""Latest images that the median covers: few, because a folder of small images may precede one of large ones."""
 MAX_REMEMBERED: Final = 10_000
 """Failed contents that a process remembers."""
 

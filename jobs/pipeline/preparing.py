@@ -1,9 +1,11 @@
 """The first stage: turn an image's bytes into patches, thumbnail and facts. CPU only, no torch."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, Final
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from jobs.cluster.shares import ROWS_PER_BLOCK
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.outages import Fetcher
 from jobs.pipeline.patience import Patience
+from jobs.pipeline.pixels import PixelColumn, sides
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
@@ -21,10 +24,14 @@ from nsnet.errors import ImageError, ObjectChangedError
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
 
-BYTES_PER_BLOCK: Final = 256 * 2**20
-"""Maximum number of file bytes that a task holds at a time, unless a single file is larger."""
+BYTES_PER_BLOCK: Final = 32 * 2**20
+"""Most file bytes of a block, unless a single file is larger: about a second of decoding. A task holds two blocks."""
+UNKNOWN_BYTES: Final = 2**20
+"""Assumed size of a file whose size is unknown."""
 Decode = Callable[[bytes, str, str, int], Prepared | None]
 """Decodes an image, given its bytes, their hash, the transform and its seed; None: it timed out."""
+FetchResult = tuple[Fetched | ImageError, int]
+"""Bytes or the error of an image, and its number of requests."""
 
 
 @cache
@@ -54,55 +61,73 @@ class Prepare:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         manifest = table.to_pylist()
+        return self._prepared(manifest, self._fetch(manifest))
+
+    def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Prepare a long table; yields blocks as they are prepared, and fetches the next one in the meantime."""
+        manifests: list[RowDicts] = [block.to_pylist() for block in self._blocks(table)]
+        ahead = ThreadPoolExecutor(1)
+        try:
+            fetching = ahead.submit(self._fetch, next(iter(manifests), []))
+            for manifest, following in pairwise([*manifests, []]):
+                fetched = fetching.result()
+                fetching = ahead.submit(self._fetch, following)
+                yield self._prepared(manifest, fetched)
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)  # after an error, an outage could delay its end by minutes
+
+    def _blocks(self, table: pa.Table) -> list[pa.Table]:
+        """Cut a table into blocks of `ROWS_PER_BLOCK` rows, or fewer if their files exceed `BYTES_PER_BLOCK`."""
+        starts, held = [0], 0
+        for i, size in enumerate(table.column("size_bytes").to_pylist()):
+            size = UNKNOWN_BYTES if size is None else size
+            fetched = size if size <= self.config.limits.max_bytes else 0
+            rows = i - starts[-1]
+            if rows and (rows == ROWS_PER_BLOCK or held + fetched > BYTES_PER_BLOCK):
+                starts.append(i)
+                held = 0
+            held += fetched
+        return [table.slice(start, end - start) for start, end in pairwise([*starts, table.num_rows]) if end > start]
+
+    def _fetch(self, manifest: RowDicts) -> list[FetchResult]:
         fetcher = Fetcher(
             max_bytes=self.config.limits.max_bytes, source=self.source, outage_seconds=self.outage_seconds
         )
-        rows = self._rows(manifest, fetcher.fetch(manifest))
-        retried = sum(row["requests"] > 1 for row in rows)
-        self.report.add(
-            prepared=len(rows), asked_again=retried, failed=sum(row["status"] == "failed" for row in rows)
-        )  # fmt: skip
-        return to_table([self._blank(row) if row["status"] == "failed" else row for row in rows], self.schema)
+        return fetcher.fetch(manifest)
 
-    def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Prepare a long table; yields blocks as they are prepared."""
-        start = held = 0
-        for i, size in enumerate(table.column("size_bytes").to_pylist()):
-            fetched = size if size is not None and size <= self.config.limits.max_bytes else 0
-            if i > start and (i - start == ROWS_PER_BLOCK or held + fetched > BYTES_PER_BLOCK):
-                yield self(table.slice(start, i - start))
-                start, held = i, 0
-            held += fetched
-        if start < table.num_rows:
-            yield self(table.slice(start))
-
-    def _blank(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A failed row with as many pixel bytes as a successful one. Ray cuts blocks by bytes: a retried task in which
-        other images fail must give the same rows in the same blocks, or rows are lost (verification then reports it,
-        and the next attempt makes them). A known caption is assumed to be of these bytes.
-        """
-        pixels = {}
-        if self.config.patches is not None:
-            pixels["mosaic"] = bytes(3 * self.config.patches.mosaic_px**2)
-        if self.config.thumbnail_px and row.get("known_hash") is None:
-            pixels["thumbnail"] = bytes(3 * self.config.thumbnail_px**2)
-        return {**row, **pixels}
-
-    def _rows(self, manifest: RowDicts, fetched: list[tuple[Fetched | ImageError, int]]) -> RowDicts:
-        """The rows of all images. Slow images are tried again after the others."""
+    def _prepared(self, manifest: RowDicts, fetched: list[FetchResult]) -> pa.Table:
+        """The block of these images. Slow images are tried again after the others."""
+        columns = {name: PixelColumn(len(manifest), side) for name, side in sides(self.config).items()}
         patience = _patience(self.config, self.report.board_name)
         patience.remembered = self.remembered
-        rows = [self._row(row, *result, patience.first) for row, result in zip(manifest, fetched, strict=True)]
-        for i, row in enumerate(rows):
-            if row is None:
-                rows[i] = self._row(manifest[i], *fetched[i], patience.again)
+        done: list[dict[str, Any] | None] = [None] * len(manifest)
+        decode: Decode
+        for decode in (patience.first, patience.again):
+            for i, (row, result) in enumerate(zip(manifest, fetched, strict=True)):
+                if done[i] is None:
+                    done[i] = self._row(i, row, result, decode, columns)
         patience.settle()
-        return [row for row in rows if row is not None]
+        rows = [row for row in done if row is not None]
+        for i, row in enumerate(rows):
+            if row["status"] == "failed":
+                _blank(i, row, columns)
+        self.report.add(
+            prepared=len(rows),
+            asked_again=sum(row["requests"] > 1 for row in rows),
+            failed=sum(row["status"] == "failed" for row in rows),
+        )
+        return to_table(rows, self.schema, {name: column.to_arrow() for name, column in columns.items()})
 
     def _row(
-        self, row: dict[str, Any], fetched: Fetched | ImageError, requests: int, decode: Decode
+        self,
+        i: int,
+        row: dict[str, Any],
+        result: FetchResult,
+        decode: Decode,
+        columns: Mapping[str, PixelColumn],
     ) -> dict[str, Any] | None:
-        """The row of an image; None if `decode` timed out."""
+        """The row of an image, whose pixels are written into row `i` of the columns; None if `decode` timed out."""
+        fetched, requests = result
         row = {**row, "requests": requests}
         if isinstance(fetched, ImageError):
             return failed(row, fetched)
@@ -126,11 +151,22 @@ class Prepare:
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
         elif self.config.thumbnail_px:
-            row["thumbnail"] = prepared.thumbnail.tobytes()
+            columns["thumbnail"].row(i)[...] = prepared.thumbnail
         if self.config.patches is not None:
-            row["mosaic"] = assemble_mosaic(prepared.patches, self.config.patches.slot_seed(slot_seed)).tobytes()
+            order = self.config.patches.slot_seed(slot_seed)
+            assemble_mosaic(prepared.patches, order, out=columns["mosaic"].row(i))
         row["status"] = "scored"
         return row
+
+
+def _blank(i: int, row: dict[str, Any], columns: Mapping[str, PixelColumn]) -> None:
+    """Give a failed row as many pixel bytes as a successful one. Ray cuts blocks by bytes: a retried task in which
+    other images fail must give the same rows in the same blocks, or rows are lost (verification then reports it, and
+    the next attempt makes them). A known caption is assumed to be of these bytes.
+    """
+    for name, column in columns.items():
+        if name != "thumbnail" or row.get("known_hash") is None:
+            column.row(i)[...] = 0
 
 
 def transform_seed(image_id: str, slot_seed: int) -> int:

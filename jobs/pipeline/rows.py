@@ -1,6 +1,7 @@
 """Rows between stages, as dictionaries and Arrow tables; failed rows; and the progress that stages report."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -11,8 +12,6 @@ from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
 
 LEASE_POLL_SECONDS: Final = 0.25
-PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
-"""Columns of pixels, as bytes."""
 RowDicts = list[dict[str, Any]]
 
 
@@ -62,6 +61,15 @@ def failed(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
     }
 
 
-def to_table(rows: RowDicts, schema: pa.Schema) -> pa.Table:
-    """Rows as a table of exactly this schema; missing values become null, other keys are dropped."""
-    return pa.Table.from_pylist(rows, schema=schema)
+def to_table(
+    rows: RowDicts, schema: pa.Schema, columns: Mapping[str, pa.Array | pa.ChunkedArray] | None = None
+) -> pa.Table:
+    """Rows as a table of exactly this schema; missing values become null, other keys are dropped.
+
+    `columns`: whole columns of the result, which are not copied.
+    """
+    columns = columns or {}
+    table = pa.Table.from_pylist(rows, schema=pa.schema([field for field in schema if field.name not in columns]))
+    for name, values in columns.items():
+        table = table.append_column(schema.field(name), values)
+    return table.select(schema.names)

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline of images: manifest → decoding tasks → captioning actors → further actors → Parquet."""
+"""The Ray Data pipeline of images: manifest → decoding tasks → model actors → Parquet."""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -12,19 +12,20 @@ from ray.exceptions import RayError
 
 from jobs.cluster import resources
 from jobs.cluster.resources import cluster_shares
-from jobs.cluster.shares import BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares
+from jobs.cluster.shares import BLOCK_BYTES, BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares
 from jobs.dataset import schema
 from jobs.pipeline import progress
-from jobs.pipeline.actors import Caption
+from jobs.pipeline.actors import ModelActor, Stage
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
+from jobs.pipeline.pixels import sides, with_pixels
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage import errors, filesystems, listing
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
-from nsnet.configuration import CaptionerConfig, resolved
+from nsnet.configuration import resolved
 from nsnet.errors import NsnetError, StorageError
 from nsnet.preparation import PreparationConfig
 
@@ -54,21 +55,15 @@ class Stream:
         precision = resolved(self.models.precision, device)
         return {"device": device, "precision": precision, "batch_size": self.batch_size}
 
-    def captioned(self, captioner: CaptionerConfig, keep: pa.Schema) -> "Stream":
-        """Append the captioning actors, which keep these columns and drop the thumbnails."""
-        return self.through(
-            Caption, self.shares.captioners, self.models, captioner, keep, self.batch_size, self.report
-        )  # fmt: skip
-
-    def through(self, actor: Any, actors: int, *arguments: Any) -> "Stream":
-        """Append a stage of actors that process blocks as Arrow tables."""
+    def through(self, *stages: Stage) -> "Stream":
+        """Append model actors, each with all of these stages."""
         dataset = self.dataset.map_batches(
-            actor,
-            fn_constructor_args=arguments,
+            ModelActor,
+            fn_constructor_args=stages,
             batch_format="pyarrow",
             batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray requires a number with GPUs
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR),
+            compute=ActorPoolStrategy(size=self.shares.actors, max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR),
             num_cpus=self.shares.actor_cpus,
             num_gpus=self.shares.actor_gpus,
         )
@@ -131,7 +126,7 @@ def prepared(
         models,
         device="cuda" if on_gpu else "cpu",
         threads=shares.threads,
-        compiled=on_gpu and images_todo >= COMPILED_FROM * shares.scorers,
+        compiled=on_gpu and images_todo >= COMPILED_FROM * shares.actors,
     )
     board_name = f"nsnet-{uuid.uuid4().hex[:8]}"
     board = progress.start_board(board_name, shares.cpus, preparation.limits.max_seconds)
@@ -142,6 +137,9 @@ def prepared(
     images = ray.data.read_datasource(
         ParquetFiles(files, schema.TODO), num_cpus=shares.task_cpus, override_num_blocks=len(files)
     )
+    # One block per table that `Prepare` yields: Ray would join and cut others, and copy their pixels each time.
+    pixel_bytes = ROWS_PER_BLOCK * sum(3 * side * side for side in sides(preparation).values())
+    images.context.target_max_block_size = pixel_bytes or BLOCK_BYTES
     if checkpoint is not None:  # for this dataset only, not for the process: a training creates more datasets
         images.context.checkpoint_config = resources.job_checkpoint(checkpoint)
     dataset = images.map_batches(
@@ -167,12 +165,6 @@ def prepared(
         report=report,
         board=board,
     )
-
-
-def with_pixels(columns: pa.Schema, preparation: PreparationConfig) -> pa.Schema:
-    """These columns and the pixel columns that this preparation makes."""
-    made = {"mosaic": preparation.patches is not None, "thumbnail": preparation.thumbnail_px > 0}
-    return pa.schema([*columns, *(pa.field(name, pa.binary()) for name, wanted in made.items() if wanted)])
 
 
 SCORING_COLUMNS = pa.schema(

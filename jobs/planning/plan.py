@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from jobs.cluster.shares import BLOCK_BYTES, BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares, shares
+from jobs.cluster.shares import BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares, shares
 from jobs.planning import rates as rate_files
 from jobs.planning.rates import Rates, RatesFile, check_positive
 from jobs.storage.uris import Uri
@@ -288,7 +288,7 @@ def _stage_seconds(workload: Workload, rates: Rates) -> list[tuple[str, str, flo
 def _units(cluster: Cluster) -> dict[str, float]:
     """Units of each kind. CPUs are those that actors do not hold: tasks use them."""
     parts = cluster.shares()
-    held = (parts.captioners + parts.scorers) * parts.actor_cpus
+    held = parts.actors * parts.actor_cpus
     return {"CPU": cluster.cpus - held, "GPU": float(cluster.gpus), "writing task": float(parts.writers)}
 
 
@@ -303,15 +303,14 @@ def _capacities(workload: Workload, cluster: Cluster, rates: Rates) -> dict[str,
 def _memory(cluster: Cluster, rates: Rates) -> Memory:
     parts = cluster.shares()
     tasks = max(1, int(_units(cluster)["CPU"] / parts.task_cpus + ROUNDING))
-    block = max(BLOCK_BYTES, ROWS_PER_BLOCK * rates.store_image_bytes)
+    block = ROWS_PER_BLOCK * rates.store_image_bytes
     actor_store = 2 * BLOCKS_PER_ACTOR * block  # blocks that come and blocks that go
     task_store = tasks * BLOCKS_PER_TASK * block
-    actors = parts.captioners + parts.scorers
-    of_actors = actors * (rates.actor_bytes + actor_store)
+    of_actors = parts.actors * (rates.actor_bytes + actor_store)
     of_tasks = (tasks + parts.writers) * rates.task_bytes + task_store
     return Memory(
         total=round(of_actors + of_tasks),
-        object_store=round(actors * actor_store + task_store),
+        object_store=round(parts.actors * actor_store + task_store),
         per_gpu=round(of_actors / cluster.gpus),
         per_cpu=round(of_tasks / cluster.cpus),
     )

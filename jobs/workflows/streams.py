@@ -4,11 +4,13 @@ Importing this module imports Ray and torch, which takes seconds; a workflow imp
 """
 
 from dataclasses import replace
+from functools import partial
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Embed, Score
+from jobs.pipeline.actors import Caption, Embed, Score, Stage
 from jobs.pipeline.models import Models
-from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared, with_pixels
+from jobs.pipeline.pixels import with_pixels
+from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared
 from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work
@@ -51,10 +53,12 @@ def scoring(
             batch_size=batch_size,
             checkpoint=attempt.checkpoint, outage_seconds=outage_seconds, remembered=failures.remembered(request),
         )  # fmt: skip
+        common = (images.batch_size, images.report)
+        stages: list[Stage] = [partial(Score, images.models, *common)]
         if captioned:
-            keep = replace(preparation, thumbnail_px=0)
-            images = images.captioned(config.captioner, with_pixels(SCORING_COLUMNS, keep))
-        return images.through(Score, images.shares.scorers, images.models, images.batch_size, images.report)
+            keep = with_pixels(SCORING_COLUMNS, replace(preparation, thumbnail_px=0))
+            stages.insert(0, partial(Caption, images.models, config.captioner, keep, *common))
+        return images.through(*stages)
 
     known = catalog.published(request.out, schema.CAPTIONED, captioner_id=models.captioner_id)
     return Work(
@@ -82,15 +86,11 @@ def captioning(
             attempt.todo, request.source, preparation, models, keep=CAPTIONING_COLUMNS, images_todo=attempt.count,
             batch_size=batch_size,
             checkpoint=attempt.checkpoint, remembered=failures.remembered(request),
-        ).captioned(config.captioner, CAPTIONING_COLUMNS)  # fmt: skip
+        )  # fmt: skip
+        common = (images.batch_size, images.report)
         return images.through(
-            Embed,
-            images.shares.scorers,
-            images.models,
-            config.clip,
-            schema.CAPTIONS,
-            images.batch_size,
-            images.report,
+            partial(Caption, images.models, config.captioner, CAPTIONING_COLUMNS, *common),
+            partial(Embed, images.models, config.clip, schema.CAPTIONS, *common),
         )
 
     return Work(

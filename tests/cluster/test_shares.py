@@ -17,14 +17,15 @@ PRECISION = 1e-4
 @pytest.mark.parametrize("cpus", CPUS)
 def test_every_stage_finds_room_beside_all_actors(cpus: float, gpus: float) -> None:
     it = shares(cpus, gpus)
-    held = (it.captioners + it.scorers) * it.actor_cpus
+    held = it.actors * it.actor_cpus
     assert held + it.task_cpus + it.light_task_cpus <= cpus
     assert held <= cpus / 4 + 1e-9
     assert min(it.actor_cpus, it.task_cpus, it.light_task_cpus) >= PRECISION
-    assert it.captioners >= 1 and it.scorers >= 1 and it.threads >= 1
+    assert it.actors >= 1 and it.threads >= 1
     assert it.cpus == cpus
-    assert (it.captioners + it.scorers) * it.actor_gpus <= gpus
+    assert it.actors * it.actor_gpus <= gpus
     assert (it.actor_gpus > 0) == (gpus >= 1)
+    assert (it.actor_cpus, it.actor_gpus) not in ((it.task_cpus, 0.0), (it.light_task_cpus, 0.0))  # no fused stages
 
 
 def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
@@ -35,21 +36,21 @@ def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
 
 def test_two_cores_decode_two_images_at_a_time() -> None:
     it = shares(2, 0)
-    assert (2 - (it.captioners + it.scorers) * it.actor_cpus - it.light_task_cpus) // it.task_cpus == 2
+    assert (2 - it.actors * it.actor_cpus - it.light_task_cpus) // it.task_cpus == 2
     assert it.threads == 1
 
 
-def test_every_gpu_has_a_captioner_and_a_scorer() -> None:
+def test_two_actors_share_a_gpu() -> None:
     for gpus in (1, 2, 8):
         it = shares(64, gpus)
-        assert (it.captioners, it.scorers, it.actor_gpus) == (gpus, gpus, 0.5)
+        assert (it.actors, it.actor_gpus) == (2 * gpus, 0.5)
 
 
 def test_more_cpus_never_mean_smaller_shares_or_fewer_actors() -> None:
     for gpus in GPUS:
         made = [shares(cpus, gpus) for cpus in CPUS]
         for smaller, larger in itertools.pairwise(made):
-            assert larger.captioners >= smaller.captioners and larger.task_cpus >= smaller.task_cpus
+            assert larger.actors >= smaller.actors and larger.task_cpus >= smaller.task_cpus
 
 
 @pytest.mark.parametrize("gpus", [0, 4])

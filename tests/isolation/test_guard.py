@@ -119,18 +119,10 @@ def test_doing_nothing_counts(child: Child) -> None:
         ask(child, "sleep", 0.3)
 
 
-class Starved:
-    """A child that is ready to run and gets no processor, as on a machine that is busy."""
-
-    def __init__(self) -> None:
-        self.computed = 0.0
-
-    def __call__(self, pid: int) -> tuple[float, bool]:
-        return self.computed, False
-
-
 def test_waiting_for_a_processor_does_not_count(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_computed", Starved())
+    """As on a busy machine: the child is ready to run and gets no processor."""
+    monkeypatch.setattr(guard, "_computed", lambda pid: 0.0)
+    monkeypatch.setattr(guard, "_is_asleep", lambda pid: False)
     with pytest.raises(ChildTimeoutError, match=r"^0\.5 s, of which it had a CPU for 0\.0 s$"):
         ask(child, "sleep", 0.1, wall_seconds=0.5)  # five times its limit, until the far end by the wall clock
 

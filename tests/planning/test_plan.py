@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jobs.cluster.shares import BLOCK_BYTES, shares
+from jobs.cluster.shares import shares
 from jobs.planning import rates
 from jobs.planning.plan import Cluster, Cost, Memory, Plan, Prices, Workload, forecast, plan_cluster, smallest_cluster
 from jobs.planning.rates import Rates
@@ -62,18 +62,18 @@ def test_slack_is_what_the_other_units_could_do_more() -> None:
 
 
 def test_memory_is_that_of_processes_actors_and_blocks() -> None:
-    """12 decoding tasks of half a CPU, 2 writing tasks, 8 actors; 2 blocks of a task and 4 of an actor."""
+    """12 decoding tasks of half a CPU, 2 writing tasks, 8 actors; 2 blocks of a task, 4 of an actor, of 128 images."""
     made = forecast(WORKLOAD, Cluster(gpus=4, cpus=8, cpus_per_gpu=2), file_of()).memory
-    store = (12 * 2 + 8 * 4) * BLOCK_BYTES
+    store = (12 * 2 + 8 * 4) * 64_000_000
     assert made == Memory(
         total=8 * 4_000_000_000 + 14 * 1_000_000_000 + store,
         object_store=store,
-        per_gpu=2 * 4_000_000_000 + 2 * 4 * BLOCK_BYTES,
-        per_cpu=(14 * 1_000_000_000 + 12 * 2 * BLOCK_BYTES) // 8,
+        per_gpu=2 * 4_000_000_000 + 2 * 4 * 64_000_000,
+        per_cpu=(14 * 1_000_000_000 + 12 * 2 * 64_000_000) // 8,
     )
-    large = replace(RATES, store_image_bytes=1e6)  # a block holds 32 images, even if it becomes larger
+    large = replace(RATES, store_image_bytes=1e6)
     assert forecast(WORKLOAD, Cluster(gpus=4, cpus=8, cpus_per_gpu=2), file_of(large)).memory.object_store == (
-        (12 * 2 + 8 * 4) * 32_000_000
+        (12 * 2 + 8 * 4) * 128_000_000
     )
 
 
@@ -131,7 +131,7 @@ def test_cpus_that_tasks_use_are_those_that_actors_do_not_hold() -> None:
     made = forecast(WORKLOAD, cluster, file_of())
     parts = shares(40, 3, node_cpus=8, cpus_per_gpu=8)
     units = {stage.unit: stage.units for stage in made.stages}
-    held = (parts.captioners + parts.scorers) * parts.actor_cpus
+    held = parts.actors * parts.actor_cpus
     assert units == {"CPU": 40 - held, "GPU": 3, "writing task": parts.writers}
 
 

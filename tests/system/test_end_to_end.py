@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jobs.dataset.source import Source
 from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import stream
-from jobs.pipeline.actors import Score
+from jobs.pipeline.actors import Caption, Score
 from jobs.pipeline.models import Models
 from jobs.runs import attempts, catalog, products
 from jobs.storage import filesystems, listing, parquet, reading, writing
@@ -207,14 +208,13 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
         str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
         images_todo=1, batch_size=256,
     )  # fmt: skip
-    images_stream = images_stream.captioned(
-        CaptionerConfig(model=None), stream.with_pixels(stream.SCORING_COLUMNS, preparation)
-    )
+    common = (images_stream.batch_size, images_stream.report)
     images_stream = images_stream.through(
-        Score, images_stream.shares.scorers, images_stream.models, 256, images_stream.report
+        partial(Caption, images_stream.models, CaptionerConfig(model=None), stream.SCORING_COLUMNS, *common),
+        partial(Score, images_stream.models, *common),
     )
     assert images_stream.models.device == "cuda"
-    assert images_stream.shares.scorers == 2
+    assert images_stream.shares.actors == 4
 
 
 def test_training_refuses_a_source_without_both_classes(bucket: str, tmp_path: Path) -> None:
