@@ -24,13 +24,10 @@ def main() -> None:
     measure.link(measure.write_jpegs(work / "distinct", options.distinct), source, options.count)
     bundle = measure.tiny_bundle(work / "bundle")
     watched = measure.score([str(source), "--detector", str(bundle), "--out", str(out), "--no-reuse", "--rescore"])
-    samples = watched.samples
     record = catalog.runs(str(out))[-1]
-    count, tenth = record["rows"], record["rows"] // 10
-    first, early, late, end = (measure.at(samples, n) for n in (1, tenth, count - tenth, count))
-    speed_first = (early.scored - first.scored) / (early.seconds - first.seconds)
-    speed_last = (end.scored - late.scored) / (end.seconds - late.seconds)
-    speed_all = (end.scored - first.scored) / (end.seconds - first.seconds)
+    run = measure.Tenths.of(watched.samples, record["rows"])
+    early, end = run.early, run.end
+    speed_all, speed_first, speed_last = run.images_per_s()
     measure.write_result(
         options.results,
         "aigibench_size",
@@ -41,7 +38,7 @@ def main() -> None:
             "| | |",
             "|---|---|",
             f"| rows published | {record['rows']:,}, failed {record['counts']['status'].get('failed', 0)} |",
-            f"| seconds in total, until the first image | {record['seconds']:.0f}, {first.seconds:.0f} |",
+            f"| seconds in total, until the first image | {record['seconds']:.0f}, {run.first.seconds:.0f} |",
             f"| images/s: whole run, first tenth, last tenth | {speed_all:.1f}, {speed_first:.1f}, {speed_last:.1f} |",
             f"| last tenth / first tenth | {speed_last / speed_first:.3f} |",
             f"| driver at {early.scored:,} images | {early.driver_bytes / 2**20:.0f} MiB |",

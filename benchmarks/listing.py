@@ -2,8 +2,8 @@
 
     python -m benchmarks.listing --work /tmp/listing
 
-Lists 200,000 files on disk and 20,000 objects on S3 (the tests' Swift server on this machine), and plans against 10
-million published rows, each in a separate process.
+Lists 200,000 files on disk and 20,000 objects on S3 (the tests' Swift server on this machine), and plans against 10 and
+50 million published rows, each in a separate process.
 """
 
 import multiprocessing
@@ -30,12 +30,12 @@ def main() -> None:
     arguments = measure.parser(__doc__)
     arguments.add_argument("--files", type=int, default=200_000)
     arguments.add_argument("--objects", type=int, default=20_000)
-    arguments.add_argument("--published", type=int, default=10_000_000)
+    arguments.add_argument("--published", type=int, nargs="+", default=[10_000_000, 50_000_000])
     options = arguments.parse_args()
     work: Path = options.work
     lines = ["| case | seconds | entries/s | peak memory |", "|---|---|---|---|"]
     lines += [alone(on_disk, work, options.files), alone(on_s3, work, options.objects)]
-    lines.append(alone(against_history, work, options.published))
+    lines += [alone(against_history, work, rows) for rows in options.published]
     measure.write_result(options.results, "listing", lines)
 
 

@@ -34,6 +34,8 @@ class Sample:
     scored: int
     driver_bytes: int
     """Resident memory of the driver."""
+    all_bytes: int
+    """Unshared memory of the driver and its descendants."""
 
 
 def hardware() -> str:
@@ -43,15 +45,15 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores, {memory:.0f} GiB, {gpus}, {platform.system()}, Python {platform.python_version()}"
 
 
-def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Write smooth random images with noise, of mixed sizes, as JPEG of quality 90."""
+def write_jpegs(folder: Path, count: int, seed: int = 0, sides_px: Sequence[int] = SIDES_PX) -> list[Path]:
+    """Write smooth random images with noise, of these long sides in turn, as JPEG of quality 90."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:06d}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
         if path.exists():
             continue
         dice = np.random.default_rng([seed, i])
-        side = SIDES_PX[i % len(SIDES_PX)]
+        side = sides_px[i % len(sides_px)]
         small = dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(small).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
         noise = dice.normal(0.0, 12.0, (side * 3 // 4, side, 1))
@@ -116,7 +118,8 @@ def score(arguments: Sequence[str]) -> Watched:
             )
             scored = int(counts.partition("/")[0])
             memory = psutil.Process(process.pid).memory_info().rss
-            samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory))
+            everything = own_memory(process.pid)
+            samples.append(Sample(time.monotonic() - started, prepared, captioned, scored, memory, everything))
             for pid, (kind, seconds) in _cpu_seconds(process.pid).items():
                 cpu_seconds[pid] = (
                     cpu_seconds[pid][0] if kind == KINDS["ray::"] and pid in cpu_seconds else kind,
@@ -180,6 +183,29 @@ def profile(watched: Watched) -> list[str]:
 def at(samples: Sequence[Sample], scored: int) -> Sample:
     """Return the first sample with at least this many scored images."""
     return next(sample for sample in samples if sample.scored >= scored)
+
+
+@dataclass(frozen=True)
+class Tenths:
+    """A run at its first scored image, after a tenth, before the last tenth, and at its end."""
+
+    first: Sample
+    early: Sample
+    late: Sample
+    end: Sample
+
+    @staticmethod
+    def of(samples: Sequence[Sample], count: int) -> "Tenths":
+        """Those of a run of `count` images."""
+        return Tenths(*(at(samples, scored) for scored in (1, count // 10, count - count // 10, count)))
+
+    def images_per_s(self) -> tuple[float, float, float]:
+        """Speed of the whole run, of its first tenth and of its last tenth."""
+        whole, first, last = (
+            (end.scored - start.scored) / (end.seconds - start.seconds)
+            for start, end in ((self.first, self.end), (self.first, self.early), (self.late, self.end))
+        )
+        return whole, first, last
 
 
 class PeakMemory:

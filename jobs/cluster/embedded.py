@@ -27,6 +27,8 @@ AUTOSCALER: Final = {"RAY_DATA_CLUSTER_AUTOSCALER": "V2"}
 """Ray Data's newer autoscaler reserves what the stages request and whole CPUs of the rest. Stages request fractions: on
 two cores 1.125 CPUs were left for use, one decoding task ran instead of two, and an eighth of the CPU time was idle.
 The older one reserves the whole machine; on shared clusters it would starve the next job, so they keep the default."""
+NO_METRICS: Final = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+"""An embedded cluster has no dashboard: nobody reads what its processes would measure and send each second."""
 START_SECONDS: Final = 240.0
 """Timeout for starting an embedded cluster, and for the first worker of any cluster: the machine may be busy."""
 START_ENVIRONMENT: Final = {
@@ -47,7 +49,7 @@ MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 def start(**settings: Any) -> None:
     """Start an embedded cluster, waiting up to `START_SECONDS`; an earlier failure is retried once."""
     _check_machine()
-    for name, value in {**NODE_ENVIRONMENT, **AUTOSCALER, **START_ENVIRONMENT}.items():
+    for name, value in {**NODE_ENVIRONMENT, **AUTOSCALER, **NO_METRICS, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     _keep_token()
     started = time.monotonic()

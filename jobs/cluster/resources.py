@@ -8,6 +8,7 @@ from typing import Any, Final
 import ray
 import ray._private.ray_constants as constants
 import ray.data
+import ray.data._internal.execution.streaming_executor_state as streaming_executor_state
 from ray.data.checkpoint import CheckpointConfig
 
 from jobs.cluster import embedded
@@ -18,6 +19,8 @@ from jobs.storage import errors, filesystems
 from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
 
+SCHEDULING_SECONDS: Final = 0.3
+"""Interval of Ray Data's scheduling. Its own is 0.1 s, but a round takes the driver 10 ms, and a block about a second."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -113,6 +116,7 @@ def configure_data() -> None:
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = SCHEDULING_SECONDS
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
         logging.getLogger(name).addFilter(_only_to_file)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # reports that its progress bars are off

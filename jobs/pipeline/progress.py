@@ -16,7 +16,7 @@ from jobs.pipeline.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
-"""Interval of progress lines if the output is a file, where a line cannot be redrawn."""
+"""Interval of progress lines if the output is a file, where a line cannot be redrawn. The first result has its own."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -77,6 +77,7 @@ def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop:
     terminal = sys.stderr.isatty()
     started = time.monotonic()
     next_line = started + LINE_SECONDS
+    has_results = False
     while True:
         ended = stop.wait(REFRESH_SECONDS)
         try:
@@ -90,7 +91,8 @@ def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop:
         for line in lines:
             say(line)
         now = time.monotonic()
-        if total and (terminal or ended or now >= next_line):
+        had_results, has_results = has_results, counts.get(stages[-1], 0) > 0
+        if total and (terminal or ended or now >= next_line or has_results > had_results):
             next_line = now + LINE_SECONDS
             text = _line(title, counts, total, stages, now - started)
             if terminal:

@@ -1,5 +1,6 @@
 """Connecting to a cluster: what it waits for, what it says, and what it leaves as it was."""
 
+import inspect
 import logging
 import re
 import signal
@@ -91,6 +92,15 @@ def test_error_of_ray_data_is_kept_off_the_console(module: str) -> None:
     record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "Full stack trace:"})
     assert logging.getLogger(module).filter(record)
     assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ray_data_waits_for_our_interval_between_two_rounds() -> None:
+    """An attribute of a private module: a new release of Ray may read another one."""
+    resources.configure_data()
+    name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
+    assert f"timeout={name}" in inspect.getsource(streaming_executor_state.process_completed_tasks)
+    assert getattr(streaming_executor_state, name) == resources.SCHEDULING_SECONDS
 
 
 def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
