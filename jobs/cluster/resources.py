@@ -20,7 +20,7 @@ from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
 
 SCHEDULING_SECONDS: Final = 0.3
-"""Interval of Ray Data's scheduling. Its own is 0.1 s, but a round takes the driver 10 ms, and a block about a second."""
+"""Interval of Ray Data's scheduling. Its own is 0.1 s; but a round takes the driver 10 ms, and a block a second."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
