@@ -34,7 +34,7 @@ import pyarrow as pa
 import torch
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Caption, Score
+from jobs.pipeline.actors import Caption, ResultCache, Score
 from jobs.pipeline.models import Models
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage.uris import Uri
@@ -259,8 +259,8 @@ def table(bench: Bench, count: int, first: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
 
-def actors(bench: Bench, precision: Precision = "auto") -> tuple[Caption, Score]:
-    """The two actors of scoring."""
+def scoring_stages(bench: Bench, precision: Precision = "auto") -> tuple[Caption, Score]:
+    """The two stages of an actor that scores."""
     models = Models(
         detector=Uri(str(bench.bundle)), device=bench.device.type, precision=precision, run_id="bench",
         captioner=Uri(str(bench.captioner)) if bench.captioner else None, captioner_id="bench", reuse=False,
@@ -272,48 +272,58 @@ def actors(bench: Bench, precision: Precision = "auto") -> tuple[Caption, Score]
 
 
 def actor_loop(bench: Bench, kind: str, seconds: float, ready: Any, go: Any, done: Any) -> None:
-    """A process that captions or scores prepared tables for some seconds; puts its images per second."""
-    caption, score = actors(bench)
+    """A process that runs stages over prepared tables for some seconds; puts its images per second."""
+    caption, score = scoring_stages(bench)
     tables = [table(bench, bench.batch, i * bench.batch) for i in range(3)]
     if kind == "score":
         tables = [one.drop_columns("thumbnail") for one in tables]
         words = [f"a picture of {i} things" for i in range(bench.batch)]
         at = tables[0].column_names.index("caption")
         tables = [one.set_column(at, "caption", pa.array(words)) for one in tables]
-    actor = caption if kind == "caption" else score
+    chain = {"caption": [caption], "score": [score], "both": [caption, score]}[kind]
+
+    def process(one: pa.Table) -> None:
+        for stage in chain:
+            one = stage(one)
+            stage.memory = ResultCache()  # every image is new
+
     for one in tables:
-        actor(one)
-        actor.memory = type(actor.memory)()
+        process(one)
     ready.put(kind)
     go.wait()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        actor(tables[count % len(tables)])
-        actor.memory = type(actor.memory)()  # every image is new
+        process(tables[count % len(tables)])
         count += 1
-    done.put((kind, count * bench.batch / (time.perf_counter() - started)))
+    done.put(count * bench.batch / (time.perf_counter() - started))
 
 
 def stages(bench: Bench) -> None:
-    """Each actor alone, then both at once, in processes of their own as under Ray."""
+    """Each stage alone, both in one process, and two such processes on one GPU, as in a stream."""
     _ = bench.bundle, bench.captioner
     context = multiprocessing.get_context("spawn")
-    for kinds in (("caption",), ("score",), ("caption", "score")):
+    seconds = 1.0 if bench.small else 15.0
+    for name, kinds in CHAINS.items():
         ready, done, go = context.Queue(), context.Queue(), context.Event()
-        processes = [
-            context.Process(target=actor_loop, args=(bench, kind, 1.0 if bench.small else 15.0, ready, go, done))
-            for kind in kinds
-        ]
+        processes = [context.Process(target=actor_loop, args=(bench, kind, seconds, ready, go, done)) for kind in kinds]
         for process in processes:
             process.start()
         for _ in processes:
             ready.get(timeout=300)
         go.set()
-        speeds = dict(done.get(timeout=120) for _ in processes)
+        speed = sum(done.get(timeout=120) for _ in processes)
         for process in processes:
             process.join()
-        for kind, speed in speeds.items():
-            bench.add("actors", f"{kind}, {'alone' if len(kinds) == 1 else 'both on one GPU'}", images_per_s=speed)
+        bench.add("actors", name, images_per_s=speed)
+
+
+CHAINS: Final = {
+    "caption, alone": ["caption"],
+    "score, alone": ["score"],
+    "caption and score, one actor": ["both"],
+    "caption and score, two actors": ["both", "both"],
+}
+"""Name -> the stages of each process."""
 
 
 def prepared_row(data: bytes, thumbnail_px: int) -> tuple[bytes, bytes]:
@@ -339,7 +349,7 @@ def stream(bench: Bench) -> None:
         Image.fromarray(np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)).save(stored, "JPEG", quality=90)
         files.append(stored.getvalue())
     thumbnail_px, workers = 64 if bench.small else 384, max(1, (os.cpu_count() or 1) - 2)
-    caption, score = actors(bench)
+    caption, score = scoring_stages(bench)
     template = table(bench, bench.batch, 0)
     for one in (caption, score):
         one.memory.entries = 0
@@ -406,14 +416,13 @@ def write_rates(bench: Bench) -> None:
     from jobs.planning.rates import load
 
     speeds = {row["name"]: row["images_per_s"] for row in bench.rows if row["block"] == "actors"}
-    both = [speed for name, speed in speeds.items() if name.endswith("both on one GPU")]
-    alone = [speed for name, speed in speeds.items() if name.endswith("alone")]
-    if len(speeds) < 4 or bench.small:
+    if bench.small or speeds.keys() != CHAINS.keys():
         return
     known, about = load(), machine(bench.device)
+    caption, score, *both = (speeds[name] for name in CHAINS)
     gpu = {
-        "caption_images_per_s": speeds["caption, alone"], "score_images_per_s": speeds["score, alone"],
-        "both_images_per_s": min(both) if min(both) < min(alone) else None,
+        "caption_images_per_s": caption, "score_images_per_s": score,
+        "both_images_per_s": max(both) if max(both) < min(caption, score) else None,
     }  # fmt: skip
     file = replace(
         known,

@@ -55,7 +55,7 @@ class Rates:
     task_bytes: float
     """Memory of a task with its decoding process, in bytes."""
     actor_bytes: float
-    """Host memory of a captioning or scoring actor, in bytes."""
+    """Host memory of a model actor, in bytes."""
     store_image_bytes: float
     """Bytes of one image between two stages, in Ray's object store."""
 
@@ -85,7 +85,7 @@ class Rates:
         return 1.0 / self.fetch_images_per_s + image_bytes / self.fetch_bytes_per_s
 
     def caption_seconds(self) -> float:
-        """Seconds of one GPU for captioning an image beside a scoring actor."""
+        """Seconds of one GPU for captioning an image that it also scores."""
         if self.both_images_per_s is None:
             return 1.0 / self.caption_images_per_s
         return 1.0 / self.both_images_per_s - 1.0 / self.score_images_per_s
