@@ -25,7 +25,7 @@ from nsnet.captions import TINY_SIDE_PX, find_captioner, processing, thumbnail_p
 from nsnet.configuration import CaptionerConfig, Precision
 from nsnet.errors import NsnetError, WeightsError
 from nsnet.model_size import ModelSize
-from nsnet.precision import dtype_of, to_device
+from nsnet.precision import dtype_of, to_device, use_matrix_units
 
 TINY_WORDS: Final = tuple(
     "a an the of on in with and near under over two three small large old new red blue green white black grey yellow "
@@ -79,6 +79,7 @@ class Captioner:
                 f"{name} takes images of {side} px, but its image processor makes {self.thumbnail_px}: set image_size "
                 "in config.json"
             )
+        use_matrix_units(self.device)
         dtype = dtype_of(precision, self.device)
         self.model = model.to(self.device).fuse(dtype, graphs=graphs, compile_vision=compile_vision)
         self.mean = mean.to(self.device)

@@ -32,7 +32,11 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
 
 
 def use_matrix_units(device: torch.device) -> None:
-    """Let fp32 matrix products of a GPU use TF32, which has the range of fp32 and 10 bits of its mantissa."""
+    """Let fp32 matrix products of a GPU use TF32, which has the range of fp32 and 10 bits of its mantissa.
+
+    The setting is the whole process's, so each model sets it when it is loaded: its results must not depend on which
+    other models are there.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True

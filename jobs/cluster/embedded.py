@@ -17,16 +17,18 @@ from jobs.storage import errors
 from nsnet.errors import StorageError
 
 OBJECT_STORE_BYTES: Final = 2 * 2**30
-"""Object store of an embedded cluster: images stream through it and do not accumulate."""
+"""Smallest object store of an embedded cluster: images stream through it and do not accumulate."""
+STORE_BYTES_PER_CPU: Final = 2**29
+"""Ray Data starts no further decoding task if its blocks would not fit."""
 
 NODE_ENVIRONMENT: Final = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
 """Variables for starting Ray's nodes. By default a node with more workers than CPUs ends those idle for one second. But
 decoding sometimes waits for the models, and each new worker spends seconds on imports: on two cores this cost nearly
 half of the throughput."""
 AUTOSCALER: Final = {"RAY_DATA_CLUSTER_AUTOSCALER": "V2"}
-"""Ray Data's newer autoscaler reserves what the stages request and whole CPUs of the rest. Stages request fractions: on
-two cores 1.125 CPUs were left for use, one decoding task ran instead of two, and an eighth of the CPU time was idle.
-The older one reserves the whole machine; on shared clusters it would starve the next job, so they keep the default."""
+"""Ray Data's default autoscaler reserves what the stages request and whole CPUs of the rest. Stages request fractions:
+on two cores 1.125 CPUs were left for use, one decoding task ran instead of two, and an eighth of the CPU time was idle.
+V2, the older one, reserves all CPUs. On shared clusters it would starve the next job, so they keep the default."""
 NO_METRICS: Final = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
 """An embedded cluster has no dashboard: nobody reads what its processes would measure and send each second."""
 START_SECONDS: Final = 240.0
@@ -41,6 +43,7 @@ NO_API_SERVER: Final = "http://127.0.0.1:1"
 """An address that refuses connections. Ray Train asks the API server whether its own controller is alive, but an
 embedded cluster has no API server. Without an address the search takes 40 s, and each training ends 12 s later. If the
 variable names another cluster, that one does not know the controller, and Ray Train removes the training's workers."""
+SHARED_MEMORY: Final = "/dev/shm"
 MIN_OPEN_FILES: Final = 512
 MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 """Minimum free space for the sockets and logs of an embedded cluster."""
@@ -56,7 +59,7 @@ def start(**settings: Any) -> None:
     with waiting("the embedded Ray cluster to start"), _patience(), _without_api_server():
         for is_last in (False, True):
             try:
-                ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **settings)
+                ray.init(address="local", object_store_memory=_object_store_bytes(), **settings)
                 return
             except Exception as error:  # Ray has no error class for a failed start
                 ray.shutdown()
@@ -66,6 +69,13 @@ def start(**settings: Any) -> None:
                         "check the machine's load and free memory"
                     ) from error
                 say("the embedded Ray cluster did not start: trying once more")
+
+
+def _object_store_bytes() -> int:
+    """For all CPUs, within a quarter of the memory and what shared memory holds: Ray would use a disk instead."""
+    cpus, memory = os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = min(memory // 4, shutil.disk_usage(SHARED_MEMORY).free * 9 // 10 if os.path.isdir(SHARED_MEMORY) else 0)
+    return max(OBJECT_STORE_BYTES, min(cpus * STORE_BYTES_PER_CPU, most))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
 
 SCHEDULING_SECONDS: Final = 0.3
-"""Interval of Ray Data's scheduling. Its own is 0.1 s; but a round takes the driver 10 ms, and a block a second."""
+"""Interval of Ray Data's scheduling on a machine without a GPU. Its own is 0.1 s; a round takes the driver 10 ms."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -58,6 +58,7 @@ def connect(address: str | None = None) -> None:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {errors.reason(error)}") from error
     else:
         embedded.start(**settings)
+        _schedule_less_often()
     if callable(sigterm_handler):  # Ray replaces the command's handler
         signal.signal(signal.SIGTERM, sigterm_handler)
     configure_data()
@@ -78,6 +79,12 @@ def _disable_uv_hook() -> None:
     constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`
         say(f"uv run: workers use this environment unchanged; with {UV_HOOK}=1 Ray rebuilds it for each worker")
+
+
+def _schedule_less_often() -> None:
+    """Let Ray Data wait longer between two rounds of scheduling if models compute on CPUs: a GPU would wait as well."""
+    if not _size()[1]:
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = SCHEDULING_SECONDS
 
 
 def _await_worker() -> None:
@@ -116,7 +123,6 @@ def configure_data() -> None:
         context.use_datasource_v2 = False
     context.issue_detectors_config.detectors = []  # advice on memory requests, every 30 s
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = SCHEDULING_SECONDS
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
         logging.getLogger(name).addFilter(_only_to_file)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # reports that its progress bars are off

@@ -5,11 +5,12 @@ from typing import Final
 
 from nsnet.errors import StorageError
 
-BLOCK_BYTES: Final = 16 * 2**20
-"""Largest block of rows without pixels."""
+BLOCK_BYTES: Final = 40 * 2**20
+"""Largest block between stages: small enough to stream through a small object store."""
 ROWS_PER_BLOCK: Final = 128
-"""Most images per block: 20 MB with small thumbnails, 76 MB with BLIP's, small enough to stream. A block costs Ray and
-Arrow some 50 ms of CPU time in all processes, whatever its rows."""
+"""Most images per block. A block costs Ray and Arrow some 50 ms of CPU time in all processes, whatever its rows."""
+ROW_STEP: Final = 32
+"""Images per block are a multiple of this, so that model calls are full."""
 BLOCKS_PER_ACTOR: Final = 2
 """Blocks that are sent to an actor at a time: one to compute, one to wait, so that the actor never does."""
 
@@ -71,6 +72,12 @@ def shares(cpus: float, gpus: float, node_cpus: float | None = None, cpus_per_gp
         writers=max(1, int(cpus) // 4),
         threads=max(1, min(4, int(cpus) // 2)),
     )
+
+
+def rows_per_block(image_bytes: float) -> int:
+    """Images per block if each has this many bytes between stages: 128 with small thumbnails, 64 with BLIP's."""
+    steps = int(BLOCK_BYTES / max(1.0, image_bytes)) // ROW_STEP
+    return min(ROWS_PER_BLOCK, max(1, steps) * ROW_STEP)
 
 
 def training_cpus(shares: Shares, workers: int) -> tuple[float, float]:

@@ -42,7 +42,6 @@ def receive(pipe: BinaryIO) -> dict[str, Any] | None:
 
 def send(pipe: BinaryIO, header: dict[str, Any], *payload: memoryview | bytes) -> None:
     """In the child: write an answer, by one system call if the pipe has room, so that the parent wakes once."""
-    pipe.flush()
     parts = views(frame(header), *payload)
     while parts:
         parts = rest(parts, os.writev(pipe.fileno(), parts))

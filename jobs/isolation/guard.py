@@ -65,9 +65,8 @@ class ChildTimeoutError(Exception):
 class Zygote:
     """The process that forks the children of one service. It starts on first use and ends with this process."""
 
-    def __init__(self, service: str, niceness: int = 0) -> None:
-        """`service`: see `zygote`. `niceness`: added to that of this process; a higher one gets less CPU time."""
-        self._service, self._niceness = service, niceness
+    def __init__(self, service: str) -> None:
+        self._service = service
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -129,10 +128,7 @@ class Zygote:
         if self._process is not None and self._control is not None:
             return self._control
         own_socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = {
-            "path": _import_path(), "service": self._service, "control": zygote_socket.fileno(),
-            "niceness": self._niceness,
-        }  # fmt: skip
+        arguments = {"path": _import_path(), "service": self._service, "control": zygote_socket.fileno()}
         environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
         self._process = subprocess.Popen(
             # -I: import nothing from the current folder, which may hold untrusted files
@@ -196,9 +192,10 @@ class Clock:
     def wait(self, pipe: int, event: int) -> None:
         """Wait until a pipe can be read or written, or is broken. Raises `ChildTimeoutError`."""
         pause = min(self.seconds, FIRST_CHECK_SECONDS)
+        if time.monotonic() - self._checked_at >= pause and not _ready(pipe, 0.0, event):
+            pause = max(0.01, self._left())  # a child may send a byte now and then, so that no wait ends without one
         while not _ready(pipe, pause, event):
             pause = max(0.01, self._left())
-        self._check_wall_clock(time.monotonic())  # a child that sends a byte now and then is never waited for
 
     def _left(self) -> float:
         """Seconds until the next check. Raises `ChildTimeoutError` if a limit is reached."""
@@ -210,12 +207,9 @@ class Clock:
         if computing + self._idle >= self.seconds:
             kind = "of CPU time" if self._idle < computing else "without activity"
             raise ChildTimeoutError(f"{self.seconds:g} s {kind}")
-        self._check_wall_clock(now)
-        return min(self.seconds - computing - self._idle, self._started_at + self.wall_seconds - now)
-
-    def _check_wall_clock(self, now: float) -> None:
         if now - self._started_at >= self.wall_seconds:
-            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it had a CPU for {self.computed:.1f} s")
+            raise ChildTimeoutError(f"{self.wall_seconds:g} s, of which it had a CPU for {computing:.1f} s")
+        return min(self.seconds - computing - self._idle, self._started_at + self.wall_seconds - now)
 
 
 def _computed(pid: int) -> float:

@@ -1,6 +1,6 @@
 """The process that forks guarded children. It imports the modules that they need and reads no untrusted data.
 
-    python -I zygote.py '{"path": […], "service": "jobs.pipeline.decoding", "control": 5, "niceness": 0}'
+    python -I zygote.py '{"path": […], "service": "jobs.pipeline.decoding", "control": 5}'
 
 A child is thus ready within milliseconds, without waiting for imports. `service` is a module with two functions:
 `preload()` imports everything that a child will need (a child can open no file), and
@@ -32,7 +32,6 @@ def main() -> None:
     """Execute commands until the control socket closes."""
     arguments = json.loads(sys.argv[1])
     sys.path[:] = arguments["path"]
-    os.nice(arguments["niceness"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all of its processes
     control = socket.socket(fileno=arguments["control"])
     service = importlib.import_module(arguments["service"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # these modules import torch, which decoding workers do not n
     from nsnet.detector import Detector
     from nsnet.text_features import TextFeatures
 
+_loading = Lock()
+"""Models of a process are loaded one after the other: they draw random weights from torch's only generator, and swap
+modules while they import."""
 CACHE_ENTRIES: Final = 65_536
 """Results that a stage caches."""
 
@@ -93,14 +97,15 @@ class Caption:
     @cached_property
     def captioner(self) -> "Captioner":
         """The captioner, loaded on first use."""
-        from nsnet.captioner import Captioner
+        with _loading:
+            from nsnet.captioner import Captioner
 
-        self.models.use_threads()
-        models = self.models
-        return Captioner.load(
-            self.config, models.captioner_folder(self.config), models.device, precision=models.precision,
-            compile_vision=models.compiled,
-        )  # fmt: skip
+            self.models.use_threads()
+            models = self.models
+            return Captioner.load(
+                self.config, models.captioner_folder(self.config), models.device, precision=models.precision,
+                compile_vision=models.compiled,
+            )  # fmt: skip
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, usable = _light_rows(table)
@@ -139,12 +144,19 @@ class Embed:
 
     @cached_property
     def features(self) -> "TextFeatures":
-        """The text tower, in fp32; not loaded in `__init__`: Ray reports only the text of errors raised there."""
+        """The text tower, in fp32 (on a GPU TF32, as the captioner beside it).
+
+        Not loaded in `__init__`: Ray reports only the text of errors raised there.
+        """
+        import torch
+
         from nsnet.clip import load_clip
         from nsnet.clip_weights import find_weights
+        from nsnet.precision import use_matrix_units
         from nsnet.text_features import TextFeatures
 
         self.models.use_threads()
+        use_matrix_units(torch.device(self.models.device))
         clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))
         clip.model.to(self.models.device)
         return TextFeatures(clip, self.batch_size)
@@ -171,25 +183,26 @@ class Score:
         self.models, self.batch_size, self.report = models, batch_size, report
         self.memory = ResultCache()
         # Load while the first images are prepared and captioned. Errors are raised by the first call, as in `Embed`.
-        self._loading = ThreadPoolExecutor(1).submit(self._load)
+        self._detector = ThreadPoolExecutor(1).submit(self._load)
 
     @cached_property
     def detector(self) -> "Detector":
         """The detector, when it is loaded."""
-        detector = self._loading.result()
+        detector = self._detector.result()
         self.models.use_threads()
         return detector
 
     def _load(self) -> "Detector":
-        from nsnet.detector import Detector
-        from nsnet.text_features import TextFeatures
-
         models = self.models
-        models.use_threads()
-        detector = Detector.load(
-            models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
-            clip_weights=models.clip_path(), captioner=False,
-        )  # fmt: skip
+        with _loading:
+            from nsnet.detector import Detector
+            from nsnet.text_features import TextFeatures
+
+            models.use_threads()
+            detector = Detector.load(
+                models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
+                clip_weights=models.clip_path(), captioner=False,
+            )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(
                 f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "

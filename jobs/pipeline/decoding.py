@@ -21,10 +21,7 @@ ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "percept
 MAX_REMARK: Final = 200
 SERVICE: Final = "jobs.pipeline.decoding"
 
-NICENESS: Final = 5
-"""Where CPUs are short, the models go first: they start while the first images are decoded, and drain the queue."""
-
-_zygote = Zygote(SERVICE, NICENESS)
+_zygote = Zygote(SERVICE)
 
 
 class GuardedDecoder:

@@ -1,12 +1,15 @@
-"""Fetch the bytes of a block's images, and wait out an outage of their store."""
+"""Fetch the bytes of images, and wait out an outage of their store."""
 
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final
+from threading import Event
+from typing import Any, Final, TypeAlias
 
 from jobs.dataset import fetching
 from jobs.pipeline.rows import RowDicts
@@ -17,25 +20,42 @@ from nsnet.errors import FetchError, ImageError, ImageTooLargeError, ObjectChang
 
 FETCH_THREADS: Final = 8
 """Objects that a process fetches in parallel."""
+ROWS_AT_ONCE: Final = 32
+"""Most images that are fetched before the first of them is decoded."""
+BYTES_AT_ONCE: Final = 32 * 2**20
+"""Bytes of images after which no further fetch begins."""
 OUTAGE_POLL_SECONDS: Final = 5.0
 OUTAGE_FAILURES: Final = 8
-"""Outage: a store fails for this many images of a block and delivers none, even if it answers."""
+"""Outage: a store fails for this many images of those fetched at once and delivers none, even if it answers."""
+FetchResult: TypeAlias = "tuple[Fetched | ImageError, int]"
+"""Bytes or the error of an image, and its number of requests."""
+
+
+class StoppedError(Exception):
+    """Nobody needs the images any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fetcher:
-    """Fetches blocks. Raises `OutageError` when an outage of a store lasts longer than `outage_seconds`."""
+    """Fetches images. Raises `OutageError` when an outage of a store lasts longer than `outage_seconds`."""
 
     max_bytes: int
     """Largest file."""
     source: Uri | None
     """URI of the source. An image counts as missing only if the source exists."""
     outage_seconds: float
+    stop: Event = field(default_factory=Event)
+    """Set it to end a fetch in another thread with `StoppedError`."""
 
-    def fetch(self, rows: RowDicts) -> list[tuple[Fetched | ImageError, int]]:
-        """Bytes or the error of each row, and its number of requests; retries while the store is the cause."""
+    def fetch(self, rows: RowDicts) -> list[FetchResult]:
+        """Bytes or the error of the first rows, and their numbers of requests; retries while the store is the cause.
+
+        Returns at most `ROWS_AT_ONCE` results, and fewer if their bytes exceed `BYTES_AT_ONCE`, whatever sizes a
+        manifest claims.
+        """
         end = time.monotonic() + self.outage_seconds
-        fetched = self._fetch_all(rows)
+        fetched = self._fetch_all(rows[:ROWS_AT_ONCE], BYTES_AT_ONCE)
+        rows = rows[: len(fetched)]
         requests = [result.requests for result in fetched]
         for repetition in itertools.count():
             retriable, is_outage = self._retriable(rows, fetched)
@@ -48,13 +68,31 @@ class Fetcher:
                 requests[i] += result.requests
         raise AssertionError("unreachable: the loop ends by return or raise")
 
-    def _fetch_all(self, rows: RowDicts) -> list[Fetched | ImageError]:
-        """One attempt. Files of a disk are read one by one: threads would cost more CPU time than reading does."""
-        if all(uris.is_local(_place(row)) for row in rows):
-            return [self._fetch(row) for row in rows]
-        return list(_threads().map(self._fetch, rows))
+    def _fetch_all(self, rows: RowDicts, most_bytes: float = math.inf) -> list[Fetched | ImageError]:
+        """One attempt, which begins no further file once it holds more than `most_bytes`.
+
+        Files of a disk are read one by one: threads would cost more CPU time than reading does.
+        """
+        parallel = 1 if all(uris.is_local(_place(row)) for row in rows) else FETCH_THREADS
+        results: list[Fetched | ImageError] = []
+        pending: deque[Future[Fetched | ImageError]] = deque()
+        held = 0
+        for row in rows:
+            if held > most_bytes:
+                break
+            if parallel == 1:
+                results.append(self._fetch(row))
+            else:
+                pending.append(_threads().submit(self._fetch, row))
+                if len(pending) < parallel:
+                    continue
+                results.append(pending.popleft().result())
+            held += len(results[-1].data) if isinstance(results[-1], Fetched) else 0
+        return results + [future.result() for future in pending]
 
     def _fetch(self, row: dict[str, Any]) -> Fetched | ImageError:
+        if self.stop.is_set():
+            raise StoppedError
         known = row["size_bytes"]
         if known is not None and known > self.max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {self.max_bytes:,} (--max-bytes)")
@@ -71,7 +109,8 @@ class Fetcher:
     def _wait(self, row: dict[str, Any], result: Fetched | ImageError, end: float) -> None:
         """Wait until the store of a row answers, for one poll at least: an object may be missing due to an outage."""
         while time.monotonic() < end:
-            time.sleep(min(OUTAGE_POLL_SECONDS, self.outage_seconds))
+            if self.stop.wait(min(OUTAGE_POLL_SECONDS, self.outage_seconds)):
+                raise StoppedError
             if probes.store_is_up(_place(row), self.source):
                 return
         raise OutageError(

@@ -7,8 +7,8 @@ run's budget for slow images lasts (`poison.Budget`). Failures are remembered by
 decoded again.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
-from statistics import median
 from typing import Final, Protocol
 
 from jobs.pipeline.decoding import GuardedDecoder
@@ -27,8 +27,8 @@ FIRST_SECONDS_PER_BYTE: Final = 0.2e-6
 """Added to either limit for each byte of the file."""
 MIN_SEEN: Final = 32
 """Images that the median needs."""
-MAX_SEEN: Final = 64
-"""Latest images that the median covers: few, because a folder of small images may precede one of large ones."""
+MAX_SEEN: Final = 512
+"""Latest images that the median covers."""
 MAX_REMEMBERED: Final = 10_000
 """Failed contents that a process remembers."""
 
@@ -51,7 +51,9 @@ class Patience:
         self._failed: dict[str, tuple[str, str]] = {}
         self.remembered: Remembered = {}
         """Failures of earlier runs."""
-        self._seen: deque[float] = deque(maxlen=MAX_SEEN)
+        self._seen: deque[float] = deque()
+        self._ordered: list[float] = []
+        """The same times in order: sorting them anew for each image would take a hundredth of a small one's time."""
         self._good_seconds = 0.0
 
     def first(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared | None:
@@ -67,7 +69,7 @@ class Patience:
             self._remember(key(content_hash, transform), error)
             raise
         self._good_seconds += self._decoder.computed
-        self._seen.append(self._decoder.computed)
+        self._see(self._decoder.computed)
         return prepared
 
     def again(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared:
@@ -90,7 +92,7 @@ class Patience:
             raise
         finally:
             self._lender.settle(leased, 0.0, self._decoder.computed if leased else 0.0)
-        self._seen.append(self._decoder.computed)
+        self._see(self._decoder.computed)
         return prepared
 
     def settle(self) -> None:
@@ -99,10 +101,16 @@ class Patience:
             self._lender.settle(0.0, self._good_seconds, 0.0)
             self._good_seconds = 0.0
 
+    def _see(self, seconds: float) -> None:
+        if len(self._seen) == MAX_SEEN:
+            del self._ordered[bisect_left(self._ordered, self._seen.popleft())]
+        self._seen.append(seconds)
+        insort(self._ordered, seconds)
+
     def _first_seconds(self) -> float:
         if len(self._seen) < MIN_SEEN:
             return FIRST_SECONDS
-        return max(MIN_FIRST_SECONDS, FIRST_FACTOR * median(self._seen))
+        return max(MIN_FIRST_SECONDS, FIRST_FACTOR * self._ordered[len(self._ordered) // 2])
 
     def _remember(self, name: str, error: ImageError) -> None:
         if not isinstance(error, ImageTimeoutError | DecoderCrashError):

@@ -22,30 +22,29 @@ def with_pixels(columns: pa.Schema, config: PreparationConfig) -> pa.Schema:
     return pa.schema([*columns, *(pa.field(name, pa.binary()) for name in sides(config))])
 
 
+def pixel_bytes(config: PreparationConfig) -> int:
+    """Bytes of an image in all pixel columns."""
+    return sum(3 * side * side for side in sides(config).values())
+
+
 class PixelColumn:
     """A pixel column under construction: rows write into one buffer, which Arrow takes without a copy."""
 
     def __init__(self, rows: int, side: int) -> None:
-        self._bytes_per_row = 3 * side * side
-        self._buffer = pa.allocate_buffer(rows * self._bytes_per_row)
-        self._pixels = np.frombuffer(self._buffer, np.uint8).reshape(rows, side, side, 3)
-        self._is_null = np.ones(rows, bool)
-
-    def row(self, i: int) -> npt.NDArray[np.uint8]:
-        """The (side, side, 3) pixels of a row, to be written; the row is null until then."""
-        self._is_null[i] = False
-        pixels: npt.NDArray[np.uint8] = self._pixels[i]
-        return pixels
+        self._buffer = pa.allocate_buffer(3 * side * side * rows)
+        self.pixels = np.frombuffer(self._buffer, np.uint8).reshape(rows, side, side, 3)
+        """(B, S, S, 3) uint8, uninitialised."""
+        self.is_null = np.zeros(rows, bool)
+        """(B) bool: rows without pixels."""
 
     def to_arrow(self) -> pa.Array:
-        """The column; its buffer must not be written any more."""
-        ends = np.arange(len(self._is_null) + 1) * self._bytes_per_row
-        full = pa.Array.from_buffers(
-            pa.binary(), len(self._is_null), [None, pa.py_buffer(ends.astype(np.int32)), self._buffer]
-        )
-        if not self._is_null.any():
-            return full
-        return full.take(pa.array(np.arange(len(ends) - 1), mask=self._is_null))  # null rows hold no bytes
+        """The column; its pixels must not be written any more."""
+        rows, bytes_per_row = len(self.pixels), self.pixels[:1].nbytes
+        ends = pa.py_buffer((np.arange(rows + 1) * bytes_per_row).astype(np.int32))
+        column = pa.Array.from_buffers(pa.binary(), rows, [None, ends, self._buffer])
+        if not self.is_null.any():
+            return column
+        return column.take(pa.array(np.arange(rows), mask=self.is_null))  # null rows hold no bytes
 
 
 def gather(table: pa.Table, name: str, rows: list[int], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

@@ -8,30 +8,29 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from jobs.cluster.shares import ROWS_PER_BLOCK
+from jobs.cluster.shares import rows_per_block
 from jobs.pipeline.decoding import GuardedDecoder
-from jobs.pipeline.outages import Fetcher
+from jobs.pipeline.outages import Fetcher, FetchResult
 from jobs.pipeline.patience import Patience
-from jobs.pipeline.pixels import PixelColumn, sides
+from jobs.pipeline.pixels import PixelColumn, pixel_bytes, sides
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
-from jobs.storage.reading import Fetched
 from jobs.storage.uris import Uri
 from nsnet.errors import ImageError, ObjectChangedError
 from nsnet.patches import SCORING_SEED, assemble_mosaic
 from nsnet.preparation import PreparationConfig, Prepared
 
 BYTES_PER_BLOCK: Final = 32 * 2**20
-"""Most file bytes of a block, unless a single file is larger: about a second of decoding. A task holds two blocks."""
+"""Most file bytes of a block, as far as sizes are known, unless a single file is larger: a second of decoding."""
 UNKNOWN_BYTES: Final = 2**20
 """Assumed size of a file whose size is unknown."""
 Decode = Callable[[bytes, str, str, int], Prepared | None]
 """Decodes an image, given its bytes, their hash, the transform and its seed; None: it timed out."""
-FetchResult = tuple[Fetched | ImageError, int]
-"""Bytes or the error of an image, and its number of requests."""
 
 
 @cache
@@ -60,73 +59,71 @@ class Prepare:
     """Failures of earlier runs, which are not decoded again."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        manifest = table.to_pylist()
-        return self._prepared(manifest, self._fetch(manifest))
+        return pa.concat_tables([self.schema.empty_table(), *self.in_blocks(table)])
 
     def in_blocks(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Prepare a long table; yields blocks as they are prepared, and fetches the next one in the meantime."""
+        """Prepare a long table; yields blocks as they are prepared. While images are decoded, the next are fetched."""
+        fetcher = Fetcher(
+            max_bytes=self.config.limits.max_bytes, source=self.source, outage_seconds=self.outage_seconds
+        )
         manifests: list[RowDicts] = [block.to_pylist() for block in self._blocks(table)]
         ahead = ThreadPoolExecutor(1)
         try:
-            fetching = ahead.submit(self._fetch, next(iter(manifests), []))
+            fetching = ahead.submit(fetcher.fetch, next(iter(manifests), []))
             for manifest, following in pairwise([*manifests, []]):
-                fetched = fetching.result()
-                fetching = ahead.submit(self._fetch, following)
-                yield self._prepared(manifest, fetched)
+                columns = {name: PixelColumn(len(manifest), side) for name, side in sides(self.config).items()}
+                rows: RowDicts = []
+                while len(rows) < len(manifest):
+                    fetched = fetching.result()
+                    fetching = ahead.submit(fetcher.fetch, manifest[len(rows) + len(fetched) :] or following)
+                    rows += self._rows(manifest, len(rows), fetched, columns)
+                yield to_table(rows, self.schema, {name: column.to_arrow() for name, column in columns.items()})
         finally:
-            ahead.shutdown(wait=False, cancel_futures=True)  # after an error, an outage could delay its end by minutes
+            fetcher.stop.set()
+            ahead.shutdown(wait=False, cancel_futures=True)
 
     def _blocks(self, table: pa.Table) -> list[pa.Table]:
-        """Cut a table into blocks of `ROWS_PER_BLOCK` rows, or fewer if their files exceed `BYTES_PER_BLOCK`."""
+        """Cut a table into blocks of `rows_per_block`, or fewer rows if their files exceed `BYTES_PER_BLOCK`."""
+        most_rows = rows_per_block(pixel_bytes(self.config))
         starts, held = [0], 0
         for i, size in enumerate(table.column("size_bytes").to_pylist()):
             size = UNKNOWN_BYTES if size is None else size
             fetched = size if size <= self.config.limits.max_bytes else 0
             rows = i - starts[-1]
-            if rows and (rows == ROWS_PER_BLOCK or held + fetched > BYTES_PER_BLOCK):
+            if rows and (rows == most_rows or held + fetched > BYTES_PER_BLOCK):
                 starts.append(i)
                 held = 0
             held += fetched
         return [table.slice(start, end - start) for start, end in pairwise([*starts, table.num_rows]) if end > start]
 
-    def _fetch(self, manifest: RowDicts) -> list[FetchResult]:
-        fetcher = Fetcher(
-            max_bytes=self.config.limits.max_bytes, source=self.source, outage_seconds=self.outage_seconds
-        )
-        return fetcher.fetch(manifest)
-
-    def _prepared(self, manifest: RowDicts, fetched: list[FetchResult]) -> pa.Table:
-        """The block of these images. Slow images are tried again after the others."""
-        columns = {name: PixelColumn(len(manifest), side) for name, side in sides(self.config).items()}
+    def _rows(
+        self, manifest: RowDicts, start: int, fetched: list[FetchResult], columns: Mapping[str, PixelColumn]
+    ) -> RowDicts:
+        """The rows from `start` of a block whose images were fetched. Slow images are tried again after the others."""
         patience = _patience(self.config, self.report.board_name)
         patience.remembered = self.remembered
-        done: list[dict[str, Any] | None] = [None] * len(manifest)
+        done: list[dict[str, Any] | None] = [None] * len(fetched)
         decode: Decode
         for decode in (patience.first, patience.again):
-            for i, (row, result) in enumerate(zip(manifest, fetched, strict=True)):
+            for i, result in enumerate(fetched):
                 if done[i] is None:
-                    done[i] = self._row(i, row, result, decode, columns)
+                    pixels = {name: column.pixels[start + i] for name, column in columns.items()}
+                    done[i] = self._row(manifest[start + i], result, decode, pixels)
         patience.settle()
         rows = [row for row in done if row is not None]
-        for i, row in enumerate(rows):
-            if row["status"] == "failed":
-                _blank(i, row, columns)
+        for i, row in enumerate(rows, start):
+            _complete(i, row, columns)
         self.report.add(
             prepared=len(rows),
             asked_again=sum(row["requests"] > 1 for row in rows),
             failed=sum(row["status"] == "failed" for row in rows),
         )
-        return to_table(rows, self.schema, {name: column.to_arrow() for name, column in columns.items()})
+        return rows
 
     def _row(
-        self,
-        i: int,
-        row: dict[str, Any],
-        result: FetchResult,
-        decode: Decode,
-        columns: Mapping[str, PixelColumn],
+        self, row: dict[str, Any], result: FetchResult, decode: Decode, pixels: Mapping[str, npt.NDArray[np.uint8]]
     ) -> dict[str, Any] | None:
-        """The row of an image, whose pixels are written into row `i` of the columns; None if `decode` timed out."""
+        """The row of an image, whose pixels are written into `pixels`; None if `decode` timed out."""
         fetched, requests = result
         row = {**row, "requests": requests}
         if isinstance(fetched, ImageError):
@@ -151,22 +148,27 @@ class Prepare:
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
         elif self.config.thumbnail_px:
-            columns["thumbnail"].row(i)[...] = prepared.thumbnail
+            pixels["thumbnail"][...] = prepared.thumbnail
         if self.config.patches is not None:
             order = self.config.patches.slot_seed(slot_seed)
-            assemble_mosaic(prepared.patches, order, out=columns["mosaic"].row(i))
+            assemble_mosaic(prepared.patches, order, out=pixels["mosaic"])
         row["status"] = "scored"
         return row
 
 
-def _blank(i: int, row: dict[str, Any], columns: Mapping[str, PixelColumn]) -> None:
-    """Give a failed row as many pixel bytes as a successful one. Ray cuts blocks by bytes: a retried task in which
-    other images fail must give the same rows in the same blocks, or rows are lost (verification then reports it, and
-    the next attempt makes them). A known caption is assumed to be of these bytes.
+def _complete(i: int, row: dict[str, Any], columns: Mapping[str, PixelColumn]) -> None:
+    """Give a failed row as many pixel bytes as a successful one, and a row with a known caption no thumbnail.
+
+    Ray cuts blocks by bytes: a retried task in which other images fail must give the same rows in the same blocks, or
+    rows are lost (verification then reports it, and the next attempt makes them). So a failed row's known caption is
+    assumed to be of these bytes.
     """
+    has_failed, known = row["status"] == "failed", row.get("known_hash")
     for name, column in columns.items():
-        if name != "thumbnail" or row.get("known_hash") is None:
-            column.row(i)[...] = 0
+        if has_failed:
+            column.pixels[i] = 0
+        if name == "thumbnail":
+            column.is_null[i] = known is not None if has_failed else known == row["content_hash"]
 
 
 def transform_seed(image_id: str, slot_seed: int) -> int:

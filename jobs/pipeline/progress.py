@@ -16,7 +16,7 @@ from jobs.pipeline.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
-"""Interval of progress lines if the output is a file, where a line cannot be redrawn. The first result has its own."""
+"""Interval of progress lines if the output is a file, where a line cannot be redrawn. The first result has a line."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)

@@ -66,7 +66,7 @@ def to_table(
 ) -> pa.Table:
     """Rows as a table of exactly this schema; missing values become null, other keys are dropped.
 
-    `columns`: whole columns of the result, which are not copied.
+    `columns`: whole columns, which are not copied; each must be in the schema.
     """
     columns = columns or {}
     table = pa.Table.from_pylist(rows, schema=pa.schema([field for field in schema if field.name not in columns]))

@@ -12,13 +12,13 @@ from ray.exceptions import RayError
 
 from jobs.cluster import resources
 from jobs.cluster.resources import cluster_shares
-from jobs.cluster.shares import BLOCK_BYTES, BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares
+from jobs.cluster.shares import BLOCKS_PER_ACTOR, Shares, rows_per_block
 from jobs.dataset import schema
 from jobs.pipeline import progress
 from jobs.pipeline.actors import ModelActor, Stage
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
-from jobs.pipeline.pixels import sides, with_pixels
+from jobs.pipeline.pixels import pixel_bytes, with_pixels
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ProgressReporter
@@ -45,6 +45,8 @@ class Stream:
     models: Models
     batch_size: int
     """Images per model call."""
+    block_rows: int
+    """Most images per block."""
     report: ProgressReporter
     board: Any
     """Handle of the progress board, which keeps it alive."""
@@ -61,7 +63,7 @@ class Stream:
             ModelActor,
             fn_constructor_args=stages,
             batch_format="pyarrow",
-            batch_size=max(ROWS_PER_BLOCK, self.batch_size),  # Ray requires a number with GPUs
+            batch_size=max(self.block_rows, self.batch_size),  # Ray requires a number with GPUs
             zero_copy_batch=True,
             compute=ActorPoolStrategy(size=self.shares.actors, max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR),
             num_cpus=self.shares.actor_cpus,
@@ -137,9 +139,10 @@ def prepared(
     images = ray.data.read_datasource(
         ParquetFiles(files, schema.TODO), num_cpus=shares.task_cpus, override_num_blocks=len(files)
     )
-    # One block per table that `Prepare` yields: Ray would join and cut others, and copy their pixels each time.
-    pixel_bytes = ROWS_PER_BLOCK * sum(3 * side * side for side in sides(preparation).values())
-    images.context.target_max_block_size = pixel_bytes or BLOCK_BYTES
+    image_bytes = pixel_bytes(preparation)
+    block_rows = rows_per_block(image_bytes)
+    if image_bytes:  # full tables of `Prepare` are one block each: Ray would join and cut others, and copy their pixels
+        images.context.target_max_block_size = block_rows * image_bytes
     if checkpoint is not None:  # for this dataset only, not for the process: a training creates more datasets
         images.context.checkpoint_config = resources.job_checkpoint(checkpoint)
     dataset = images.map_batches(
@@ -162,6 +165,7 @@ def prepared(
         shares=shares,
         models=models,
         batch_size=batch_size or (GPU_BATCH if on_gpu else CPU_BATCH),
+        block_rows=block_rows,
         report=report,
         board=board,
     )

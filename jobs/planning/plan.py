@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from jobs.cluster.shares import BLOCKS_PER_ACTOR, ROWS_PER_BLOCK, Shares, shares
+from jobs.cluster.shares import BLOCKS_PER_ACTOR, Shares, rows_per_block, shares
 from jobs.planning import rates as rate_files
 from jobs.planning.rates import Rates, RatesFile, check_positive
 from jobs.storage.uris import Uri
@@ -303,7 +303,7 @@ def _capacities(workload: Workload, cluster: Cluster, rates: Rates) -> dict[str,
 def _memory(cluster: Cluster, rates: Rates) -> Memory:
     parts = cluster.shares()
     tasks = max(1, int(_units(cluster)["CPU"] / parts.task_cpus + ROUNDING))
-    block = ROWS_PER_BLOCK * rates.store_image_bytes
+    block = rows_per_block(rates.store_image_bytes) * rates.store_image_bytes
     actor_store = 2 * BLOCKS_PER_ACTOR * block  # blocks that come and blocks that go
     task_store = tasks * BLOCKS_PER_TASK * block
     of_actors = parts.actors * (rates.actor_bytes + actor_store)

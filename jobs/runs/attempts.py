@@ -34,7 +34,7 @@ MANIFEST_FILE: Final = "manifest.parquet"
 RUN_FILE: Final = "run.json"
 ACCEPTED_FILE: Final = "accepted.json"
 ID: Final = "image_id"
-MIN_COMMIT_ROWS: Final = 64
+MIN_COMMIT_ROWS: Final = 128
 MAX_COMMIT_ROWS: Final = 8192
 COMMITS: Final = 1024
 """Approximate maximum number of files of rows per run."""

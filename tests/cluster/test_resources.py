@@ -94,13 +94,17 @@ def test_error_of_ray_data_is_kept_off_the_console(module: str) -> None:
     assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_ray_data_waits_for_our_interval_between_two_rounds() -> None:
+@pytest.mark.parametrize(("gpus", "seconds"), [(0.0, resources.SCHEDULING_SECONDS), (1.0, 0.1)])
+def test_ray_data_waits_longer_between_two_rounds_without_gpus(
+    gpus: float, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An attribute of a private module: a new release of Ray may read another one."""
-    resources.configure_data()
+    monkeypatch.setattr(resources, "_size", lambda: (2.0, gpus))
     name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
     assert f"timeout={name}" in inspect.getsource(streaming_executor_state.process_completed_tasks)
-    assert getattr(streaming_executor_state, name) == resources.SCHEDULING_SECONDS
+    monkeypatch.setattr(streaming_executor_state, name, 0.1)
+    resources._schedule_less_often()
+    assert getattr(streaming_executor_state, name) == seconds
 
 
 def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +114,7 @@ def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monk
     monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(resources, "check_address", lambda address: None)
     monkeypatch.setattr(embedded, "start", start)
-    for name in ("configure_data", "guard_logs", "_await_worker", "_disable_uv_hook"):
+    for name in ("configure_data", "guard_logs", "_await_worker", "_disable_uv_hook", "_schedule_less_often"):
         monkeypatch.setattr(resources, name, lambda *_: None)
     monkeypatch.setattr(resources, "_size", lambda: (2.0, 0.0))
     before = signal.getsignal(signal.SIGTERM)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from jobs.cluster.shares import shares
+from jobs.cluster.shares import BLOCK_BYTES, ROW_STEP, ROWS_PER_BLOCK, rows_per_block, shares
 from nsnet.errors import StorageError
 
 CPUS = [0.5, 1, 1.5, 2, 2.5, 3, *range(4, 33), 47.5, 48, 63, 64, 96, 128]
@@ -32,6 +32,15 @@ def test_tasks_and_actors_fit_on_a_node_of_one_cpu() -> None:
     for cpus, gpus in itertools.product(CPUS, GPUS):
         it = shares(cpus, gpus)
         assert max(it.actor_cpus, it.task_cpus, it.light_task_cpus) <= 1.0 and it.actor_gpus <= 1.0
+
+
+def test_block_holds_as_many_images_as_fit_in_whole_steps() -> None:
+    assert rows_per_block(3 * (224**2 + 64**2)) == ROWS_PER_BLOCK
+    assert rows_per_block(3 * (224**2 + 384**2)) == 64  # with thumbnails of BLIP
+    for image_bytes in (0, 1, 1e5, 3e5, 6e5, 1e6, 1e8):
+        rows = rows_per_block(image_bytes)
+        assert rows % ROW_STEP == 0 and ROW_STEP <= rows <= ROWS_PER_BLOCK
+        assert rows == ROW_STEP or rows * image_bytes <= BLOCK_BYTES
 
 
 def test_two_cores_decode_two_images_at_a_time() -> None:

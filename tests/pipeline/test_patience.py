@@ -153,9 +153,12 @@ def test_limit_below_the_first_try_is_the_only_one(decoder: Decoder, monkeypatch
 
 def test_first_try_grows_with_what_most_images_take(decoder: Decoder, tries: list[float]) -> None:
     one = Patience(decoder, Lender())
-    one._seen.extend([0.005] * patience.MIN_SEEN + [5.0] * (patience.MIN_SEEN - 1))
+    for seconds in [0.005] * patience.MIN_SEEN + [5.0] * (patience.MIN_SEEN - 1):
+        one._see(seconds)
     one.first(GOOD, "a", "", 0)
-    one._seen.extend([0.05] * 1000)
+    for seconds in [0.05] * 1000:
+        one._see(seconds)
+    assert len(one._ordered) == len(one._seen) == patience.MAX_SEEN  # all others are forgotten
     one.first(GOOD, "b", "", 0)
     assert [round(seconds, 2) for seconds in tries] == [patience.MIN_FIRST_SECONDS, 0.5]
 

@@ -4,12 +4,15 @@ import copy
 import hashlib
 import os
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from jobs.cluster.shares import ROWS_PER_BLOCK
+from jobs.cluster.shares import rows_per_block
 from jobs.dataset import fetching, schema
 from jobs.dataset.source import Source
 from jobs.pipeline import outages, preparing, rows
@@ -26,6 +29,7 @@ from jobs.pipeline.actors import Caption, Embed, ResultCache, Score
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.patience import Patience
+from jobs.pipeline.pixels import pixel_bytes
 from jobs.pipeline.preparing import Prepare, transform_seed
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage import errors, probes
@@ -43,6 +47,7 @@ REPORT = ProgressReporter()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
 CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
+BLOCK_ROWS = rows_per_block(pixel_bytes(CONFIG))
 COLUMNS = [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS]
 MOSAIC, THUMBNAIL = (pa.field(name, pa.binary()) for name in ("mosaic", "thumbnail"))
 PREPARED = pa.schema([*COLUMNS, MOSAIC, THUMBNAIL])
@@ -300,17 +305,17 @@ def test_images_in_a_container_are_prepared(tmp_path: Path) -> None:
 
 
 def test_long_table_leaves_in_blocks_as_they_are_done(tmp_path: Path) -> None:
-    count = 2 * ROWS_PER_BLOCK + 3
+    count = 2 * BLOCK_ROWS + 3
     put(str(tmp_path), {f"{i:03}.png": FILES["a.png"] for i in range(count)})
     table = todo_table(*(todo_row(f"{tmp_path}/{i:03}.png") for i in range(count)))
     stage = Prepare(config=CONFIG, schema=PREPARED, source=str(tmp_path))
     blocks = stage.in_blocks(table)
     first = next(blocks)
     assert set(first.column("status").to_pylist()) == {"scored"}
-    for i in range(2 * ROWS_PER_BLOCK, count - 1):
+    for i in range(2 * BLOCK_ROWS, count - 1):
         os.unlink(f"{tmp_path}/{i:03}.png")  # not fetched yet, unlike the next block
     rest = list(blocks)
-    assert [block.num_rows for block in (first, *rest)] == [ROWS_PER_BLOCK, ROWS_PER_BLOCK, 3]
+    assert [block.num_rows for block in (first, *rest)] == [BLOCK_ROWS, BLOCK_ROWS, 3]
     assert pa.concat_tables([first, *rest]).column("uri").equals(table.column("uri"))
     assert set(rest[0].column("status").to_pylist()) == {"scored"}
     assert rest[1].column("status").to_pylist() == ["failed", "failed", "scored"]
@@ -327,16 +332,33 @@ def test_block_ends_where_its_files_would_take_too_much_memory(tmp_path: Path, m
     assert pa.concat_tables(blocks).column("uri").equals(table.column("uri"))
 
 
+def test_images_are_held_up_to_a_limit_whatever_sizes_a_manifest_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(FILES["a.png"])
+    put(str(tmp_path), {f"{i}.png": FILES["a.png"] for i in range(10)})
+    rows = todo_table(*(todo_row(f"{tmp_path}/{i}.png", size_bytes=1) for i in range(10)))
+    monkeypatch.setattr(outages, "BYTES_AT_ONCE", 3 * size)
+    fetcher = outages.Fetcher(max_bytes=CONFIG.limits.max_bytes, source=None, outage_seconds=0.0)
+    assert len(fetcher.fetch(rows.to_pylist())) == 4
+    monkeypatch.setattr(outages.uris, "is_local", lambda uri: False)  # as from a store: some are under way
+    assert 4 <= len(fetcher._fetch_all(rows.to_pylist(), 3 * size)) <= 3 + outages.FETCH_THREADS
+    monkeypatch.undo()
+    monkeypatch.setattr(outages, "BYTES_AT_ONCE", 3 * size)
+    made = Prepare(config=CONFIG, schema=PREPARED)(rows)
+    assert made.column("uri").equals(rows.column("uri")) and set(made.column("status").to_pylist()) == {"scored"}
+
+
 def test_rows_of_a_repeated_task_fall_into_the_same_blocks_whatever_fails(tmp_path: Path) -> None:
     from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
 
-    count = 8 * ROWS_PER_BLOCK
+    count = 8 * BLOCK_ROWS
     put(str(tmp_path), {f"{i:03}.png": FILES["a.png"] for i in range(count)})
     table = todo_table(*(todo_row(f"{tmp_path}/{i:03}.png") for i in range(count)))
     stage = Prepare(config=CONFIG, schema=PREPARED, source=str(tmp_path))
 
     def rows_of_blocks() -> list[int]:
-        buffer = BlockOutputBuffer(OutputBlockSizeOption.of(target_max_block_size=1_500_000))
+        buffer = BlockOutputBuffer(OutputBlockSizeOption.of(target_max_block_size=BLOCK_ROWS * pixel_bytes(CONFIG)))
         blocks = []
         for table_of_block in stage.in_blocks(table):
             buffer.add_block(table_of_block)
@@ -430,6 +452,30 @@ def test_store_that_comes_back_costs_no_image(store: Store, monkeypatch: pytest.
     assert [row["uri"] for row in rows] == store.uris()
     assert [row["content_hash"] for row in rows] == [hashlib.sha256(FILES[name]).hexdigest() for name in GOOD]
     assert {row["status"] for row in rows} == {"scored"} and store.report.total["failed"] == 0
+
+
+@pytest.mark.parametrize("store", ["disk"], indirect=True)
+def test_fetch_ahead_ends_with_its_task(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage would keep its thread for an hour."""
+    fetch, leaving = outages.Fetcher.fetch, Event()
+
+    def leave_then_fetch(self: outages.Fetcher, rows: list[dict[str, Any]]) -> Any:
+        if rows and rows[0]["uri"] == store.uris()[1]:
+            store.leave()
+            leaving.set()
+        return fetch(self, rows)
+
+    monkeypatch.setattr(preparing, "rows_per_block", lambda image_bytes: 1)
+    monkeypatch.setattr(outages, "OUTAGE_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(outages.Fetcher, "fetch", leave_then_fetch)
+    before = set(threading.enumerate())
+    blocks = Prepare(config=CONFIG, schema=PREPARED, source=store.place, outage_seconds=3600.0).in_blocks(store.table)
+    assert next(blocks).column("uri").to_pylist() == store.uris()[:1]
+    assert leaving.wait(60.0)
+    (ahead,) = set(threading.enumerate()) - before
+    blocks.close()
+    ahead.join(60.0)
+    assert not ahead.is_alive()
 
 
 def test_store_that_went_away_in_the_middle_costs_no_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,6 +713,28 @@ NUMBERS = ("caption", "logit", "prob_fake", "verdict", "residual_energy")
 
 def numbers(table: pa.Table) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in NUMBERS) for row in table.to_pylist()]
+
+
+def test_models_of_a_process_are_loaded_one_after_the_other(
+    models: Models, captioner: Caption, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both draw their random weights from torch's only generator."""
+    loading, found = [], []
+
+    def load(*_: Any, **__: Any) -> Any:
+        loading.append(None)
+        time.sleep(0.2)
+        found.append(len(loading))
+        loading.pop()
+        raise BundleError("enough")
+
+    for model in (Captioner, Detector):
+        monkeypatch.setattr(model, "load", load)
+    scorer = Score(models, 4, REPORT)
+    for access in (lambda: captioner.captioner, lambda: scorer.detector):
+        with pytest.raises(BundleError, match="enough"):
+            access()
+    assert found == [1, 1]
 
 
 def test_content_that_repeats_in_a_table_is_computed_once(

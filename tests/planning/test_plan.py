@@ -62,18 +62,18 @@ def test_slack_is_what_the_other_units_could_do_more() -> None:
 
 
 def test_memory_is_that_of_processes_actors_and_blocks() -> None:
-    """12 decoding tasks of half a CPU, 2 writing tasks, 8 actors; 2 blocks of a task, 4 of an actor, of 128 images."""
+    """12 decoding tasks of half a CPU, 2 writing tasks, 8 actors; 2 blocks of a task, 4 of an actor, of 64 images."""
     made = forecast(WORKLOAD, Cluster(gpus=4, cpus=8, cpus_per_gpu=2), file_of()).memory
-    store = (12 * 2 + 8 * 4) * 64_000_000
+    store = (12 * 2 + 8 * 4) * 32_000_000
     assert made == Memory(
         total=8 * 4_000_000_000 + 14 * 1_000_000_000 + store,
         object_store=store,
-        per_gpu=2 * 4_000_000_000 + 2 * 4 * 64_000_000,
-        per_cpu=(14 * 1_000_000_000 + 12 * 2 * 64_000_000) // 8,
+        per_gpu=2 * 4_000_000_000 + 2 * 4 * 32_000_000,
+        per_cpu=(14 * 1_000_000_000 + 12 * 2 * 32_000_000) // 8,
     )
-    large = replace(RATES, store_image_bytes=1e6)
+    large = replace(RATES, store_image_bytes=1e6)  # 32 to a block
     assert forecast(WORKLOAD, Cluster(gpus=4, cpus=8, cpus_per_gpu=2), file_of(large)).memory.object_store == (
-        (12 * 2 + 8 * 4) * 128_000_000
+        (12 * 2 + 8 * 4) * 32_000_000
     )
 
 

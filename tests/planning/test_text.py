@@ -11,9 +11,9 @@ from tests.support.rates import HOURS, RATES, WORKLOAD, file_of
 
 CLUSTER = Cluster(gpus=4, cpus=7, cpus_per_gpu=1)
 TEXT = """\
-4 GPUs, 7 CPUs, 57.9 GiB of memory: 1,000,000 images in 3.07 hours (deadline: 3.5)
+4 GPUs, 7 CPUs, 55.5 GiB of memory: 1,000,000 images in 3.07 hours (deadline: 3.5)
 CPUs: 4 on nodes with GPUs, 3 on other nodes
-memory: 7.9 GiB for each GPU and 3.7 GiB for each CPU; 4.8 GiB of all is Ray's object store
+memory: 7.7 GiB for each GPU and 3.5 GiB for each CPU; 2.4 GiB of all is Ray's object store
 cost: 25.50, or 25.50 per million images
 The rates of GPUs are estimates, not measurements. Measure one GPU before you rely on this plan.
 

@@ -23,10 +23,10 @@ from tests.support.tables import MARK
 
 NODES: Final = 2
 STORE_BYTES: Final = 128 * 2**20
-ROLES: Final = ("driver", "raylet", "scorer", "captioner", "CPU worker", "spot node")
+ROLES: Final = ("driver", "raylet", "model actor", "CPU worker", "spot node")
 SPOT_NOTICE_SECONDS: Final = 5
 """Between the notice that a spot node leaves, and its end."""
-TITLES: Final = {"captioner": "MapBatches(Caption)", "scorer": "MapBatches(Score)", "CPU worker": "MapBatches(Prepare"}
+TITLES: Final = {"model actor": "MapBatches(ModelActor)", "CPU worker": "MapBatches(Prepare"}
 """How Ray names the processes of the stages."""
 
 

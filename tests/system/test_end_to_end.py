@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jobs.experiments.request import TrainRequest
 from jobs.pipeline import stream
 from jobs.pipeline.actors import Caption, Score
 from jobs.pipeline.models import Models
+from jobs.pipeline.pixels import with_pixels
 from jobs.runs import attempts, catalog, products
 from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.training import examples
@@ -208,9 +210,10 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
         str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
         images_todo=1, batch_size=256,
     )  # fmt: skip
+    mosaics = with_pixels(stream.SCORING_COLUMNS, replace(preparation, thumbnail_px=0))
     common = (images_stream.batch_size, images_stream.report)
     images_stream = images_stream.through(
-        partial(Caption, images_stream.models, CaptionerConfig(model=None), stream.SCORING_COLUMNS, *common),
+        partial(Caption, images_stream.models, CaptionerConfig(model=None), mosaics, *common),
         partial(Score, images_stream.models, *common),
     )
     assert images_stream.models.device == "cuda"

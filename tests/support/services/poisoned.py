@@ -60,6 +60,16 @@ def compute(_: str) -> None:
         pass
 
 
+def trickle(_: str) -> None:
+    """Computes, and sends a byte of a long answer now and then."""
+    os.write(1, frames.LENGTH.pack(100_000))
+    while True:
+        end = time.monotonic() + 0.02
+        while time.monotonic() < end:
+            pass
+        os.write(1, b" ")
+
+
 def attempt(deed: Callable[[], object]) -> str:
     """What comes of a deed: its result, or the error that it raised."""
     try:
@@ -116,4 +126,5 @@ def privileges() -> str:
 
 DEEDS = {
     "answer": str, "segfault": segfault, "sleep": sleep, "memory": memory, "compute": compute, "escape": escape,
+    "trickle": trickle,
 }  # fmt: skip
