@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import ray
 import ray._private.services as services
+from ray._private.node import Node
 
 from jobs.console.output import say, waiting
 from jobs.storage import errors
@@ -44,6 +45,8 @@ NO_API_SERVER: Final = "http://127.0.0.1:1"
 embedded cluster has no API server. Without an address the search takes 40 s, and each training ends 12 s later. If the
 variable names another cluster, that one does not know the controller, and Ray Train removes the training's workers."""
 SHARED_MEMORY: Final = "/dev/shm"
+HELPERS: Final = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's `Node`."""
 MIN_OPEN_FILES: Final = 512
 MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 """Minimum free space for the sockets and logs of an embedded cluster."""
@@ -56,7 +59,7 @@ def start(**settings: Any) -> None:
         os.environ.setdefault(name, value)
     _keep_token()
     started = time.monotonic()
-    with waiting("the embedded Ray cluster to start"), _patience(), _without_api_server():
+    with waiting("the embedded Ray cluster to start"), _patience(), _without_api_server(), _without_helpers():
         for is_last in (False, True):
             try:
                 ray.init(address="local", object_store_memory=_object_store_bytes(), **settings)
@@ -113,6 +116,21 @@ def _without_api_server() -> Iterator[None]:
         os.environ.pop(variable)
         if before is not None:
             os.environ[variable] = before
+
+
+@contextmanager
+def _without_helpers() -> Iterator[None]:
+    """Start a node without the processes that only other clusters need: the autoscaler's monitor, the monitor of log
+    files and the API server. They took 3.5 of 11.5 s of CPU at the start, and 2.5 % of a core afterwards.
+    """
+    helpers = {name: getattr(Node, name) for name in HELPERS}
+    for name in HELPERS:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start_helper in helpers.items():
+            setattr(Node, name, start_helper)
 
 
 def _check_machine() -> None:

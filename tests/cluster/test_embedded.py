@@ -1,12 +1,15 @@
 """An embedded cluster waits for a busy machine, and says at once what it can never start on."""
 
+import inspect
 import itertools
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray._private.node import Node
 
 from jobs.cluster import embedded
 from nsnet.errors import StorageError
@@ -100,3 +103,29 @@ def test_token_of_an_embedded_cluster_needs_no_home(
     embedded._keep_token()
     assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (0 if mode == "disabled" else 64)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+
+
+def test_node_starts_without_the_processes_of_other_clusters() -> None:
+    """Methods of a private class: a new release of Ray may call others."""
+    called = inspect.getsource(Node.start_head_processes) + inspect.getsource(Node.start_ray_processes)
+    own = {name: getattr(Node, name) for name in embedded.HELPERS}
+    with embedded._without_helpers():
+        for name in embedded.HELPERS:
+            assert f"self.{name}(" in called
+            assert getattr(Node, name)(None, include_dashboard=False) is None
+    assert {name: getattr(Node, name) for name in embedded.HELPERS} == own
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "shared", "expected"),
+    [(2, 2**40, 2**40, 2**31), (16, 2**40, 2**40, 2**33), (16, 2**34, 2**40, 2**32), (64, 2**40, 2**34, 0.9 * 2**34),
+     (64, 2**40, 0, 2**31)],
+)  # fmt: skip
+def test_object_store_grows_with_the_cpus_within_memory(
+    cpus: int, memory: int, shared: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(embedded.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(embedded.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda folder: SimpleNamespace(free=shared))
+    assert embedded._object_store_bytes() == int(expected)
