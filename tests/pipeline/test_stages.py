@@ -715,9 +715,7 @@ def numbers(table: pa.Table) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in NUMBERS) for row in table.to_pylist()]
 
 
-def test_models_of_a_process_are_loaded_one_after_the_other(
-    models: Models, captioner: Caption, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_of_a_process_are_loaded_one_after_the_other(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both draw their random weights from torch's only generator."""
     loading, found = [], []
 
@@ -730,7 +728,7 @@ def test_models_of_a_process_are_loaded_one_after_the_other(
 
     for model in (Captioner, Detector):
         monkeypatch.setattr(model, "load", load)
-    scorer = Score(models, 4, REPORT)
+    captioner, scorer = Caption(models, FROZEN.captioner, CAPTIONED, 4, REPORT), Score(models, 4, REPORT)
     for access in (lambda: captioner.captioner, lambda: scorer.detector):
         with pytest.raises(BundleError, match="enough"):
             access()
