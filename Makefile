@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= demo/$(shell date +%Y%m%d-%H%M%S)
 STAMP := $(VENV)/.installed
-KILLS ?= 24
+KILLS ?= 20
 # Folders of tests that need no S3 server; they take as long as all others that need no cluster.
 WITHOUT_STORAGE := $(addprefix tests/,nsnet golden training experiments evaluation report auditing commands isolation)
 

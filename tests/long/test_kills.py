@@ -1,6 +1,6 @@
 """Kill -9 of everything that can be killed, at random moments, on a Ray cluster of several nodes with S3 behind it.
 
-`NSNET_KILLS` runs are killed, each role in its turn: 2 by default; `make test-faults` asks for 24, four of each.
+`NSNET_KILLS` runs are killed, each role in its turn: 2 by default; `make test-faults` asks for 20, four of each.
 """
 
 import os
