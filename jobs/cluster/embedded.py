@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import ray
 import ray._private.services as services
+from ray._common.utils import get_system_memory
 from ray._private.node import Node
 
 from jobs.console.output import say, waiting
@@ -75,10 +76,12 @@ def start(**settings: Any) -> None:
 
 
 def _object_store_bytes() -> int:
-    """For all CPUs, within a quarter of the memory and what shared memory holds: Ray would use a disk instead."""
-    cpus, memory = os.cpu_count() or 1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    most = min(memory // 4, shutil.disk_usage(SHARED_MEMORY).free * 9 // 10 if os.path.isdir(SHARED_MEMORY) else 0)
-    return max(OBJECT_STORE_BYTES, min(cpus * STORE_BYTES_PER_CPU, most))
+    """Bytes for all CPUs, within a quarter of the memory of the machine or the container, and within shared memory:
+    beyond that Ray would use a disk.
+    """
+    shared = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+    most = min(int(get_system_memory()) // 4, shared * 9 // 10)
+    return max(OBJECT_STORE_BYTES, min((os.cpu_count() or 1) * STORE_BYTES_PER_CPU, most))
 
 
 @contextmanager

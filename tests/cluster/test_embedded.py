@@ -124,8 +124,7 @@ def test_node_starts_without_the_processes_of_other_clusters() -> None:
 def test_object_store_grows_with_the_cpus_within_memory(
     cpus: int, memory: int, shared: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(embedded.os, "cpu_count", lambda: cpus)
-    monkeypatch.setattr(embedded.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(embedded, "get_system_memory", lambda: memory)
     monkeypatch.setattr(embedded.shutil, "disk_usage", lambda folder: SimpleNamespace(free=shared))
     assert embedded._object_store_bytes() == int(expected)

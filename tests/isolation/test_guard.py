@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from jobs.isolation import guard
+from jobs.isolation import frames, guard
 from jobs.isolation.guard import Child, ChildTimeoutError, Clock, Zygote
 from tests.support.services.poisoned import MARK
 
@@ -102,6 +102,29 @@ def test_memory_of_a_child_is_bounded(zygote: Zygote) -> None:
         ask(child, "memory")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
     child.end()
+
+
+def test_messages_longer_than_a_pipe_arrive_whole() -> None:
+    """In several parts, which end anywhere; empty payloads are none."""
+    parts = [os.urandom(size) for size in (3 * guard.PIPE_BYTES + 7, 0, 1, guard.PIPE_BYTES // 2)]
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as incoming, os.fdopen(writing, "wb") as outgoing:
+        sender = threading.Thread(target=frames.send, args=(outgoing, {"n": 1}, *parts))
+        sender.start()
+        assert frames.receive(incoming) == {"n": 1}
+        assert incoming.read(sum(map(len, parts))) == b"".join(parts)
+        sender.join()
+    with closing(Zygote("tests.support.services.echo")) as zygote:
+        child = zygote.fork({}, MEMORY)
+        clock, answer = Clock(child.pid, 20.0), frames.frame({"n": 2}) + b"".join(parts)
+        requester = threading.Thread(target=child.send, args=(clock, {"size_bytes": len(answer)}, answer))
+        requester.start()
+        assert child.receive(clock) == {"n": 2}
+        buffers = [bytearray(len(part)) for part in parts]
+        child.read_into(buffers, clock)
+        assert buffers == parts
+        requester.join()
+        child.end()
 
 
 # How long it may take.
