@@ -239,6 +239,27 @@ def test_prepared_pixels_and_facts_are_those_of_the_image(prepared: pa.Table) ->
         assert row["size_bytes"] == len(FILES[name])
 
 
+def test_pixels_of_a_block_belong_to_their_rows_wherever_a_fetch_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good and bad images, with and without a known caption, in turn. A failed row has as many pixels as a good one."""
+    monkeypatch.setattr(outages, "ROWS_AT_ONCE", 3)
+    files = {f"{i:02}.png": b"no image" if i % 4 == 1 else image_file(i, "PNG", 40, 40) for i in range(16)}
+    put(str(tmp_path), files)
+    known = {name: {"known_hash": hashlib.sha256(files[name]).hexdigest()} for name in list(files)[::4]}
+    known |= {name: {"known_hash": "f" * 64} for name in list(files)[1::8]}
+    rows = [todo_row(f"{tmp_path}/{name}") | known.get(name, {}) for name in files]
+    made = Prepare(config=CONFIG, schema=PREPARED)(todo_table(*rows))
+    for (name, content), row in zip(files.items(), made.to_pylist(), strict=True):
+        if content == b"no image":
+            assert row["mosaic"] == bytes(3 * CONFIG.patches.mosaic_px**2) and row["status"] == "failed"
+            assert row["thumbnail"] == (None if name in known else bytes(3 * CONFIG.thumbnail_px**2))
+            continue
+        expected = prepare(content, CONFIG)
+        assert row["mosaic"] == assemble_mosaic(expected.patches, SCORING_SEED).tobytes()
+        assert row["thumbnail"] == (None if name in known else expected.thumbnail.tobytes())
+
+
 def test_hash_is_of_the_whole_file_or_is_not_given(prepared: pa.Table) -> None:
     for name, row in by_name(prepared).items():
         whole = name in FILES and not name.startswith("large")
