@@ -138,10 +138,8 @@ def test_computing_counts(child: Child) -> None:
 
 
 def test_computing_counts_while_an_answer_trickles(child: Child) -> None:
-    started = os.times()
     with pytest.raises(ChildTimeoutError, match=r"^0\.3 s of CPU time$"):
         ask(child, "trickle", 0.3)
-    assert os.times().elapsed - started.elapsed < 20 * 0.3  # by the wall clock it would end there
 
 
 def test_doing_nothing_counts(child: Child) -> None:
