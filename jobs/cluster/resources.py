@@ -9,6 +9,7 @@ import ray
 import ray._private.ray_constants as constants
 import ray.data
 import ray.data._internal.execution.streaming_executor_state as streaming_executor_state
+from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.data.checkpoint import CheckpointConfig
 
 from jobs.cluster import embedded
@@ -21,6 +22,10 @@ from nsnet.errors import StorageError
 
 SCHEDULING_SECONDS: Final = 0.3
 """Interval of Ray Data's scheduling on a machine without a GPU. Its own is 0.1 s; a round takes the driver 10 ms."""
+BLOCKS_WAITING: Final = 1.0
+"""Decoded blocks that may wait for the models, as a multiple of those that were sent to them, on a machine without a
+GPU. There decoding ahead takes CPU time from the models: with Ray Data's own limits, two cores decoded a thousand
+images before the models were loaded, and the first verdict came 3.6 s later."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -58,7 +63,7 @@ def connect(address: str | None = None) -> None:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {errors.reason(error)}") from error
     else:
         embedded.start(**settings)
-        _schedule_less_often()
+        _leave_cpus_to_models()
     if callable(sigterm_handler):  # Ray replaces the command's handler
         signal.signal(signal.SIGTERM, sigterm_handler)
     configure_data()
@@ -81,10 +86,14 @@ def _disable_uv_hook() -> None:
         say(f"uv run: workers use this environment unchanged; with {UV_HOOK}=1 Ray rebuilds it for each worker")
 
 
-def _schedule_less_often() -> None:
-    """Let Ray Data wait longer between two rounds of scheduling if models compute on CPUs: a GPU would wait as well."""
+def _leave_cpus_to_models() -> None:
+    """If models compute on this machine's CPUs, let Ray Data schedule less often and decode fewer blocks ahead. A GPU
+    would wait.
+    """
     if not _size()[1]:
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = SCHEDULING_SECONDS
+        ray.data.DataContext.get_current().downstream_capacity_backpressure_ratio = BLOCKS_WAITING
+        DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0  # even if memory is left
 
 
 def _await_worker() -> None:

@@ -5,17 +5,19 @@ A stage does not change rows that already failed. Pixels travel as fixed-length 
 as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic side, S thumbnail side.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from jobs.dataset import schema
+from jobs.pipeline.bottleneck import WAITING
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.pixels import PIXEL_COLUMNS, gather
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
@@ -60,8 +62,17 @@ class ResultCache:
             del self._values[next(iter(self._values))]
 
 
-Stage = Callable[[], Callable[[pa.Table], pa.Table]]
-"""Makes a stage in the actor's process, which then processes table after table."""
+class Stage(Protocol):
+    """Processes table after table."""
+
+    name: ClassVar[str]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The table of the next stage."""
+
+
+MakeStage = Callable[[], Stage]
+"""Makes a stage in the actor's process."""
 
 
 class ModelActor:
@@ -69,14 +80,25 @@ class ModelActor:
 
     An actor per stage copied pixels and rows from process to process, and imported torch in each. And no share of a GPU
     suits both: the faster stage would hold its share and wait for the slower one.
+
+    It reports the seconds of each stage and those without a table, except until the end of its first table: then it
+    loads models.
     """
 
-    def __init__(self, *stages: Stage) -> None:
+    def __init__(self, report: ProgressReporter, *stages: MakeStage) -> None:
+        self._report = report
         self._stages = [make() for make in stages]
+        self._ended_at: float | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        before = started = time.monotonic()
+        spent: dict[str, float] = {}
         for stage in self._stages:
             table = stage(table)
+            spent[stage.name] = -before + (before := time.monotonic())
+        if self._ended_at is not None:
+            self._report.spend(**spent, **{WAITING: started - self._ended_at})
+        self._ended_at = before
         return table
 
 
@@ -86,6 +108,8 @@ class Caption:
     It loads the captioner at the first row without a known caption. Every model call has the same number of images, so
     that a caption does not depend, in its last bits, on the other rows of its block.
     """
+
+    name: ClassVar = "captioning"
 
     def __init__(
         self, models: Models, config: "CaptionerConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
@@ -136,6 +160,8 @@ class Embed:
     Every model call has the same number of captions, as in `Caption`.
     """
 
+    name: ClassVar = "embedding"
+
     def __init__(
         self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
     ) -> None:
@@ -178,6 +204,8 @@ class Score:
     Every model call has the same number of images, as in `Caption`: a continued run gives the same bits as an
     uninterrupted one.
     """
+
+    name: ClassVar = "scoring"
 
     def __init__(self, models: Models, batch_size: int, report: ProgressReporter) -> None:
         self.models, self.batch_size, self.report = models, batch_size, report

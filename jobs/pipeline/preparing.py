@@ -1,6 +1,7 @@
 """The first stage: turn an image's bytes into patches, thumbnail and facts. CPU only, no torch."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jobs.cluster.shares import rows_per_block
+from jobs.pipeline.bottleneck import DECODING, FETCHING
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.outages import Fetcher, FetchResult
 from jobs.pipeline.patience import Patience
@@ -73,10 +75,14 @@ class Prepare:
             for manifest, following in pairwise([*manifests, []]):
                 columns = {name: PixelColumn(len(manifest), side) for name, side in sides(self.config).items()}
                 rows: RowDicts = []
+                started, waited = time.monotonic(), 0.0
                 while len(rows) < len(manifest):
+                    waited -= time.monotonic()
                     fetched = fetching.result()
+                    waited += time.monotonic()
                     fetching = ahead.submit(fetcher.fetch, manifest[len(rows) + len(fetched) :] or following)
                     rows += self._rows(manifest, len(rows), fetched, columns)
+                self.report.spend(**{FETCHING: waited, DECODING: time.monotonic() - started - waited})
                 yield to_table(rows, self.schema, {name: column.to_arrow() for name, column in columns.items()})
         finally:
             fetcher.stop.set()

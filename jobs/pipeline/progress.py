@@ -1,5 +1,6 @@
 """Progress of a pipeline: stages add counts to a board, and the driver prints one line."""
 
+import math
 import sys
 import threading
 import time
@@ -12,11 +13,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.console.output import redraw, say
+from jobs.pipeline.bottleneck import statement
 from jobs.pipeline.poison import Budget
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
 """Interval of progress lines if the output is a file, where a line cannot be redrawn. The first result has a line."""
+HOLDER_SECONDS: Final = 60.0
+"""Seconds after the first result at which the stage that holds the run is named first; again at the end."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -26,12 +30,17 @@ class Board:
     def __init__(self, cpus: float = 1.0, max_seconds: float = 0.0) -> None:
         """`cpus` of the cluster and `max_seconds` per image set the run's `Budget`."""
         self.counts: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
         self.lines: list[str] = []
         self._budget = Budget(cpus, max_seconds)
 
     def add(self, counts: dict[str, int]) -> None:
         """Add to the counts."""
         self.counts.update(counts)
+
+    def spend(self, seconds: dict[str, float]) -> None:
+        """Add seconds by stage (`bottleneck`)."""
+        self.seconds.update(seconds)
 
     def lease(self, seconds: float) -> float | None:
         """As `Budget.lease`."""
@@ -45,10 +54,10 @@ class Board:
         """Add a line for the console."""
         self.lines.append(line)
 
-    def snapshot(self) -> tuple[dict[str, int], list[str]]:
-        """Counts so far, and the lines since the last call."""
+    def snapshot(self) -> tuple[dict[str, int], dict[str, float], list[str]]:
+        """Counts and seconds so far, and the lines since the last call."""
         lines, self.lines = self.lines, []
-        return dict(self.counts), lines
+        return dict(self.counts), dict(self.seconds), lines
 
 
 def start_board(name: str, *budget: float) -> Any:
@@ -76,22 +85,27 @@ def watch(board: Any, title: str, total: int, stages: Sequence[str]) -> Iterator
 def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop: threading.Event) -> None:
     terminal = sys.stderr.isatty()
     started = time.monotonic()
-    next_line = started + LINE_SECONDS
+    next_line, name_holder = started + LINE_SECONDS, math.inf
     has_results = False
     while True:
         ended = stop.wait(REFRESH_SECONDS)
         try:
-            counts, lines = ray.get(board.snapshot.remote(), timeout=5)
+            counts, seconds, lines = ray.get(board.snapshot.remote(), timeout=5)
         except ray.exceptions.RayError:
             if ended:
                 return
             continue
+        now = time.monotonic()
+        had_results, has_results = has_results, counts.get(stages[-1], 0) > 0
+        if has_results > had_results:
+            name_holder = now + HOLDER_SECONDS
+        if (ended or now >= name_holder) and (holder := statement(seconds)):
+            name_holder = math.inf
+            lines.append(f"{title}: {holder}")
         if terminal and lines:
             redraw("")
         for line in lines:
             say(line)
-        now = time.monotonic()
-        had_results, has_results = has_results, counts.get(stages[-1], 0) > 0
         if total and (terminal or ended or now >= next_line or has_results > had_results):
             next_line = now + LINE_SECONDS
             text = _line(title, counts, total, stages, now - started)

@@ -26,6 +26,11 @@ class ProgressReporter:
         if self.board_name is not None:
             board(self.board_name).add.remote(counts)
 
+    def spend(self, **seconds: float) -> None:
+        """Add to the board's seconds by stage (`bottleneck`), without waiting."""
+        if self.board_name is not None:
+            board(self.board_name).spend.remote(seconds)
+
     def lease(self, seconds: float) -> float:
         """Seconds granted to a slow image (`poison.Budget`), at most `seconds`; waits while others lease the rest."""
         if self.board_name is None:

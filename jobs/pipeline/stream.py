@@ -15,7 +15,7 @@ from jobs.cluster.resources import cluster_shares
 from jobs.cluster.shares import BLOCKS_PER_ACTOR, Shares, rows_per_block
 from jobs.dataset import schema
 from jobs.pipeline import progress
-from jobs.pipeline.actors import ModelActor, Stage
+from jobs.pipeline.actors import MakeStage, ModelActor
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
 from jobs.pipeline.pixels import pixel_bytes, with_pixels
@@ -57,11 +57,11 @@ class Stream:
         precision = resolved(self.models.precision, device)
         return {"device": device, "precision": precision, "batch_size": self.batch_size}
 
-    def through(self, *stages: Stage) -> "Stream":
+    def through(self, *stages: MakeStage) -> "Stream":
         """Append model actors, each with all of these stages."""
         dataset = self.dataset.map_batches(
             ModelActor,
-            fn_constructor_args=stages,
+            fn_constructor_args=(self.report, *stages),
             batch_format="pyarrow",
             batch_size=max(self.block_rows, self.batch_size),  # Ray requires a number with GPUs
             zero_copy_batch=True,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Caption, Embed, Score, Stage
+from jobs.pipeline.actors import Caption, Embed, MakeStage, Score
 from jobs.pipeline.models import Models
 from jobs.pipeline.pixels import with_pixels
 from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared
@@ -54,7 +54,7 @@ def scoring(
             checkpoint=attempt.checkpoint, outage_seconds=outage_seconds, remembered=failures.remembered(request),
         )  # fmt: skip
         common = (images.batch_size, images.report)
-        stages: list[Stage] = [partial(Score, images.models, *common)]
+        stages: list[MakeStage] = [partial(Score, images.models, *common)]
         if captioned:
             keep = with_pixels(SCORING_COLUMNS, replace(preparation, thumbnail_px=0))
             stages.insert(0, partial(Caption, images.models, config.captioner, keep, *common))

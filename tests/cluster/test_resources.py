@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
@@ -94,17 +95,24 @@ def test_error_of_ray_data_is_kept_off_the_console(module: str) -> None:
     assert not HiddenRecordFilter().filter(record)  # which Ray Data's console has, and its log file has not
 
 
-@pytest.mark.parametrize(("gpus", "seconds"), [(0.0, resources.SCHEDULING_SECONDS), (1.0, 0.1)])
-def test_ray_data_waits_longer_between_two_rounds_without_gpus(
-    gpus: float, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An attribute of a private module: a new release of Ray may read another one."""
-    monkeypatch.setattr(resources, "_size", lambda: (2.0, gpus))
-    name = "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_ray_data_leaves_cpus_to_models_without_gpus(gpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attributes of private modules: a new release of Ray may read others."""
+    policy, name = resources.DownstreamCapacityBackpressurePolicy, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"
     assert f"timeout={name}" in inspect.getsource(streaming_executor_state.process_completed_tasks)
+    assert "<= self.OBJECT_STORE_BUDGET_UTIL_THRESHOLD" in inspect.getsource(policy)
+    context = DataContext.get_current().copy()
+    monkeypatch.setattr(DataContext, "get_current", lambda: context)
+    monkeypatch.setattr(resources, "_size", lambda: (2.0, gpus))
     monkeypatch.setattr(streaming_executor_state, name, 0.1)
-    resources._schedule_less_often()
-    assert getattr(streaming_executor_state, name) == seconds
+    monkeypatch.setattr(policy, "OBJECT_STORE_BUDGET_UTIL_THRESHOLD", 0.5)
+    resources._leave_cpus_to_models()
+    changed = (
+        getattr(streaming_executor_state, name),
+        policy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD,
+        context.downstream_capacity_backpressure_ratio,
+    )
+    assert changed == ((0.1, 0.5, 2.0) if gpus else (resources.SCHEDULING_SECONDS, 0.0, resources.BLOCKS_WAITING))
 
 
 def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +122,7 @@ def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monk
     monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(resources, "check_address", lambda address: None)
     monkeypatch.setattr(embedded, "start", start)
-    for name in ("configure_data", "guard_logs", "_await_worker", "_disable_uv_hook", "_schedule_less_often"):
+    for name in ("configure_data", "guard_logs", "_await_worker", "_disable_uv_hook", "_leave_cpus_to_models"):
         monkeypatch.setattr(resources, name, lambda *_: None)
     monkeypatch.setattr(resources, "_size", lambda: (2.0, 0.0))
     before = signal.getsignal(signal.SIGTERM)

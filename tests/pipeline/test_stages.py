@@ -168,8 +168,13 @@ class Counts(ProgressReporter):
 
     total: Counter[str] = field(default_factory=Counter)
 
+    seconds: Counter[str] = field(default_factory=Counter)
+
     def add(self, **counts: int) -> None:
         self.total.update(counts)
+
+    def spend(self, **seconds: float) -> None:
+        self.seconds.update(seconds)
 
 
 class Watched:
@@ -400,6 +405,24 @@ def test_progress_of_preparing_is_counted(manifest: pa.Table) -> None:
     report = Counts()
     Prepare(config=CONFIG, schema=PREPARED, report=report)(manifest)
     assert report.total == {"prepared": len(OUTCOMES), "asked_again": 0, "failed": len(OUTCOMES) - len(GOOD)}
+
+
+@pytest.mark.parametrize("slow", ["fetching", "decoding"])
+def test_preparing_reports_how_long_it_waited_for_bytes_and_how_long_it_decoded(
+    slow: str, manifest: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, owner = {"fetching": ("fetch", preparing.Fetcher), "decoding": ("_rows", Prepare)}[slow]
+    method = getattr(owner, name)
+
+    def sleep_first(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, sleep_first)
+    report, started = Counts(), time.monotonic()
+    Prepare(config=CONFIG, schema=PREPARED, report=report)(manifest)
+    assert report.seconds[slow] >= 0.2
+    assert 0.0 < sum(report.seconds.values()) <= time.monotonic() - started
 
 
 # Stores that fail.
