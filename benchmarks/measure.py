@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import subprocess
@@ -200,9 +201,11 @@ class Tenths:
         return Tenths(*(at(samples, scored) for scored in (1, count // 10, count - count // 10, count)))
 
     def images_per_s(self) -> tuple[float, float, float]:
-        """Speed of the whole run, of its first tenth and of its last tenth."""
+        """Speed of the whole run, of its first tenth and of its last tenth; NaN if that took less than one line of
+        progress.
+        """
         whole, first, last = (
-            (end.scored - start.scored) / (end.seconds - start.seconds)
+            (end.scored - start.scored) / (end.seconds - start.seconds) if end is not start else math.nan
             for start, end in ((self.first, self.end), (self.first, self.early), (self.late, self.end))
         )
         return whole, first, last
