@@ -113,6 +113,7 @@ def _publish(out: Path, rows: int) -> None:
         names = [f"s3://bucket/pictures/{i:09d}.jpg" for i in range(start, min(rows, start + PUBLISHED_FILE_ROWS))]
         values: dict[str, Any] = {
             "image_id": [image_id(uri, "e") for uri in names], "uri": names, "status": ["scored"] * len(names),
+            "error_class": pa.nulls(len(names), pa.string()),
         }  # fmt: skip
         table = pa.table(values, schema=schema.DONE)
         uri = uris.join(run.final, f"part-{len(files):05d}.parquet")
