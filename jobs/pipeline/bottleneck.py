@@ -1,6 +1,7 @@
 """Which stage holds a run, from the seconds that its processes spent.
 
-Ray Data sends blocks to model actors ahead of time. So an actor that waits between two blocks lacks prepared images.
+Ray Data sends blocks to model actors ahead of time. So an actor that waits between two blocks lacks prepared images,
+unless the output's store is slow: writing is Ray's, and is not measured.
 """
 
 from collections.abc import Mapping

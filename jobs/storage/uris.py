@@ -24,7 +24,7 @@ class Uri(str):
     def __new__(cls, text: str) -> Self:
         if isinstance(text, cls):
             return text
-        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
             raise UsageError(f"{shown(ascii(text))} is not UTF-8: rename it, or name a folder above it")
         return super().__new__(cls, located(text))
 
