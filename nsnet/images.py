@@ -50,6 +50,7 @@ from nsnet.errors import (
 )
 from nsnet.kernels import compiled, with_whole_rows
 from nsnet.limits import DecodeLimits, Inspected, check_pixels
+from nsnet.provenance import exif_texts
 
 INSPECTORS: Final[dict[str, Callable[[bytes, DecodeLimits], Inspected]]] = {
     **rasters.INSPECTORS, "JPEG": jpeg.inspect, "PNG": png.inspect, "TIFF": tiff.inspect,
@@ -121,6 +122,8 @@ class DecodedImage:
     """Estimated quality of a JPEG on libjpeg's scale, 1 to 100; None for other formats."""
     remark: str | None = None
     """Defect of a file that was decoded anyway; None: no defect."""
+    texts: tuple[str, ...] = ()
+    """Texts of EXIF in which generators leave traces (`provenance.exif_texts`)."""
 
     @property
     def width(self) -> int:
@@ -210,12 +213,15 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
                 raise ImageCorruptError("a PNG whose image data end before the last pixel")
             frames = inspected.frames if name in COUNTED else getattr(image, "n_frames", 1)
             image_format = image.format or name
+            texts = exif_texts(image)
             is_doubtful = inspected.remark is not None or (name == "JPEG" and jpeg.may_be_cut(image))
         if is_doubtful:
             with _open(name, jpeg.other_end(inspected.data)) as other:
                 if not np.array_equal(rgb, _rgb(other, inspected, limits)):
                     raise ImageCorruptError("a JPEG that is truncated in its image data")
-    return DecodedImage(pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark)
+    return DecodedImage(
+        pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark, texts=texts
+    )
 
 
 def _open(name: str, data: bytes) -> Image.Image:

@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 def inspect(data: bytes, limits: DecodeLimits) -> Inspected:
     """Read the chunks of a PNG. Raises an `ImageError` if a chunk that pixels need is damaged."""
-    chunks = _chunks(data)
+    chunks = read_chunks(data)
     if not chunks or chunks[0].kind != b"IHDR" or chunks[0].end - chunks[0].start < 25:
         apple = chunks and chunks[0].kind == b"CgBI"
         raise ImageCorruptError(
@@ -84,7 +84,7 @@ def ends_early(inspected: bytes) -> bool:
         columns = -(-(width - left) // across)
         rows += -(-(height - top) // down) * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
     inflater, count = zlib.decompressobj(), 0
-    for chunk in _chunks(inspected):
+    for chunk in read_chunks(inspected):
         stream = inspected[chunk.start + 8 : chunk.end - 4] if chunk.kind == b"IDAT" else b""
         while stream and not inflater.eof and count < rows:
             count += len(inflater.decompress(stream, 1 << 18))
@@ -104,7 +104,7 @@ def _check_order(kinds: list[bytes], colour: int) -> None:
         raise ImageCorruptError("a PNG with tRNS before its palette")
 
 
-def _chunks(data: bytes) -> list[Chunk]:
+def read_chunks(data: bytes) -> list[Chunk]:
     """Return all chunks up to IEND; the last one ends where the file ends."""
     chunks: list[Chunk] = []
     at, most = len(SIGNATURE), MAX_CHUNKS + len(data) // MIN_CHUNK_BYTES

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nsnet import images, jpeg, transforms
+from nsnet import images, jpeg, provenance, transforms
 from nsnet.duplicates import perceptual_hash
 from nsnet.images import DecodedImage, decode_image, image_to_rgb, thumbnail
 from nsnet.limits import DecodeLimits, check_pixels
 from nsnet.patches import PatchConfig, select_patches
+from nsnet.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class PreparationConfig:
     """Compute the perceptual hash."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     """Limits of decoding one image."""
+    provenance: bool = False
+    """Read what the file says about its origin."""
+    anchors: str = ""
+    """Certificates of the trust list of content credentials, in PEM; empty: no signer is trusted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class Prepared:
     """Defect of a file that was decoded anyway; None: no defect."""
     perceptual_hash: str | None = None
     """64 bits as hexadecimal digits; None if it is not requested or the image is too plain."""
+    provenance: Provenance | None = None
+    """What the file says about its origin, content credentials not read yet; None if it is not requested."""
 
 
 def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -76,8 +83,10 @@ def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: st
         quality = jpeg.quality(given)
         pixels = image_to_rgb(given, config.limits)
         image = DecodedImage(pixels=pixels, format=given.format or "memory", frames=1, quality=quality)
+        origin = None
     else:
         image = decode_image(given, config.limits)
+        origin = provenance.read(given, image.texts) if config.provenance else None
     pixels = image.pixels
     if transform:
         chain = transforms.parse(transform)
@@ -94,4 +103,5 @@ def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: st
         quality=image.quality,
         remark=image.remark,
         perceptual_hash=perceptual_hash(image.pixels) if config.fingerprint else None,
+        provenance=origin,
     )

@@ -1,24 +1,32 @@
 """Decode images in a guarded child process: an image that crashes, hangs or floods its decoder fails alone.
 
+first     {"anchors_bytes"}, a trust list, if there is one
 request   {"size_bytes", "transform", "seed"}, the image's bytes
 answer    header with facts, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); or only a header with an error
+          then, if the file has content credentials, a header with its provenance
+
+Credentials are answered after the pixels: a manifest that crashes or hangs their reader costs no verdict.
 """
 
 import re
+from dataclasses import asdict, replace
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from jobs.isolation import frames
-from jobs.isolation.guard import Child, ChildTimeoutError, Clock, Zygote, exit_reason
-from nsnet import errors, preparation
+from jobs.isolation.guard import START_SECONDS, Child, ChildTimeoutError, Clock, Zygote, exit_reason
+from nsnet import errors, preparation, provenance
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
+from nsnet.provenance import ALL_STATES, ERROR, GENERATORS, MAX_TEXT, Provenance, with_credentials
 
 ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
 """Keys of an answer's header."""
 MAX_REMARK: Final = 200
+CREDENTIALS_SECONDS: Final = 5.0
+"""Limit of computing time for reading content credentials; a store of 50 MB takes a tenth of it."""
 SERVICE: Final = "jobs.pipeline.decoding"
 
 _zygote = Zygote(SERVICE)
@@ -47,7 +55,7 @@ class GuardedDecoder:
         clock = Clock(child.pid, self.config.limits.max_seconds if max_seconds is None else max_seconds)
         try:
             child.send(clock, {"size_bytes": len(image), "transform": transform, "seed": seed}, image)
-            return self._answer(child, clock)
+            prepared = self._answer(child, clock)
         except ImageError:  # the answer was complete
             raise
         except (EOFError, BrokenPipeError) as error:
@@ -63,6 +71,9 @@ class GuardedDecoder:
             raise
         finally:
             self.computed = clock.computed
+        if prepared.provenance is None or prepared.provenance.c2pa_state is not None:
+            return prepared
+        return replace(prepared, provenance=self._credentials(child, prepared.provenance))
 
     def close(self) -> None:
         """End the child."""
@@ -87,13 +98,31 @@ class GuardedDecoder:
             quality=None if header["quality"] is None else _count(header["quality"]),
             perceptual_hash=_hash(header["perceptual_hash"]),
             remark=None if header["remark"] is None else _text(header["remark"])[:MAX_REMARK],
+            provenance=_provenance(header["provenance"]) if self.config.provenance else None,
         )
+
+    def _credentials(self, child: Child, origin: Provenance) -> Provenance:
+        """Receive the provenance with the credentials of the image that was just answered."""
+        try:
+            answer = _provenance(child.receive(Clock(child.pid, CREDENTIALS_SECONDS)))
+            if answer.c2pa_state is not None:
+                return answer
+        except (EOFError, ChildTimeoutError, ValueError, KeyError, TypeError, RecursionError):
+            self._end()
+        except BaseException:
+            self._end()
+            raise
+        return replace(origin, c2pa_state=ERROR)
 
     def _running(self) -> Child:
         if self._child is not None and not self._child.is_quiet():
             self._end()
         if self._child is None:
-            self._child = self._zygote.fork(to_dict(self.config), self.config.limits.max_memory_bytes)
+            settings = to_dict(replace(self.config, anchors=""))  # a trust list may be too long for this message
+            child = self._child = self._zygote.fork(settings, self.config.limits.max_memory_bytes)
+            if self.config.provenance and self.config.anchors:
+                anchors = self.config.anchors.encode()
+                child.send(Clock(child.pid, START_SECONDS), {"anchors_bytes": len(anchors)}, anchors)
         return self._child
 
     def _end(self) -> int:
@@ -114,6 +143,25 @@ def _count(value: Any) -> int:
     return number
 
 
+def _provenance(answer: Any) -> Provenance:
+    """The child's answer, checked: it may be an attacker's."""
+    answer = answer if isinstance(answer, dict) else {}
+    state, source_type, generator = (
+        answer[name] for name in ("c2pa_state", "digital_source_type", "metadata_generator")
+    )
+    if state not in (None, *ALL_STATES) or generator not in (None, *GENERATORS):
+        raise ValueError("not a provenance")
+    if source_type is not None and not re.fullmatch("[A-Za-z]{1,60}", str(source_type)):
+        raise ValueError("not a digital source type")
+    signed = answer["c2pa_generator"]
+    return Provenance(
+        c2pa_state=state,
+        c2pa_generator=None if signed is None else _text(signed)[:MAX_TEXT],
+        digital_source_type=source_type,
+        metadata_generator=generator,
+    )
+
+
 def _hash(value: Any) -> str | None:
     if value is not None and not re.fullmatch("[0-9a-f]{16}", str(value)):
         raise ValueError("not a perceptual hash")
@@ -126,12 +174,16 @@ def _hash(value: Any) -> str | None:
 def preload() -> None:
     """Load what decoding needs, before the child loses the right to open files."""
     preparation.preload(PreparationConfig(thumbnail_px=16, fingerprint=True))
+    provenance.preload()
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> None:
     """Answer requests in the child until the input ends."""
-    config = from_dict(PreparationConfig, settings)
+    config, anchors = from_dict(PreparationConfig, settings), ""
     while (request := frames.receive(requests)) is not None:
+        if "anchors_bytes" in request:
+            anchors = requests.read(request["anchors_bytes"]).decode()
+            continue
         image = requests.read(request["size_bytes"])
         try:
             prepared = prepare(image, config, request["transform"], request["seed"])
@@ -139,4 +191,9 @@ def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> No
             frames.send(answers, {"error_class": type(error).__name__, "error_message": str(error)})
             continue
         header = {name: getattr(prepared, name) for name in ANSWER_KEYS}
+        origin = prepared.provenance
+        if origin is not None:
+            header["provenance"] = asdict(origin)
         frames.send(answers, header, prepared.patches.data, prepared.thumbnail.data)
+        if origin is not None and origin.c2pa_state is None:
+            frames.send(answers, asdict(with_credentials(origin, image, anchors)))
