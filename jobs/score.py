@@ -33,6 +33,7 @@ from jobs.workflows.score import score
 @parameters.max_failed_option
 @parameters.max_left_out_option
 @parameters.weights_options
+@parameters.trust_option
 @parameters.limit_options
 @parameters.address_option
 @parameters.debug_option

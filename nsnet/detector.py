@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -69,6 +69,11 @@ class Verdict:
     width: int | None = None
     height: int | None = None
     format: str | None = None
+    c2pa_state: str | None = None
+    """What the file says about its origin: see `nsnet.provenance.Provenance`. It does not change the verdict."""
+    c2pa_generator: str | None = None
+    digital_source_type: str | None = None
+    metadata_generator: str | None = None
     error_stage: str | None = None
     error_class: str | None = None
     error_message: str | None = None
@@ -270,13 +275,15 @@ class Detector:
         finally:
             self.clip.visual = split
 
-    def preparation(self, limits: DecodeLimits | None = None) -> PreparationConfig:
-        """Return the settings by which images are prepared for this detector."""
+    def preparation(self, limits: DecodeLimits | None = None, anchors: str = "") -> PreparationConfig:
+        """Return the settings by which images are prepared for this detector. `anchors`: see `PreparationConfig`."""
         self._check_captioner()
         return PreparationConfig(
             thumbnail_px=self.captioner.thumbnail_px if self.captioner is not None else 0,
             patches=self.config.patches,
             limits=limits or DecodeLimits(),
+            provenance=True,
+            anchors=anchors,
         )
 
     def _check_captioner(self) -> None:
@@ -314,18 +321,20 @@ class Detector:
         *,
         batch_size: int = 8,
         limits: DecodeLimits | None = None,
+        anchors: str = "",
     ) -> list[Verdict]:
         """Return the verdicts of images, in their order; a bad image gets a failed verdict.
 
         images: paths, bytes of files, Pillow images, uint8 arrays (RGB (H, W, 3) or grey (H, W)), binary files. Raises
-        `TypeError` or `ValueError` for anything else, before any image is read.
+        `TypeError` or `ValueError` for anything else, before any image is read. anchors: trust list of content
+        credentials, certificates in PEM.
 
         Decodes in this process: for files from strangers use `nsnet predict`, which isolates crashing decoders.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         given = checked(images)
-        config = self.preparation(limits)
+        config = self.preparation(limits, anchors)
         verdicts: list[Verdict] = []
         for start in range(0, len(given), batch_size):
             verdicts += self.predict_prepared(
@@ -362,6 +371,7 @@ class Detector:
                     width=image.width,
                     height=image.height,
                     format=image.format,
+                    **({} if image.provenance is None else asdict(image.provenance)),
                 )
         return cast(list[Verdict], verdicts)
 

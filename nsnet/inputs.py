@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
@@ -12,6 +13,7 @@ from PIL import Image
 from nsnet.errors import FetchError, ImageCorruptError, ImageError, ImageTooLargeError
 from nsnet.files import read_regular
 from nsnet.preparation import PreparationConfig, Prepared, prepare
+from nsnet.provenance import completed
 
 Input: TypeAlias = str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | BinaryIO
 """A path, the content of a file, a Pillow image, a uint8 array (RGB (H, W, 3) or grey (H, W)), or an open binary file,
@@ -61,7 +63,11 @@ def _check(index: int, image: Any) -> None:
 def try_prepare(image: Input, config: PreparationConfig) -> Prepared | ImageError:
     """Prepare a checked image for the models; returns the error if that fails."""
     try:
-        return prepare(_content(image, config.limits.max_bytes), config)
+        content = _content(image, config.limits.max_bytes)
+        prepared = prepare(content, config)
+        if isinstance(content, bytes):
+            prepared = replace(prepared, provenance=completed(prepared.provenance, content, config.anchors))
+        return prepared
     except ImageError as error:
         return error
     except Exception as error:  # an opened Pillow image is decoded only now; its decoder can raise anything

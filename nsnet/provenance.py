@@ -27,6 +27,12 @@ NONE, VALID, UNTRUSTED, INVALID, ERROR = "none", "valid", "untrusted", "invalid"
 STATES: Final = {"Trusted": VALID, "Valid": UNTRUSTED, "Invalid": INVALID}
 """States of the C2PA library -> `c2pa_state`."""
 ALL_STATES: Final = (NONE, *STATES.values(), ERROR)
+MEANINGS: Final[Mapping[str, str]] = {
+    VALID: "signed by a trusted signer, and the content is unaltered",
+    UNTRUSTED: "signed, and the content is unaltered, but the signer is on no trust list that was given",
+    INVALID: "altered after it was signed, expired, or wrongly signed",
+    ERROR: "unreadable",
+}
 MARKS: Final = (b"jumb", b"c2pa")
 """Every embedded C2PA store contains both: type of its outer box, and label of that box."""
 MAX_TEXT: Final = 100
@@ -40,7 +46,14 @@ MAX_TEXT_BYTES: Final = 1 << 16
 MAX_INGREDIENTS: Final = 16
 """Manifests that are followed from an image to what it was made from."""
 PACKET: Final = (b"<x:xmpmeta", b"</x:xmpmeta>")
-SOURCE_TYPE: Final = re.compile(r"^https?://cv\.iptc\.org/newscodes/digitalsourcetype/([A-Za-z]{1,60})/?$")
+SOURCE_TYPE: Final = re.compile(r"https?://cv\.iptc\.org/newscodes/digitalsourcetype/(\w+)/?")
+SOURCE_TYPES: Final = frozenset(
+    "algorithmicMedia algorithmicallyEnhanced composite compositeCapture compositeSynthetic "
+    "compositeWithTrainedAlgorithmicMedia computationalCapture dataDrivenMedia digitalArt digitalCapture "
+    "digitalCreation humanEdits minorHumanEdits multiFrameComputationalCapture negativeFilm positiveFilm print "
+    "screenCapture softwareImage trainedAlgorithmicMedia virtualRecording".split()
+)  # fmt: skip
+"""IPTC's terms, including retired ones."""
 IPTC: Final = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/ DigitalSourceType"
 TOOL: Final = "http://ns.adobe.com/xap/1.0/ CreatorTool"
 CREDIT: Final = "http://ns.adobe.com/photoshop/1.0/ Credit"
@@ -116,8 +129,8 @@ def read(data: bytes, texts: tuple[str, ...] = ()) -> Provenance:
     source_type = None
     for packet in _packets(data):
         for name, value in _properties(packet):
-            if name == IPTC and (term := SOURCE_TYPE.match(value.strip())):
-                source_type = source_type or term[1]
+            if name == IPTC:
+                source_type = source_type or _term(value)
             elif name in (TOOL, CREDIT):
                 texts = (*texts, value)
     keywords: tuple[str, ...] = ()
@@ -157,6 +170,13 @@ def with_credentials(provenance: Provenance, data: bytes, anchors: str = "") -> 
         c2pa_generator=generator,
         digital_source_type=source_type or provenance.digital_source_type,
     )
+
+
+def completed(provenance: Provenance | None, data: bytes, anchors: str = "") -> Provenance | None:
+    """The same, with content credentials if there are some that have not been read."""
+    if provenance is None or provenance.c2pa_state is not None:
+        return provenance
+    return with_credentials(provenance, data, anchors)
 
 
 def preload() -> None:
@@ -213,9 +233,14 @@ def _created_as(manifest: Mapping[str, Any]) -> str | None:
         if not str(_mapping(assertion).get("label")).startswith("c2pa.actions"):
             continue
         for action in _list(_mapping(_mapping(assertion).get("data")).get("actions")):
-            if term := SOURCE_TYPE.match(str(_mapping(action).get("digitalSourceType"))):
-                return term[1]
+            if term := _term(str(_mapping(action).get("digitalSourceType"))):
+                return term
     return None
+
+
+def _term(value: str) -> str | None:
+    term = SOURCE_TYPE.fullmatch(value.strip())
+    return term[1] if term and term[1] in SOURCE_TYPES else None
 
 
 def _generator(keywords: tuple[str, ...], texts: tuple[str, ...]) -> str | None:

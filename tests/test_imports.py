@@ -15,8 +15,10 @@ NOT_IN_THE_LIBRARY = {"ray", "fsspec", "s3fs", "pyarrow", "click", "jobs", "test
 LEAVES: dict[str, set[str]] = {
     "errors": set(), "limits": {"errors"}, "decoders": set(), "pixels": {"errors"}, "samples": set(),
     "jpeg": {"errors", "limits"}, "png": {"errors", "limits"}, "tiff": {"errors", "limits"},
+    "provenance": {"errors", "png", "samples"},
     "rasters": {"errors", "limits", "png"},
-    "images": {"errors", "limits", "decoders", "pixels", "samples", "jpeg", "png", "tiff", "rasters"},
+    "images": {"errors", "limits", "decoders", "pixels", "samples", "jpeg", "png", "tiff", "rasters",
+               "provenance"},
     "entropy": set(), "patches": {"errors", "entropy"}, "files": set(), "digest": {"files"}, "hub": {"errors"},
     "model_settings": set(), "weight_formats": {"errors", "files"},
     "model_files": {"errors", "files", "model_settings", "weight_formats"},

@@ -111,6 +111,9 @@ precision_option = click.option(
     help="Arithmetic of the models; auto: fp16 on a GPU, fp32 on a CPU.",
 )  # fmt: skip
 batch_option = click.option("--batch-size", type=int, help="Images per model call. Default: 128 on a GPU, 32 on a CPU.")
+trust_option = click.option(
+    "--trust-list", type=URI, help="File with certificates (PEM) whose content credentials are valid, not untrusted."
+)
 limit_options = _stack(
     click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),
     click.option("--max-pixels", default=DecodeLimits.max_pixels, show_default=True, help="Largest image, in px."),

@@ -54,6 +54,14 @@ IMAGE: Final = [
     pa.field("requests", pa.int32()),  # for its bytes (in Parquet: attempts); more than 1: retries
 ]
 
+PROVENANCE: Final = [
+    pa.field("c2pa_state", pa.string()),  # content credentials: none, valid, untrusted, invalid, error
+    pa.field("c2pa_generator", pa.string()),  # software that the signed manifest names
+    pa.field("digital_source_type", pa.string()),  # IPTC's term, of the signed manifest, else of XMP
+    pa.field("metadata_generator", pa.string()),  # generator that wrote PNG texts, EXIF or XMP
+]
+"""What the file says about its origin; null in failed rows and in those of releases before these columns."""
+
 CAPTION: Final = [
     pa.field("caption", pa.string()),
     pa.field("caption_id", pa.string()),  # captioner and content: equal ids, equal captions
@@ -74,6 +82,7 @@ VERDICTS: Final = pa.schema(
     [
         *SOURCE,
         *IMAGE,
+        *PROVENANCE,
         *CAPTION,
         pa.field("logit", pa.float64()),
         pa.field("prob_fake", pa.float64()),

@@ -20,7 +20,7 @@ from nsnet import errors, preparation, provenance
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, ImageTimeoutError
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
-from nsnet.provenance import ALL_STATES, ERROR, GENERATORS, MAX_TEXT, Provenance, with_credentials
+from nsnet.provenance import ALL_STATES, ERROR, GENERATORS, MAX_TEXT, SOURCE_TYPES, Provenance, with_credentials
 
 ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
 """Keys of an answer's header."""
@@ -149,10 +149,12 @@ def _provenance(answer: Any) -> Provenance:
     state, source_type, generator = (
         answer[name] for name in ("c2pa_state", "digital_source_type", "metadata_generator")
     )
-    if state not in (None, *ALL_STATES) or generator not in (None, *GENERATORS):
+    if (
+        state not in (None, *ALL_STATES)
+        or generator not in (None, *GENERATORS)
+        or source_type not in (None, *SOURCE_TYPES)
+    ):
         raise ValueError("not a provenance")
-    if source_type is not None and not re.fullmatch("[A-Za-z]{1,60}", str(source_type)):
-        raise ValueError("not a digital source type")
     signed = answer["c2pa_generator"]
     return Provenance(
         c2pa_state=state,

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import pairwise
 from typing import Any, Final
@@ -151,6 +151,8 @@ class Prepare:
             "remark": prepared.remark,
             "jpeg_quality": prepared.quality, "perceptual_hash": prepared.perceptual_hash,
         }  # fmt: skip
+        if prepared.provenance is not None:
+            row |= asdict(prepared.provenance)
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
         elif self.config.thumbnail_px:

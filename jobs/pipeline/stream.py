@@ -172,6 +172,14 @@ def prepared(
 
 
 SCORING_COLUMNS = pa.schema(
-    [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS, schema.TRANSFORM]
+    [
+        *schema.SOURCE,
+        *schema.IMAGE,
+        *schema.PROVENANCE,
+        *schema.CAPTION,
+        *schema.OUTCOME,
+        *schema.LABELS,
+        schema.TRANSFORM,
+    ]
 )
 """Columns of a row before scoring, besides pixels."""

@@ -13,6 +13,7 @@ from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, listing, parquet, reading, uris
 from jobs.storage.database import last_of_each
 from jobs.storage.uris import Uri
+from nsnet import provenance
 from nsnet.errors import SourceError, StorageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def summary(record: dict[str, Any]) -> str:
     parts.append(f"{counts['status'].get('failed', 0)} failed")
     lines = [f"{record['rows']:,} rows in {record['seconds']:.1f} s: {', '.join(parts)}"]
     lines += [f"  failed with {name}: {number}" for name, number in counts["error_class"].items()]
+    for name, of in (("digital_source_type", "stated as"), ("metadata_generator", "metadata of")):
+        lines += [f"  {of} {value}: {number}" for value, number in counts.get(name, {}).items()]
+    lines += [
+        f"  content credentials {state}: {number}"
+        for state, number in counts.get("c2pa_state", {}).items()
+        if state != provenance.NONE
+    ]
     if asked_again := record["store"]["asked_again"]:
         lines.append(f"  images fetched with retries: {asked_again}")
     if reused := record.get("captions", {}).get("reused"):

@@ -32,7 +32,7 @@ from jobs.storage.uris import Uri
 from nsnet.digest import file_digest
 from nsnet.errors import LockedError, NsnetError
 
-COUNTED: Final = ("status", "verdict", "error_class")
+COUNTED: Final = ("status", "verdict", "error_class", "c2pa_state", "digital_source_type", "metadata_generator")
 """Columns whose values a record counts."""
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from jobs.console import output
 from jobs.storage import errors, listing, probes, reading, uris
+from jobs.storage.trust import read_trust_list
 from jobs.storage.uris import Uri
 from nsnet.configuration import Precision
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.images import DecodeLimits
 from nsnet.preparation import Prepared
+from nsnet.provenance import MEANINGS, NONE
 
 
 def predict(
@@ -23,11 +25,12 @@ def predict(
     clip_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
+    trust_list: Uri | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of `nsnet.detector.Verdict` for each image, with `image` and `detector_id`.
 
-    `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. An image that cannot be read
-    or decoded gives a failed verdict.
+    `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. `trust_list`: as in `score`.
+    An image that cannot be read or decoded gives a failed verdict.
     """
     import torch
 
@@ -36,6 +39,7 @@ def predict(
     from nsnet.detector import Detector
 
     limits = limits or DecodeLimits()
+    anchors = read_trust_list(trust_list)
     gpu = torch.cuda.is_available()
     if device == "cuda" and not gpu:
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
@@ -52,7 +56,7 @@ def predict(
     )
     if loaded.description and loaded.description.note:
         output.say(loaded.description.note)
-    decoder = GuardedDecoder(loaded.preparation(limits))
+    decoder = GuardedDecoder(loaded.preparation(limits, anchors))
     try:
         for image in images:
             try:
@@ -95,4 +99,17 @@ def as_text(values: dict[str, Any]) -> str:
             f"; caption whose meaning was removed: “{values['caption']}”, which left "
             f"{values['residual_energy']:.0%} of the image feature to judge"
         )
-    return text
+    return "\n".join([text, *(f"  {claim}" for claim in _claims(values))])
+
+
+def _claims(values: dict[str, Any]) -> list[str]:
+    """What the file says about its origin, apart from the verdict, which does not depend on it."""
+    lines = []
+    if (state := values["c2pa_state"]) not in (None, NONE):
+        signer = f", made by {values['c2pa_generator']}" if values["c2pa_generator"] else ""
+        lines.append(f"content credentials: {state} ({MEANINGS[state]}){signer}")
+    if values["digital_source_type"]:
+        lines.append(f"stated source: {values['digital_source_type']}")
+    if values["metadata_generator"]:
+        lines.append(f"metadata of {values['metadata_generator']}")
+    return lines

@@ -34,8 +34,12 @@ def scoring(
     limits: DecodeLimits,
     batch_size: int | None,
     outage_seconds: float,
+    anchors: str,
 ) -> Work:
-    """Images to verdicts of a bundle. Raises `WeightsError` if weights that the bundle refers to are missing."""
+    """Images to verdicts of a bundle; `anchors`: see `PreparationConfig`.
+
+    Raises `WeightsError` if weights that the bundle refers to are missing.
+    """
     config = config_of(description)
     if not (models.bundle_folder() / bundle.CLIP).is_dir():
         find_weights(config.clip, models.clip_path())
@@ -44,8 +48,9 @@ def scoring(
         folder = models.captioner_folder(config.captioner)
         models = replace(models, captioner_id=captioner_id(config.captioner, folder))
     preparation = PreparationConfig(
-        thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits
-    )
+        thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits,
+        provenance=True, anchors=anchors,
+    )  # fmt: skip
 
     def stream(attempt: Attempt) -> Stream:
         images = prepared(
