@@ -14,12 +14,17 @@ from jobs.storage.uris import Uri
 @click.option(
     "--predictions",
     type=parameters.URI,
-    required=True,
     help="predictions.parquet of its training; only validation rows are used.",
 )
 @click.option(
-    "--operating-point", required=True, help="accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share)."
+    "--reals",
+    type=parameters.URI,
+    help="Instead: output of `nsnet score` by DETECTOR on real images, such as those of one source.",
 )
+@click.option(
+    "--operating-point", required=True,
+    help="accuracy, fpr=1%, fpr<=1%@95% (with a guarantee), or cost=10:1@0.01 (false alarm : miss @ share).",
+)  # fmt: skip
 @click.option(
     "--uncertain", type=parameters.ShareType(), default=None,
     help="Share of images nearest to the threshold to call uncertain; default: that of the operating point, or none.",
@@ -27,7 +32,8 @@ from jobs.storage.uris import Uri
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the new bundle.")
 @parameters.debug_option
 def command(detector: Uri, **options: Any) -> int:
-    """Write a copy of DETECTOR with the temperature, threshold and uncertain band of another operating point.
+    """Write a copy of DETECTOR with the temperature, threshold and uncertain band of another operating point; from
+    reals, the temperature stays.
 
     The weights stay the same; test images are never used.
     """

@@ -38,7 +38,8 @@ from jobs.storage.uris import Uri
     "--operating-point",
     default="accuracy",
     show_default=True,
-    help="Goal of the threshold: accuracy, fpr=1%, or cost=10:1@0.01 (false alarm : miss @ share of fakes).",
+    help="Goal of the threshold: accuracy, fpr=1%, fpr<=1%@95% (with a guarantee), or cost=10:1@0.01 (false alarm : "
+    "miss @ share of fakes).",
 )
 @click.option(
     "--max-failed", type=parameters.ShareType(), default="5%", show_default=True, help="Share of unreadable images."

@@ -25,20 +25,20 @@ BELOW_1: Final = math.nextafter(1.0, 0.0)
 
 SETTINGS: Final[dict[Rule, tuple[str, ...]]] = {
     "accuracy": (),
-    "fpr": ("fpr",),
+    "fpr": ("fpr", "confidence"),
     "cost": ("false_alarm_cost", "miss_cost", "base_rate"),
 }
 """Settings that each rule uses, besides the uncertain share."""
 
 NUMBER: Final = "[0-9.e+-]+"
 PATTERN: Final = re.compile(
-    f"(accuracy|fpr=(?P<fpr>{NUMBER}%?)"
+    f"(accuracy|fpr=(?P<fpr>{NUMBER}%?)|fpr<=(?P<sure_fpr>{NUMBER}%?)@(?P<confidence>{NUMBER}%?)"
     f"|cost=(?P<false_alarm_cost>{NUMBER}):(?P<miss_cost>{NUMBER})@(?P<base_rate>{NUMBER}%?))"
     f"(, *uncertain=(?P<uncertain_share>{NUMBER}%?))?"
 )
 SYNTAX: Final = (
-    "give accuracy, fpr=1% or cost=10:1@0.01 (a false alarm costs 10, a miss 1, 0.01 of the images are fake); append "
-    ",uncertain=5% to call that share uncertain"
+    "give accuracy, fpr=1%, fpr<=1%@95% (kept with a probability of 95%) or cost=10:1@0.01 (a false alarm costs 10, a "
+    "miss 1, 0.01 of the images are fake); append ,uncertain=5% to call that share uncertain"
 )
 
 
@@ -49,7 +49,10 @@ class OperatingPoint:
     rule: Rule = "accuracy"
     """accuracy: most correct verdicts. fpr: most fakes found within a limit of false alarms. cost: least mean cost."""
     fpr: float = 0.01
-    """Largest share of reals called fake, in [0, 1). This and the next three may be set only for their own rule."""
+    """Largest share of reals called fake, in [0, 1). This and the next four may be set only for their own rule."""
+    confidence: float = 0.0
+    """Probability, over draws of the validation reals, that the true FPR keeps the limit, in [0, 1). 0: only the
+    validation reals keep it, and the true FPR exceeds it in about half of the draws."""
     false_alarm_cost: float = 1.0
     """Cost of a real called fake, > 0, in the unit of `miss_cost`."""
     miss_cost: float = 1.0
@@ -68,11 +71,14 @@ class OperatingPoint:
             or not all(0.0 < cost < math.inf for cost in costs)
             or not 0.0 < self.base_rate < 1.0
             or not 0.0 <= self.uncertain_share < 1.0
+            or not 0.0 <= self.confidence < 1.0
         ):
             raise ConfigError(
-                "need 0 ≤ fpr < 1, finite costs > 0, 0 < base_rate < 1, 0 ≤ uncertain_share < 1, got "
-                f"{self.fpr}, {costs}, {self.base_rate}, {self.uncertain_share}"
+                "need 0 ≤ fpr < 1, 0 ≤ confidence < 1, finite costs > 0, 0 < base_rate < 1, 0 ≤ uncertain_share < 1, "
+                f"got {self.fpr}, {self.confidence}, {costs}, {self.base_rate}, {self.uncertain_share}"
             )
+        if self.confidence and not self.fpr:
+            raise ConfigError("no number of reals guarantees an FPR of 0: give a limit above 0, such as fpr<=0.1%@95%")
         used = {"rule", "uncertain_share", *SETTINGS[self.rule]}
         for field in fields(self):
             if field.name not in used and (value := getattr(self, field.name)) != field.default:
@@ -82,7 +88,8 @@ class OperatingPoint:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a command-line value: `accuracy`, `fpr=1%`, `cost=10:1@0.01` (false alarm : miss @ base rate).
+        """Parse a command-line value: `accuracy`, `fpr=1%`, `fpr<=1%@95%`, `cost=10:1@0.01` (false alarm : miss @ base
+        rate).
 
         `,uncertain=5%` may follow; a share is a number or a percentage. Raises `ConfigError`.
         """
@@ -93,12 +100,33 @@ class OperatingPoint:
             given = {name: _number(value) for name, value in match.groupdict().items() if value is not None}
         except ValueError:
             raise ConfigError(f"{text!r} is not an operating point: {SYNTAX}") from None
+        if "sure_fpr" in given:
+            given["fpr"] = given.pop("sure_fpr")
+            if not given["confidence"]:
+                raise ConfigError(
+                    f"{text!r} guarantees nothing: write fpr={given['fpr']:g}, or a confidence such as 95%"
+                )
         rule: Rule = "fpr" if "fpr" in given else "cost" if "miss_cost" in given else "accuracy"
         return cls(rule=rule, **given)
 
+    @property
+    def min_reals(self) -> int:
+        """Fewest validation reals from which the guarantee can be kept: with none of them called fake."""
+        return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.fpr) - 1e-9) if self.confidence else 1
+
+    def check_reals(self, reals: int) -> None:
+        """Raise `ConfigError` if so many validation reals cannot give the guarantee."""
+        if reals < self.min_reals:
+            raise ConfigError(
+                f"{self} needs at least {self.min_reals:,} real validation images, there are {reals:,}: add reals, or "
+                "allow a larger FPR or a smaller confidence"
+            )
+
     def __str__(self) -> str:
         settings = [str(getattr(self, name)).removesuffix(".0") for name in SETTINGS[self.rule]]
-        form = {"accuracy": "accuracy", "fpr": "fpr={}", "cost": "cost={}:{}@{}"}[self.rule]
+        form = {"accuracy": "accuracy", "fpr": "fpr<={}@{}" if self.confidence else "fpr={}", "cost": "cost={}:{}@{}"}[
+            self.rule
+        ]
         return form.format(*settings) + (f",uncertain={self.uncertain_share}" if self.uncertain_share else "")
 
 
@@ -163,9 +191,11 @@ def fit(
 ) -> Calibration:
     """Fit on validation labels (n,) and logits (n,): T by least cross-entropy, threshold and margin by the point.
 
-    If a class is missing, nothing can be fitted: returns the default, with `fitted_on` 0.
+    If a class is missing, nothing can be fitted: returns the default, with `fitted_on` 0. Raises `ConfigError` if there
+    are too few reals for the point's guarantee.
     """
     y, s = check(labels, logits)
+    point.check_reals(int((1 - y).sum()))
     if not 0 < y.sum() < len(y):
         return Calibration()
     temperature = _temperature(y, s)
@@ -183,6 +213,30 @@ def fit(
         validation_fpr_upper=rate_upper(false_alarms, reals),
         validation_tpr=hits / fakes,
         version=version,
+    )
+
+
+def fit_reals(logits: npt.ArrayLike, point: OperatingPoint, before: Calibration) -> Calibration:
+    """Choose the threshold by the logits (n,) of reals alone, such as those of one source. The temperature stays.
+
+    Raises `ConfigError` unless the point limits the FPR and there are enough reals for its guarantee.
+    """
+    if point.rule != "fpr":
+        raise ConfigError(f"{point} needs fakes as well: with reals alone give fpr=1% or fpr<=1%@95%")
+    point.check_reals(np.size(logits))
+    probability = before.probability(logits)
+    y = np.zeros(len(probability), np.int64)
+    threshold = _threshold(y, probability, point)
+    false_alarms = int((probability >= threshold).sum())
+    return Calibration(
+        temperature=before.temperature,
+        threshold=threshold,
+        uncertain_margin=_margin(probability, threshold, point.uncertain_share),
+        fitted_on=len(y),
+        point=point,
+        validation_fpr=false_alarms / len(y),
+        validation_fpr_upper=rate_upper(false_alarms, len(y)),
+        version=before.version + 1,
     )
 
 
@@ -230,7 +284,9 @@ def _threshold(y: npt.NDArray[np.int64], probability: Array, point: OperatingPoi
     false_alarms = len(reals) - np.searchsorted(reals, thresholds)
     missed = np.searchsorted(fakes, thresholds)
     if point.rule == "fpr":
-        allowed = false_alarms <= point.fpr * len(reals) + 1e-9
+        allowed = false_alarms <= _most_false_alarms(point, len(reals))
+        if point.confidence and not allowed.any():
+            raise ConfigError(f"no threshold keeps {point}: too many real validation images have probability 1")
         return float(thresholds[np.argmax(allowed)] if allowed.any() else thresholds[-1])
     loss = (false_alarms + missed).astype(np.float64)
     if point.rule == "cost":
@@ -238,6 +294,17 @@ def _threshold(y: npt.NDArray[np.int64], probability: Array, point: OperatingPoi
         loss = miss * missed / len(fakes) + false_alarm * false_alarms / len(reals)
     best = np.flatnonzero(loss <= loss.min() * (1.0 + 1e-12))  # equal costs may differ by rounding
     return float(thresholds[best[np.argmax((high - low)[best])]])
+
+
+def _most_false_alarms(point: OperatingPoint, reals: int) -> float:
+    """Most reals that may lie above the threshold. With a confidence: the most whose `rate_upper` keeps the limit, which
+    is exact for the share above the next real, whatever the distribution of scores; -1 if none does.
+    """
+    most = int(point.fpr * reals + 1e-9)
+    if point.confidence:
+        while most >= 0 and rate_upper(most, reals, point.confidence) > point.fpr:
+            most -= 1
+    return most
 
 
 def _margin(probability: Array, threshold: float, share: float) -> float:

@@ -82,6 +82,8 @@ def _point(calibration: dict[str, Any]) -> str:
     point = calibration.get("point") or {"rule": "accuracy"}
     if point["rule"] == "fpr":
         aim = f"at most {point['fpr']:.3%} of real images called fake"
+        if point.get("confidence"):
+            aim += f", with a confidence of {point['confidence']:.1%}"
     elif point["rule"] == "cost":
         aim = (
             f"a false alarm costs {point['false_alarm_cost']:g}, a miss {point['miss_cost']:g}, at "

@@ -42,6 +42,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
         if request.belongs_to(experiment.settings):
             say("continuing an unfinished training")
         examples = inputs.examples_of(experiment)
+        point.check_reals(int((examples.labels[examples.rows("val")] == 0).sum()))
 
         from jobs.experiments import basis  # imports Ray Data and torch
 

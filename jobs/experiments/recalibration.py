@@ -1,4 +1,4 @@
-"""Make a detector for another operating point, from the validation predictions of its training."""
+"""Make a detector for another operating point, from the validation predictions of its training, or from reals."""
 
 import json
 import shutil
@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.console.output import say
+from jobs.dataset import schema
 from jobs.dataset.schema import PREDICTIONS
+from jobs.runs import catalog
 from jobs.storage import bundles, listing, parquet, probes, uris, writing
 from jobs.storage.uris import Uri
 from nsnet import bundle, calibration
@@ -22,9 +24,21 @@ from nsnet.errors import BundleError, SourceError, UsageError
 
 
 def calibrate(
-    detector: Uri, *, predictions: Uri, operating_point: str, out: Uri, uncertain: float | None = None
+    detector: Uri,
+    *,
+    operating_point: str,
+    out: Uri,
+    predictions: Uri | None = None,
+    reals: Uri | None = None,
+    uncertain: float | None = None,
 ) -> bundle.Description:
-    """Write the bundle; returns its description."""
+    """Write the bundle; returns its description.
+
+    `predictions`: of its training. `reals`: instead, an output of scoring with this detector, of which all images are
+    real; then only the threshold is chosen.
+    """
+    if (predictions is None) == (reals is None):
+        raise UsageError("give either --predictions, of the training, or --reals, an output of nsnet score")
     point = OperatingPoint.parse(operating_point)
     point = point if uncertain is None else replace(point, uncertain_share=uncertain)
     probes.reachable(detector)
@@ -35,9 +49,12 @@ def calibrate(
     before = bundle.read(folder)
     if before.note:
         say(before.note)
-    labels, logits = _validation(predictions, before)
     old = from_dict(Calibration, before.calibration)
-    fitted = replace(calibration.fit(labels, logits, point), version=old.version + 1)
+    if reals is not None:
+        fitted = calibration.fit_reals(_reals(reals, before), point, old)
+    else:
+        assert predictions is not None
+        fitted = calibration.fit(*_validation(predictions, before), point, version=old.version + 1)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "bundle"
         for name in before.files:
@@ -54,6 +71,25 @@ def calibrate(
         writing.upload_folder(copy, out, last=bundle.DESCRIPTION)
     say(f"detector {after.detector_id}: threshold {fitted.threshold:.4g} for {point}, version {fitted.version}: {out}")
     return after
+
+
+def _reals(out: Uri, detector: bundle.Description) -> Any:
+    """Logits of the untransformed images that this detector, or the one it was calibrated from, scored."""
+    columns = pa.schema([schema.VERDICTS.field(name) for name in ("logit", "status", "label", "transform")])
+    makers = {detector.detector_id, detector.training.get("calibrated_from")} - {None}
+    logits: list[float] = []
+    fakes = 0
+    for maker in sorted(makers):
+        for batch in catalog.newest(out, columns, detector_id=maker):
+            rows = pa.Table.from_batches([batch])
+            rows = rows.filter(pc.and_(pc.equal(rows["status"], "scored"), pc.is_null(rows["transform"])))
+            fakes += pc.sum(pc.equal(rows["label"], 1)).as_py() or 0
+            logits += rows["logit"].to_pylist()
+    if fakes:
+        raise SourceError(f"{out} holds {fakes:,} images that are labelled fake: --reals needs reals only")
+    if not logits:
+        raise SourceError(f"{out} holds no images that were scored by {detector.detector_id}")
+    return np.array(logits)
 
 
 def _validation(uri: str, detector: bundle.Description) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from nsnet import calibration as calibration_module
-from nsnet.calibration import MOST_CORRECT, Calibration, OperatingPoint, fit, rate_upper
+from nsnet.calibration import MOST_CORRECT, Calibration, OperatingPoint, fit, fit_reals, rate_upper
 from nsnet.config import from_dict, to_dict
 from nsnet.errors import ConfigError
 from nsnet.metrics import tpr_at_fpr
@@ -277,6 +277,72 @@ def test_upper_bound_holds_for_the_true_fpr_although_the_threshold_was_chosen_on
     assert kept / 200 < 0.7  # what was kept on validation is kept in use about half the time: the bound is needed
 
 
+def true_fpr(calibration: Calibration) -> float:
+    """Of reals whose logits are logistic."""
+    z = calibration.temperature * math.log(calibration.threshold / (1 - calibration.threshold))
+    return 1 / (1 + math.exp(z))
+
+
+def test_guaranteed_limit_is_exceeded_in_at_most_5_percent_of_draws_and_the_plain_one_in_half() -> None:
+    """1,000 draws of 700 reals and 100 fakes; 1.6 s."""
+    rng, draws = np.random.default_rng(5), 1000
+    y = np.repeat([0, 1], [700, 100])
+    exceeded = {"fpr<=1%@95%": 0, "fpr=1%": 0}
+    for _ in range(draws):
+        logits = np.concatenate([rng.logistic(size=700), rng.logistic(5, size=100)])
+        for text in exceeded:
+            exceeded[text] += true_fpr(fit(y, logits, OperatingPoint.parse(text))) > 0.01
+    shares = {text: count / draws for text, count in exceeded.items()}
+    print(shares)
+    assert shares["fpr<=1%@95%"] <= 0.05
+    assert 0.3 < shares["fpr=1%"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "least"), [("fpr<=1%@95%", 299), ("fpr<=5%@95%", 59), ("fpr<=1%@99%", 459), ("fpr<=0.1%@50%", 693)]
+)
+def test_guarantee_needs_so_many_reals_and_refuses_fewer(text: str, least: int) -> None:
+    """With none of n reals called fake, the true FPR is below the limit f unless (1 − f)ⁿ > 1 − confidence."""
+    point, rng = OperatingPoint.parse(text), np.random.default_rng(0)
+    assert point.min_reals == least
+    y = np.repeat([0, 1], [least, 10])
+    fitted = fit(y, rng.normal(size=least + 10), point)
+    assert fitted.validation_fpr == 0.0 and fitted.validation_fpr_upper is not None
+    with pytest.raises(ConfigError, match=rf"needs at least {least} real validation images, there are {least - 1}: "):
+        fit(y[1:], rng.normal(size=least + 9), point)
+
+
+def test_guarantee_allows_as_many_false_alarms_as_the_bound_does() -> None:
+    point, rng = OperatingPoint.parse("fpr<=5%@95%"), np.random.default_rng(1)
+    fitted = fit(np.repeat([0, 1], [1000, 10]), rng.normal(size=1010), point)
+    assert fitted.validation_fpr is not None
+    count = round(fitted.validation_fpr * 1000)
+    assert rate_upper(count, 1000) <= 0.05 < rate_upper(count + 1, 1000)
+
+
+def test_guarantee_that_no_threshold_keeps_is_refused() -> None:
+    y, logits = np.repeat([0, 1], [400, 10]), np.concatenate([np.zeros(300), np.full(100, 1e6), np.full(10, 1e6)])
+    with pytest.raises(ConfigError, match="no threshold keeps fpr<=0.01@0.95"):
+        fit(y, logits, OperatingPoint.parse("fpr<=1%@95%"))
+
+
+@pytest.mark.parametrize("text", ["fpr=2%", "fpr<=2%@90%"])
+def test_reals_alone_give_the_threshold_that_they_give_beside_fakes(text: str) -> None:
+    rng, point = np.random.default_rng(2), OperatingPoint.parse(text)
+    reals, fakes = rng.normal(size=500), rng.normal(9, size=50)
+    both = fit(np.repeat([0, 1], [500, 50]), np.concatenate([reals, fakes]), point)
+    alone = fit_reals(reals, point, both)
+    assert (alone.temperature, alone.validation_fpr) == (both.temperature, both.validation_fpr)
+    assert alone.version == both.version + 1 and alone.fitted_on == 500 and alone.validation_tpr is None
+    flagged = [(calibration.probability(reals) >= calibration.threshold).sum() for calibration in (both, alone)]
+    assert flagged[0] == flagged[1]
+
+
+def test_reals_alone_cannot_give_the_most_correct_verdicts() -> None:
+    with pytest.raises(ConfigError, match="accuracy needs fakes as well: with reals alone give fpr=1% or fpr<=1%@95%"):
+        fit_reals([0.0, 1.0], OperatingPoint(), Calibration())
+
+
 # --- the uncertain band -----------------------------------------------------------------------------------------------
 
 
@@ -335,6 +401,7 @@ def test_band_that_reaches_a_saturated_probability_stays_below_1() -> None:
             OperatingPoint(rule="cost", false_alarm_cost=0.5, miss_cost=20.0, base_rate=0.01, uncertain_share=0.05),
         ),
         ("accuracy,uncertain=0.1", OperatingPoint(uncertain_share=0.1)),
+        ("fpr<=1%@95%", OperatingPoint(rule="fpr", fpr=0.01, confidence=0.95)),
     ],
 )
 def test_operating_point_is_read_from_text(text: str, expected: OperatingPoint) -> None:
@@ -342,7 +409,9 @@ def test_operating_point_is_read_from_text(text: str, expected: OperatingPoint) 
     assert OperatingPoint.parse(str(expected)) == expected
 
 
-@pytest.mark.parametrize("text", ["accuracy", "fpr=0.01", "cost=10:1@0.01", "cost=0.5:3@0.2,uncertain=0.05"])
+@pytest.mark.parametrize(
+    "text", ["accuracy", "fpr=0.01", "fpr<=0.01@0.95", "cost=10:1@0.01", "cost=0.5:3@0.2,uncertain=0.05"]
+)
 def test_operating_point_is_written_as_short_as_it_is_read(text: str) -> None:
     assert str(OperatingPoint.parse(text)) == text
 
@@ -352,6 +421,7 @@ costs = st.floats(min_value=0, max_value=1e300, exclude_min=True)
 points = st.one_of(
     st.builds(OperatingPoint, uncertain_share=shares),
     st.builds(OperatingPoint, rule=st.just("fpr"), fpr=shares, uncertain_share=shares),
+    st.builds(OperatingPoint, rule=st.just("fpr"), fpr=shares, confidence=shares),
     st.builds(OperatingPoint, rule=st.just("cost"), false_alarm_cost=costs, miss_cost=costs, base_rate=shares),
 )
 
@@ -369,7 +439,7 @@ def test_text_of_an_operating_point_is_read_as_the_same(point: OperatingPoint) -
         "fpr=100%", "fpr=-1%", "cost", "cost=", "cost=10", "cost=10:1", "cost=10@0.1", "cost=:1@0.1", "cost=1:@0.1",
         "cost=1:1@", "cost=1:1@0", "cost=1:1@1", "cost=1:1@nan", "cost=0:1@0.1", "cost=1:-1@0.1", "cost=inf:1@0.1",
         "cost=10%:1@0.1", "cost=1:1:1@0.1", "cost=1:1@0.1@0.1", "FPR=1%", "accuracy,", "accuracy,uncertain",
-        "f pr=1%", "fpr=1.2.3",
+        "f pr=1%", "fpr=1.2.3", "fpr<=1%", "fpr<=1%@", "fpr<=1%@0", "fpr<=1%@100%", "fpr<=0@95%", "fpr=1%@95%",
         "accuracy,uncertain=", "accuracy,uncertain=100%", "accuracy,certain=5%", "accuracy,fpr=1%", "uncertain=5%",
         "fpr=1%,uncertain=5%,uncertain=5%", ",uncertain=5%",
     ],
@@ -397,7 +467,7 @@ def test_settings_that_contradict_the_rule_or_their_range_are_refused(settings: 
         OperatingPoint(**settings)
 
 
-@pytest.mark.parametrize("text", ["accuracy", "fpr=1%,uncertain=5%", "cost=10:1@0.01"])
+@pytest.mark.parametrize("text", ["accuracy", "fpr=1%,uncertain=5%", "fpr<=1%@95%", "cost=10:1@0.01"])
 def test_calibration_is_stored_as_json_with_its_operating_point(text: str) -> None:
     y, logits = drawn(100, 2.0)
     calibration = fit(y, logits, OperatingPoint.parse(text), version=2)
