@@ -297,8 +297,10 @@ def _threshold(y: npt.NDArray[np.int64], probability: Array, point: OperatingPoi
 
 
 def _most_false_alarms(point: OperatingPoint, reals: int) -> float:
-    """Most reals that may lie above the threshold. With a confidence: the most whose `rate_upper` keeps the limit, which
-    is exact for the share above the next real, whatever the distribution of scores; -1 if none does.
+    """Most reals that may lie above the threshold.
+
+    With a confidence: the most whose `rate_upper` keeps the limit; -1 if none does. That bound is exact for the share
+    above the next real, whatever the distribution of scores.
     """
     most = int(point.fpr * reals + 1e-9)
     if point.confidence:

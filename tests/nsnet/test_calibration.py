@@ -467,7 +467,7 @@ def test_settings_that_contradict_the_rule_or_their_range_are_refused(settings: 
         OperatingPoint(**settings)
 
 
-@pytest.mark.parametrize("text", ["accuracy", "fpr=1%,uncertain=5%", "fpr<=1%@95%", "cost=10:1@0.01"])
+@pytest.mark.parametrize("text", ["accuracy", "fpr=1%,uncertain=5%", "fpr<=20%@95%", "cost=10:1@0.01"])
 def test_calibration_is_stored_as_json_with_its_operating_point(text: str) -> None:
     y, logits = drawn(100, 2.0)
     calibration = fit(y, logits, OperatingPoint.parse(text), version=2)
