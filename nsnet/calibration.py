@@ -112,7 +112,7 @@ class OperatingPoint:
     @property
     def min_reals(self) -> int:
         """Fewest validation reals from which the guarantee can be kept: with none of them called fake."""
-        return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.fpr) - 1e-9) if self.confidence else 1
+        return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.fpr) - 1e-9) if self.confidence else 0
 
     def check_reals(self, reals: int) -> None:
         """Raise `ConfigError` if so many validation reals cannot give the guarantee."""
@@ -223,6 +223,8 @@ def fit_reals(logits: npt.ArrayLike, point: OperatingPoint, before: Calibration)
     """
     if point.rule != "fpr":
         raise ConfigError(f"{point} needs fakes as well: with reals alone give fpr=1% or fpr<=1%@95%")
+    if not np.size(logits):
+        raise ConfigError("there are no reals to choose a threshold by")
     point.check_reals(np.size(logits))
     probability = before.probability(logits)
     y = np.zeros(len(probability), np.int64)
