@@ -16,10 +16,13 @@ COMMANDS: Final = {
     "import-head": "Make a detector from a published linear head.",
     "score": "Score new and changed images of a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
+    "runs": "List the runs of an output, and whether their verdicts drift.",
     "predict": "Judge single images, without a cluster.",
     "plan-cluster": "Size a cluster for a number of images and a deadline.",
     "demo": "Make images, train, score and evaluate on this machine.",
 }
+MODULES: Final = {"runs": "list_runs"}
+"""Command -> module of `jobs`, if its name is taken by a package."""
 
 
 class _Group(click.Group):
@@ -31,7 +34,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"jobs.{name.replace('-', '_')}").command
+        command: click.Command = importlib.import_module(f"jobs.{MODULES.get(name, name.replace('-', '_'))}").command
         command.name = name
         return command
 

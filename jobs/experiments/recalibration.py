@@ -76,7 +76,7 @@ def calibrate(
 def _reals(out: Uri, detector: bundle.Description) -> Any:
     """Logits of the untransformed images that this detector, or the one it was calibrated from, scored."""
     columns = pa.schema([schema.VERDICTS.field(name) for name in ("logit", "status", "label", "transform")])
-    makers = {detector.detector_id, detector.training.get("calibrated_from")} - {None}
+    makers = {detector.detector_id, str(detector.training.get("calibrated_from", detector.detector_id))}
     logits: list[float] = []
     fakes = 0
     for maker in sorted(makers):

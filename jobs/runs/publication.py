@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
-from jobs.runs import names, removal
+from jobs.runs import drift, names, removal
 from jobs.runs.attempts import planned_rows
 from jobs.runs.catalog import run_ids
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
@@ -110,6 +110,7 @@ class Run:
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": counts.rows,
             "counts": counts.by_column(),
+            "distributions": counts.distributions(),
             "store": counts.store(),
             "captions": counts.captions(self.run_id),
             "files": files,
@@ -167,6 +168,7 @@ class Counts:
         self._values: Counter[tuple[str, str]] = Counter()
         self._requests = self._asked_again = 0
         self._captioned_by: Counter[str] = Counter()
+        self._distributions: dict[str, drift.Counts] = {}
 
     def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches and count their rows."""
@@ -176,6 +178,9 @@ class Counts:
                 self._values.update({(name, value): n for value, n in _value_counts(batch.column(name))})
             if "caption_run_id" in batch.schema.names:
                 self._captioned_by.update(dict(_value_counts(batch.column("caption_run_id"))))
+            for name in [name for name in drift.COLUMNS if name in batch.schema.names]:
+                values = batch.column(name).drop_null().to_numpy(zero_copy_only=False)
+                self._distributions[name] = self._distributions.get(name, 0) + drift.histogram(values)
             self._requests += pc.sum(batch.column("requests")).as_py() or 0
             self._asked_again += pc.sum(pc.greater(batch.column("requests"), 1)).as_py() or 0
             yield batch
@@ -186,6 +191,10 @@ class Counts:
             name: {value: n for (column, value), n in sorted(self._values.items()) if column == name}
             for name in COUNTED
         }
+
+    def distributions(self) -> dict[str, list[int]]:
+        """Column -> rows by bin (`drift.histogram`), for the columns of `drift.COLUMNS`."""
+        return {name: counts.tolist() for name, counts in self._distributions.items()}
 
     def store(self) -> dict[str, int]:
         """Number of requests for images, and of images that needed more than one request."""
