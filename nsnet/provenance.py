@@ -187,11 +187,14 @@ def preload() -> None:
 
 def check_anchors(anchors: str, name: str) -> None:
     """Raise `ConfigError` if a trust list, from the file of this name, cannot be used."""
+    import ssl
+
     if "-----BEGIN CERTIFICATE-----" not in anchors:
         raise ConfigError(f"{name} holds no certificate in PEM: a trust list is a file of certificates")
     try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=anchors)
         _context(anchors)
-    except Exception as error:
+    except Exception as error:  # the C2PA library raises errors of many classes
         raise ConfigError(f"{name} is not a usable trust list: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -1,6 +1,7 @@
 """Files with content credentials, signed with throw-away keys."""
 
 import io
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -15,7 +16,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image
 
 GENERATED: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-NOW: Final = datetime.now(UTC)
 DAY: Final = timedelta(days=1)
 BITS: Final = (
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
@@ -33,7 +33,7 @@ class Signer:
 
 
 def _certificate(
-    name: str, key: Any, issuer: tuple[str, Any], usage: tuple[str, ...], days: tuple[int, int], is_authority: bool
+    name: str, key: Any, issuer: tuple[str, Any], usage: tuple[str, ...], valid: timedelta, is_authority: bool
 ) -> x509.Certificate:
     issuer_name, issuer_key = issuer
     builder = (
@@ -42,8 +42,8 @@ def _certificate(
         .issuer_name(_name(issuer_name))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW + days[0] * DAY)
-        .not_valid_after(NOW + days[1] * DAY)
+        .not_valid_before(datetime.now(UTC) - 100 * DAY)
+        .not_valid_after(datetime.now(UTC) + valid)
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**{bit: bit in usage for bit in BITS}), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -61,11 +61,11 @@ def _name(name: str) -> x509.Name:
 
 
 @cache
-def signer(name: str = "first", days: tuple[int, int] = (-100, 100)) -> Signer:
-    """A signer of this name with an authority of its own."""
+def signer(name: str = "first", valid: timedelta = 100 * DAY) -> Signer:
+    """A signer of this name with an authority of its own, valid for so long from now on."""
     root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root = _certificate(name, root_key, (name, root_key), ("key_cert_sign", "crl_sign"), (-400, 400), True)
-    leaf = _certificate(f"{name} signer", key, (name, root_key), ("digital_signature",), days, False)
+    root = _certificate(name, root_key, (name, root_key), ("key_cert_sign", "crl_sign"), 400 * DAY, True)
+    leaf = _certificate(f"{name} signer", key, (name, root_key), ("digital_signature",), valid, False)
     pem = [certificate.public_bytes(serialization.Encoding.PEM) for certificate in (leaf, root)]
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -104,6 +104,13 @@ def _sign(builder: Any, data: bytes, mime: str, by: Signer) -> bytes:
     out = io.BytesIO()
     builder.sign(c2pa.Signer.from_info(info), mime, io.BytesIO(data), out)
     return out.getvalue()
+
+
+def expired(data: bytes) -> bytes:
+    """A signed JPEG whose certificate has expired since; takes three seconds."""
+    made = signed(data, by=signer("late", timedelta(seconds=2)))
+    time.sleep(3.1)  # times of certificates are whole seconds
+    return made
 
 
 def transplanted(signed_jpeg: bytes, other_jpeg: bytes) -> bytes:
