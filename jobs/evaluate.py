@@ -26,7 +26,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 )
 @click.option("--detector-id", default=None, help="Use only verdicts of this detector.")
 @click.option(
-    "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|CHAIN,…]",
+    "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|social|CHAIN,…]",
     help="Also score each image under these transforms, such as jpeg:75,resize:0.5+jpeg:75.",
 )  # fmt: skip
 @click.option(

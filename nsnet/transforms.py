@@ -66,6 +66,8 @@ ROBUSTNESS: Final[tuple[str, ...]] = tuple(
 )
 """Chains of the standard robustness curves."""
 
+SOCIAL_SEEDS: Final = range(5)
+"""Seeds of the chains `SOCIAL`."""
 MESSENGER_QUALITY: Final = 80
 """WebP quality of a screenshot, as re-encoded by a messenger."""
 BLUR_REACH: Final = 4.0
@@ -189,6 +191,24 @@ def draw(config: AugmentationConfig, seed: int) -> tuple[Transform, ...]:
         if chance < share and value > 0:
             chain.append(Transform(name=name, value=value))
     return tuple(chain)
+
+
+def social(seed: int) -> str:
+    """A chain like a picture that was posted on one platform and shared on another: each scales it down and compresses.
+
+    A pure function of the seed, a whole number ≥ 0. Factors of 0.5 to 0.95 and qualities of 70 to 90 are assumptions;
+    platforms do not publish theirs.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed]))
+    steps = []
+    for _ in range(2):
+        steps.append(Transform(name="resize", value=round(float(rng.uniform(0.5, 0.95)), 2)))
+        steps.append(Transform(name="jpeg", value=int(rng.integers(70, 91))))
+    return to_text(steps)
+
+
+SOCIAL: Final[tuple[str, ...]] = tuple(map(social, SOCIAL_SEEDS))
+"""Chains of robustness to social media."""
 
 
 def _parse_step(text: str) -> Transform:

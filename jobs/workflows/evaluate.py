@@ -26,6 +26,8 @@ from jobs.workflows.score import score
 from nsnet import bundle, transforms
 from nsnet.errors import ConfigError, SourceError
 
+SETS: Final = {"standard": (*transforms.ROBUSTNESS, *transforms.SOCIAL), "social": transforms.SOCIAL}
+"""Name -> its chains of transforms."""
 STANDARD: Final = "standard"
 AUTO: Final = "auto"
 Pairs = Mapping[str, str] | Literal["auto"]
@@ -46,12 +48,13 @@ def parse_pairs(texts: Sequence[str]) -> Pairs:
 
 
 def parse_chains(text: str) -> tuple[str, ...]:
-    """Parse chains of transforms, separated by commas, or `standard`."""
-    if text == STANDARD:
-        return transforms.ROBUSTNESS
-    chains = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    """Parse chains of transforms and names of `SETS`, separated by commas."""
+    parts = [part.strip() for part in text.split(",")]
+    chains = tuple(dict.fromkeys(chain for part in parts for chain in SETS.get(part, (part,))))
     if "" in chains:
-        raise ConfigError(f"--robustness {text!r}: give {STANDARD}, or chains such as jpeg:75,resize:0.5+jpeg:75")
+        raise ConfigError(
+            f"--robustness {text!r}: give {' or '.join(SETS)}, or chains such as jpeg:75,resize:0.5+jpeg:75"
+        )
     for chain in chains:
         transforms.parse(chain)
     return chains
