@@ -6,17 +6,19 @@ Dimensions: n validation images.
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from nsnet.config import later
 from nsnet.errors import ConfigError
 from nsnet.metrics import check
 
 Array = npt.NDArray[np.float64]
 Label = Literal["real", "fake", "uncertain"]
 Rule = Literal["accuracy", "fpr", "cost"]
+Disagreement = Literal["ignored", "uncertain"]
 
 LOG_TEMPERATURES: Final = (-4.0, 4.0)
 """Search range of log T: T between 0.018 and 55."""
@@ -35,10 +37,12 @@ PATTERN: Final = re.compile(
     f"(accuracy|fpr=(?P<fpr>{NUMBER}%?)|fpr<=(?P<sure_fpr>{NUMBER}%?)@(?P<confidence>{NUMBER}%?)"
     f"|cost=(?P<false_alarm_cost>{NUMBER}):(?P<miss_cost>{NUMBER})@(?P<base_rate>{NUMBER}%?))"
     f"(, *uncertain=(?P<uncertain_share>{NUMBER}%?))?"
+    "(, *disagreement=(?P<disagreement>uncertain))?"
 )
 SYNTAX: Final = (
     "give accuracy, fpr=1%, fpr<=1%@95% (kept with a probability of 95%) or cost=10:1@0.01 (a false alarm costs 10, a "
-    "miss 1, 0.01 of the images are fake); append ,uncertain=5% to call that share uncertain"
+    "miss 1, 0.01 of the images are fake); append ,uncertain=5% to call that share uncertain, and "
+    ",disagreement=uncertain to call images uncertain whose views disagree (--views)"
 )
 
 
@@ -50,7 +54,7 @@ class OperatingPoint:
     """accuracy: most correct verdicts. fpr: most fakes found within a limit of false alarms. cost: least mean cost."""
     fpr: float = 0.01
     """Largest share of reals called fake, in [0, 1). This and the next four may be set only for their own rule."""
-    confidence: float = 0.0
+    confidence: float = later(0.0)
     """Probability, over draws of the validation reals, that the true FPR keeps the limit, in [0, 1). 0: only the
     validation reals keep it, and the true FPR exceeds it in about half of the draws."""
     false_alarm_cost: float = 1.0
@@ -61,6 +65,9 @@ class OperatingPoint:
     """Share of fakes expected in use, in (0, 1); it may differ from the share in the validation images."""
     uncertain_share: float = 0.0
     """Share of the validation images that is called uncertain, in [0, 1): those nearest to the threshold."""
+    disagreement: Disagreement = later("ignored")
+    """uncertain: so is an image whose views lie on both sides of the threshold. It needs views (`PreparationConfig`).
+    Threshold and rates are those of the first view alone."""
 
     def __post_init__(self) -> None:
         if self.rule not in SETTINGS:
@@ -77,9 +84,11 @@ class OperatingPoint:
                 "need 0 ≤ fpr < 1, 0 ≤ confidence < 1, finite costs > 0, 0 < base_rate < 1, 0 ≤ uncertain_share < 1, "
                 f"got {self.fpr}, {self.confidence}, {costs}, {self.base_rate}, {self.uncertain_share}"
             )
+        if self.disagreement not in get_args(Disagreement):
+            raise ConfigError(f"disagreement must be ignored or uncertain, got {self.disagreement!r}")
         if self.confidence and not self.fpr:
             raise ConfigError("no number of reals guarantees an FPR of 0: give a limit above 0, such as fpr<=0.1%@95%")
-        used = {"rule", "uncertain_share", *SETTINGS[self.rule]}
+        used = {"rule", "uncertain_share", "disagreement", *SETTINGS[self.rule]}
         for field in fields(self):
             if field.name not in used and (value := getattr(self, field.name)) != field.default:
                 raise ConfigError(
@@ -91,13 +100,16 @@ class OperatingPoint:
         """Parse a command-line value: `accuracy`, `fpr=1%`, `fpr<=1%@95%`, `cost=10:1@0.01` (false alarm : miss @ base
         rate).
 
-        `,uncertain=5%` may follow; a share is a number or a percentage. Raises `ConfigError`.
+        `,uncertain=5%` may follow, then `,disagreement=uncertain`; a share is a number or a percentage. Raises
+        `ConfigError`.
         """
         match = PATTERN.fullmatch(text.strip())
         if match is None:
             raise ConfigError(f"{text!r} is not an operating point: {SYNTAX}")
+        found = {name: value for name, value in match.groupdict().items() if value is not None}
+        disagreement = cast(Disagreement, found.pop("disagreement", "ignored"))
         try:
-            given = {name: _number(value) for name, value in match.groupdict().items() if value is not None}
+            given = {name: _number(value) for name, value in found.items()}
         except ValueError:
             raise ConfigError(f"{text!r} is not an operating point: {SYNTAX}") from None
         if "sure_fpr" in given:
@@ -107,7 +119,7 @@ class OperatingPoint:
                     f"{text!r} guarantees nothing: write fpr={given['fpr']:g}, or a confidence such as 95%"
                 )
         rule: Rule = "fpr" if "fpr" in given else "cost" if "miss_cost" in given else "accuracy"
-        return cls(rule=rule, **given)
+        return cls(rule=rule, disagreement=disagreement, **given)
 
     @property
     def min_reals(self) -> int:
@@ -127,7 +139,9 @@ class OperatingPoint:
         form = {"accuracy": "accuracy", "fpr": "fpr<={}@{}" if self.confidence else "fpr={}", "cost": "cost={}:{}@{}"}[
             self.rule
         ]
-        return form.format(*settings) + (f",uncertain={self.uncertain_share}" if self.uncertain_share else "")
+        share = f",uncertain={self.uncertain_share}" if self.uncertain_share else ""
+        disagreement = f",disagreement={self.disagreement}" if self.disagreement != "ignored" else ""
+        return form.format(*settings) + share + disagreement
 
 
 MOST_CORRECT: Final = OperatingPoint()
@@ -179,9 +193,11 @@ class Calibration:
 
         return np.asarray(expit(np.asarray(logit, dtype=np.float64) / self.temperature))
 
-    def verdict(self, prob_fake: float) -> Label:
-        """The verdict for one probability."""
+    def verdict(self, prob_fake: float, views_agree: bool = True) -> Label:
+        """The verdict for one probability, of the first view if there are several."""
         if abs(prob_fake - self.threshold) < self.uncertain_margin:
+            return "uncertain"
+        if not views_agree and self.point.disagreement == "uncertain":
             return "uncertain"
         return "fake" if prob_fake >= self.threshold else "real"
 

@@ -1,19 +1,42 @@
-"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error."""
+"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error.
 
+Files of older releases lack the settings that were added since, and identities are hashes of this JSON. So a new
+setting is declared with `later`: JSON without it means its default, and its default is not written.
+"""
+
+import copy
 import dataclasses
 import json
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from nsnet.errors import ConfigError
 
 T = TypeVar("T")
+LATER: Final = "later"
+
+
+def later(default: T) -> T:
+    """Declare a dataclass field that older releases do not have."""
+    return dataclasses.field(default=default, metadata={LATER: True})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert a nested dataclass to JSON-ready dictionaries."""
-    return dataclasses.asdict(config)
+    return {
+        field.name: _plain(value)
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default or LATER not in field.metadata
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return copy.deepcopy(value)
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
@@ -22,12 +45,12 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
-    if names != set(values):
-        raise ConfigError(
-            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(names - set(values))}"
-        )
-    return kind(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    unknown = set(values) - {field.name for field in fields}
+    missing = {field.name for field in fields if LATER not in field.metadata} - set(values)
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -61,7 +84,7 @@ def override(config: T, name: str, value: str) -> T:
 
     Raises `ConfigError` if the setting does not exist or the value is invalid.
     """
-    values = to_dict(config)
+    values = dataclasses.asdict(typing.cast(Any, config))  # with all settings, those at their default too
     section: Any = values
     path = name.split(".")
     for part in path[:-1]:
