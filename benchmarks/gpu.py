@@ -34,9 +34,10 @@ import pyarrow as pa
 import torch
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Caption, ResultCache, Score
+from jobs.pipeline.actors import Caption, ResultCache
 from jobs.pipeline.models import Models
 from jobs.pipeline.rows import ProgressReporter
+from jobs.pipeline.scoring import Judge, Score
 from jobs.storage.uris import Uri
 from nsnet import recipes
 from nsnet.captioner import Captioner
@@ -268,7 +269,14 @@ def scoring_stages(bench: Bench, precision: Precision = "auto") -> tuple[Caption
     captioner = CaptionerConfig(model=None, max_new_tokens=4 if bench.small else 20)
     keep = pa.schema([*COLUMNS, pa.field("mosaic", pa.binary())])
     report = ProgressReporter()
-    return Caption(models, captioner, keep, bench.batch, report), Score(models, bench.batch, report)
+    judge = Judge(detector=models.detector, detector_id=None, run_id=models.run_id)
+    return Caption(models, captioner, keep, bench.batch, report), Score(models, [judge], bench.batch, report)
+
+
+def memories(*stages: Caption | Score) -> list[ResultCache]:
+    """The caches of stages."""
+    holders = [scorer for stage in stages for scorer in (stage.scorers if isinstance(stage, Score) else [stage])]
+    return [holder.memory for holder in holders]
 
 
 def actor_loop(bench: Bench, kind: str, seconds: float, ready: Any, go: Any, done: Any) -> None:
@@ -281,11 +289,12 @@ def actor_loop(bench: Bench, kind: str, seconds: float, ready: Any, go: Any, don
         at = tables[0].column_names.index("caption")
         tables = [one.set_column(at, "caption", pa.array(words)) for one in tables]
     chain = {"caption": [caption], "score": [score], "both": [caption, score]}[kind]
+    for memory in memories(*chain):
+        memory.entries = 0  # every image is new
 
     def process(one: pa.Table) -> None:
         for stage in chain:
             one = stage(one)
-            stage.memory = ResultCache()  # every image is new
 
     for one in tables:
         process(one)
@@ -328,11 +337,12 @@ CHAINS: Final = {
 
 def prepared_row(data: bytes, thumbnail_px: int) -> tuple[bytes, bytes]:
     """Mosaic and thumbnail of a file; runs in a decoding process."""
-    from nsnet.patches import SCORING_SEED, assemble_mosaic
-    from nsnet.preparation import PreparationConfig, prepare
+    from nsnet.patches import SCORING_SEED
+    from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 
-    prepared = prepare(data, PreparationConfig(thumbnail_px=thumbnail_px))
-    return assemble_mosaic(prepared.patches, SCORING_SEED).tobytes(), prepared.thumbnail.tobytes()
+    config = PreparationConfig(thumbnail_px=thumbnail_px)
+    prepared = prepare(data, config)
+    return assemble_mosaics(prepared.patches, config, SCORING_SEED)[0].tobytes(), prepared.thumbnail.tobytes()
 
 
 def stream(bench: Bench) -> None:
@@ -351,8 +361,8 @@ def stream(bench: Bench) -> None:
     thumbnail_px, workers = 64 if bench.small else 384, max(1, (os.cpu_count() or 1) - 2)
     caption, score = scoring_stages(bench)
     template = table(bench, bench.batch, 0)
-    for one in (caption, score):
-        one.memory.entries = 0
+    for memory in memories(caption, score):
+        memory.entries = 0
     score(caption(template))
     count, seconds = 0, 1.0 if bench.small else 20.0
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -25,13 +25,12 @@ from jobs.training.examples import Examples
 from jobs.training.ingest import Ingest
 from jobs.training.order import Order, image_seed
 from nsnet import recipes, transforms
-from nsnet.patches import assemble_mosaic
-from nsnet.preparation import PreparationConfig, prepare
+from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 from nsnet.transforms import AugmentationConfig
 
 BATCH = 64
 AUGMENTATION = AugmentationConfig(jpeg_share=0.5, blur_share=0.1, resize_share=0.1, crop_share=0.5)
-CONFIG = PreparationConfig(patches=recipes.TINY.detector.patches)
+CONFIG = PreparationConfig(patches=(recipes.TINY.detector.patches,))
 
 
 def split_of(source: Path) -> Examples:
@@ -49,7 +48,7 @@ def plain(paths: list[str]) -> int:
         seed = image_seed(0, 0, path)
         chain = transforms.to_text(transforms.draw(AUGMENTATION, seed))
         prepared = prepare(Path(path).read_bytes(), CONFIG, chain, transform_seed(path, seed))
-        assemble_mosaic(prepared.patches, seed)
+        assemble_mosaics(prepared.patches, CONFIG, seed)
     return len(paths)
 
 

@@ -32,13 +32,13 @@ def pool_worker(
 
     from nsnet.captioner import Captioner
     from nsnet.detector import Detector
-    from nsnet.patches import SCORING_SEED, assemble_mosaic
-    from nsnet.preparation import PreparationConfig, prepare
+    from nsnet.patches import SCORING_SEED
+    from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 
     torch.set_num_threads(1)
     detector = Detector.load(bundle, captioner=False)
     captioner = Captioner.load(detector.config.captioner)
-    config = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=detector.config.patches)
+    config = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=(detector.config.patches,))
     blank = np.zeros((BATCH, captioner.thumbnail_px, captioner.thumbnail_px, 3), np.uint8)
     captioner.caption(blank)
     ready.put(os.getpid())
@@ -51,7 +51,7 @@ def pool_worker(
             data = Path(path).read_bytes()
             hashlib.sha256(data).hexdigest()
             prepared.append(prepare(data, config))
-        mosaics = np.stack([assemble_mosaic(image.patches, SCORING_SEED) for image in prepared])
+        mosaics = np.stack([assemble_mosaics(image.patches, config, SCORING_SEED)[0] for image in prepared])
         thumbnails = np.stack([image.thumbnail for image in prepared])
         spent["prepare"] -= clock - (clock := time.perf_counter())
         captions = captioner.caption(thumbnails)

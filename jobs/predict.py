@@ -15,6 +15,7 @@ from jobs.workflows.predict import as_text, predict
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if a GPU is available.")
 @parameters.precision_option
 @parameters.weights_options
+@parameters.views_option
 @parameters.trust_option
 @parameters.limit_options
 @parameters.debug_option

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -45,9 +45,9 @@ from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
 from nsnet.model_size import ModelSize
 from nsnet.network import Network, residual_energy
-from nsnet.patches import SCORING_SEED, assemble_mosaic
+from nsnet.patches import SCORING_SEED
 from nsnet.precision import autocast, dtype_of, speed_up, to_device, use_matrix_units
-from nsnet.preparation import PreparationConfig, Prepared
+from nsnet.preparation import PreparationConfig, Prepared, assemble_mosaics
 from nsnet.text_features import TextFeatures
 
 
@@ -66,6 +66,10 @@ class Verdict:
     """The caption, whose semantics the projection removed."""
     residual_energy: float | None = None
     """‖ũ‖/‖u‖, the share of the image feature that remains after the projection."""
+    prob_spread: float | None = None
+    """Largest minus smallest P(fake) of the views; None for one view."""
+    views_agree: bool | None = None
+    """Whether all views lie on the same side of the threshold."""
     width: int | None = None
     height: int | None = None
     format: str | None = None
@@ -87,6 +91,9 @@ class Scores:
     prob_fake: npt.NDArray[np.float64]
     verdict: list[Label]
     residual_energy: npt.NDArray[np.float64]
+    prob_spread: npt.NDArray[np.float64] | None = None
+    views_agree: npt.NDArray[np.bool_] | None = None
+    """As in `Verdict`; None for one view."""
 
 
 class Detector:
@@ -275,12 +282,13 @@ class Detector:
         finally:
             self.clip.visual = split
 
-    def preparation(self, limits: DecodeLimits | None = None, anchors: str = "") -> PreparationConfig:
-        """Return the settings by which images are prepared for this detector. `anchors`: see `PreparationConfig`."""
+    def preparation(self, limits: DecodeLimits | None = None, anchors: str = "", views: int = 1) -> PreparationConfig:
+        """Return the settings by which images are prepared for this detector. See `PreparationConfig`."""
         self._check_captioner()
         return PreparationConfig(
             thumbnail_px=self.captioner.thumbnail_px if self.captioner is not None else 0,
-            patches=self.config.patches,
+            patches=(self.config.patches,),
+            views=views,
             limits=limits or DecodeLimits(),
             provenance=True,
             anchors=anchors,
@@ -315,6 +323,26 @@ class Detector:
             residual_energy=energy,
         )
 
+    def score_views(self, views: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str] | None) -> Scores:
+        """Score the views of B images, (B, M, M, 3) uint8 each: the results of the first, and how far the others agree.
+
+        `captions`: as in `score`.
+        """
+        scores = [self.score(mosaics, captions) for mosaics in views]
+        if len(scores) == 1:
+            return scores[0]
+        prob_fake = np.stack([score.prob_fake for score in scores])
+        is_fake = prob_fake >= self.calibration.threshold
+        agree = (is_fake == is_fake[0]).all(axis=0)
+        return replace(
+            scores[0],
+            verdict=[
+                self.calibration.verdict(float(p), bool(agreed)) for p, agreed in zip(prob_fake[0], agree, strict=True)
+            ],
+            prob_spread=np.ptp(prob_fake, axis=0),
+            views_agree=agree,
+        )
+
     def predict(
         self,
         images: Iterable[Input],
@@ -322,28 +350,31 @@ class Detector:
         batch_size: int = 8,
         limits: DecodeLimits | None = None,
         anchors: str = "",
+        views: int = 1,
     ) -> list[Verdict]:
         """Return the verdicts of images, in their order; a bad image gets a failed verdict.
 
         images: paths, bytes of files, Pillow images, uint8 arrays (RGB (H, W, 3) or grey (H, W)), binary files. Raises
         `TypeError` or `ValueError` for anything else, before any image is read. anchors: trust list of content
-        credentials, certificates in PEM.
+        credentials, certificates in PEM. views: mosaics to judge per image, see `PreparationConfig`.
 
         Decodes in this process: for files from strangers use `nsnet predict`, which isolates crashing decoders.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         given = checked(images)
-        config = self.preparation(limits, anchors)
+        config = self.preparation(limits, anchors, views)
         verdicts: list[Verdict] = []
         for start in range(0, len(given), batch_size):
-            verdicts += self.predict_prepared(
-                [try_prepare(image, config) for image in given[start : start + batch_size]]
-            )
+            batch = given[start : start + batch_size]
+            verdicts += self.predict_prepared([try_prepare(image, config) for image in batch], config)
         return verdicts
 
-    def predict_prepared(self, images: Sequence[Prepared | ImageError]) -> list[Verdict]:
-        """Return the verdicts of prepared images, scored as one batch; an error becomes a failed verdict."""
+    def predict_prepared(self, images: Sequence[Prepared | ImageError], config: PreparationConfig) -> list[Verdict]:
+        """Return the verdicts of prepared images, scored as one batch; an error becomes a failed verdict.
+
+        `config`: the `preparation` that they were prepared with.
+        """
         self._check_captioner()
         verdicts = [failed_verdict(image) if isinstance(image, ImageError) else None for image in images]
         good = [(i, image) for i, image in enumerate(images) if isinstance(image, Prepared)]
@@ -356,9 +387,9 @@ class Detector:
             good = [(i, image) for i, image in good if verdicts[i] is None]
             captions = [caption for caption in captions if caption is not None]
         if good:
-            slot_seed = self.config.patches.slot_seed(SCORING_SEED)
-            mosaics = np.stack([assemble_mosaic(image.patches, slot_seed) for _, image in good])
-            scores = self.score(mosaics, cast(list[str], captions) if self.captioner is not None else None)
+            mosaics = zip(*(assemble_mosaics(image.patches, config, SCORING_SEED) for _, image in good), strict=True)
+            views = [np.stack(of_view) for of_view in mosaics]
+            scores = self.score_views(views, cast(list[str], captions) if self.captioner is not None else None)
             for row, (i, image) in enumerate(good):
                 verdicts[i] = Verdict(
                     status="scored",
@@ -368,6 +399,8 @@ class Detector:
                     threshold=self.calibration.threshold,
                     caption=captions[row],
                     residual_energy=float(scores.residual_energy[row]),
+                    prob_spread=None if scores.prob_spread is None else float(scores.prob_spread[row]),
+                    views_agree=None if scores.views_agree is None else bool(scores.views_agree[row]),
                     width=image.width,
                     height=image.height,
                     format=image.format,

@@ -7,6 +7,8 @@ from nsnet.errors import ConfigError, ImageTooLargeError
 
 MIN_SIDE_PX: Final = 32
 """Patch selection pads a shorter side to this length; the pixel limit includes the padding."""
+MAX_VIEWS: Final = 9
+"""Each view costs as much as a further image in the image tower."""
 
 
 @dataclass(frozen=True, kw_only=True)

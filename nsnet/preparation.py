@@ -1,9 +1,12 @@
 """Prepares images for the models: ranked patches and the captioner's thumbnail. One pass, without torch.
 
-Dimensions: K mosaic slots, N patch side in pixels, S thumbnail side in pixels.
+Dimensions: K mosaic slots, N patch side, M mosaic side, S thumbnail side, in pixels.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +14,14 @@ from PIL import Image
 
 from nsnet import images, jpeg, provenance, transforms
 from nsnet.duplicates import perceptual_hash
+from nsnet.errors import ConfigError, ImageTooLargeError
 from nsnet.images import DecodedImage, decode_image, image_to_rgb, thumbnail
-from nsnet.limits import DecodeLimits, check_pixels
-from nsnet.patches import PatchConfig, select_patches
+from nsnet.limits import MAX_VIEWS, DecodeLimits, check_pixels
+from nsnet.patches import PatchConfig, assemble_mosaic, select_patches
 from nsnet.provenance import Provenance
+
+REENCODINGS: Final = ("jpeg:90", "resize:0.9")
+"""Chains of the views after the first, in turn: mild changes, as an upload makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +30,10 @@ class PreparationConfig:
 
     thumbnail_px: int = 0
     """Side S of the captioner's thumbnail, in pixels; 0: none is made."""
-    patches: PatchConfig | None = field(default_factory=PatchConfig)
-    """Geometry of the mosaic; None: no patches are chosen."""
+    patches: tuple[PatchConfig, ...] = (PatchConfig(),)
+    """Geometries of the mosaics, which are made in one decoding; empty: no patches are chosen."""
+    views: int = 1
+    """Mosaics per geometry. Those after the first have another slot order, and show the image re-encoded."""
     fingerprint: bool = False
     """Compute the perceptual hash."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
@@ -34,13 +43,27 @@ class PreparationConfig:
     anchors: str = ""
     """Certificates of the trust list of content credentials, in PEM; empty: no signer is trusted."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.views <= MAX_VIEWS:
+            raise ConfigError(f"the number of views must be from 1 to {MAX_VIEWS}, got {self.views}")
+
+    @property
+    def chains(self) -> list[str]:
+        """The re-encoding of each view, as chains of `nsnet.transforms`."""
+        return ["", *(REENCODINGS[i % len(REENCODINGS)] for i in range(self.views - 1))]
+
+    @property
+    def mosaics(self) -> list[PatchConfig]:
+        """The geometry of each mosaic, in the order of `Prepared.patches`: by geometry, then by view."""
+        return [patches for patches in self.patches for _ in range(self.views)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """One image, ready for the models."""
 
-    patches: npt.NDArray[np.uint8]
-    """(K, N, N, 3) uint8 in rank order, for `patches.assemble_mosaic`; (0, 0, 0, 3) if none are requested."""
+    patches: tuple[npt.NDArray[np.uint8], ...]
+    """(K, N, N, 3) uint8 in rank order, one array for each of `PreparationConfig.mosaics`; see `assemble_mosaics`."""
     thumbnail: npt.NDArray[np.uint8]
     """(S, S, 3) uint8; S = 0 if none is requested."""
     width: int
@@ -58,11 +81,10 @@ class Prepared:
     """What the file says about its origin, content credentials not read yet; None if it is not requested."""
 
 
-def shapes(config: PreparationConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the patches and of the thumbnail from `prepare`."""
-    patches = config.patches
-    patches_shape = (patches.slots, patches.patch_px, patches.patch_px, 3) if patches is not None else (0, 0, 0, 3)
-    return patches_shape, (config.thumbnail_px, config.thumbnail_px, 3)
+def shapes(config: PreparationConfig) -> list[tuple[int, ...]]:
+    """Shapes of the arrays of patches from `prepare`, and of the thumbnail, which is last."""
+    patches = [(geometry.slots, geometry.patch_px, geometry.patch_px, 3) for geometry in config.mosaics]
+    return [*patches, (config.thumbnail_px, config.thumbnail_px, 3)]
 
 
 def preload(config: PreparationConfig) -> None:
@@ -92,10 +114,9 @@ def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: st
         chain = transforms.parse(transform)
         pixels = transforms.apply(pixels, chain, seed=seed, max_pixels=config.limits.max_pixels)
         check_pixels(pixels.shape[1], pixels.shape[0], config.limits)  # patch selection pads short sides
-    no_patches, no_thumbnail = (np.empty(shape, dtype=np.uint8) for shape in ((0, 0, 0, 3), (0, 0, 3)))
     return Prepared(
-        patches=select_patches(pixels, config.patches) if config.patches is not None else no_patches,
-        thumbnail=thumbnail(pixels, config.thumbnail_px) if config.thumbnail_px else no_thumbnail,
+        patches=_patches(pixels, config, seed),
+        thumbnail=thumbnail(pixels, config.thumbnail_px) if config.thumbnail_px else np.empty((0, 0, 3), np.uint8),
         width=image.width,
         height=image.height,
         format=image.format,
@@ -105,3 +126,34 @@ def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: st
         perceptual_hash=perceptual_hash(image.pixels) if config.fingerprint else None,
         provenance=origin,
     )
+
+
+def _patches(pixels: npt.NDArray[np.uint8], config: PreparationConfig, seed: int) -> tuple[npt.NDArray[np.uint8], ...]:
+    """The patches of each mosaic. Views with the same re-encoding have the same patches, in another order."""
+    if not config.patches:
+        return ()
+    by_chain = {}
+    for chain in dict.fromkeys(config.chains):
+        view = pixels
+        if chain:
+            with suppress(ImageTooLargeError):  # for JPEG: this view shows the image itself, in its own slot order
+                steps = transforms.parse(chain)
+                view = transforms.apply(pixels, steps, seed=seed, max_pixels=config.limits.max_pixels)
+        by_chain[chain] = [select_patches(view, geometry) for geometry in config.patches]
+    return tuple(by_chain[chain][i] for i in range(len(config.patches)) for chain in config.chains)
+
+
+def assemble_mosaics(
+    patches: Sequence[npt.NDArray[np.uint8]],
+    config: PreparationConfig,
+    seed: int,
+    out: Sequence[npt.NDArray[np.uint8]] | None = None,
+) -> list[npt.NDArray[np.uint8]]:
+    """Arrange `Prepared.patches` in mosaics, (M, M, 3) uint8 each. `seed`: slot order of the first view.
+
+    `out`: contiguous arrays to write to and return; None: new ones.
+    """
+    return [
+        assemble_mosaic(ranked, geometry.slot_seed(seed + i % config.views), None if out is None else out[i])
+        for i, (ranked, geometry) in enumerate(zip(patches, config.mosaics, strict=True))
+    ]

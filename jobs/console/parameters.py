@@ -9,7 +9,7 @@ import click
 
 from jobs.storage import uris
 from jobs.storage.uris import Uri
-from nsnet.limits import DecodeLimits
+from nsnet.limits import MAX_VIEWS, DecodeLimits
 
 COUNT_PATTERN: Final = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(?:\.([0-9]+))?([kKmMbB]?)")
 COUNT_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -113,6 +113,11 @@ precision_option = click.option(
 batch_option = click.option("--batch-size", type=int, help="Images per model call. Default: 128 on a GPU, 32 on a CPU.")
 trust_option = click.option(
     "--trust-list", type=URI, help="File with certificates (PEM) whose content credentials are valid, not untrusted."
+)
+views_option = click.option(
+    "--views",
+    type=click.IntRange(2, MAX_VIEWS),
+    help="Mosaics to judge per image, the further ones mildly re-encoded, to see whether the verdict is stable.",
 )
 limit_options = _stack(
     click.option("--max-bytes", default=DecodeLimits.max_bytes, show_default=True, help="Largest file, in bytes."),

@@ -83,7 +83,7 @@ def _first_cause(error: BaseException) -> str:
 
 def _worker_config(experiment: Experiment, shares: Shares, board: str) -> WorkerConfig:
     request, detector = experiment.request, experiment.recipe.detector
-    preparation = PreparationConfig(patches=detector.patches, limits=request.limits)
+    preparation = PreparationConfig(patches=(detector.patches,), limits=request.limits)
     return WorkerConfig(
         detector=to_dict(detector), training=to_dict(experiment.recipe.training), preparation=to_dict(preparation),
         seed=request.seed, source=request.source, clip_weights=request.clip_weights, work=request.work,

@@ -2,7 +2,8 @@
 
 first     {"anchors_bytes"}, a trust list, if there is one
 request   {"size_bytes", "transform", "seed"}, the image's bytes
-answer    header with facts, patches (K·N·N·3 bytes), thumbnail (S·S·3 bytes); or only a header with an error
+answer    header with facts, patches (K·N·N·3 bytes) of each mosaic, thumbnail (S·S·3 bytes); or only a header with
+          an error
           then, if the file has content credentials, a header with its provenance
 
 Credentials are answered after the pixels: a manifest that crashes or hangs their reader costs no verdict.
@@ -86,10 +87,10 @@ class GuardedDecoder:
             error_class = getattr(errors, str(header["error_class"]), ImageCorruptError)
             is_known = isinstance(error_class, type) and issubclass(error_class, ImageError)
             raise (error_class if is_known else ImageCorruptError)(_text(header["error_message"]))
-        patches, thumbnail = (np.empty(shape, np.uint8) for shape in self._shapes)
-        child.read_into([patches.data, thumbnail.data], clock)
+        *patches, thumbnail = pixels = [np.empty(shape, np.uint8) for shape in self._shapes]
+        child.read_into([array.data for array in pixels], clock)
         return Prepared(
-            patches=patches,
+            patches=tuple(patches),
             thumbnail=thumbnail,
             width=_count(header["width"]),
             height=_count(header["height"]),
@@ -196,6 +197,6 @@ def serve(requests: BinaryIO, answers: BinaryIO, settings: dict[str, Any]) -> No
         origin = prepared.provenance
         if origin is not None:
             header["provenance"] = asdict(origin)
-        frames.send(answers, header, prepared.patches.data, prepared.thumbnail.data)
+        frames.send(answers, header, *(array.data for array in (*prepared.patches, prepared.thumbnail)))
         if origin is not None and origin.c2pa_state is None:
             frames.send(answers, asdict(with_credentials(origin, image, anchors)))

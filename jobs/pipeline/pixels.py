@@ -1,5 +1,6 @@
 """Pixel columns of the blocks between stages: uint8 RGB as binary values of one length, written and read in place."""
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -8,13 +9,25 @@ import pyarrow as pa
 
 from nsnet.preparation import PreparationConfig
 
-PIXEL_COLUMNS: Final = ("mosaic", "thumbnail")
+THUMBNAIL: Final = "thumbnail"
+MOSAIC: Final = "mosaic"
+"""Column of the first mosaic; a further one has its number behind it."""
+
+
+def mosaic_column(number: int) -> str:
+    """Column of a mosaic, by its place in `PreparationConfig.mosaics`."""
+    return f"{MOSAIC}_{number}" if number else MOSAIC
+
+
+def pixel_columns(names: Iterable[str]) -> list[str]:
+    """The pixel columns among these."""
+    return [name for name in names if name == THUMBNAIL or name.startswith(MOSAIC)]
 
 
 def sides(config: PreparationConfig) -> dict[str, int]:
     """Pixel columns that this preparation makes, and the sides of their square images in pixels."""
-    made = {"mosaic": config.patches.mosaic_px if config.patches is not None else 0, "thumbnail": config.thumbnail_px}
-    return {name: side for name, side in made.items() if side}
+    made = {mosaic_column(i): geometry.mosaic_px for i, geometry in enumerate(config.mosaics)}
+    return made | ({THUMBNAIL: config.thumbnail_px} if config.thumbnail_px else {})
 
 
 def with_pixels(columns: pa.Schema, config: PreparationConfig) -> pa.Schema:

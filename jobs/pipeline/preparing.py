@@ -18,14 +18,14 @@ from jobs.pipeline.bottleneck import DECODING, FETCHING
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.outages import Fetcher, FetchResult
 from jobs.pipeline.patience import Patience
-from jobs.pipeline.pixels import PixelColumn, pixel_bytes, sides
+from jobs.pipeline.pixels import THUMBNAIL, PixelColumn, mosaic_column, pixel_bytes, sides
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
 from nsnet.errors import ImageError, ObjectChangedError
-from nsnet.patches import SCORING_SEED, assemble_mosaic
-from nsnet.preparation import PreparationConfig, Prepared
+from nsnet.patches import SCORING_SEED
+from nsnet.preparation import PreparationConfig, Prepared, assemble_mosaics
 
 BYTES_PER_BLOCK: Final = 32 * 2**20
 """Most file bytes of a block, as far as sizes are known, unless a single file is larger: a second of decoding."""
@@ -156,10 +156,9 @@ class Prepare:
         if row.get("known_hash") == content_hash:
             row |= {"caption": row["known_caption"], "caption_run_id": row["known_run_id"]}
         elif self.config.thumbnail_px:
-            pixels["thumbnail"][...] = prepared.thumbnail
-        if self.config.patches is not None:
-            order = self.config.patches.slot_seed(slot_seed)
-            assemble_mosaic(prepared.patches, order, out=pixels["mosaic"])
+            pixels[THUMBNAIL][...] = prepared.thumbnail
+        columns = [mosaic_column(i) for i in range(len(prepared.patches))]
+        assemble_mosaics(prepared.patches, self.config, slot_seed, out=[pixels[name] for name in columns])
         row["status"] = "scored"
         return row
 
@@ -175,7 +174,7 @@ def _complete(i: int, row: dict[str, Any], columns: Mapping[str, PixelColumn]) -
     for name, column in columns.items():
         if has_failed:
             column.pixels[i] = 0
-        if name == "thumbnail":
+        if name == THUMBNAIL:
             column.is_null[i] = known is not None if has_failed else known == row["content_hash"]
 
 

@@ -19,6 +19,7 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jobs.dataset import schema
+from jobs.pipeline.pixels import MOSAIC
 from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage.uris import Uri
@@ -84,7 +85,7 @@ class Ingest:
         places = ray.put(self.examples.table.select(FETCHED))
         prepare = Prepare(
             config=self.preparation,
-            schema=pa.schema([*ARRIVED, pa.field("mosaic", pa.binary())]),
+            schema=pa.schema([*ARRIVED, pa.field(MOSAIC, pa.binary())]),
             report=ProgressReporter(),
             source=self.source,
         )
@@ -120,14 +121,14 @@ class Ingest:
             yield _arrival(table, rows, valid, side)
 
     def _side(self) -> int:
-        assert self.preparation.patches is not None
-        return self.preparation.patches.mosaic_px
+        (geometry,) = self.preparation.mosaics
+        return geometry.mosaic_px
 
 
 def _arrival(table: pa.Table, rows: Indices, valid: npt.NDArray[np.bool_], side: int) -> Arrival:
-    column = table.column("mosaic")
+    column = table.column(MOSAIC)
     mosaics = np.stack([np.frombuffer(value.as_buffer(), np.uint8).reshape(side, side, 3) for value in column])
-    outcome = table.drop_columns(["mosaic", "row"]).to_pylist()
+    outcome = table.drop_columns([MOSAIC, "row"]).to_pylist()
     failed = [row for row, counts in zip(outcome, valid, strict=True) if counts and row["status"] == "failed"]
     good = np.array([row["status"] != "failed" for row in outcome])
     return Arrival(rows=rows, valid=valid & good, mosaics=mosaics, failed=failed)

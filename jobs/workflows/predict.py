@@ -26,11 +26,12 @@ def predict(
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
+    views: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the fields of `nsnet.detector.Verdict` for each image, with `image` and `detector_id`.
 
-    `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. `trust_list`: as in `score`.
-    An image that cannot be read or decoded gives a failed verdict.
+    `images`: paths or s3:// URIs. `device`: cpu, cuda, or None for a GPU if there is one. `trust_list`, `views`: as in
+    `score`. An image that cannot be read or decoded gives a failed verdict.
     """
     import torch
 
@@ -56,14 +57,15 @@ def predict(
     )
     if loaded.description and loaded.description.note:
         output.say(loaded.description.note)
-    decoder = GuardedDecoder(loaded.preparation(limits, anchors))
+    preparation = loaded.preparation(limits, anchors, views or 1)
+    decoder = GuardedDecoder(preparation)
     try:
         for image in images:
             try:
                 prepared: Prepared | ImageError = decoder.prepare(_read(image, limits.max_bytes))
             except ImageError as error:
                 prepared = error
-            verdict = loaded.predict_prepared([prepared])[0]
+            verdict = loaded.predict_prepared([prepared], preparation)[0]
             yield {"image": image, **dataclasses.asdict(verdict), "detector_id": loaded.detector_id}
     finally:
         decoder.close()
@@ -94,6 +96,9 @@ def as_text(values: dict[str, Any]) -> str:
         f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
         f"  {values['width']} × {values['height']} px {values['format']}"
     )
+    if values["views_agree"] is not None:
+        agree = "agree" if values["views_agree"] else "disagree: the verdict flips under mild changes of the file"
+        text += f"\n  views {agree}; P(fake) differs by {values['prob_spread']:.3f} between them"
     if values["caption"] is not None:
         text += (
             f"; caption whose meaning was removed: “{values['caption']}”, which left "

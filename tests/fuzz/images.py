@@ -19,7 +19,7 @@ from tests.fuzz.mutations import mutated
 from tests.support.poisons import POISONS
 
 CONFIG: Final = PreparationConfig(
-    thumbnail_px=16, patches=PatchConfig(patch_px=8, mosaic_px=16), fingerprint=True,
+    thumbnail_px=16, patches=(PatchConfig(patch_px=8, mosaic_px=16),), fingerprint=True,
     limits=DecodeLimits(max_seconds=3.0, max_memory_bytes=2**30),
 )  # fmt: skip
 SAVED: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
@@ -76,7 +76,7 @@ def run(folder: Path) -> str:
     """Prepare the image: it is prepared, or an `ImageError` says why not."""
     try:
         done = decoder().prepare((folder / "image").read_bytes())
-        assert done.patches.shape == (4, 8, 8, 3) and done.thumbnail.shape == (16, 16, 3)
+        assert [array.shape for array in done.patches] == [(4, 8, 8, 3)] and done.thumbnail.shape == (16, 16, 3)
         return "prepared"
     except DecoderCrashError as error:
         return f"{type(error).__name__}: {error}"

@@ -70,8 +70,7 @@ def losses() -> list[dict[str, float]]:
     from nsnet import transforms
     from nsnet.captioner import Captioner
     from nsnet.detector import Detector
-    from nsnet.patches import assemble_mosaic
-    from nsnet.preparation import PreparationConfig, prepare
+    from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
     from nsnet.recipes import TINY
     from nsnet.training import Batch, build_optimizer, set_learning_rate, training_step
 
@@ -86,7 +85,7 @@ def losses() -> list[dict[str, float]]:
 
     detector = Detector.build(TINY.detector, seed=0)
     captioner = Captioner.load(TINY.detector.captioner, None)
-    wanted = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=TINY.detector.patches)
+    wanted = PreparationConfig(thumbnail_px=captioner.thumbnail_px, patches=(TINY.detector.patches,))
     prepared = [prepare(file, wanted) for file in files]
     captions = [captioner.caption(each.thumbnail[None])[0] or "" for each in prepared]
     features = detector.clip.encode_text(captions)
@@ -101,7 +100,7 @@ def losses() -> list[dict[str, float]]:
         for row in rows:
             seed = image_seed(0, order.epoch(step), names[row])
             assert transforms.draw(TINY.training.augmentation, seed) == ()
-            mosaics.append(assemble_mosaic(prepared[row].patches, TINY.detector.patches.slot_seed(seed)))
+            mosaics += assemble_mosaics(prepared[row].patches, wanted, seed)
         batch = Batch(
             mosaics=torch.from_numpy(np.stack(mosaics)),
             text_features=features[torch.from_numpy(rows)],

@@ -17,11 +17,11 @@ from nsnet import transforms
 from nsnet.duplicates import perceptual_hash
 from nsnet.errors import ConfigError, ImageCorruptError, ImageEmptyError, ImageTooLargeError
 from nsnet.images import DecodeLimits, decode, thumbnail
-from nsnet.patches import PatchConfig, select_patches
-from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
+from nsnet.patches import PatchConfig, select_mosaic, select_patches
+from nsnet.preparation import PreparationConfig, Prepared, assemble_mosaics, prepare, shapes
 
 REPO_ROOT = Path(__file__).parents[2]
-CONFIG = PreparationConfig(thumbnail_px=48, patches=PatchConfig(patch_px=16, mosaic_px=64))
+CONFIG = PreparationConfig(thumbnail_px=48, patches=(PatchConfig(patch_px=16, mosaic_px=64),))
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
@@ -84,9 +84,9 @@ def test_image_that_never_was_a_file_prepares_like_its_bytes() -> None:
 @pytest.mark.parametrize("name", IMAGES)
 def test_prepared_image_is_its_pixels_patches_and_thumbnail(name: str) -> None:
     pixels, prepared = decode(IMAGES[name]), prepare(IMAGES[name], CONFIG)
-    np.testing.assert_array_equal(prepared.patches, select_patches(pixels, CONFIG.patches))
+    np.testing.assert_array_equal(prepared.patches[0], select_patches(pixels, CONFIG.patches[0]))
     np.testing.assert_array_equal(prepared.thumbnail, thumbnail(pixels, CONFIG.thumbnail_px))
-    assert prepared.patches.shape == (16, 16, 16, 3) and prepared.thumbnail.shape == (48, 48, 3)
+    assert prepared.patches[0].shape == (16, 16, 16, 3) and prepared.thumbnail.shape == (48, 48, 3)
     assert (prepared.height, prepared.width) == pixels.shape[:2] and prepared.frames == 1
 
 
@@ -150,11 +150,12 @@ JPEG = encode(scene(), "JPEG", quality=83)
 FULL = replace(CONFIG, fingerprint=True)
 CONFIGS = {
     "everything": FULL,
-    "no patches": replace(FULL, patches=None),
+    "no patches": replace(FULL, patches=()),
     "no thumbnail": replace(FULL, thumbnail_px=0),
     "no fingerprint": CONFIG,
-    "facts only": PreparationConfig(patches=None),
-    "center": replace(FULL, patches=PatchConfig(patch_px=15, mosaic_px=45, selection="center")),
+    "facts only": PreparationConfig(patches=()),
+    "two geometries": replace(FULL, patches=(*FULL.patches, PatchConfig(patch_px=8, mosaic_px=32, spectrum="power"))),
+    "center": replace(FULL, patches=(PatchConfig(patch_px=15, mosaic_px=45, selection="center"),)),
 }
 
 
@@ -162,12 +163,11 @@ CONFIGS = {
 def test_only_what_is_wanted_is_made_and_the_rest_stays_the_same(name: str) -> None:
     config, pixels = CONFIGS[name], decode(JPEG)
     prepared = prepare(JPEG, config)
-    assert (prepared.patches.shape, prepared.thumbnail.shape) == shapes(config)
-    assert prepared.patches.dtype == prepared.thumbnail.dtype == np.uint8
-    if config.patches is None:
-        assert prepared.patches.shape == (0, 0, 0, 3)
-    else:
-        np.testing.assert_array_equal(prepared.patches, select_patches(pixels, config.patches))
+    assert [array.shape for array in (*prepared.patches, prepared.thumbnail)] == shapes(config)
+    assert {array.dtype for array in (*prepared.patches, prepared.thumbnail)} == {np.dtype(np.uint8)}
+    assert len(prepared.patches) == len(config.patches)
+    for patches, geometry in zip(prepared.patches, config.patches, strict=True):
+        np.testing.assert_array_equal(patches, select_patches(pixels, geometry))
     if config.thumbnail_px == 0:
         assert prepared.thumbnail.shape == (0, 0, 3)
     else:
@@ -183,11 +183,43 @@ def test_fingerprint_is_there_where_there_is_something_to_see() -> None:
     assert prepare(encode(Image.new("RGB", (90, 90), (9, 80, 200)), "PNG"), FULL).perceptual_hash is None
 
 
-def test_images_without_thumbnails_and_patches_can_be_stacked() -> None:
-    config = PreparationConfig(patches=None)
+def test_images_without_thumbnails_can_be_stacked() -> None:
+    config = PreparationConfig(patches=())
     both = [prepare(encode(scene(seed=seed), "PNG"), config) for seed in range(2)]
-    assert np.stack([one.patches for one in both]).shape == (2, 0, 0, 0, 3)
     assert np.stack([one.thumbnail for one in both]).shape == (2, 0, 0, 3)
+
+
+# --- views
+
+
+def test_views_have_other_slot_orders_and_mild_reencodings() -> None:
+    geometries = (*CONFIG.patches, PatchConfig(patch_px=8, mosaic_px=32))
+    config = replace(CONFIG, patches=geometries, views=4)
+    pixels, prepared = decode(JPEG), prepare(JPEG, config)
+    expected = []
+    for geometry in geometries:
+        for seed, chain in enumerate(["", "jpeg:90", "resize:0.9", "jpeg:90"]):
+            steps = transforms.parse(chain) if chain else ()
+            view = transforms.apply(pixels, steps, seed=0, max_pixels=10**6)
+            expected.append(select_mosaic(view, 7 + seed, geometry))
+    mosaics = assemble_mosaics(prepared.patches, config, 7)
+    assert len(mosaics) == len(expected) == 8
+    for mosaic, wanted in zip(mosaics, expected, strict=True):
+        np.testing.assert_array_equal(mosaic, wanted)
+    np.testing.assert_array_equal(mosaics[0], select_mosaic(pixels, 7, geometries[0]))  # the first view is as ever
+    assert len({mosaic.tobytes() for mosaic in mosaics}) == 8
+
+
+def test_view_of_an_image_that_no_jpeg_holds_is_the_image_in_another_order() -> None:
+    wide = encode(Image.fromarray(noise(16, 66_000)), "PNG")  # a JPEG's side is at most 65,535 px
+    prepared = prepare(wide, replace(CONFIG, views=2))
+    np.testing.assert_array_equal(prepared.patches[0], prepared.patches[1])
+
+
+@pytest.mark.parametrize("views", [-1, 0, 10])
+def test_number_of_views_has_limits(views: int) -> None:
+    with pytest.raises(ConfigError, match=f"the number of views must be from 1 to 9, got {views}"):
+        PreparationConfig(views=views)
 
 
 # --- transforms
@@ -201,9 +233,9 @@ def test_transform_comes_before_patches_and_thumbnail_and_after_the_facts(chain:
     image = Image.open(io.BytesIO(JPEG)) if opened else JPEG
     plain, changed = prepare(JPEG, FULL), prepare(image, FULL, chain, seed=5)
     pixels = transforms.apply(decode(JPEG), transforms.parse(chain), seed=5, max_pixels=10**6)
-    np.testing.assert_array_equal(changed.patches, select_patches(pixels, FULL.patches))
+    np.testing.assert_array_equal(changed.patches[0], select_patches(pixels, FULL.patches[0]))
     np.testing.assert_array_equal(changed.thumbnail, thumbnail(pixels, FULL.thumbnail_px))
-    assert not np.array_equal(changed.patches, plain.patches)
+    assert not np.array_equal(changed.patches[0], plain.patches[0])
     assert not np.array_equal(changed.thumbnail, plain.thumbnail)
     facts = ("width", "height", "format", "frames", "quality", "perceptual_hash")
     assert [getattr(changed, fact) for fact in facts] == [getattr(plain, fact) for fact in facts]
@@ -215,7 +247,7 @@ def test_seed_decides_what_is_random_in_a_transform_and_nothing_else_does(chain:
     first = prepare(JPEG, FULL, chain, seed=5)
     np.random.seed(1)
     assert_equal(prepare(JPEG, FULL, chain, seed=5), first)
-    assert not np.array_equal(prepare(JPEG, FULL, chain, seed=6).patches, first.patches)
+    assert not np.array_equal(prepare(JPEG, FULL, chain, seed=6).patches[0], first.patches[0])
 
 
 def test_without_a_transform_the_seed_changes_nothing() -> None:

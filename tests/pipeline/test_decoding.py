@@ -42,7 +42,7 @@ from tests.support.tables import big_image_file, image_file
 
 REPO_ROOT = Path(__file__).parents[2]
 LIMITS = DecodeLimits(max_bytes=1_000_000, max_pixels=40_000_000)
-CONFIG = PreparationConfig(thumbnail_px=16, patches=PatchConfig(patch_px=8, mosaic_px=16), limits=LIMITS)
+CONFIG = PreparationConfig(thumbnail_px=16, patches=(PatchConfig(patch_px=8, mosaic_px=16),), limits=LIMITS)
 SMALL = image_file()
 
 
@@ -99,7 +99,7 @@ def test_image_is_prepared_as_without_the_guard(decoder: GuardedDecoder, file_fo
 
 
 def test_side_lengths_of_the_configuration_reach_the_child() -> None:
-    config = PreparationConfig(thumbnail_px=20, patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power"))
+    config = PreparationConfig(thumbnail_px=20, patches=(PatchConfig(patch_px=16, mosaic_px=64, spectrum="power"),))
     with closing(GuardedDecoder(config)) as other:
         assert_same(other.prepare(SMALL), prepare(SMALL, config))
 

@@ -30,7 +30,7 @@ from nsnet.preparation import PreparationConfig
 from tests.support.tables import image_file, verdict_row
 
 CONFIG = PreparationConfig(
-    patches=PatchConfig(patch_px=8, mosaic_px=16), limits=DecodeLimits(max_seconds=0.6)
+    patches=(PatchConfig(patch_px=8, mosaic_px=16),), limits=DecodeLimits(max_seconds=0.6)
 )  # fmt: skip
 GOOD = image_file()
 

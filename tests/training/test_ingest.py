@@ -18,13 +18,13 @@ from jobs.training.ingest import FETCHED, Arrival, Ingest
 from jobs.training.order import Order, image_seed
 from nsnet import transforms
 from nsnet.errors import SourceError
-from nsnet.patches import SCORING_SEED, PatchConfig, assemble_mosaic
-from nsnet.preparation import PreparationConfig, prepare
+from nsnet.patches import SCORING_SEED, PatchConfig
+from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 from nsnet.transforms import AugmentationConfig
 from tests.support.tables import image_file, manifest_row
 
 COUNTS = [(20, 8), (7, 8), (8, 8), (1, 2), (33, 4)]
-CONFIG = PreparationConfig(patches=PatchConfig(patch_px=32, mosaic_px=64))
+CONFIG = PreparationConfig(patches=(PatchConfig(patch_px=32, mosaic_px=64),))
 
 
 def order(count: int, batch_size: int, rank: int = 0, world_size: int = 1, **values: Any) -> Order:
@@ -113,7 +113,7 @@ def ingest(split: Examples, folder: Path, augmentation: AugmentationConfig | Non
 def expected_mosaic(split: Examples, row: int, slot_seed: int, chain: str = "") -> Any:
     record = split.table.slice(row, 1).to_pylist()[0]
     done = prepare(Path(record["uri"]).read_bytes(), CONFIG, chain, transform_seed(record["image_id"], slot_seed))
-    return assemble_mosaic(done.patches, slot_seed)
+    return assemble_mosaics(done.patches, CONFIG, slot_seed)[0]
 
 
 def check(arrival: Arrival, split: Examples, seeds: dict[int, int], chains: dict[int, str]) -> None:
