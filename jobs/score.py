@@ -9,12 +9,19 @@ from jobs.console import main, parameters
 from jobs.dataset.plan import Selection
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.uris import Uri
-from jobs.workflows.score import score
+from jobs.workflows.score import score_together
 
 
 @click.command()
 @click.argument("source", type=parameters.URI)
-@click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
+@click.option(
+    "--detector",
+    "detectors",
+    type=parameters.URI,
+    required=True,
+    multiple=True,
+    help="Detector bundle: a folder or s3:// URI. Repeat it to judge with several in one pass.",
+)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish verdicts in.")
 @parameters.batch_option
 @parameters.precision_option
@@ -30,6 +37,7 @@ from jobs.workflows.score import score
     show_default=True,
     help="Stop when the store of the images does not answer for this long; the same command continues.",
 )
+@parameters.views_option
 @parameters.max_failed_option
 @parameters.max_left_out_option
 @parameters.weights_options
@@ -38,8 +46,8 @@ from jobs.workflows.score import score
 @parameters.address_option
 @parameters.debug_option
 def command(source: Uri, **options: Any) -> int:
-    """Score the images of SOURCE that this detector has not judged yet. Each gets one published row, with a verdict or
-    an error. The same command continues a stopped run.
+    """Score the images of SOURCE that the detectors have not judged yet. Each gets one published row per detector, with
+    a verdict or an error. The same command continues a stopped run.
 
     SOURCE is a folder, an s3:// prefix, a Parquet manifest (column `uri`), image Parquet (column `bytes`) or a
     WebDataset tar.
@@ -47,9 +55,9 @@ def command(source: Uri, **options: Any) -> int:
     limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
-    record = score(source, limits=limits, selection=selection, **options)
-    failed_code = main.exit_code(record["counts"], record["rows"], allowed)
-    return max(failed_code, main.left_out_code(record, left_out))
+    records = score_together(source, limits=limits, selection=selection, **options)
+    failed_code = max(main.exit_code(record["counts"], record["rows"], allowed) for record in records)
+    return max(failed_code, *(main.left_out_code(record, left_out) for record in records))
 
 
 if __name__ == "__main__":

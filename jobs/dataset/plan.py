@@ -23,6 +23,7 @@ from jobs.storage import parquet
 from jobs.storage.database import Database, database
 from jobs.storage.left_out import first_named
 from jobs.storage.uris import Uri
+from nsnet.config import later
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
 UPDATE_SECONDS: Final = 5.0
@@ -51,6 +52,9 @@ FORM_ID: Final = (
 )
 """SQL: id of an image `l` in a form `f`."""
 
+HISTORY: Final = pa.field("history", pa.int64())
+"""Number of the earlier results that decide a manifest."""
+
 NEW: Final = "new"
 CHANGED: Final = "changed"
 FAILED: Final = "failed before"
@@ -69,7 +73,7 @@ class Selection:
     """Maximum images, each in all its forms: the first listed, in no order."""
     shuffle_seed: int | None = None
     """Random order; with `limit`, a random sample."""
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = later(())
     """`KEY=NAME` each: the name of the Parquet column for a key of `tables.KEYS`."""
     retry_failed: bool = False
     """Process images again that failed before."""
@@ -131,6 +135,15 @@ class Plan:
         return f"{self.count:,} images to do" + (f" ({'; '.join(parts)})" if parts else "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A manifest to write."""
+
+    uri: str
+    published: Iterable[pa.RecordBatch] = ()
+    """Earlier results (`schema.DONE`), which decide what it holds."""
+
+
 def write_manifest(
     source: Uri,
     uri: str,
@@ -138,46 +151,62 @@ def write_manifest(
     published: Iterable[pa.RecordBatch] = (),
     transforms: Sequence[str] = (),
 ) -> Plan:
-    """List a source and write its manifest (`schema.MANIFEST`), which is empty if all images were processed before.
+    """As `write_manifests`, for one manifest."""
+    (plan,) = write_manifests(source, [Target(uri=uri, published=published)], selection, transforms)
+    return plan
 
-    `published`: earlier results (`schema.DONE`). `transforms`: chains of `nsnet.transforms`; each image gets one row
-    with its own id per chain ("": unchanged). Raises `SourceError`, and writes nothing, if the source holds no image.
+
+def write_manifests(
+    source: Uri, targets: Sequence[Target], selection: Selection | None = None, transforms: Sequence[str] = ()
+) -> list[Plan]:
+    """List a source once and write manifests (`schema.MANIFEST`); empty ones if all images were processed before.
+
+    `transforms`: chains of `nsnet.transforms`; each image gets one row with its own id per chain ("": unchanged).
+    Raises `SourceError`, and writes nothing, if the source holds no image.
     """
     selection = selection or Selection()
     listing = Source(source, selection.include, selection.exclude, selection.named_columns())
-    if uri.startswith(listing.uri.rstrip("/") + "/"):
+    if any(target.uri.startswith(listing.uri.rstrip("/") + "/") for target in targets):
         raise UsageError(f"--out is inside the source {listing.uri}, which would list it: choose a folder outside")
     forms = list(dict.fromkeys(transform or None for transform in transforms)) or [None]
     wanted = _quoted(selection.states())
     with database() as rows:
         _load(rows, "forms", {"form": range(len(forms)), "transform": forms}, FORMS)
-        _load_history(rows, published)
+        _load_histories(rows, [target.published for target in targets])
         _load_listing(rows, listing, selection, wanted)
-        states = dict(rows.execute("select state, count(*) from planned group by 1"))
-        if not states:
+        states: list[dict[str, int]] = [
+            dict(rows.execute(f"select state, count(*) from planned where history = {i} group by 1"))
+            for i in range(len(targets))
+        ]
+        if not states[0]:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(listing.left_out.items()))
             problem = "holds no images" + (f" ({reasons})" if reasons else "")
             if unread := listing.left_out.unread:
                 problem = f"{problem} in its readable part; not read: {first_named(unread, listing.left_out.named)}"
             raise SourceError(f"{listing.uri} {problem}")
-        if repeated := rows.number("select count(*) from listed") - sum(states.values()) // len(forms):
+        if repeated := rows.number("select count(*) from listed") - sum(states[0].values()) // len(forms):
             listing.left_out["listed twice"] += repeated
         _load(rows, "classes", {SERIES: sorted(listing.classes)}, CLASSES)
         layout = _recognise(rows, listing.uri)
         _merge(rows)
-        labels: Counter[int | None] = Counter()
-        count = parquet.write(_counted(_chosen(rows, selection, wanted), labels), schema.MANIFEST, uri)
-    return Plan(
-        uri=uri,
-        count=count,
-        left_out=dict(listing.left_out),
-        labels=dict(labels),
-        states={state: states[state] for state in (NEW, CHANGED, FAILED, SCORED) if state in states},
-        layout=layout.name,
-        forms=len(forms),
-        unread=listing.left_out.unread,
-        unread_named=tuple(listing.left_out.named),
-    )
+        plans = []
+        for i, target in enumerate(targets):
+            labels: Counter[int | None] = Counter()
+            batches = _counted(_chosen(rows, i, selection, wanted), labels)
+            plans.append(
+                Plan(
+                    uri=target.uri,
+                    count=parquet.write(batches, schema.MANIFEST, target.uri),
+                    left_out=dict(listing.left_out),
+                    labels=dict(labels),
+                    states={state: states[i][state] for state in (NEW, CHANGED, FAILED, SCORED) if state in states[i]},
+                    layout=layout.name,
+                    forms=len(forms),
+                    unread=listing.left_out.unread,
+                    unread_named=tuple(listing.left_out.named),
+                )
+            )
+    return plans
 
 
 def _recognise(rows: Database, source: Uri) -> Layout:
@@ -240,13 +269,13 @@ def _merge(rows: Database) -> None:
         say(f"warning: {contradicting:,} images are listed twice with contradictory labels: they have no label")
 
 
-def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
-    """Select the manifest's rows."""
+def _chosen(rows: Database, history: int, selection: Selection, wanted: str) -> Iterator[pa.RecordBatch]:
+    """Select the rows of a manifest, by the number of its history."""
     seed = selection.shuffle_seed
     order = "n" if seed is None else f"hash(l.image_id::varchar || '/{seed}'), l.image_id"
     first = "" if selection.limit is None else (
-        f"and n in (select n from planned join listed l using (n) where state in ({wanted}) group by n, l.image_id "
-        f"order by {order} limit {selection.limit})"
+        f"and n in (select n from planned join listed l using (n) where state in ({wanted}) and history = {history} "
+        f"group by n, l.image_id order by {order} limit {selection.limit})"
     )  # fmt: skip
     return rows.select(
         f"select l.* replace ({FORM_ID} as image_id, f.transform as transform, "
@@ -254,7 +283,7 @@ def _chosen(rows: Database, selection: Selection, wanted: str) -> Iterator[pa.Re
         "coalesce(r.generator, l.generator) as generator, coalesce(r.split, l.split) as split) "
         "from planned join labelled l using (n) join forms f using (form) "
         "left join repeated r on l.image_id = r.image_id "
-        f"where state in ({wanted}) {first} order by {order}, form"
+        f"where state in ({wanted}) and history = {history} {first} order by {order}, form"
     )
 
 
@@ -263,44 +292,51 @@ def _load(rows: Database, table: str, columns: dict[str, Any], columns_schema: p
     rows.insert(table, pa.table(columns, schema=columns_schema).to_batches())
 
 
-def _load_history(rows: Database, published: Iterable[pa.RecordBatch]) -> None:
-    """Create tables of processed images: `seen` ids, and `known` URIs in any version.
+def _load_histories(rows: Database, histories: Sequence[Iterable[pa.RecordBatch]]) -> None:
+    """Create tables of images that were processed before, per history: `seen` ids, and `known` URIs in any version.
 
     Images that failed because a run's time budget was used up do not count as processed.
     """
-    done = "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored"
-    rows.create("done", done, schema.DONE, where=f"error_class is distinct from '{ImageBudgetError.__name__}'")
-    rows.insert("done", published)
-    rows.execute("create table seen as select image_id, bool_or(scored) as scored from done group by 1")
-    rows.execute("create table known as select distinct uri from done")
+    numbered = pa.schema([*schema.DONE, HISTORY])
+    done = "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored, history"
+    rows.create("done", done, numbered, where=f"error_class is distinct from '{ImageBudgetError.__name__}'")
+    for number, published in enumerate(histories):
+        for batch in published:
+            rows.insert("done", [batch.append_column(HISTORY, pa.array([number] * len(batch), HISTORY.type))])
+    rows.execute("create table seen as select history, image_id, bool_or(scored) as scored from done group by 1, 2")
+    rows.execute("create table known as select distinct history, uri from done")
+    _load(rows, "histories", {"history": range(len(histories))}, pa.schema([HISTORY]))
 
 
 def _load_listing(rows: Database, source: Source, selection: Selection, wanted: str) -> None:
-    """Create the tables `listed` and `planned`; the latter has each image once in each form: number, form and state.
+    """Create the tables `listed` and `planned`; the latter has each image once in each form, with the state that each
+    history gives it.
 
     Listing stops early when it has enough images to process, which is tested each time the listing has doubled. Under
     a transform an image is new until it was processed under it, even if the file changed.
     """
     rows.create("listed", "* replace (image_id::uuid as image_id)", PLANNED_COLUMNS)
     rows.execute(
-        f"create view judged as select l.n, f.form, case when s.scored then '{SCORED}' when s.scored is not null then "
-        f"'{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state from listed l "
-        "semi join (select min(n) as n from listed group by image_id) a on l.n = a.n cross join forms f "
-        f"left join seen s on case when f.transform is null then l.image_id else ({FORM_ID})::uuid end = s.image_id "
-        "left join known k on case when f.transform is null then hash(l.uri) end = k.uri"
+        f"create view judged as select l.n, f.form, h.history, case when s.scored then '{SCORED}' "
+        f"when s.scored is not null then '{FAILED}' when k.uri is not null then '{CHANGED}' else '{NEW}' end as state "
+        "from listed l semi join (select min(n) as n from listed group by image_id) a on l.n = a.n cross join forms f "
+        "cross join histories h left join seen s on h.history = s.history and "
+        f"case when f.transform is null then l.image_id else ({FORM_ID})::uuid end = s.image_id "
+        "left join known k on h.history = k.history and case when f.transform is null then hash(l.uri) end = k.uri"
     )
     limit = selection.limit if selection.shuffle_seed is None else None
     listing = enumerate(source.rows())
-    listed, portion = 0, limit
+    listed, portion, histories = 0, limit, rows.number("select count(*) from histories")
     while True:
         rows.insert("listed", _batches(listing if portion is None else islice(listing, portion)))
         before, listed = listed, rows.number("select count(*) from listed")
         if limit is None or portion is None or listed - before < portion:
             break
-        if rows.number(f"select count(distinct n) from judged where state in ({wanted})") >= limit:
+        enough = f"select count(distinct n) as images from judged where state in ({wanted}) group by history"
+        if rows.number(f"select count(*) from ({enough}) where images >= {limit}") == histories:
             break
         portion = listed
-    rows.execute("create table planned as select n, form, state from judged")
+    rows.execute("create table planned as select n, form, history, state from judged")
 
 
 def _batches(listing: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[pa.RecordBatch]:

@@ -33,7 +33,9 @@ KNOWN_CAPTION: Final = [
     pa.field("known_run_id", pa.string()),  # run that captioned it
 ]
 
-TODO: Final = pa.schema([*MANIFEST, *KNOWN_CAPTION])
+WANTED: Final = pa.field("wanted", pa.int64())
+"""Bit i: the i-th run of the attempt wants a row of this image."""
+TODO: Final = pa.schema([*MANIFEST, *KNOWN_CAPTION, WANTED])
 """Rows that an attempt must process: manifest rows, each with a published caption of possibly the same content. The
 caption is used if the content's hash equals `known_hash`."""
 
@@ -89,6 +91,8 @@ VERDICTS: Final = pa.schema(
         pa.field("verdict", pa.string()),  # real, fake, uncertain; null for a failed row
         pa.field("threshold", pa.float64()),
         pa.field("residual_energy", pa.float64()),
+        pa.field("prob_spread", pa.float64()),  # largest minus smallest prob_fake of the views; null: one view
+        pa.field("views_agree", pa.bool_()),  # whether all views lie on the same side of the threshold
         *OUTCOME,
         pa.field("detector_id", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
@@ -98,6 +102,9 @@ VERDICTS: Final = pa.schema(
     ]
 )
 """Published verdicts: one row per planned image."""
+
+LATER: Final = ("remark", *(field.name for field in PROVENANCE), "prob_spread", "views_agree")
+"""Columns that staged rows of older releases lack."""
 
 DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status", "error_class")])
 """Columns of published verdicts that a plan reads."""

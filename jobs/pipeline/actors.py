@@ -7,33 +7,26 @@ as they are used. Rows: B of a batch; K mosaic slots, N patch side, M mosaic sid
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
-import numpy as np
 import pyarrow as pa
 
-from jobs.dataset import schema
 from jobs.pipeline.bottleneck import WAITING
 from jobs.pipeline.models import Models, caption_id
-from jobs.pipeline.pixels import PIXEL_COLUMNS, gather
+from jobs.pipeline.pixels import THUMBNAIL, gather, pixel_columns
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from nsnet.errors import (
-    BundleError,
     CaptionError,
-    ScoreError,
 )
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captioner import Captioner
     from nsnet.configuration import CaptionerConfig, ClipConfig
-    from nsnet.detector import Detector
     from nsnet.text_features import TextFeatures
 
-_loading = Lock()
+loading = Lock()
 """Models of a process are loaded one after the other: they draw random weights from torch's only generator, and swap
 modules while they import."""
 CACHE_ENTRIES: Final = 65_536
@@ -112,16 +105,25 @@ class Caption:
     name: ClassVar = "captioning"
 
     def __init__(
-        self, models: Models, config: "CaptionerConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
+        self,
+        models: Models,
+        config: "CaptionerConfig",
+        schema: pa.Schema,
+        batch_size: int,
+        report: ProgressReporter,
+        *,
+        wanted: int | None = None,
     ) -> None:
         self.models, self.config = models, config
         self.schema, self.batch_size, self.report = schema, batch_size, report
+        self.wanted = wanted
+        """Bits of the runs that need captions (`jobs.dataset.schema.WANTED`); None: every row needs one."""
         self.memory = ResultCache()
 
     @cached_property
     def captioner(self) -> "Captioner":
         """The captioner, loaded on first use."""
-        with _loading:
+        with loading:
             from nsnet.captioner import Captioner
 
             self.models.use_threads()
@@ -132,11 +134,13 @@ class Caption:
             )  # fmt: skip
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows, usable = _light_rows(table)
+        rows, usable = light_rows(table)
+        if self.wanted is not None:
+            usable = [i for i in usable if rows[i]["wanted"] & self.wanted]
         uncaptioned = [i for i in usable if rows[i].get("caption") is None]
-        for batch in _batches(_first_of_each(rows, uncaptioned, self.models, self.memory), self.batch_size):
+        for batch in in_batches(first_of_each(rows, uncaptioned, self.models, self.memory), self.batch_size):
             side = self.captioner.thumbnail_px
-            captions = self.captioner.caption(gather(table, "thumbnail", batch, (self.batch_size, side, side, 3)))
+            captions = self.captioner.caption(gather(table, THUMBNAIL, batch, (self.batch_size, side, side, 3)))
             for i, caption in zip(batch, captions, strict=False):
                 self.memory[self.models.key(rows[i])] = caption
         for i in usable:
@@ -151,7 +155,7 @@ class Caption:
             )
         self.memory.trim()
         self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in usable))
-        return _with_heavy(rows, table, self.schema)
+        return with_heavy(rows, table, self.schema)
 
 
 class Embed:
@@ -188,92 +192,18 @@ class Embed:
         return TextFeatures(clip, self.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows, usable = _light_rows(table)
-        for batch in _batches(usable, self.batch_size):
+        rows, usable = light_rows(table)
+        for batch in in_batches(usable, self.batch_size):
             features = self.features.of([rows[i]["caption"] for i in batch]).cpu().numpy()
             for i, feature in zip(batch, features, strict=True):
                 rows[i]["text_features"] = feature.tolist()
         self.report.add(embedded=len(rows))
-        return _with_heavy(rows, table, self.schema)
+        return with_heavy(rows, table, self.schema)
 
 
-class Score:
-    """A stage with the detector that turns mosaics, and captions if the detector uses them, into verdicts; drops the
-    mosaics.
-
-    Every model call has the same number of images, as in `Caption`: a continued run gives the same bits as an
-    uninterrupted one.
-    """
-
-    name: ClassVar = "scoring"
-
-    def __init__(self, models: Models, batch_size: int, report: ProgressReporter) -> None:
-        self.models, self.batch_size, self.report = models, batch_size, report
-        self.memory = ResultCache()
-        # Load while the first images are prepared and captioned. Errors are raised by the first call, as in `Embed`.
-        self._detector = ThreadPoolExecutor(1).submit(self._load)
-
-    @cached_property
-    def detector(self) -> "Detector":
-        """The detector, when it is loaded."""
-        detector = self._detector.result()
-        self.models.use_threads()
-        return detector
-
-    def _load(self) -> "Detector":
-        models = self.models
-        with _loading:
-            from nsnet.detector import Detector
-            from nsnet.text_features import TextFeatures
-
-            models.use_threads()
-            detector = Detector.load(
-                models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
-                clip_weights=models.clip_path(), captioner=False,
-            )  # fmt: skip
-        if models.detector_id not in (None, detector.detector_id):
-            raise BundleError(
-                f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "
-                f"{models.detector_id}"
-            )
-        detector.text_features = TextFeatures(detector.clip, self.batch_size)
-        return detector
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows, usable = _light_rows(table)
-        side = self.detector.config.patches.mosaic_px
-        for batch in _batches(_first_of_each(rows, usable, self.models, self.memory), self.batch_size):
-            mosaics = gather(table, "mosaic", batch, (self.batch_size, side, side, 3))
-            captions = None
-            if self.detector.config.projection.needs_captions:
-                captions = [rows[i]["caption"] for i in batch]
-                captions += captions[:1] * (self.batch_size - len(batch))
-            scores = self.detector.score(mosaics, captions)
-            for k, i in enumerate(batch):
-                self.memory[self.models.key(rows[i])] = {
-                    "logit": float(scores.logit[k]),
-                    "prob_fake": float(scores.prob_fake[k]),
-                    "verdict": scores.verdict[k],
-                    "residual_energy": float(scores.residual_energy[k]),
-                }
-        for i in usable:
-            result = self.memory[self.models.key(rows[i])]
-            if np.isfinite(result["logit"]):
-                rows[i] |= result
-            else:
-                rows[i] = failed(rows[i], ScoreError(f"the logit is {result['logit']} in {self.detector.precision}"))
-        self.memory.trim()
-        constant = {
-            "threshold": self.detector.calibration.threshold,
-            "detector_id": self.detector.detector_id,
-            "run_id": self.models.run_id,
-            "scored_at": datetime.now(UTC),
-        }
-        self.report.add(scored=len(rows), failed=sum(rows[i]["status"] == "failed" for i in usable))
-        return to_table([{**row, **constant} for row in rows], schema.VERDICTS)
-
-
-def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory: ResultCache) -> list[int]:
+def first_of_each(
+    rows: RowDicts | dict[int, dict[str, Any]], positions: list[int], models: Models, memory: ResultCache
+) -> list[int]:
     """Positions of the first row of each content that is not cached yet, among these positions."""
     first: dict[str, int] = {}
     for i in positions:
@@ -283,16 +213,16 @@ def _first_of_each(rows: RowDicts, positions: list[int], models: Models, memory:
     return list(first.values())
 
 
-def _light_rows(table: pa.Table) -> tuple[RowDicts, list[int]]:
+def light_rows(table: pa.Table) -> tuple[RowDicts, list[int]]:
     """Rows without the pixel columns, and the positions of those that have not failed."""
-    rows: RowDicts = table.drop_columns([name for name in PIXEL_COLUMNS if name in table.column_names]).to_pylist()
+    rows: RowDicts = table.drop_columns(pixel_columns(table.column_names)).to_pylist()
     return rows, [i for i, row in enumerate(rows) if row["status"] != "failed"]
 
 
-def _with_heavy(rows: RowDicts, table: pa.Table, wanted: pa.Schema) -> pa.Table:
+def with_heavy(rows: RowDicts, table: pa.Table, wanted: pa.Schema) -> pa.Table:
     """Rows as a table of the wanted schema, with the input's pixel columns, which are not copied."""
-    return to_table(rows, wanted, {name: table.column(name) for name in wanted.names if name in PIXEL_COLUMNS})
+    return to_table(rows, wanted, {name: table.column(name) for name in pixel_columns(wanted.names)})
 
 
-def _batches(positions: list[int], size: int) -> list[list[int]]:
+def in_batches(positions: list[int], size: int) -> list[list[int]]:
     return [positions[start : start + size] for start in range(0, len(positions), size)]

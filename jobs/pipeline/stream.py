@@ -178,6 +178,7 @@ SCORING_COLUMNS = pa.schema(
         *schema.PROVENANCE,
         *schema.CAPTION,
         *schema.OUTCOME,
+        schema.WANTED,
         *schema.LABELS,
         schema.TRANSFORM,
     ]

@@ -11,9 +11,12 @@
 Ray Data's checkpoint serves as a two-phase commit: a file of rows counts once the checkpoint file of its write task has
 its final name. Each attempt has its own checkpoint. So tasks that outlive a dead driver commit into a folder that no
 later attempt reads, and Ray's filter, which holds all finished ids in each of its actors, never starts.
+
+Runs of several detectors in one pass have a manifest and settings each, and share the attempts in the staging of one of
+them, their leader. Its files hold rows of all; `run_id` tells them apart.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -25,7 +28,7 @@ from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import names, removal
 from jobs.storage import errors, listing, parquet, reading, uris, writing
-from jobs.storage.database import database
+from jobs.storage.database import Database, database
 from jobs.storage.errors import Fault
 from jobs.storage.uris import Uri
 from nsnet.errors import StorageError
@@ -46,7 +49,12 @@ TASKS: Final = 2048
 work that a lost task repeats."""
 
 
-@dataclass(frozen=True, kw_only=True)
+RUN_ID: Final = pa.field("run_id", pa.string())
+MADE: Final = pa.schema([*IDS, RUN_ID])
+"""What identifies a row that was made; the run is null in products whose rows do not name it."""
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One start of a run."""
 
@@ -55,6 +63,8 @@ class Attempt:
     """1, 2, … among the attempts of the run."""
     accepted: list[str]
     """Files with finished rows of earlier attempts."""
+    runs: tuple[str, ...] = ()
+    """Ids of the runs whose rows it makes, the leader first; the i-th has bit i in `schema.WANTED`."""
     count: int = 0
     """Images that this attempt has to do."""
 
@@ -81,7 +91,7 @@ class Attempt:
         return [uris.join(self.rows, name) for name in finished]
 
     def files(self) -> list[str]:
-        """All files with finished rows, of this attempt and earlier ones."""
+        """All files with finished rows, of this attempt and earlier ones; of all runs of the pass."""
         return self.accepted + self.committed()
 
 
@@ -142,12 +152,26 @@ def _plan_remedy(staging: str) -> str:
     return f"restore it, or remove {staging} while no run writes here to plan its images again"
 
 
-def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
+def led(stagings: Iterable[str]) -> list[str]:
+    """These stagings of runs of one pass, the leader first: one with attempts, whose rows would be lost otherwise."""
+    return sorted(stagings, key=lambda staging: not _attempts(staging))
+
+
+def _attempts(staging: str) -> list[str]:
+    return [name for name in listing.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
+
+
+def begin(
+    stagings: Sequence[str], lock_number: int, known: Iterable[pa.RecordBatch] = (), captioner_id: str = ""
+) -> Attempt:
     """Begin the next attempt: freeze the finished files, write the rows to do. The caller must hold the lock.
 
-    `known`: published captions (`schema.CAPTIONED`), of which those of the captioner are reused.
+    `stagings`: of the runs of a pass, the leader's first. `known`: published captions (`schema.CAPTIONED`), of which
+    those of the captioner are reused.
     """
-    attempts = [name for name in listing.subfolders(staging) if names.ATTEMPT.fullmatch(name)]
+    staging, runs = stagings[0], tuple(staging.rpartition("/")[2] for staging in stagings)
+    manifests = [uris.join(staging, MANIFEST_FILE) for staging in stagings]
+    attempts = _attempts(staging)
     earlier = [name for name in attempts if int(name.removeprefix("attempt-")) <= lock_number]
     own = f"attempt-{lock_number:08d}"
     if own in earlier:  # lock numbers only grow, unless the lock files were removed
@@ -162,10 +186,10 @@ def begin(staging: str, lock_number: int, known: Iterable[pa.RecordBatch] = (), 
         except FileNotFoundError:  # it stopped before it froze its files, so it has no rows
             continue
         folder = uris.join(staging, name)
-        accepted = _usable(staging, Attempt(folder=folder, number=number, accepted=frozen).files())
+        accepted = _usable(dict(zip(runs, manifests, strict=True)), Attempt(folder, number, frozen).files())
         break
-    attempt = Attempt(folder=uris.join(staging, own), number=len(earlier) + 1, accepted=accepted)
-    count = write_todo(uris.join(staging, MANIFEST_FILE), attempt.todo, accepted, known, captioner_id)
+    attempt = Attempt(uris.join(staging, own), len(earlier) + 1, accepted, runs)
+    count = write_todo(dict(zip(runs, manifests, strict=True)), attempt.todo, accepted, known, captioner_id)
     frozen = [name.removeprefix(f"{staging}/") for name in accepted]
     writing.write_json(uris.join(attempt.folder, ACCEPTED_FILE), frozen)
     return replace(attempt, count=count)
@@ -189,14 +213,15 @@ def commit_rows(count: int) -> int:
 
 
 def write_todo(
-    manifest: str,
+    manifests: Mapping[str, str],
     folder: str,
     accepted: Sequence[str] = (),
     known: Iterable[pa.RecordBatch] = (),
     captioner_id: str = "",
 ) -> int:
-    """Write the rows of the manifest that no accepted file has, in order, one file per task; returns their number.
+    """Write the rows of the manifests that no accepted file has, in order, one file per task; returns their number.
 
+    `manifests`: URIs by run id. An image that several runs want is written once, and says which ones (`schema.WANTED`).
     A known caption is reused from the same version of the image, else from one with the same file name and size:
     a copy, or a file that was only touched. The content hash is compared after the image is fetched. A transformed
     image counts as another image.
@@ -205,13 +230,14 @@ def write_todo(
     with database() as rows:
         rows.execute("create sequence numbers")
         identified = f"{ID}::uuid as {ID}"
-        rows.create(
-            "manifest", f"nextval('numbers') as n, {name} as name, * replace ({ID}::uuid as {ID})", schema.MANIFEST
+        _load_manifests(rows, manifests, f"nextval('numbers') as n, {name} as name, ", schema.MANIFEST)
+        rows.create("done", f"{identified}, {_run_of_row(manifests)} as run", MADE)
+        rows.insert("done", parquet.read_small(accepted, MADE, optional=[RUN_ID.name]))
+        rows.execute(
+            f"create table left_over as select m.* exclude (run), wanted from manifest m join "
+            f"(select min(n) as n, bit_or(1::bigint << run) as wanted from manifest anti join done using ({ID}, run) "
+            f"group by {ID}) using (n)"
         )
-        rows.insert("manifest", planned_rows(manifest, schema.MANIFEST))
-        rows.create("done", identified, IDS)
-        rows.insert("done", parquet.read_small(accepted, IDS))
-        rows.execute(f"create table left_over as select * from manifest anti join done using ({ID})")
         # keep only captions that may be used: there may be far more captions than images to do
         rows.create(
             "captions",
@@ -237,24 +263,41 @@ def write_todo(
         return parquet.write_many(batches, schema.TODO, folder, task_rows)
 
 
-def _usable(staging: str, files: list[str]) -> list[str]:
+def _load_manifests(rows: Database, manifests: Mapping[str, str], columns: str, read: pa.Schema) -> None:
+    """Create the table `manifest` of the planned images of several runs, with `run`, the number of each row's run."""
+    numbered = pa.schema([*read, pa.field("run", pa.int64())])
+    rows.create("manifest", f"{columns}* replace ({ID}::uuid as {ID})", numbered)
+    for number, uri in enumerate(manifests.values()):
+        for batch in planned_rows(uri, read):
+            rows.insert("manifest", [batch.append_column("run", pa.array([number] * len(batch), pa.int64()))])
+
+
+def _run_of_row(runs: Iterable[str]) -> str:
+    """SQL: number of the run of a row of `MADE`; null for a run that is not among these. Only verdicts name a run."""
+    cases = " ".join(f"when '{run_id}' then {number}" for number, run_id in enumerate(runs))
+    return f"case when {RUN_ID.name} is null then 0 else (case {RUN_ID.name} {cases} end) end"
+
+
+def _usable(manifests: Mapping[str, str], files: list[str]) -> list[str]:
     """The files that are readable and hold only planned images that no earlier file holds. A retried task may have been
     killed while it rewrote its file, or may have split its rows differently from its first try.
+
+    Rows of runs that are not among the manifests (run id -> URI) do not count: another command continues those.
     """
-    numbered = pa.schema([pa.field("n", pa.int64()), *IDS])
+    numbered = pa.schema([pa.field("n", pa.int64()), *MADE])
     with database() as rows:
-        rows.create("manifest", f"{ID}::uuid as {ID}", IDS)
-        rows.insert("manifest", planned_rows(uris.join(staging, MANIFEST_FILE), IDS))
-        rows.create("found", f"n, {ID}::uuid as {ID}", numbered)
+        _load_manifests(rows, manifests, "", IDS)
+        rows.create("every", f"n, {ID}::uuid as {ID}, {_run_of_row(manifests)} as run", numbered)
         damaged = set()
         for n, ids in enumerate(_ids(files)):
             if ids is None:
                 damaged.add(n)
             else:
-                rows.insert("found", ids.add_column(0, numbered.field("n"), pa.array([n] * len(ids))).to_batches())
+                rows.insert("every", ids.add_column(0, numbered.field("n"), pa.array([n] * len(ids))).to_batches())
+        rows.execute("create view found as select * from every where run is not null")
         repeated = rows.execute(
-            f"select n from (select n, row_number() over (partition by {ID} order by n) as k from found) where k > 1 "
-            f"union select n from found anti join manifest using ({ID})"
+            f"select n from (select n, row_number() over (partition by {ID}, run order by n) as k from found) "
+            f"where k > 1 union select n from found anti join manifest using ({ID}, run)"
         )
     useless = damaged | {n for (n,) in repeated}
     for n in sorted(useless):
@@ -268,7 +311,7 @@ def _ids(files: list[str]) -> Iterator[pa.Table | None]:
 
     def read(uri: Uri) -> pa.Table | None:
         try:
-            return pa.Table.from_batches(parquet.read(uri, IDS), IDS)
+            return pa.Table.from_batches(parquet.read(uri, MADE, optional=[RUN_ID.name]), MADE)
         except (OSError, pa.ArrowInvalid) as error:
             if _is_store_fault(error):
                 raise

@@ -1,12 +1,14 @@
-"""Carry out a run of any product: lock the output, plan or continue, make rows, verify, publish, write the record.
+"""Carry out runs of any product: lock the output, plan or continue, make rows, verify, publish, write the record.
 
 `score`, `caption` and `examine` differ in the rows they make; this module ensures that no image is lost or done twice.
+Several detectors that score a source in one pass have a run each, with its own plan, rows and record; they share the
+listing, the lock and the attempts.
 """
 
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +18,7 @@ import pyarrow as pa
 
 from jobs.console.output import lines_of_run, say
 from jobs.dataset import schema
-from jobs.dataset.plan import Selection, write_manifest
+from jobs.dataset.plan import Selection, Target, write_manifests
 from jobs.runs import attempts, catalog, lock, products, publication
 from jobs.runs.products import Product
 from jobs.runs.publication import Run
@@ -56,8 +58,7 @@ class Request:
         settings = {
             "source": self.source,
             self.product.maker: self.maker,
-            # settings of older runs lack columns: their unfinished runs must still match
-            "selection": {name: value for name, value in to_dict(self.selection).items() if value or name != "columns"},
+            "selection": to_dict(self.selection),
             **({"transforms": self.transforms} if self.transforms else {}),
             **self.settings,
         }
@@ -81,47 +82,80 @@ class Work:
     """Published captions (`schema.CAPTIONED`)."""
     captioner_id: str = ""
     """Captioner whose captions are reused."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the record."""
+    details: Mapping[str | None, dict[str, Any]] = field(default_factory=dict)
+    """Further keys of the record, by run id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run of a request, with its plan."""
+
+    request: Request
+    run: Run
+    published: list[str]
+    """Runs of its maker that were published before it was planned."""
+    plan: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Number of planned images."""
+        return int(self.plan["count"])
 
 
 def carry_out(request: Request, make_work: Callable[[Run], Work]) -> dict[str, Any]:
     """Make the missing rows and publish them; returns the record, which has no files if there was nothing to do."""
-    started = time.monotonic()
-    with ExitStack() as context:
-        held = context.enter_context(lock.hold(request.out, wait=request.wait))
-        run = _unfinished(request)
-        if run is not None:
-            planned = attempts.planned(run.staging)
-        else:
-            run, planned = _plan(request, held)
-        context.enter_context(lines_of_run(run.run_id))
-        plan = planned["plan"]
-        number, files, details = 0, [], {}
-        if plan["count"]:
-            work = make_work(run)
-            held.check()
-            attempt = attempts.begin(run.staging, held.number, work.known, work.captioner_id)
-            arithmetic = _make_rows(request, run, work, attempt, plan["count"])
-            number, files, details = attempt.number, attempt.files(), {**work.details, **arithmetic}
-        record = run.publish(
-            uris.join(run.staging, attempts.MANIFEST_FILE),
-            files,
-            check=held.check,
-            planned_after=planned["published"],
-            details={
-                **_common_details(request, plan),
-                "attempts": number,
-                "seconds": round(time.monotonic() - started, 1),  # the last attempt only
-                **details,
-                "settings": {**request.identity(), **details.get("settings", {})},
-            },
-        )
-        if plan["count"]:
-            say(catalog.summary(record))
-            say(f"{request.product.name}: {run.final}")
-        say(f"record: {run.record}")
+    (record,) = carry_out_together([request], lambda planned: make_work(planned[0].run))
     return record
+
+
+def carry_out_together(
+    requests: Sequence[Request], make_work: Callable[[Sequence[Planned]], Work]
+) -> list[dict[str, Any]]:
+    """Carry out requests that differ only in their maker in one pass; returns the record of each.
+
+    `make_work` gets the runs with images to do, the leader of their attempts first.
+    """
+    started, shared = time.monotonic(), requests[0]
+    with ExitStack() as context:
+        held = context.enter_context(lock.hold(shared.out, wait=shared.wait))
+        by_maker = {planned.request.maker: planned for planned in _unfinished(requests)}
+        by_maker |= _plan([request for request in requests if request.maker not in by_maker], held)
+        at_work = {planned.run.staging: planned for planned in by_maker.values() if planned.count}
+        at_work = {staging: at_work[staging] for staging in attempts.led(at_work)}
+        context.enter_context(lines_of_run(next(iter([*at_work.values(), *by_maker.values()])).run.run_id))
+        number, files, work, arithmetic = 0, [], None, {}
+        if at_work:
+            work = make_work([*at_work.values()])
+            held.check()
+            attempt = attempts.begin([*at_work], held.number, work.known, work.captioner_id)
+            arithmetic = _make_rows(shared, work, attempt, [*at_work.values()])
+            number, files = attempt.number, attempt.files()
+        records = {}
+        # the leader last: publishing a run removes its staging, and the leader's holds the rows of all
+        for planned in [*(planned for planned in by_maker.values() if not planned.count), *reversed(at_work.values())]:
+            run, details = planned.run, {}
+            if work is not None and planned.count:
+                details = {**work.details.get(run.run_id, {}), **arithmetic}
+            records[planned.request.maker] = record = run.publish(
+                uris.join(run.staging, attempts.MANIFEST_FILE),
+                files if planned.count else [],
+                check=held.check,
+                planned_after=planned.published,
+                details={
+                    **_common_details(planned.request, planned.plan),
+                    "attempts": number if planned.count else 0,
+                    "seconds": round(time.monotonic() - started, 1),  # the last attempt only
+                    **details,
+                    "settings": {**planned.request.identity(), **details.get("settings", {})},
+                },
+            )
+            if len(requests) > 1:
+                say(f"{shared.product.maker} {planned.request.maker}:")
+            if planned.count:
+                say(catalog.summary(record))
+                say(f"{shared.product.name}: {run.final}")
+            say(f"record: {run.record}")
+    return [records[request.maker] for request in requests]
 
 
 def _common_details(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
@@ -137,10 +171,11 @@ def _common_details(request: Request, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt, count: int) -> dict[str, Any]:
+def _make_rows(request: Request, work: Work, attempt: attempts.Attempt, planned: Sequence[Planned]) -> dict[str, Any]:
     """Make the rows of an attempt's images. Returns `arithmetic` for the record; empty if no row was left to make."""
     if attempt.accepted:
-        say(f"continuing run {run.run_id}: {attempt.count:,} of {count:,} images are left")
+        most = max(run.count for run in planned)
+        say(f"continuing run {', '.join(attempt.runs)}: {attempt.count:,} of {most:,} images are left")
     if attempt.count:
         from jobs.cluster import resources
 
@@ -152,60 +187,71 @@ def _make_rows(request: Request, run: Run, work: Work, attempt: attempts.Attempt
     return {}
 
 
-def _unfinished(request: Request) -> Run | None:
-    """The unfinished run with these settings, if any. Removes leftovers of published and interrupted runs.
+def _unfinished(requests: Sequence[Request]) -> list[Planned]:
+    """The unfinished runs with these settings. Removes leftovers of published and interrupted runs.
 
     Gives up an unfinished run if another run was published after its planning, since that may hold the same images.
     """
-    resumable = None
-    out, product, wanted = request.out, request.product, request.identity()
+    resumable: list[Planned] = []
+    out, product = requests[0].out, requests[0].product
     all_records = catalog.records(out)
     records = {record["run_id"]: record for record in all_records}
-    published = catalog.run_ids(out, product, request.maker)
     unfinished = attempts.unfinished(out)
     for run_id, planned in unfinished.items():
         if planned.get("product", products.VERDICTS.name) != product.name:
             continue
         run = Run(out=out, run_id=run_id, product=product)
+        differing = min((_differing(planned["settings"], request.identity()) for request in requests), key=len)
+        request = next((one for one in requests if one.identity() == planned["settings"]), None)
         if run_id in records:
             run.tidy(records[run_id])
-        elif planned["settings"] != wanted:
-            keys = wanted.keys() | planned["settings"].keys()
-            differing = sorted(name for name in keys if planned["settings"].get(name) != wanted.get(name))
+        elif request is None:
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
-        elif published - set(planned["published"]):
+        elif catalog.run_ids(out, product, request.maker) - set(planned["published"]):
             say(f"given up: the unfinished run {run_id}, since other runs were published after it was planned")
             run.abandon()
         else:
-            resumable = run
+            resumable.append(Planned(request=request, run=run, published=planned["published"], plan=planned["plan"]))
     if orphans := publication.remove_orphans(out, all_records, unfinished):
         say(f"removed: {len(orphans)} files of interrupted or overtaken publications, such as {orphans[0]}")
     return resumable
 
 
-def _plan(request: Request, held: lock.Lock) -> tuple[Run, dict[str, Any]]:
-    """Plan a new run; returns it with its `run.json`, which is written only if there is work."""
-    product, run = request.product, Run(out=request.out, product=request.product)
-    published = sorted(catalog.run_ids(request.out, product, request.maker))
-    done = catalog.published(request.out, schema.DONE, product, **{product.maker: request.maker})
-    plan = write_manifest(
-        request.source, uris.join(run.staging, attempts.MANIFEST_FILE), request.selection, done,
-        transforms=request.transforms,
-    )  # fmt: skip
-    say(f"source: {plan.describe()}")
-    planned = {
-        "product": product.name,
-        "settings": request.identity(),
-        "published": published,
-        "plan": {
-            "count": plan.count,
-            "left_out": plan.left_out,
-            "unread": list(plan.unread_named),
-            "unread_count": plan.unread,
-            "states": plan.states,
-        },
-    }
+def _differing(settings: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return sorted(name for name in wanted.keys() | settings.keys() if settings.get(name) != wanted.get(name))
+
+
+def _plan(requests: Sequence[Request], held: lock.Lock) -> dict[str, Planned]:
+    """Plan new runs with one listing; returns them by maker. Writes `run.json` of those with work."""
+    if not requests:
+        return {}
+    shared, product = requests[0], requests[0].product
+    runs = [Run(out=shared.out, product=product) for _ in requests]
+    published = [sorted(catalog.run_ids(shared.out, product, request.maker)) for request in requests]
+    targets = [
+        Target(
+            uri=uris.join(run.staging, attempts.MANIFEST_FILE),
+            published=catalog.published(shared.out, schema.DONE, product, **{product.maker: request.maker}),
+        )
+        for run, request in zip(runs, requests, strict=True)
+    ]
+    plans = write_manifests(shared.source, targets, shared.selection, shared.transforms)
     held.check()
-    if plan.count:  # without work there is nothing to continue, and an interruption here counts as not planned
-        writing.write_json(uris.join(run.staging, attempts.RUN_FILE), planned)
-    return run, planned
+    planned_runs = {}
+    for request, run, before, plan in zip(requests, runs, published, plans, strict=True):
+        say(f"source: {plan.describe()}" + (f", for {request.maker}" if len(requests) > 1 else ""))
+        planned = Planned(
+            request=request, run=run, published=before,
+            plan={
+                "count": plan.count,
+                "left_out": plan.left_out,
+                "unread": list(plan.unread_named),
+                "unread_count": plan.unread,
+                "states": plan.states,
+            },
+        )  # fmt: skip
+        if plan.count:  # without work there is nothing to continue, and an interruption here counts as not planned
+            values = {"product": product.name, "settings": request.identity(), "published": before}
+            writing.write_json(uris.join(run.staging, attempts.RUN_FILE), {**values, "plan": planned.plan})
+        planned_runs[request.maker] = planned
+    return planned_runs

@@ -23,7 +23,7 @@ from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
 from jobs.runs import drift, names, removal
-from jobs.runs.attempts import planned_rows
+from jobs.runs.attempts import RUN_ID, planned_rows
 from jobs.runs.catalog import run_ids
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, parquet, reading, uris, writing
@@ -81,10 +81,10 @@ class Run:
         its creator tidies up. If the process stalled after its last lock check, it deletes its record when it finds
         the lock lost or a newer run. So once another process holds the lock, a file that no record names is an orphan.
         """
-        verify_ids(planned_rows(manifest, IDS), parquet.read_small(staged, IDS))
+        verify_ids(planned_rows(manifest, IDS), self._own(staged, IDS))
         check()
         counts = Counts()
-        rows = counts.watch(parquet.read_small(staged, self.product.columns, optional=["remark"]))
+        rows = counts.watch(self._own(staged, self.product.columns))
         files: list[dict[str, Any]] = []
         try:
             for file in _write_parts(rows, self.product, self.final):
@@ -101,6 +101,16 @@ class Run:
         except Exception as error:  # botocore, aiohttp and OS errors share no base
             say(f"warning: {self.staging} was not removed, the next run tries again ({errors.reason(error)})")
         return record
+
+    def _own(self, staged: Sequence[str], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """This run's rows of staged files, which may also hold rows of other runs of its pass."""
+        name = RUN_ID.name
+        if name not in self.product.columns.names:
+            yield from parquet.read_small(staged, columns, optional=schema.LATER)
+            return
+        read = columns if name in columns.names else pa.schema([*columns, self.product.columns.field(name)])
+        for batch in parquet.read_small(staged, read, optional=schema.LATER):
+            yield batch.filter(pc.equal(batch.column(name), self.run_id)).select(columns.names)
 
     def _describe(self, counts: "Counts", files: list[dict[str, Any]], details: dict[str, Any]) -> dict[str, Any]:
         """The record of these files."""

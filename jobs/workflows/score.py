@@ -1,9 +1,9 @@
-"""Publish verdicts on a source's images, exactly once per image version and detector."""
+"""Publish verdicts of detectors on a source's images, exactly once per image version and detector."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from jobs.cluster.address import check_address
 from jobs.console import output
@@ -11,8 +11,7 @@ from jobs.dataset.plan import Selection
 from jobs.dataset.source import Source
 from jobs.pipeline.models import Models
 from jobs.runs import products
-from jobs.runs.execution import Request, Work, carry_out
-from jobs.runs.publication import Run
+from jobs.runs.execution import Planned, Request, Work, carry_out_together
 from jobs.storage import bundles, probes
 from jobs.storage.errors import OUTAGE_SECONDS
 from jobs.storage.trust import read_trust_list
@@ -23,11 +22,20 @@ from nsnet.configuration import Precision
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
+MAX_DETECTORS: Final = 16
+"""Each holds its models in every actor."""
 
-def score(
+
+def score(source: Uri, *, detector: Uri, **settings: Any) -> dict[str, Any]:
+    """As `score_together`, with one detector; returns its record."""
+    (record,) = score_together(source, detectors=[detector], **settings)
+    return record
+
+
+def score_together(
     source: Uri,
     *,
-    detector: Uri,
+    detectors: Sequence[Uri],
     out: Uri,
     selection: Selection | None = None,
     batch_size: int | None = None,
@@ -39,55 +47,67 @@ def score(
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
+    views: int | None = None,
     transforms: Sequence[str] = (),
     address: str | None = None,
-) -> dict[str, Any]:
-    """Score a source and publish; returns the run's record, which has no rows if there was nothing to do.
+) -> list[dict[str, Any]]:
+    """Score a source in one pass and publish a run per detector; returns their records, which have no rows if there was
+    nothing to do.
 
     `batch_size`: images per model call; None: more on a GPU than on a CPU. `precision`: arithmetic of the models.
-    `trust_list`: file of certificates in PEM, whose content credentials are valid. `transforms`: chains of
-    `nsnet.transforms`; each adds a row per image. Continues an unpublished run with the same settings. Checks the
-    request before it starts Ray or a model; imports torch only if there is work.
+    `trust_list`: file of certificates in PEM, whose content credentials are valid. `views`: mosaics to judge per
+    image; None: one. `transforms`: chains of `nsnet.transforms`; each adds a row per image. Continues an unpublished
+    run with the same settings. Checks the request before it starts Ray or a model; imports torch only if there is work.
     """
     if (batch_size is not None and batch_size < 1) or outage_seconds < 0:
         raise ConfigError(
             f"--batch-size must be at least 1 and --outage-seconds 0, got {batch_size} and {outage_seconds:g}"
         )
     selection, limits = selection or Selection(), limits or DecodeLimits()
-    probes.reachable(detector)
+    for detector in detectors:
+        probes.reachable(detector)
     probes.check_output(out)
     check_address(address)
-    description = bundle.read(bundles.fetch_bundle(detector, bundle.DESCRIPTION))
-    if description.note:
-        output.say(description.note)
+    by_id = _identified(detectors)
     anchors = read_trust_list(trust_list)
     Source(source).check()
-    request = Request(
-        source=source, out=out, product=products.VERDICTS, maker=description.detector_id, selection=selection,
-        transforms=("", *transforms) if transforms else (), wait=wait, address=address,
-        settings={
-            "limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner,
-            # unknown to unfinished runs of older releases
-            **({"precision": precision} if precision != "auto" else {}),
-            **({"trust_list": hashlib.sha256(anchors.encode()).hexdigest()} if anchors else {}),
-        },
-    )  # fmt: skip
+    requests = [
+        Request(
+            source=source, out=out, product=products.VERDICTS, maker=detector_id, selection=selection,
+            transforms=("", *transforms) if transforms else (), wait=wait, address=address,
+            settings={
+                "limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner,
+                # unknown to unfinished runs of older releases
+                **({"precision": precision} if precision != "auto" else {}),
+                **({"trust_list": hashlib.sha256(anchors.encode()).hexdigest()} if anchors else {}),
+                **({"views": views} if views else {}),
+            },
+        )
+        for detector_id in by_id
+    ]  # fmt: skip
+    models = Models(clip_weights=clip_weights, captioner=captioner, reuse=reuse, precision=precision)
 
-    models = Models(
-        detector=detector,
-        clip_weights=clip_weights,
-        captioner=captioner,
-        detector_id=description.detector_id,
-        reuse=reuse,
-        precision=precision,
-    )
-
-    def work(run: Run) -> Work:
+    def work(planned: Sequence[Planned]) -> Work:
         from jobs.workflows.streams import scoring  # it imports Ray and torch, which take seconds
 
+        pairs = [(one.request.maker, one.run.run_id) for one in planned]
         return scoring(
-            request, replace(models, run_id=run.run_id), description,
-            limits=limits, batch_size=batch_size, outage_seconds=outage_seconds, anchors=anchors,
+            requests[0], [replace(models, detector=by_id[i], detector_id=i, run_id=run_id) for i, run_id in pairs],
+            limits=limits, batch_size=batch_size, outage_seconds=outage_seconds, anchors=anchors, views=views or 1,
         )  # fmt: skip
 
-    return carry_out(request, work)
+    return carry_out_together(requests, work)
+
+
+def _identified(detectors: Sequence[Uri]) -> dict[str, Uri]:
+    """Detector id -> URI. Raises `BundleError`, and `ConfigError` for too many detectors or one given twice."""
+    if not 1 <= len(detectors) <= MAX_DETECTORS:
+        raise ConfigError(f"a pass takes 1 to {MAX_DETECTORS} detectors, got {len(detectors)}: score in several passes")
+    by_id: dict[str, Uri] = {}
+    for detector in detectors:
+        description = bundle.read(bundles.fetch_bundle(detector, bundle.DESCRIPTION))
+        if description.note:
+            output.say(description.note)
+        if (other := by_id.setdefault(description.detector_id, detector)) is not detector:
+            raise ConfigError(f"--detector {detector} and {other} are the same detector: leave one out")
+    return by_id

@@ -3,13 +3,16 @@
 Importing this module imports Ray and torch, which takes seconds; a workflow imports it only if there is work.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from jobs.dataset import schema
-from jobs.pipeline.actors import Caption, Embed, MakeStage, Score
+from jobs.pipeline.actors import Caption, Embed, MakeStage
 from jobs.pipeline.models import Models
-from jobs.pipeline.pixels import with_pixels
+from jobs.pipeline.pixels import mosaic_column, with_pixels
+from jobs.pipeline.scoring import Judge, Score
 from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared
 from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
@@ -18,7 +21,8 @@ from nsnet import bundle
 from nsnet.captions import captioner_id, thumbnail_px
 from nsnet.clip_weights import find_weights
 from nsnet.config import to_dict
-from nsnet.configuration import DetectorConfig, config_of
+from nsnet.configuration import CaptionerConfig, DetectorConfig, config_of
+from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 from nsnet.preparation import PreparationConfig
 
@@ -28,29 +32,41 @@ CAPTIONING_COLUMNS = schema.CAPTIONS.remove(schema.CAPTIONS.get_field_index(sche
 
 def scoring(
     request: Request,
-    models: Models,
-    description: bundle.Description,
+    detectors: Sequence[Models],
     *,
     limits: DecodeLimits,
     batch_size: int | None,
     outage_seconds: float,
     anchors: str,
+    views: int,
 ) -> Work:
-    """Images to verdicts of a bundle; `anchors`: see `PreparationConfig`.
+    """Images to verdicts of detectors, in one pass. `anchors`, `views`: see `PreparationConfig`.
 
-    Raises `WeightsError` if weights that the bundle refers to are missing.
+    Raises `WeightsError` if weights that a bundle refers to are missing, and `ConfigError` if the detectors need
+    different captioners.
     """
-    config = config_of(description)
-    if not (models.bundle_folder() / bundle.CLIP).is_dir():
-        find_weights(config.clip, models.clip_path())
-    captioned = config.projection.needs_captions
-    if captioned:
-        folder = models.captioner_folder(config.captioner)
-        models = replace(models, captioner_id=captioner_id(config.captioner, folder))
+    configs = [config_of(bundle.read(models.bundle_folder())) for models in detectors]
+    for models, config in zip(detectors, configs, strict=True):
+        if not (models.bundle_folder() / bundle.CLIP).is_dir():
+            find_weights(config.clip, models.clip_path())
+    captioner, folder = _captioner(detectors, configs)
+    models = replace(detectors[0], captioner_id=captioner_id(captioner, folder)) if captioner else detectors[0]
+    geometries = tuple(dict.fromkeys(config.patches for config in configs))
     preparation = PreparationConfig(
-        thumbnail_px=thumbnail_px(folder) if captioned else 0, patches=config.patches, limits=limits,
+        thumbnail_px=thumbnail_px(folder) if captioner else 0, patches=geometries, views=views, limits=limits,
         provenance=True, anchors=anchors,
     )  # fmt: skip
+    judges = []
+    for i, (own, config) in enumerate(zip(detectors, configs, strict=True)):
+        first = geometries.index(config.patches) * views
+        judges.append(
+            Judge(
+                detector=own.detector, detector_id=own.detector_id, run_id=own.run_id, wanted=1 << i,
+                mosaics=tuple(mosaic_column(first + view) for view in range(views)),
+                needs_captions=config.projection.needs_captions,
+            )
+        )  # fmt: skip
+    captioned = sum(judge.wanted for judge in judges if judge.needs_captions)
 
     def stream(attempt: Attempt) -> Stream:
         images = prepared(
@@ -59,24 +75,46 @@ def scoring(
             checkpoint=attempt.checkpoint, outage_seconds=outage_seconds, remembered=failures.remembered(request),
         )  # fmt: skip
         common = (images.batch_size, images.report)
-        stages: list[MakeStage] = [partial(Score, images.models, *common)]
-        if captioned:
+        stages: list[MakeStage] = [partial(Score, images.models, judges, *common)]
+        if captioner:
             keep = with_pixels(SCORING_COLUMNS, replace(preparation, thumbnail_px=0))
-            stages.insert(0, partial(Caption, images.models, config.captioner, keep, *common))
+            stages.insert(0, partial(Caption, images.models, captioner, keep, *common, wanted=captioned))
         return images.through(*stages)
 
     known = catalog.published(request.out, schema.CAPTIONED, captioner_id=models.captioner_id)
     return Work(
         title="score",
-        stages=("prepared", "captioned", "scored") if captioned else ("prepared", "scored"),
+        stages=("prepared", "captioned", "scored") if captioner else ("prepared", "scored"),
         stream=stream,
-        known=known if models.reuse and captioned else (),
+        known=known if models.reuse and captioner else (),
         captioner_id=models.captioner_id,
         details={
-            "captioner_id": models.captioner_id,
-            "settings": {"reuse": models.reuse, "detector": to_dict(config)},
+            judge.run_id: {
+                "captioner_id": models.captioner_id if judge.needs_captions else "",
+                "settings": {"reuse": models.reuse, "detector": to_dict(config)},
+            }
+            for judge, config in zip(judges, configs, strict=True)
         },
     )
+
+
+def _captioner(
+    detectors: Sequence[Models], configs: Sequence[DetectorConfig]
+) -> tuple[CaptionerConfig | None, Path | None]:
+    """The captioner that all detectors share, if any needs captions, and its folder."""
+    found: dict[str, tuple[Models, CaptionerConfig, Path | None]] = {}
+    for models, config in zip(detectors, configs, strict=True):
+        if config.projection.needs_captions:
+            folder = models.captioner_folder(config.captioner)
+            found.setdefault(captioner_id(config.captioner, folder), (models, config.captioner, folder))
+    if len(found) > 1:
+        raise ConfigError(
+            f"{' and '.join(str(models.detector) for models, *_ in found.values())} need different captioners, and a "
+            "pass captions each image once: score them in separate runs, or give one --captioner for all"
+        )
+    for _, captioner, folder in found.values():
+        return captioner, folder
+    return None, None
 
 
 def captioning(
@@ -84,7 +122,7 @@ def captioning(
 ) -> Work:
     """Images to captions and their features."""
     side = thumbnail_px(models.captioner_folder(config.captioner))
-    preparation = PreparationConfig(thumbnail_px=side, patches=None, fingerprint=True, limits=limits)
+    preparation = PreparationConfig(thumbnail_px=side, patches=(), fingerprint=True, limits=limits)
 
     def stream(attempt: Attempt) -> Stream:
         images = prepared(
@@ -105,8 +143,10 @@ def captioning(
         known=catalog.published(request.out, schema.CAPTIONED, products.CAPTIONS, captioner_id=models.captioner_id),
         captioner_id=models.captioner_id,
         details={
-            "captioner_id": models.captioner_id,
-            "settings": {"captioner": to_dict(config.captioner)},
+            models.run_id: {
+                "captioner_id": models.captioner_id,
+                "settings": {"captioner": to_dict(config.captioner)},
+            }
         },
     )
 
@@ -115,7 +155,7 @@ def examining(request: Request, *, limits: DecodeLimits) -> Work:
     """Images to facts, without a model."""
 
     def stream(attempt: Attempt) -> Stream:
-        preparation = PreparationConfig(patches=None, fingerprint=True, limits=limits)
+        preparation = PreparationConfig(patches=(), fingerprint=True, limits=limits)
         return prepared(
             attempt.todo, request.source, preparation, Models(), keep=schema.FACTS, images_todo=attempt.count,
             batch_size=1,

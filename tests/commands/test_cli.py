@@ -243,7 +243,10 @@ def test_more_of_the_source_unread_than_allowed_is_exit_code_3(
     command: str, allowed: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = {"counts": {"status": {}}, "rows": 0, "unread": ["/a: Permission denied", "/b.tar"], "unread_count": 2}
-    monkeypatch.setattr(f"jobs.{command}.{command}", lambda *_, **__: record)
+    if command == "score":
+        monkeypatch.setattr("jobs.score.score_together", lambda *_, **__: [record])
+    else:
+        monkeypatch.setattr("jobs.caption.caption", lambda *_, **__: record)
     options = ("--detector", "d") if command == "score" else ()
     ended, out, err = run_command(command, "pictures", "--out", "out", *options, "--max-left-out", allowed)
     assert (ended, out) == (code, "")

@@ -25,20 +25,21 @@ from jobs.cluster.shares import rows_per_block
 from jobs.dataset import fetching, schema
 from jobs.dataset.source import Source
 from jobs.pipeline import outages, preparing, rows
-from jobs.pipeline.actors import Caption, Embed, ResultCache, Score
+from jobs.pipeline.actors import Caption, Embed, ResultCache
 from jobs.pipeline.decoding import GuardedDecoder
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.patience import Patience
 from jobs.pipeline.pixels import pixel_bytes
 from jobs.pipeline.preparing import Prepare, transform_seed
 from jobs.pipeline.rows import ProgressReporter
+from jobs.pipeline.scoring import Judge, Score
 from jobs.storage import errors, probes
 from nsnet.captioner import Captioner
 from nsnet.detector import Detector
 from nsnet.errors import BundleError, FetchError, OutageError
 from nsnet.images import DecodeLimits
-from nsnet.patches import SCORING_SEED, assemble_mosaic
-from nsnet.preparation import PreparationConfig, prepare
+from nsnet.patches import SCORING_SEED
+from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 from tests.support.models import FROZEN
 from tests.support.proxy import PASS, Action, Always, FaultyProxy, Script
 from tests.support.tables import image_file, new_bucket, put, save_bundle, todo_row, todo_table
@@ -46,9 +47,9 @@ from tests.support.tables import image_file, new_bucket, put, save_bundle, todo_
 REPORT = ProgressReporter()
 CAPTIONER_ID = "c" * 16
 LIMITS = DecodeLimits(max_bytes=20_000, max_seconds=20.0)
-CONFIG = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches, limits=LIMITS)
+CONFIG = PreparationConfig(thumbnail_px=64, patches=(FROZEN.patches,), limits=LIMITS)
 BLOCK_ROWS = rows_per_block(pixel_bytes(CONFIG))
-COLUMNS = [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, *schema.LABELS]
+COLUMNS = [*schema.SOURCE, *schema.IMAGE, *schema.CAPTION, *schema.OUTCOME, schema.WANTED, *schema.LABELS]
 MOSAIC, THUMBNAIL = (pa.field(name, pa.binary()) for name in ("mosaic", "thumbnail"))
 PREPARED = pa.schema([*COLUMNS, MOSAIC, THUMBNAIL])
 CAPTIONED = pa.schema([*COLUMNS, MOSAIC])
@@ -130,9 +131,21 @@ def captioned(captioner: Caption, prepared: pa.Table) -> pa.Table:
     return captioner(prepared)
 
 
+class Alone(Score):
+    """The stage with one detector."""
+
+    def __init__(self, models: Models, batch_size: int, report: ProgressReporter) -> None:
+        judge = Judge(detector=models.detector, detector_id=models.detector_id, run_id=models.run_id)
+        super().__init__(models, [judge], batch_size, report)
+
+    @property
+    def detector(self) -> Any:
+        return self.scorers[0].detector
+
+
 @pytest.fixture(scope="module")
 def scorer(models: Models) -> Score:
-    return Score(models, 4, REPORT)
+    return Alone(models, 4, REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +171,10 @@ def by_name(table: pa.Table) -> dict[str, dict[str, Any]]:
 def like(stage: Any, **changes: Any) -> Any:
     """A stage that shares its models with another, but not its memory; loading them takes a second."""
     other = copy.copy(stage)
-    vars(other).update({"memory": ResultCache()} | changes)
+    if isinstance(stage, Alone):
+        other.scorers = [like(stage.scorers[0], **changes)]
+    else:
+        vars(other).update({"memory": ResultCache()} | changes)
     return other
 
 
@@ -188,8 +204,8 @@ class Watched:
         if name != self._method:
             return getattr(self._model, name)
 
-        def call(images: NDArray[np.uint8], *arguments: Any) -> Any:
-            self.calls.append(images.copy())
+        def call(images: Any, *arguments: Any) -> Any:
+            self.calls.append(np.array(images[0] if isinstance(images, list) else images))
             return getattr(self._model, name)(images, *arguments)
 
         return call
@@ -204,13 +220,13 @@ def watched(captioner: Caption, scorer: Score, **changes: Any) -> tuple[Any, Any
     """The two stages with models that are watched."""
     return (
         like(captioner, captioner=Watched(captioner.captioner, "caption"), **changes),
-        like(scorer, detector=Watched(scorer.detector, "score"), **changes),
+        like(scorer, detector=Watched(scorer.detector, "score_views"), **changes),
     )
 
 
 def assert_failed_rows_are_untouched(before: pa.Table, after: pa.Table) -> None:
     kept = [name for name in before.column_names if name in after.column_names and name not in PIXELS]
-    assert len(kept) >= len(COLUMNS)
+    assert len(kept) >= len(COLUMNS) - 1  # verdicts lack `wanted`
     for old, new in zip(before.to_pylist(), after.to_pylist(), strict=True):
         if old["status"] == "failed":
             assert {name: new[name] for name in kept} == {name: old[name] for name in kept}
@@ -237,7 +253,7 @@ def test_prepared_pixels_and_facts_are_those_of_the_image(prepared: pa.Table) ->
     rows = by_name(prepared)
     for name in GOOD:
         expected, row = prepare(FILES[name], CONFIG), rows[name]
-        assert row["mosaic"] == assemble_mosaic(expected.patches, SCORING_SEED).tobytes()
+        assert row["mosaic"] == assemble_mosaics(expected.patches, CONFIG, SCORING_SEED)[0].tobytes()
         assert row["thumbnail"] == expected.thumbnail.tobytes()
         facts = (expected.width, expected.height, expected.format, expected.frames)
         assert (row["width"], row["height"], row["format"], row["frames"]) == facts
@@ -257,11 +273,11 @@ def test_pixels_of_a_block_belong_to_their_rows_wherever_a_fetch_ends(
     made = Prepare(config=CONFIG, schema=PREPARED)(todo_table(*rows))
     for (name, content), row in zip(files.items(), made.to_pylist(), strict=True):
         if content == b"no image":
-            assert row["mosaic"] == bytes(3 * CONFIG.patches.mosaic_px**2) and row["status"] == "failed"
+            assert row["mosaic"] == bytes(3 * FROZEN.patches.mosaic_px**2) and row["status"] == "failed"
             assert row["thumbnail"] == (None if name in known else bytes(3 * CONFIG.thumbnail_px**2))
             continue
         expected = prepare(content, CONFIG)
-        assert row["mosaic"] == assemble_mosaic(expected.patches, SCORING_SEED).tobytes()
+        assert row["mosaic"] == assemble_mosaics(expected.patches, CONFIG, SCORING_SEED)[0].tobytes()
         assert row["thumbnail"] == (None if name in known else expected.thumbnail.tobytes())
 
 
@@ -274,7 +290,7 @@ def test_hash_is_of_the_whole_file_or_is_not_given(prepared: pa.Table) -> None:
 
 
 def test_facts_alone_make_no_pixels(manifest: pa.Table) -> None:
-    config = replace(CONFIG, thumbnail_px=0, patches=None, fingerprint=True)
+    config = replace(CONFIG, thumbnail_px=0, patches=(), fingerprint=True)
     rows = by_name(Prepare(config=config, schema=schema.FACTS)(manifest))
     for name in GOOD:
         expected = prepare(FILES[name], config)
@@ -288,7 +304,7 @@ def test_facts_alone_make_no_pixels(manifest: pa.Table) -> None:
 
 def test_row_is_shown_transformed_and_in_its_own_order(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(FILES["large.png"])
-    config = PreparationConfig(thumbnail_px=64, patches=FROZEN.patches)
+    config = PreparationConfig(thumbnail_px=64, patches=(FROZEN.patches,))
     columns = pa.schema([*PREPARED, schema.TRANSFORM])
     row = {**todo_row(str(tmp_path / "a.png")), "transform": "crop:0.5+jpeg:30", "slot_seed": 7}
     table = todo_table({name: value for name, value in row.items() if name != "slot_seed"})
@@ -297,7 +313,7 @@ def test_row_is_shown_transformed_and_in_its_own_order(tmp_path: Path) -> None:
     ).to_pylist()  # fmt: skip
     seed = transform_seed(row["image_id"], 7)
     expected = prepare(FILES["large.png"], config, "crop:0.5+jpeg:30", seed)
-    assert done["mosaic"] == assemble_mosaic(expected.patches, 7).tobytes()
+    assert done["mosaic"] == assemble_mosaics(expected.patches, config, 7)[0].tobytes()
     assert done["thumbnail"] == expected.thumbnail.tobytes()
     assert (done["width"], done["height"], done["transform"]) == (100, 100, "crop:0.5+jpeg:30")
     assert done["content_hash"] == hashlib.sha256(FILES["large.png"]).hexdigest()
@@ -772,7 +788,7 @@ def test_models_of_a_process_are_loaded_one_after_the_other(models: Models, monk
 
     for model in (Captioner, Detector):
         monkeypatch.setattr(model, "load", load)
-    captioner, scorer = Caption(models, FROZEN.captioner, CAPTIONED, 4, REPORT), Score(models, 4, REPORT)
+    captioner, scorer = Caption(models, FROZEN.captioner, CAPTIONED, 4, REPORT), Alone(models, 4, REPORT)
     for access in (lambda: captioner.captioner, lambda: scorer.detector):
         with pytest.raises(BundleError, match="enough"):
             access()
@@ -868,11 +884,12 @@ def test_memory_forgets_the_oldest_and_holds_a_whole_batch_meanwhile(
     captioner: Caption, scorer: Score, several: pa.Table
 ) -> None:
     caption, score = watched(captioner, scorer)
-    caption.memory, score.memory = ResultCache(3), ResultCache(3)
+    (scorer,) = score.scorers
+    caption.memory, scorer.memory = ResultCache(3), ResultCache(3)
     first = numbers(score(caption(several)))
-    assert len(caption.memory._values) == len(score.memory._values) == 3
+    assert len(caption.memory._values) == len(scorer.memory._values) == 3
     contents = several.column("content_hash").to_pylist()
-    for memory in (caption.memory, score.memory):
+    for memory in (caption.memory, scorer.memory):
         assert [key.split()[0] for key in memory._values] == contents[-3:]
     calls = len(caption.captioner.calls)
     assert numbers(score(caption(several.slice(8)))) == first[8:]
@@ -981,11 +998,11 @@ def test_table_of_several_pieces_gives_the_same(captioner: Caption, prepared: pa
 
 
 def test_actor_whose_bundle_was_replaced_is_refused(models: Models, scorer: Score) -> None:
-    same = Score(replace(models, detector_id=scorer.detector.detector_id), 4, REPORT)
-    assert "detector" not in vars(same)  # of errors in `__init__` Ray passes on the text alone
+    same = Alone(replace(models, detector_id=scorer.detector.detector_id), 4, REPORT)
+    assert "detector" not in vars(same.scorers[0])  # of errors in `__init__` Ray passes on the text alone
     assert same.detector
     with pytest.raises(BundleError, match="was replaced during the run"):
-        Score(replace(models, detector_id="another"), 4, REPORT).detector  # noqa: B018
+        Alone(replace(models, detector_id="another"), 4, REPORT).detector  # noqa: B018
 
 
 def test_logit_that_is_no_number_fails_there(scorer: Score, captioned: pa.Table) -> None:

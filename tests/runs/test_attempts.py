@@ -56,13 +56,13 @@ def plan(staging: str, *rows: dict[str, Any]) -> None:
 def begin_next(staging: str, known: Iterable[pa.RecordBatch] = (), captioner_id: str = "") -> Attempt:
     """The attempt of the next holder of the lock. Its number leaves a gap: other runs held the lock in between."""
     highest = max((int(name.removeprefix("attempt-")) for name in listing.subfolders(staging)), default=5)
-    return begin(staging, highest + 2, known, captioner_id)
+    return begin([staging], highest + 2, known, captioner_id)
 
 
 def write_rows(attempt: Attempt, task: int, uris: list[str], write: str = WRITE) -> str:
     """The file of a write task, under the name that Ray Data gives it."""
     uri = f"{attempt.rows}/{write}_{task:06d}-0.parquet"
-    rows = verdict_table(*(verdict_row(uri, 0.5) for uri in uris))
+    rows = verdict_table(*(verdict_row(uri, 0.5, run_id=attempt.runs[0]) for uri in uris))
     parquet.write(rows.to_batches(), schema.VERDICTS, uri)
     return uri
 
@@ -110,7 +110,7 @@ def test_first_attempt_has_the_whole_manifest_in_its_order(staging: str) -> None
     plan(staging, *rows)
     attempt = begin_next(staging)
     assert (attempt.number, attempt.count, attempt.accepted, attempt.files()) == (1, 12, [], [])
-    assert todo(attempt) == [dict.fromkeys(schema.TODO.names) | row for row in rows]
+    assert todo(attempt) == [dict.fromkeys(schema.TODO.names) | row | {"wanted": 1} for row in rows]
 
 
 def test_order_of_a_manifest_of_many_batches_is_kept(on_disk: str) -> None:
@@ -202,10 +202,10 @@ def test_file_that_a_busy_store_does_not_give_is_not_taken_for_damaged(
     first = begin_next(on_disk)
     rows, read = commit(first, 0, URIS[:3]), parquet.read
 
-    def busy(uri: str, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def busy(uri: str, columns: pa.Schema, **more: Any) -> Iterator[pa.RecordBatch]:
         if uri == rows:
             raise OSError(errno.EIO, "busy")
-        return read(uri, columns)
+        return read(uri, columns, **more)
 
     monkeypatch.setattr(parquet, "read", busy)
     with pytest.raises(OSError, match="busy"):
@@ -323,7 +323,7 @@ def test_attempt_believes_its_own_files(on_disk: str, monkeypatch: pytest.Monkey
 
 def test_attempts_are_named_by_the_lock_and_counted_in_their_run(staging: str) -> None:
     plan(staging)
-    begun = [begin(staging, lock_number) for lock_number in (3, 4, 120, 10**8 - 1)]
+    begun = [begin([staging], lock_number) for lock_number in (3, 4, 120, 10**8 - 1)]
     names = ["attempt-00000003", "attempt-00000004", "attempt-00000120", "attempt-99999999"]
     assert [attempt.folder for attempt in begun] == [f"{staging}/{name}" for name in names]
     assert [attempt.number for attempt in begun] == [1, 2, 3, 4]
@@ -331,38 +331,38 @@ def test_attempts_are_named_by_the_lock_and_counted_in_their_run(staging: str) -
 
 def test_attempt_of_a_newer_holder_is_ignored_by_an_older_one(staging: str) -> None:
     plan(staging)
-    commit(begin(staging, 3), 0, URIS[:3])
-    newer = begin(staging, 9)
+    commit(begin([staging], 3), 0, URIS[:3])
+    newer = begin([staging], 9)
     commit(newer, 0, URIS[3:6])
-    older = begin(staging, 8)  # it held the lock before, and wakes up late
+    older = begin([staging], 8)  # it held the lock before, and wakes up late
     assert older.number == 2 and older.folder != newer.folder
     assert finished(older) == URIS[:3] and left_for(older) == URIS[3:]
 
 
 def test_attempt_whose_lock_was_there_before_is_refused(staging: str) -> None:
     plan(staging)
-    commit(begin(staging, 1), 0, URIS[:3])
+    commit(begin([staging], 1), 0, URIS[:3])
     with pytest.raises(StorageError, match="attempt-00000001 exists already because the folder locks/ was removed"):
-        begin(staging, 1)
-    assert Counter(finished(begin(staging, 2))) == Counter(URIS[:3])
+        begin([staging], 1)
+    assert Counter(finished(begin([staging], 2))) == Counter(URIS[:3])
 
 
 def test_newer_holder_does_not_take_over_what_an_older_one_commits_later(staging: str) -> None:
     plan(staging)
-    newer = begin(staging, 9)
-    older = begin(staging, 8)
+    newer = begin([staging], 9)
+    older = begin([staging], 8)
     commit(older, 0, URIS[:3])
     assert newer.files() == [] and left_for(newer) == URIS
     commit(newer, 0, URIS)
-    third = begin(staging, 10)
+    third = begin([staging], 10)
     assert Counter(finished(third)) == Counter(URIS) and left_for(third) == []
 
 
 def test_older_holder_that_wakes_up_leaves_the_newer_one_alone(staging: str) -> None:
     plan(staging)
-    newer = begin(staging, 9)
+    newer = begin([staging], 9)
     before = {entry.uri: reading.read_bytes(entry.uri) for entry in listing.list_files(newer.folder)}
-    commit(begin(staging, 8), 0, URIS[:3])
+    commit(begin([staging], 8), 0, URIS[:3])
     assert {entry.uri: reading.read_bytes(entry.uri) for entry in listing.list_files(newer.folder)} == before
 
 
@@ -723,8 +723,8 @@ def test_damaged_manifest_is_named(damage: str, on_disk: str) -> None:
 def test_folders_of_others_beside_the_attempts_are_none(on_disk: str) -> None:
     plan(on_disk)
     put(on_disk, {"notes/x": b"", "attempt-x/accepted.json": b"[]", "attempt-1/accepted.json": b"[]"})
-    commit(begin(on_disk, 3), 0, URIS[:3])
-    assert left_for(begin(on_disk, 4)) == URIS[3:]
+    commit(begin([on_disk], 3), 0, URIS[:3])
+    assert left_for(begin([on_disk], 4)) == URIS[3:]
 
 
 # How much is committed at a time.
@@ -779,3 +779,69 @@ def test_write_of_ray_data_that_dies_is_continued(cluster: None, staging: str) -
     assert finished(second) == sorted(row["uri"] for row in planned)
     assert ray.data.DataContext.get_current().checkpoint_config is None  # other datasets of the process have none
     assert removal.remove(staging, names.STAGED).foreign == []  # whatever Ray Data wrote, and left where it died
+
+
+# Runs of several detectors in one pass.
+
+OTHER = "20260102T000000Z-111111"
+
+
+def plan_pass(leader: str, wanted: dict[str, list[str]]) -> list[str]:
+    """Stagings of runs that want these images, by run id; the first is the leader's."""
+    stagings = [leader, *(leader.rpartition("/")[0] + f"/{run_id}" for run_id in list(wanted)[1:])]
+    for staging, uris in zip(stagings, wanted.values(), strict=True):
+        plan(staging, *(manifest_row(uri) for uri in uris))
+    return stagings
+
+
+def commit_of(attempt: Attempt, task: int, rows: list[tuple[str, str]]) -> str:
+    """A finished file with rows of runs: run id and image."""
+    uri = f"{attempt.rows}/{WRITE}_{task:06d}-0.parquet"
+    table = verdict_table(*(verdict_row(image, 0.5, run_id=run_id) for run_id, image in rows))
+    parquet.write(table.to_batches(), schema.VERDICTS, uri)
+    checkpoint(attempt, task)
+    return uri
+
+
+def test_pass_does_each_image_once_and_says_which_runs_want_it(on_disk: str) -> None:
+    stagings = plan_pass(on_disk, {"": URIS[:3], OTHER: [URIS[4], *URIS[1:3]]})
+    attempt = begin(stagings, 1)
+    assert attempt.runs == (on_disk.rpartition("/")[2], OTHER) and attempt.folder.startswith(on_disk)
+    assert [(row["uri"], row["wanted"]) for row in todo(attempt)] == [
+        (URIS[0], 1), (URIS[1], 3), (URIS[2], 3), (URIS[4], 2)
+    ]  # fmt: skip
+
+
+def test_pass_goes_on_with_what_each_run_lacks(on_disk: str) -> None:
+    stagings = plan_pass(on_disk, {"": URIS[:4], OTHER: URIS[:4]})
+    first = begin(stagings, 1)
+    leader, other = first.runs
+    file = commit_of(first, 0, [(leader, URIS[0]), (other, URIS[0]), (leader, URIS[1])])
+    second = begin(stagings, 2)
+    assert second.accepted == [file]
+    assert [(row["uri"], row["wanted"]) for row in todo(second)] == [(URIS[2], 3), (URIS[3], 3), (URIS[1], 2)]
+
+
+def test_run_of_a_pass_that_goes_on_alone_keeps_its_rows_and_ignores_those_of_others(on_disk: str) -> None:
+    stagings = plan_pass(on_disk, {"": URIS[:3], OTHER: URIS[3:6]})
+    first = begin(stagings, 1)
+    leader, other = first.runs
+    file = commit_of(first, 0, [(leader, URIS[0]), (other, URIS[3])])
+    alone = begin(stagings[:1], 2)
+    assert alone.accepted == [file] and left_for(alone) == URIS[1:3]
+    assert left_for(begin(stagings[1:], 3)) == URIS[3:6]  # its rows lie in the staging of the leader
+
+
+def test_row_that_its_own_run_did_not_plan_makes_its_file_useless(on_disk: str) -> None:
+    stagings = plan_pass(on_disk, {"": URIS[:3], OTHER: URIS[3:6]})
+    first = begin(stagings, 1)
+    leader, other = first.runs
+    commit_of(first, 0, [(leader, URIS[0]), (other, URIS[0])])
+    assert begin(stagings, 2).accepted == []
+
+
+def test_run_with_attempts_leads_the_pass(on_disk: str) -> None:
+    stagings = plan_pass(on_disk, {"": URIS[:3], OTHER: URIS[:3]})
+    assert attempts.led(stagings) == stagings
+    begin(stagings[1:], 1)
+    assert attempts.led(stagings) == stagings[::-1]

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,9 +15,9 @@ import pytest
 
 from jobs.cluster import resources
 from jobs.dataset import schema
-from jobs.dataset.plan import Plan, Selection, write_manifest
+from jobs.dataset.plan import Plan, Selection, write_manifests
 from jobs.runs import attempts, catalog, execution, lock, products, publication
-from jobs.runs.execution import Request, Work
+from jobs.runs.execution import Planned, Request, Work
 from jobs.runs.publication import Run
 from jobs.storage import listing, parquet, reading, writing
 from nsnet.config import to_dict
@@ -99,7 +99,7 @@ class Nights:
 
     def work(self, run: Run, lock_number: int, most: int | None = None) -> attempts.Attempt:
         """An attempt that does what is left, or so many images of it."""
-        attempt = attempts.begin(run.staging, lock_number)
+        attempt = attempts.begin([run.staging], lock_number)
         write_rows(attempt, run.run_id, most)
         return attempt
 
@@ -185,7 +185,7 @@ def test_runs_that_were_published_before_change_nothing(nights: Nights) -> None:
 
 def test_of_two_unfinished_runs_the_newer_is_continued_and_the_other_given_up(nights: Nights, said: list[str]) -> None:
     with lock.hold(nights.out) as held:  # as of two processes of which one lost the lock too late
-        first, second = (execution._plan(nights.request(), held)[0] for _ in range(2))
+        first, second = (execution._plan([nights.request()], held)["one"].run for _ in range(2))
     record = nights.whole()
     assert record is not None and record["run_id"] == second.run_id
     assert nights.staged() == [first.run_id]
@@ -279,7 +279,7 @@ def test_run_with_other_settings_is_left_alone_and_they_are_named(
     run = nights.killed(limit=3)
     before = [(entry.uri, reading.read_bytes(entry.uri)) for entry in listing.list_files(run.staging)]
     said.clear()
-    assert execution._unfinished(nights.request(changes, **selection)) is None
+    assert execution._unfinished([nights.request(changes, **selection)]) == []
     assert said == [f"left alone: the unfinished run {run.run_id} has other settings ({named}): {run.staging}"]
     assert [(entry.uri, reading.read_bytes(entry.uri)) for entry in listing.list_files(run.staging)] == before
 
@@ -314,7 +314,7 @@ def test_remains_of_a_run_that_was_published_are_removed(
     record = killed_after_its_record(nights, monkeypatch)
     run = Run(out=nights.out, run_id=record["run_id"])
     said.clear()
-    assert execution._unfinished(nights.request(**selection)) is None
+    assert execution._unfinished([nights.request(**selection)]) == []
     assert nights.staged() == [] and said == []
     assert [entry.uri for entry in listing.list_files(run.final)] == [f"{nights.out}/{record['files'][0]['path']}"]
     assert catalog.runs(nights.out) == [record] and nights.published() == Counter(NAMES)
@@ -340,7 +340,7 @@ def test_plan_tells_its_settings_and_what_was_published(nights: Nights) -> None:
     run = nights.killed(retry_failed=True)
     settings = reading.read_json(f"{run.staging}/{attempts.RUN_FILE}")
     selection = json.loads(json.dumps(to_dict(Selection(retry_failed=True))))
-    del selection["columns"]  # none are named, as in the settings of older runs
+    assert "columns" not in selection  # none are named, as in the settings of older runs
     assert (
         settings
         == {
@@ -369,7 +369,7 @@ def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
     nights.whole()
     record = execution.carry_out(nights.request(), lambda run: pytest.fail("there was nothing to work on"))
     assert (record["rows"], record["files"], record["listing"]) == (0, [], {"scored before": 5})
-    assert record["counts"] == {"status": {}, "verdict": {}, "error_class": {}}
+    assert record["counts"] == dict.fromkeys(publication.COUNTED, {})
     assert nights.staged() == [] and catalog.runs(nights.out)[1:] == [record]
     assert nights.published() == Counter(NAMES)
 
@@ -377,16 +377,16 @@ def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
 def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_slowly(*arguments: Any, **more: Any) -> Plan:
+    def write_slowly(*arguments: Any) -> list[Plan]:
         writing.write_bytes(f"{nights.out}/locks/00000002.json", b'{"token": "of another"}')
-        return write_manifest(*arguments, **more)
+        return write_manifests(*arguments)
 
     with monkeypatch.context() as patch, lock.hold(nights.out) as held:
-        patch.setattr(execution, "write_manifest", write_slowly)
+        patch.setattr(execution, "write_manifests", write_slowly)
         with pytest.raises(LockedError, match="was lost"):
-            execution._plan(nights.request(), held)
+            execution._plan([nights.request()], held)
     assert [listing.exists(f"{nights.out}/staging/{run_id}/run.json") for run_id in nights.staged()] == [False]
-    assert execution._unfinished(nights.request()) is None  # and what it left goes
+    assert execution._unfinished([nights.request()]) == []  # and what it left goes
     assert nights.staged() == []
 
 
@@ -542,3 +542,116 @@ def test_damaged_plan_ends_the_night_and_nothing_is_planned_anew(nights: Nights)
     with pytest.raises(StorageError, match=f"{run.staging}/run.json is damaged"):
         nights.whole()
     assert nights.staged() == [run.run_id]
+
+
+# Several detectors in one pass.
+
+
+@dataclass(frozen=True)
+class PassVerdicts:
+    """Stands for the pipeline of a pass: verdicts out of thin air, for most of the images of each run."""
+
+    attempt: attempts.Attempt
+    most: int | None = None
+
+    def write(self, *_: Any) -> None:
+        todo = [row for entry in listing.list_files(self.attempt.todo) for row in read_rows(entry.uri)]
+        rows = [
+            verdict_row(row["uri"], 0.5, image_id=row["image_id"], run_id=run_id)
+            for row in todo[: self.most]
+            for bit, run_id in enumerate(self.attempt.runs)
+            if row["wanted"] >> bit & 1
+        ]
+        parquet.write(batches(rows, schema.VERDICTS), schema.VERDICTS, rows_file(self.attempt.folder))
+        writing.write_bytes(f"{self.attempt.checkpoint}/{WRITE}_000000.parquet", b"ids")
+        if self.most is not None:
+            raise Killed
+
+    def arithmetic(self) -> dict[str, Any]:
+        return ARITHMETIC
+
+
+def pass_of(nights: Nights, *detectors: str, most: int | None = None) -> list[dict[str, Any]]:
+    """A pass of these detectors; it is killed when it has made rows of `most` images."""
+
+    def work(planned: Sequence[Planned]) -> Work:
+        details = {one.run.run_id: {"captioner_id": one.request.maker} for one in planned}
+        return Work(
+            title="score", stages=(), stream=lambda attempt: cast(Any, PassVerdicts(attempt, most)), details=details
+        )
+
+    requests = [nights.request({"detector_id": detector}) for detector in detectors]
+    return execution.carry_out_together(requests, work)
+
+
+def by_detector(nights: Nights) -> dict[str, Counter[str]]:
+    """How often each detector published each image."""
+    return {
+        detector: Counter(
+            row["uri"].rpartition("/")[2]
+            for batch in catalog.published(nights.out, schema.DONE, detector_id=detector)
+            for row in batch.to_pylist()
+        )
+        for detector in ("one", "two", "three")
+    }
+
+
+def test_pass_publishes_a_run_of_each_detector(nights: Nights) -> None:
+    records = pass_of(nights, "one", "two", "three")
+    assert [record["detector_id"] for record in records] == ["one", "two", "three"]
+    assert [record["rows"] for record in records] == [5, 5, 5]
+    assert [record["captioner_id"] for record in records] == ["one", "two", "three"]
+    assert [record["settings"]["detector_id"] for record in records] == ["one", "two", "three"]
+    assert by_detector(nights) == dict.fromkeys(("one", "two", "three"), Counter(NAMES))
+    assert nights.staged() == []
+
+
+def test_pass_does_for_each_detector_what_it_lacks(nights: Nights) -> None:
+    nights.whole(limit=2)
+    put(nights.source, {"new.jpg": b"x"})
+    records = pass_of(nights, "one", "two")
+    assert [(record["rows"], record["listing"]) for record in records] == [
+        (4, {"new": 4, "scored before": 2}), (6, {"new": 6})
+    ]  # fmt: skip
+    assert [record["files"] for record in pass_of(nights, "two", "one")] == [[], []]
+    assert by_detector(nights)["one"] == by_detector(nights)["two"] == Counter([*NAMES, "new.jpg"])
+
+
+def test_pass_that_was_killed_is_continued(nights: Nights, said: list[str]) -> None:
+    with pytest.raises(Killed):
+        pass_of(nights, "one", "two", most=2)
+    said.clear()
+    records = pass_of(nights, "one", "two")
+    assert any(line.startswith("continuing run") and "3 of 5 images are left" in line for line in said)
+    assert [(record["rows"], record["attempts"]) for record in records] == [(5, 2), (5, 2)]
+    assert nights.staged() == []
+
+
+@pytest.mark.parametrize("detector", ["one", "two"])
+def test_detector_of_a_pass_that_was_killed_goes_on_alone_and_the_others_later(nights: Nights, detector: str) -> None:
+    with pytest.raises(Killed):
+        pass_of(nights, "one", "two", most=2)
+    assert [record["rows"] for record in pass_of(nights, detector)] == [5]
+    pass_of(nights, "one", "two", "three")
+    assert by_detector(nights) == dict.fromkeys(("one", "two", "three"), Counter(NAMES))
+    assert nights.staged() == []
+
+
+def test_pass_that_dies_between_two_publications_loses_nothing(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        publish, published = Run.publish, list[str]()
+
+        def publish_one(run: Run, *arguments: Any, **more: Any) -> Any:
+            if published:
+                raise Killed
+            published.append(run.run_id)
+            return publish(run, *arguments, **more)
+
+        patch.setattr(Run, "publish", publish_one)
+        with pytest.raises(Killed):
+            pass_of(nights, "one", "two")
+    assert len(nights.staged()) == 1
+    records = pass_of(nights, "one", "two")
+    assert sorted(record["rows"] for record in records) == [0, 5]
+    assert sorted(record["attempts"] for record in records) == [0, 2]
+    assert by_detector(nights)["one"] == by_detector(nights)["two"] == Counter(NAMES)

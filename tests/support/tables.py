@@ -99,7 +99,7 @@ def manifest_table(*rows: dict[str, Any]) -> pa.Table:
 
 def todo_row(uri: str | Path, **values: Any) -> dict[str, Any]:
     """A row of what an attempt has to do: a manifest row, without a known caption unless it is given."""
-    return dict.fromkeys(schema.TODO.names) | manifest_row(uri, **values)
+    return dict.fromkeys(schema.TODO.names) | {schema.WANTED.name: 1} | manifest_row(uri, **values)
 
 
 def todo_table(*rows: dict[str, Any]) -> pa.Table:

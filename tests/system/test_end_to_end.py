@@ -203,7 +203,7 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     # only built: there may be no GPU to run it on
     synthetic.write_bucket(tmp_path / "pictures", range(1), seed=0, size_px=64, processes=1)
     plan = write_manifest(str(tmp_path / "pictures"), str(tmp_path / "manifest.parquet"))
-    attempts.write_todo(plan.uri, str(tmp_path / "todo"))
+    attempts.write_todo({"run": plan.uri}, str(tmp_path / "todo"))
     monkeypatch.setattr(stream, "cluster_shares", lambda: shares(cpus=16, gpus=2))
     preparation = PreparationConfig(thumbnail_px=64)
     images_stream = stream.prepared(
