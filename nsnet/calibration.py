@@ -11,7 +11,7 @@ from typing import Final, Literal, Self, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsnet.config import later
+from nsnet.config import added
 from nsnet.errors import ConfigError
 from nsnet.metrics import check
 
@@ -54,7 +54,7 @@ class OperatingPoint:
     """accuracy: most correct verdicts. fpr: most fakes found within a limit of false alarms. cost: least mean cost."""
     fpr: float = 0.01
     """Largest share of reals called fake, in [0, 1). This and the next four may be set only for their own rule."""
-    confidence: float = later(0.0)
+    confidence: float = added(0.0)
     """Probability, over draws of the validation reals, that the true FPR keeps the limit, in [0, 1). 0: only the
     validation reals keep it, and the true FPR exceeds it in about half of the draws."""
     false_alarm_cost: float = 1.0
@@ -65,7 +65,7 @@ class OperatingPoint:
     """Share of fakes expected in use, in (0, 1); it may differ from the share in the validation images."""
     uncertain_share: float = 0.0
     """Share of the validation images that is called uncertain, in [0, 1): those nearest to the threshold."""
-    disagreement: Disagreement = later("ignored")
+    disagreement: Disagreement = added("ignored")
     """uncertain: so is an image whose views lie on both sides of the threshold. It needs views (`PreparationConfig`).
     Threshold and rates are those of the first view alone."""
 

@@ -1,10 +1,9 @@
 """Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error.
 
-Files of older releases lack the settings that were added since, and identities are hashes of this JSON. So a new
-setting is declared with `later`: JSON without it means its default, and its default is not written.
+Ids are hashes of this JSON, and bundles are read by later releases. So a setting that a release adds must be declared
+with `added`: it is written only where it differs from its default, and the default is read where it is missing.
 """
 
-import copy
 import dataclasses
 import json
 import types
@@ -14,29 +13,32 @@ from typing import Any, Final, TypeVar
 from nsnet.errors import ConfigError
 
 T = TypeVar("T")
-LATER: Final = "later"
+
+ADDED: Final = "added"
+"""Key in the metadata of a field declared with `added`."""
 
 
-def later(default: T) -> T:
-    """Declare a dataclass field that older releases do not have."""
-    return dataclasses.field(default=default, metadata={LATER: True})
+def added(default: T) -> T:
+    """Declare a setting that older releases lack, with the default that gives their behaviour."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a nested dataclass to JSON-ready dictionaries."""
+    """Convert a nested dataclass to JSON-ready dictionaries, without `added` settings at their defaults."""
     return {
-        field.name: _plain(value)
+        field.name: _to_plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default or LATER not in field.metadata
+        if ADDED not in field.metadata or getattr(config, field.name) != field.default
     }
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
+    """A copy of a value with dictionaries in the place of dataclasses."""
     if dataclasses.is_dataclass(value):
         return to_dict(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return copy.deepcopy(value)
+    if isinstance(value, dict):
+        return {name: _to_plain(item) for name, item in value.items()}
+    return type(value)(map(_to_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
@@ -46,10 +48,10 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(typing.cast(Any, kind))
-    unknown = set(values) - {field.name for field in fields}
-    missing = {field.name for field in fields if LATER not in field.metadata} - set(values)
+    names, later = {field.name for field in fields}, {field.name for field in fields if ADDED in field.metadata}
+    unknown, missing = sorted(values.keys() - names), sorted(names - later - values.keys())
     if unknown or missing:
-        raise ConfigError(f"{where}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}")
+        raise ConfigError(f"{where}: unknown settings {unknown}, missing settings {missing}")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -84,7 +86,7 @@ def override(config: T, name: str, value: str) -> T:
 
     Raises `ConfigError` if the setting does not exist or the value is invalid.
     """
-    values = dataclasses.asdict(typing.cast(Any, config))  # with all settings, those at their default too
+    values = dataclasses.asdict(typing.cast(Any, config))
     section: Any = values
     path = name.split(".")
     for part in path[:-1]:

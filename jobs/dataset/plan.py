@@ -23,7 +23,7 @@ from jobs.storage import parquet
 from jobs.storage.database import Database, database
 from jobs.storage.left_out import first_named
 from jobs.storage.uris import Uri
-from nsnet.config import later
+from nsnet.config import added
 from nsnet.errors import ConfigError, ImageBudgetError, SourceError, UsageError
 
 UPDATE_SECONDS: Final = 5.0
@@ -73,7 +73,7 @@ class Selection:
     """Maximum images, each in all its forms: the first listed, in no order."""
     shuffle_seed: int | None = None
     """Random order; with `limit`, a random sample."""
-    columns: tuple[str, ...] = later(())
+    columns: tuple[str, ...] = added(())
     """`KEY=NAME` each: the name of the Parquet column for a key of `tables.KEYS`."""
     retry_failed: bool = False
     """Process images again that failed before."""
