@@ -25,7 +25,7 @@ from jobs.storage import writing
 from jobs.workflows import evaluate as module
 from jobs.workflows.evaluate import evaluate, parse_chains, parse_pairs
 from nsnet.errors import ConfigError, SourceError
-from nsnet.transforms import ROBUSTNESS
+from nsnet.transforms import ROBUSTNESS, SOCIAL
 from tests.support.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
@@ -33,6 +33,7 @@ SIZES = {"Glide": (40, 25), "ADM": (7, 160), "sd v1.4": (300, 3), None: (12, 12)
 """Generator -> real and fake images."""
 QUICK = 50
 """Bootstrap samples where intervals do not matter."""
+STANDARD_CHAINS = (*ROBUSTNESS, *SOCIAL)
 FILES = ["evaluation.json", "evaluation.parquet", "evaluation.txt", "report.html"]
 
 
@@ -437,7 +438,7 @@ def test_pairs_are_given_or_found(tmp_path: Path) -> None:
 
 
 def test_chains_are_read() -> None:
-    assert parse_chains("standard") == ROBUSTNESS
+    assert parse_chains("standard") == STANDARD_CHAINS
     assert parse_chains("jpeg:75, resize:0.5+jpeg:75,jpeg:75") == ("jpeg:75", "resize:0.5+jpeg:75")
 
 
@@ -546,7 +547,7 @@ def test_detector_beside_verdicts_chooses_its_own(tmp_path: Path, monkeypatch: p
 
 def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     rows = [verdict_row(f"/{chain}/{i}", i / 9, label=1, generator="dalle", transform=chain)
-            for chain in (None, *ROBUSTNESS) for i in range(9)]  # fmt: skip
+            for chain in (None, *STANDARD_CHAINS) for i in range(9)]  # fmt: skip
     rows += [verdict_row(f"/r{i}", i / 9, label=0, generator="other") for i in range(9)]
     uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), tmp_path / "out"
     common = ("evaluate", uri, "--out", str(out), "--samples", "1")
@@ -554,7 +555,7 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     assert (code, shown) == (0, (out / "evaluation.txt").read_text())
     assert f"report: {out / 'report.html'}" in log
     written = json.loads((out / "evaluation.json").read_text())
-    assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(ROBUSTNESS)
+    assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(STANDARD_CHAINS)
     code, _, log = run_command(*common, "--robustness", "jpeg:1")
     assert code == 2 and "no verdicts under jpeg:1" in log
 
