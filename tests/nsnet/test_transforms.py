@@ -107,11 +107,13 @@ def scaling(before: int, after: int) -> NDArray[np.float64]:
 @st.composite
 def transform(draw_from: st.DrawFn) -> Transform:
     name = draw_from(st.sampled_from(sorted(KINDS)))
-    kind = KINDS[name]
+    kind, lossless_only = KINDS[name], draw_from(st.booleans())
     if kind.whole:
-        return Transform(name=name, value=draw_from(st.integers(int(kind.low), int(kind.high))))
-    numbers = st.floats(kind.low, kind.high, exclude_min=kind.above_low, allow_subnormal=False)
-    return Transform(name=name, value=draw_from(numbers.map(lambda value: float(f"{value:.6g}")).filter(kind.holds)))
+        value: float = draw_from(st.integers(int(kind.low), int(kind.high)))
+    else:
+        numbers = st.floats(kind.low, kind.high, exclude_min=kind.above_low, allow_subnormal=False)
+        value = draw_from(numbers.map(lambda value: float(f"{value:.6g}")).filter(kind.holds))
+    return Transform(name=name, value=value, lossless_only=lossless_only)
 
 
 CHAINS = st.lists(transform(), max_size=4).map(tuple)
@@ -361,6 +363,32 @@ def test_crop_is_an_exact_part_of_the_image(share: float, height: int, width: in
         part = run(pixels, f"crop:{share}", seed=seed)
         assert part.shape == (height, width, 3)
         assert len(places_of(part, pixels)) == 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"),
+    [(24, 24, 0, 0), (40, 24, 0, 0), (56, 57, 16, 16), (90, 300, 32, 128), (20, 90, 0, 32), (10, 9, 0, 0)],
+)
+def test_central_part_starts_on_the_blocks_of_a_jpeg(height: int, width: int, top: int, left: int) -> None:
+    pixels = random_image(height, width)
+    np.testing.assert_array_equal(run(pixels, "centre:24"), pixels[top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("text", ["jpeg:60", "screenshot:0.75", "noise:5+crop:0.7+jpeg:90", "centre:16+screenshot:2"])
+def test_file_of_a_chain_holds_what_the_chain_returns(text: str) -> None:
+    pixels, chain = smooth_image(), parse(text)
+    file = transforms.to_file(pixels, chain, seed=7, max_pixels=MANY)
+    read = np.array(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.uint8)
+    np.testing.assert_array_equal(read, run(pixels, text, seed=7))
+    with pytest.raises(ImageTooLargeError):
+        transforms.to_file(pixels, chain, seed=7, max_pixels=10)
+
+
+def test_steps_for_lossless_files_are_left_out_for_others() -> None:
+    chain = parse("lossless:jpeg:96+blur:1+lossless:noise:2")
+    assert to_text(chain) == "lossless:jpeg:96+blur:1+lossless:noise:2"
+    assert transforms.applicable(chain, lossless=True) == chain
+    assert to_text(transforms.applicable(chain, lossless=False)) == "blur:1"
 
 
 def test_crop_takes_every_place_as_often() -> None:
