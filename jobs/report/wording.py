@@ -47,7 +47,8 @@ def alarms(result: Mapping[str, Any]) -> str | None:
 
 def points(difference: float) -> str:
     """A difference of two shares in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def parting(aligned: Mapping[str, Any], quoted: Callable[[str], str]) -> str:
