@@ -420,16 +420,16 @@ def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_pat
 
 @pytest.mark.long  # a run on a cluster
 def test_aligned_files_are_made_and_measured_on_the_cluster(cluster: None, tmp_path: Path) -> None:
-    files = {f"g/0_real/{i}.jpg": image_file(i, "JPEG", 56, 40, quality=96) for i in range(12)}
-    files |= {f"g/1_fake/{i}.png": image_file(100 + i, "PNG", 56, 40) for i in range(12)}
+    files = {f"g/0_real/{i}.jpg": file_of(i, "JPEG", quality=96) for i in range(12)}
+    files |= {f"g/1_fake/{i}.png": file_of(100 + i, "PNG") for i in range(12)}
     source, out = put(str(tmp_path / "pictures"), files), str(tmp_path / "out")
     for place in (("--out", out), ()):  # with and without a place for the facts
-        code, printed, _ = run_command("audit", source, *place, "--align", "centre:32+jpeg:96")
+        code, printed, _ = run_command("audit", source, *place, "--align", "centre:32+jpeg:50")
         assert code == 0
         start = "1 of 1 generators are separable by metadata alone: g (format"
         assert printed.splitlines()[-1].startswith(start)
         assert printed.splitlines()[-1].endswith(
-            "after centre:32+jpeg:96: 0 of 1 generators are separable by metadata alone"
+            "after centre:32+jpeg:50: 0 of 1 generators are separable by metadata alone"
         )
     columns = ("uri", "format", "width", "size_bytes", "transform")
     facts = pa.Table.from_batches(
@@ -438,7 +438,7 @@ def test_aligned_files_are_made_and_measured_on_the_cluster(cluster: None, tmp_p
     rows = {(row["uri"], row["transform"]): row for row in facts.to_pylist()}
     assert len(rows) == 48
     for name, data in files.items():
-        raw, aligned = (rows[f"{source}/{name}", chain] for chain in (None, "centre:32+jpeg:96"))
-        assert (raw["size_bytes"], raw["width"]) == (len(data), 56)
-        made = to_file(decode(data), parse("centre:32+jpeg:96"), seed=0, max_pixels=10**6)
+        raw, aligned = (rows[f"{source}/{name}", chain] for chain in (None, "centre:32+jpeg:50"))
+        assert (raw["size_bytes"], raw["width"]) == (len(data), 64)
+        made = to_file(decode(data), parse("centre:32+jpeg:50"), seed=0, max_pixels=10**6)
         assert (aligned["format"], aligned["width"], aligned["size_bytes"]) == ("JPEG", 32, len(made))
