@@ -40,7 +40,8 @@ def command(source: Uri, **options: Any) -> int:
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     result = audit(source, limits=limits, selection=selection, **options)
-    failed = sum(error["pictures"] for error in (result["alignment"] or result)["failed"].values())
+    forms = [result, *([result["alignment"]] if result["alignment"] else [])]
+    failed = max(sum(error["pictures"] for error in form["failed"].values()) for form in forms)
     failed_code = main.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
     return max(failed_code, main.left_out_code(result, left_out))
 

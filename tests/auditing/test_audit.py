@@ -319,6 +319,26 @@ def test_aligned_facts_are_shown_beside_the_others_where_they_are_asked_for(
     assert json.loads((tmp_path / "out" / module.AUDIT_FILE).read_text()) == result | {"alignment": None}
 
 
+def test_failures_of_an_alignment_count_for_the_exit_code(
+    no_cluster: None, monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    publish(source, out, align="jpeg:96")
+    read = module._images
+
+    def failing(*arguments: Any, **options: Any) -> tuple[pa.Table, int]:
+        table, unknown = read(*arguments, **options)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["transform"] and row["label"]:
+                row |= {"status": "failed", "error_class": "ImageTooLargeError"}
+        return pa.Table.from_pylist(rows, schema=inventory.IMAGES), unknown
+
+    monkeypatch.setattr(module, "_images", failing)
+    code, printed, _ = run_command("audit", source, "--out", out, "--align", "jpeg:96")
+    assert code == 3 and "failed with ImageTooLargeError: 15, such as" in printed
+
+
 @pytest.mark.parametrize("text", ["resize", "jpeg:0", "swirl:3", "resize:0.5", ""])
 def test_chain_that_is_no_alignment_is_wrong_usage(no_cluster: None, source: str, tmp_path: Path, text: str) -> None:
     code, printed, log = run_command("audit", source, "--out", str(tmp_path / "out"), "--align", text)

@@ -438,7 +438,7 @@ def test_pairs_are_given_or_found(tmp_path: Path) -> None:
 
 
 def test_chains_are_read() -> None:
-    assert parse_chains("standard") == STANDARD_CHAINS
+    assert parse_chains("standard") == STANDARD_CHAINS and parse_chains("social") == SOCIAL
     assert parse_chains("jpeg:75, resize:0.5+jpeg:75,jpeg:75") == ("jpeg:75", "resize:0.5+jpeg:75")
 
 
