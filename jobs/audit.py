@@ -22,6 +22,7 @@ from nsnet.duplicates import DISTANCE
 )
 @click.option("--distance", default=DISTANCE, show_default=True, help="Most differing hash bits of near-duplicates.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sample for the metadata's AUROC.")
+@parameters.align_option
 @parameters.selection_options
 @parameters.max_failed_option
 @parameters.max_left_out_option
@@ -32,13 +33,15 @@ def command(source: Uri, **options: Any) -> int:
     """Report the images of SOURCE by generator and class, duplicates, and how well file format, size, bytes per pixel
     and JPEG quality alone separate real from fake.
 
-    With --out, the next audit of the source reads only new and changed images.
+    With --out, the next audit of the source reads only new and changed images. With --align, each image is also
+    encoded again, and the metadata of the resulting files are measured beside those of the files as they are.
     """
     limits = parameters.limits_from(options)
     selection = Selection(**{item.name: options.pop(item.name) for item in fields(Selection)})
     allowed, left_out = options.pop("max_failed"), options.pop("max_left_out")
     result = audit(source, limits=limits, selection=selection, **options)
-    failed = sum(error["pictures"] for error in result["failed"].values())
+    forms = [result, *([result["alignment"]] if result["alignment"] else [])]
+    failed = max(sum(error["pictures"] for error in form["failed"].values()) for form in forms)
     failed_code = main.exit_code({"status": {"failed": failed}}, result["pictures"], allowed)
     return max(failed_code, main.left_out_code(result, left_out))
 

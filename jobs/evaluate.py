@@ -25,6 +25,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
     help="Bundle that scores the images of a labelled source.",
 )
 @click.option("--detector-id", default=None, help="Use only verdicts of this detector.")
+@parameters.align_option
 @click.option(
     "--robustness", is_flag=False, flag_value=STANDARD, default=None, metavar="[standard|social|CHAIN,…]",
     help="Also score each image under these transforms, such as jpeg:75,resize:0.5+jpeg:75.",
@@ -52,7 +53,8 @@ def command(
 
     With --detector, the argument is a labelled source of images. It is scored first, below OUT; the same command
     continues a stopped run. Labels, generators and splits are then the current ones of the source. The predictions of
-    a training (OUT.training/predictions.parquet) are verdicts as well.
+    a training (OUT.training/predictions.parquet) are verdicts as well. With --align, each image is judged raw and
+    aligned, and --robustness is applied to aligned images.
     """
     result = evaluate(verdicts_or_source, out=out, pairs=parse_pairs(pairs), **options)
     if result["source"] is None:  # `nsnet score` has checked the failed images

@@ -90,6 +90,10 @@ NAMED: Final = {
     b"%!PS": "PostScript", b"%PDF": "PDF", b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance", b"SIMPLE  =": "FITS",
 }  # fmt: skip
 """First bytes -> name of a format that is not decoded."""
+LOSSLESS: Final = frozenset({"BMP", "DIB", "GIF", "ICO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI"})
+"""Formats that keep all pixels. TIFF and WebP do so in some files; the others count as lossy."""
+LOSSY_TIFF: Final = frozenset({"jpeg", "tiff_jpeg", "webp"})
+"""Pillow's names of lossy compressions of TIFF."""
 MIN_BYTES: Final = 9
 """Shorter files hold at most a signature."""
 
@@ -124,6 +128,8 @@ class DecodedImage:
     """Defect of a file that was decoded anyway; None: no defect."""
     texts: tuple[str, ...] = ()
     """Texts of EXIF in which generators leave traces (`provenance.exif_texts`)."""
+    lossless: bool = False
+    """The file keeps all pixels, as a PNG does; False also if this is not known."""
 
     @property
     def width(self) -> int:
@@ -214,14 +220,25 @@ def _decode_as(name: str, data: bytes, limits: DecodeLimits) -> DecodedImage:
             frames = inspected.frames if name in COUNTED else getattr(image, "n_frames", 1)
             image_format = image.format or name
             texts = exif_texts(image)
+            lossless = is_lossless(image, inspected.data)
             is_doubtful = inspected.remark is not None or (name == "JPEG" and jpeg.may_be_cut(image))
         if is_doubtful:
             with _open(name, jpeg.other_end(inspected.data)) as other:
                 if not np.array_equal(rgb, _rgb(other, inspected, limits)):
                     raise ImageCorruptError("a JPEG that is truncated in its image data")
     return DecodedImage(
-        pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark, texts=texts
-    )
+        pixels=rgb, format=image_format, frames=frames, quality=quality, remark=inspected.remark, texts=texts,
+        lossless=lossless,
+    )  # fmt: skip
+
+
+def is_lossless(image: Image.Image, data: bytes) -> bool:
+    """Whether an image's file keeps all pixels; `data`: the file."""
+    if image.format == "TIFF":
+        return image.info.get("compression") not in LOSSY_TIFF
+    if image.format == "WEBP":
+        return rasters.is_lossless_webp(data)
+    return image.format in LOSSLESS
 
 
 def _open(name: str, data: bytes) -> Image.Image:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nsnet import images, jpeg, provenance, transforms
+from nsnet import alignment, images, jpeg, provenance, transforms
 from nsnet.duplicates import perceptual_hash
 from nsnet.errors import ConfigError, ImageTooLargeError
 from nsnet.images import DecodedImage, decode_image, image_to_rgb, thumbnail
@@ -42,6 +42,8 @@ class PreparationConfig:
     """Read what the file says about its origin."""
     anchors: str = ""
     """Certificates of the trust list of content credentials, in PEM; empty: no signer is trusted."""
+    aligned: bool = False
+    """Take the facts from the file that a transform makes of the image: an alignment (`alignment.parse`)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.views <= MAX_VIEWS:
@@ -67,7 +69,7 @@ class Prepared:
     thumbnail: npt.NDArray[np.uint8]
     """(S, S, 3) uint8; S = 0 if none is requested."""
     width: int
-    """Width and height in pixels of the file's image, before any transform."""
+    """Width and height in pixels of the file's image, before any transform that is no alignment."""
     height: int
     format: str
     frames: int
@@ -79,6 +81,8 @@ class Prepared:
     """64 bits as hexadecimal digits; None if it is not requested or the image is too plain."""
     provenance: Provenance | None = None
     """What the file says about its origin, content credentials not read yet; None if it is not requested."""
+    size_bytes: int | None = None
+    """Bytes of the file that an alignment made; None: the image is in the file that was given."""
 
 
 def shapes(config: PreparationConfig) -> list[tuple[int, ...]]:
@@ -91,40 +95,48 @@ def preload(config: PreparationConfig) -> None:
     """Decode and prepare sample images, so that `prepare` imports and opens nothing afterwards."""
     images.preload()
     noise = Image.effect_noise((256, 256), 64)
-    for transform in ("", "jpeg:90", "blur:1", "resize:0.5", "noise:2", "crop:0.9", "screenshot:0.75"):
+    for transform in ("", "jpeg:90", "blur:1", "resize:0.5", "noise:2", "crop:0.9", "screenshot:0.75", "centre:128"):
         prepare(noise, config, transform)
 
 
 def prepare(given: bytes | Image.Image, config: PreparationConfig, transform: str = "", seed: int = 0) -> Prepared:
     """Decode, transform, select patches, make the thumbnail. Raises an `ImageError`; see `images.decode_image`.
 
-    `transform`: a chain of `nsnet.transforms`, with random choices from `seed`. The returned width, height, quality,
-    remark and hash are those of the image before it.
+    `transform`: a chain of `nsnet.transforms`, with random choices from `seed`. The returned width, height, format,
+    quality, remark and hash are those of the image before it; if `config.aligned`, width, height, format and quality
+    are those of the file that it makes.
     """
     if isinstance(given, Image.Image):
         quality = jpeg.quality(given)
         pixels = image_to_rgb(given, config.limits)
-        image = DecodedImage(pixels=pixels, format=given.format or "memory", frames=1, quality=quality)
+        lossless = images.is_lossless(given, b"")
+        image = DecodedImage(
+            pixels=pixels, format=given.format or "memory", frames=1, quality=quality, lossless=lossless
+        )
         origin = None
     else:
         image = decode_image(given, config.limits)
         origin = provenance.read(given, image.texts) if config.provenance else None
-    pixels = image.pixels
-    if transform:
-        chain = transforms.parse(transform)
+    pixels, stored, size_bytes = image.pixels, image, None
+    chain = transforms.applicable(transforms.parse(transform), lossless=image.lossless)
+    if chain and config.aligned:
+        stored, size_bytes = alignment.stored(image, chain, seed=seed, limits=config.limits)
+        pixels = stored.pixels
+    elif chain:
         pixels = transforms.apply(pixels, chain, seed=seed, max_pixels=config.limits.max_pixels)
         check_pixels(pixels.shape[1], pixels.shape[0], config.limits)  # patch selection pads short sides
     return Prepared(
         patches=_patches(pixels, config, seed),
         thumbnail=thumbnail(pixels, config.thumbnail_px) if config.thumbnail_px else np.empty((0, 0, 3), np.uint8),
-        width=image.width,
-        height=image.height,
-        format=image.format,
+        width=stored.width,
+        height=stored.height,
+        format=stored.format,
         frames=image.frames,
-        quality=image.quality,
+        quality=stored.quality,
         remark=image.remark,
         perceptual_hash=perceptual_hash(image.pixels) if config.fingerprint else None,
         provenance=origin,
+        size_bytes=size_bytes,
     )
 
 

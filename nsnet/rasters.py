@@ -281,6 +281,17 @@ def inspect_webp(data: bytes, limits: DecodeLimits) -> Inspected:
     return Inspected(data=data, box=box)
 
 
+def is_lossless_webp(data: bytes) -> bool:
+    """Whether the first image of a WebP keeps all pixels."""
+    at = 12
+    for _ in range(MAX_ICONS):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind in (b"VP8L", b"VP8 "):
+            return kind == b"VP8L"
+        at += 24 if kind == b"ANMF" else 8 + size + (size & 1)  # a frame holds chunks of its own
+    return False
+
+
 INSPECTORS: Final[dict[str, Callable[[bytes, DecodeLimits], Inspected]]] = {
     "AVIF": inspect_heif, "BMP": inspect_bmp, "DDS": inspect_dds, "DIB": inspect_dib, "GIF": inspect_gif,
     "HEIF": inspect_heif, "ICNS": inspect_icns, "ICO": inspect_ico, "JPEG2000": inspect_jpeg2000, "PCX": inspect_pcx,

@@ -4,7 +4,8 @@ Dimensions: H, W image sides; σ a standard deviation.
 
 All transforms work at native resolution on (H, W, 3) uint8 RGB: on training images before patch selection, and on test
 images for robustness curves. A chain is written as text, such as `resize:0.5+jpeg:75`, which also labels its rows in
-results: every chain has exactly one text, and every valid text exactly one chain.
+results: every chain has exactly one text, and every valid text exactly one chain. A step such as `lossless:jpeg:96` is
+applied only to the image of a file that keeps all pixels, such as a PNG.
 """
 
 import io
@@ -56,6 +57,7 @@ KINDS: Final = {
     "noise": Kind(meaning="standard deviation in levels of 255", low=0, high=255, above_low=True),
     "crop": Kind(meaning="share of each side that is kept", low=0, high=1, above_low=True),
     "screenshot": Kind(meaning="factor at which it is shown", low=0.1, high=4, max_side_px=16_383),
+    "centre": Kind(meaning="longest side of the central part that is kept, in px", low=1, high=65_500, whole=True),
 }
 """Name -> meaning and range of its value; `_STEPS` holds the functions."""
 
@@ -68,10 +70,14 @@ ROBUSTNESS: Final[tuple[str, ...]] = tuple(
 
 SOCIAL_SEEDS: Final = range(5)
 """Seeds of the chains `SOCIAL`."""
+LOSSLESS: Final = "lossless:"
+"""First letters of a step for lossless files only."""
 MESSENGER_QUALITY: Final = 80
 """WebP quality of a screenshot, as re-encoded by a messenger."""
 BLUR_REACH: Final = 4.0
 """The Gaussian is truncated at this many σ, as in scipy.ndimage; 0.006 % of its weight is outside."""
+GRID_PX: Final = 16
+"""Side of the largest blocks of a JPEG, with 4:2:0 chroma subsampling."""
 BLOCK_SAMPLES: Final = 1 << 17
 """Samples to blur or add noise to at a time: half a megabyte of float32 stays in a processor's cache."""
 
@@ -84,6 +90,8 @@ class Transform:
     """One of `KINDS`."""
     value: float
     """A value in the kind's range, with at most six significant digits, so that its text is exact."""
+    lossless_only: bool = False
+    """Apply the step only to the image of a lossless file."""
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
@@ -96,7 +104,7 @@ class Transform:
             )
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.value:g}"
+        return f"{LOSSLESS if self.lossless_only else ''}{self.name}:{self.value:g}"
 
 
 def parse(text: str) -> tuple[Transform, ...]:
@@ -112,8 +120,15 @@ def to_text(chain: Sequence[Transform]) -> str:
     return "+".join(map(str, chain))
 
 
+def applicable(chain: Sequence[Transform], *, lossless: bool) -> tuple[Transform, ...]:
+    """The steps to apply to the image of a file; `lossless`: the file keeps all pixels."""
+    return tuple(step for step in chain if lossless or not step.lossless_only)
+
+
 def apply(pixels: Pixels, chain: Sequence[Transform], *, seed: int, max_pixels: int) -> Pixels:
     """Apply a chain to (H, W, 3) uint8, without changing it -> a new contiguous (H', W', 3) uint8 array.
+
+    Which steps a file gets is decided before (`applicable`): all of them are applied.
 
     A pure function of its arguments. The seed, a whole number ≥ 0, determines noise and the position of a crop. The
     random numbers do not depend on the value, so that the points of a robustness curve differ only by it, but differ
@@ -212,9 +227,9 @@ SOCIAL: Final[tuple[str, ...]] = tuple(map(social, SOCIAL_SEEDS))
 
 
 def _parse_step(text: str) -> Transform:
-    name, _, number = text.partition(":")
+    name, _, number = text.removeprefix(LOSSLESS).partition(":")
     try:
-        transform = Transform(name=name, value=float(number))
+        transform = Transform(name=name, value=float(number), lossless_only=text.startswith(LOSSLESS))
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a transform: write NAME:VALUE, as in resize:0.5+jpeg:75") from error
     if str(transform) != text:
@@ -233,6 +248,8 @@ def _check_sizes(height: int, width: int, chain: Sequence[Transform], max_pixels
     for transform in chain:
         if transform.name in ("resize", "crop", "screenshot"):
             height, width = _scaled(height, transform.value), _scaled(width, transform.value)
+        if transform.name == "centre":
+            height, width = min(height, int(transform.value)), min(width, int(transform.value))
         if height * width > max_pixels:
             raise ImageTooLargeError(
                 f"{transform} would give {width} × {height} px, the limit is {max_pixels:,} pixels (--max-pixels)"
@@ -251,8 +268,12 @@ def _scaled(side_px: int, factor: float) -> int:
 
 
 def _jpeg(pixels: Pixels, quality: float, _rng: np.random.Generator) -> Pixels:
-    """Encode as JPEG with Pillow's defaults (baseline, 4:2:0 chroma subsampling) and decode."""
-    return _recode(pixels, "JPEG", JpegImageFile, int(quality))
+    return _decode(_jpeg_file(pixels, quality), JpegImageFile)
+
+
+def _jpeg_file(pixels: Pixels, quality: float) -> bytes:
+    """Encode as JPEG with Pillow's defaults (baseline, 4:2:0 chroma subsampling)."""
+    return _encode(pixels, "JPEG", int(quality))
 
 
 def _blur(pixels: Pixels, sigma_px: float, _rng: np.random.Generator) -> Pixels:
@@ -304,28 +325,60 @@ def _crop(pixels: Pixels, share: float, rng: np.random.Generator) -> Pixels:
 
 
 def _screenshot(pixels: Pixels, factor: float, _rng: np.random.Generator) -> Pixels:
+    return _decode(_screenshot_file(pixels, factor), WebPImageFile)
+
+
+def _screenshot_file(pixels: Pixels, factor: float) -> bytes:
     """Simulate a screenshot: displayed at another size, captured without loss, re-encoded by a messenger.
 
     Scales bilinearly, as viewers do (antialiased when reducing), then encodes as WebP of quality 80, also 4:2:0.
     """
-    return _recode(_rescale(pixels, factor, Image.Resampling.BILINEAR), "WEBP", WebPImageFile, MESSENGER_QUALITY)
+    return _encode(_rescale(pixels, factor, Image.Resampling.BILINEAR), "WEBP", MESSENGER_QUALITY)
+
+
+def _centre(pixels: Pixels, side_px: float, _rng: np.random.Generator) -> Pixels:
+    """Keep the central part, of at most `side_px` a side; shorter sides stay as they are.
+
+    It starts at a multiple of `GRID_PX`, up to 15 px off the centre: the blocks of a JPEG file would otherwise lie
+    elsewhere in each size of image, and tell the sizes apart after all.
+    """
+    height, width = (min(side, int(side_px)) for side in pixels.shape[:2])
+    top, left = ((pixels.shape[i] - side) // 2 // GRID_PX * GRID_PX for i, side in enumerate((height, width)))
+    return pixels[top : top + height, left : left + width].copy()
 
 
 _STEPS: Final[dict[str, Callable[[Pixels, float, np.random.Generator], Pixels]]] = {
     "jpeg": _jpeg, "blur": _blur, "resize": _resize, "noise": _noise, "crop": _crop, "screenshot": _screenshot,
+    "centre": _centre,
 }  # fmt: skip
+_FILES: Final[dict[str, Callable[[Pixels, float], bytes]]] = {"jpeg": _jpeg_file, "screenshot": _screenshot_file}
+ENCODERS: Final = tuple(_FILES)
+"""Kinds that end in a file."""
 
 
-def _recode(pixels: Pixels, codec: str, reader: type[JpegImageFile] | type[WebPImageFile], quality: int) -> Pixels:
+def to_file(pixels: Pixels, chain: Sequence[Transform], *, seed: int, max_pixels: int) -> bytes:
+    """The file that the last step of a chain makes, one of `ENCODERS`; decoded, it is what `apply` returns.
+
+    Raises `ImageTooLargeError` as `apply` does.
+    """
+    *steps, last = chain
+    _check_sizes(pixels.shape[0], pixels.shape[1], chain, max_pixels)
+    return _FILES[last.name](apply(pixels, steps, seed=seed, max_pixels=max_pixels), last.value)
+
+
+def _encode(pixels: Pixels, codec: str, quality: int) -> bytes:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, codec, quality=quality)
-    encoded.seek(0)
+    return encoded.getvalue()
+
+
+def _decode(encoded: bytes, reader: type[JpegImageFile] | type[WebPImageFile]) -> Pixels:
     # Not `Image.open`, which warns if the image is above Pillow's own limit of pixels.
     try:
-        with reader(encoded) as image:
+        with reader(io.BytesIO(encoded)) as image:
             return np.array(image.convert("RGB"), dtype=np.uint8)
     except Image.DecompressionBombError as error:  # the WebP reader itself has twice that limit, 179 million
-        raise ImageTooLargeError(f"{codec} of {pixels.shape[1]} × {pixels.shape[0]} px: {error}") from error
+        raise ImageTooLargeError(f"{reader.format} made by a transform: {error}") from error
 
 
 def _rescale(pixels: Pixels, factor: float, resampling: Image.Resampling) -> Pixels:

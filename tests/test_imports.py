@@ -33,7 +33,8 @@ LEAVES: dict[str, set[str]] = {
              "precision", "weight_formats"},
     "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
     "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},
-    "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
+    "calibration": {"errors", "metrics"}, "transforms": {"errors"},
+    "alignment": {"errors", "images", "limits", "transforms"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip
 """Module of nsnet -> the modules of nsnet that it may import."""

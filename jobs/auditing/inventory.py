@@ -17,7 +17,7 @@ from jobs.storage.database import database, last_of_each
 from nsnet.splits import Indices
 
 LISTED_COLUMNS: Final = pa.schema(
-    [schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split")]
+    [schema.FACTS.field(name) for name in ("image_id", "uri", "label", "generator", "split", "transform")]
 )
 """Columns that a listing must have."""
 KNOWN_COLUMNS: Final = pa.schema(
@@ -31,7 +31,7 @@ KNOWN_COLUMNS: Final = pa.schema(
 )  # fmt: skip
 """Columns that published facts must have."""
 IMAGES: Final = pa.schema([*list(LISTED_COLUMNS)[1:], *list(KNOWN_COLUMNS)[1:]])
-"""Columns of a listed image with its facts."""
+"""Columns of a listed image with its facts; with a transform, of the file that an alignment would make of it."""
 
 CLASSES: Final = ("real", "fake", "unlabelled")
 """Names of label 0, label 1 and no label."""
@@ -39,7 +39,7 @@ NO_SPLIT: Final = "(none)"
 
 
 def images(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -> tuple[pa.Table, int]:
-    """(rows of `IMAGES` ordered by URI, number of listed images without facts).
+    """(rows of `IMAGES` ordered by URI, number of listed images without facts; aligned forms do not count).
 
     `listing`: rows of `LISTED_COLUMNS`. `facts`: rows of `KNOWN_COLUMNS`, oldest run first; the newest row of an image
     counts, and images that are not listed are ignored.
@@ -53,8 +53,16 @@ def images(listing: Iterable[pa.RecordBatch], facts: Iterable[pa.RecordBatch]) -
             f"select {', '.join(IMAGES.names)} from listed join known using (image_id) order by uri, image_id"
         )
         table = pa.Table.from_batches((batch.cast(IMAGES) for batch in found), IMAGES)
-        unknown = rows.number("select count(*) from listed") - table.num_rows
+        unknown = rows.number("select count(*) from listed where transform is null")
+        unknown -= table.column("transform").null_count
     return table.combine_chunks(), unknown
+
+
+def forms(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of `IMAGES` on images as they are, and those on the aligned forms of these images."""
+    raw = table.filter(pc.is_null(table.column("transform"))).combine_chunks()
+    aligned = table.filter(pc.is_valid(table.column("transform")))
+    return raw, aligned.filter(pc.is_in(aligned.column("uri"), raw.column("uri").combine_chunks())).combine_chunks()
 
 
 def readable(table: pa.Table) -> pa.Table:

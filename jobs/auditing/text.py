@@ -16,12 +16,18 @@ FORMATS: Final = 3
 def as_text(result: dict[str, Any]) -> str:
     """The report; its last line is the conclusion on metadata."""
     parts = [_head(result), _contents(result), _splits(result), _copies(result["duplicates"]), _metadata(result)]
+    parts += [_aligned(result, result["alignment"])] if result["alignment"] else []
     shown = [lines for part in parts if (lines := list(part))]
     return "\n\n".join("\n".join(lines) for lines in [*shown, [conclusion(result)]])
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """One sentence that names the generators whose labels metadata alone reveal, and the causes."""
+    """One line that names the generators whose labels metadata alone reveal, and the causes; after an alignment too."""
+    aligned = result["alignment"]
+    return _separable(result) + (f"; after {aligned['transform']}: {_separable(aligned)}" if aligned else "")
+
+
+def _separable(result: dict[str, Any]) -> str:
     measured = {name: group["metadata"] for name, group in result["generators"].items()}
     judged = {name: metadata for name, metadata in measured.items() if metadata["biased"] is not None}
     biased = sorted((name for name in judged if judged[name]["biased"]), key=lambda name: -judged[name]["auroc"])
@@ -45,10 +51,14 @@ def _head(result: dict[str, Any]) -> Iterator[str]:
     failed = sum(error["pictures"] for error in result["failed"].values())
     summary = ", ".join([*counts, f"{failed:,} failed"])
     yield f"{result['pictures']:,} images of {printable(result['source'])}: {summary}"
-    for name, error in result["failed"].items():
-        yield f"  failed with {printable(name)}: {error['pictures']:,}, such as {printable(error['example'])}"
+    yield from _failed(result)
     if result["not_examined"]:
         yield f"  {result['not_examined']:,} more were not examined and are not counted below"
+
+
+def _failed(result: dict[str, Any]) -> Iterator[str]:
+    for name, error in result["failed"].items():
+        yield f"  failed with {printable(name)}: {error['pictures']:,}, such as {printable(error['example'])}"
 
 
 def _contents(result: dict[str, Any]) -> Iterator[str]:
@@ -135,13 +145,32 @@ def _metadata(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _measured(measured: dict[str, Any]) -> Row:
+def _aligned(result: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    """Metadata of the files that an alignment makes, beside those of the files as they are."""
+    measured = {name: (result["generators"][name], group) for name, group in after["generators"].items()}
+    measured["all generators"] = (result["everything"], after["everything"])
+    rows = [
+        [short_name(name), *_auroc(raw["metadata"]), *_measured(group["metadata"])[2:]]
+        for name, (raw, group) in measured.items()
+    ]
+    yield f"the same for the files that {after['transform']} makes of the images, beside the files as they are (raw):"
+    heading = ["generator", "raw", "95 %", "AUROC", "95 %", *map(_heading, metadata_bias.SINGLE), "causes"]
+    yield from aligned([heading, *rows])
+    yield from _failed(after)
+    if after["not_examined"]:
+        yield f"  {after['not_examined']:,} images were not examined under it and are not counted in it"
+
+
+def _auroc(measured: dict[str, Any]) -> Row:
     interval = measured["interval"]
+    return [_number(measured["auroc"]), f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else UNDEFINED]
+
+
+def _measured(measured: dict[str, Any]) -> Row:
     return [
         f"{measured['real']:,}",
         f"{measured['fake']:,}",
-        _number(measured["auroc"]),
-        f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else UNDEFINED,
+        *_auroc(measured),
         *(_number(measured["single"][name]) for name in metadata_bias.SINGLE),
         _causes(measured) if measured["biased"] else "",
     ]

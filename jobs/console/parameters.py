@@ -114,6 +114,11 @@ batch_option = click.option("--batch-size", type=int, help="Images per model cal
 trust_option = click.option(
     "--trust-list", type=URI, help="File with certificates (PEM) whose content credentials are valid, not untrusted."
 )
+align_option = click.option(
+    "--align", metavar="CHAIN",
+    help="Also encode each image by this chain before anything else, such as jpeg:96, centre:256+jpeg:96, or "
+    "lossless:jpeg:96 for lossless files alone, and show both side by side.",
+)  # fmt: skip
 views_option = click.option(
     "--views",
     type=click.IntRange(2, MAX_VIEWS),

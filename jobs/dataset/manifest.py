@@ -43,6 +43,11 @@ def image_id(uri: str, etag: str) -> str:
     return hashlib.sha256(f"{uri}\0{etag}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+def form_id(image_id: str, transform: str) -> str:
+    """Id of an image under a transform, as `plan.FORM_ID` computes it in SQL."""
+    return hashlib.sha256(f"{image_id}/{transform}".encode()).hexdigest()[:32]
+
+
 def row(uri: str, etag: str, size_bytes: int | None, *, listed: bool = False, **values: Any) -> dict[str, Any]:
     """Build a manifest row; values not given are null."""
     own = {"image_id": image_id(uri, etag), "uri": uri, "etag": etag, "size_bytes": size_bytes, "listed": listed}

@@ -119,13 +119,14 @@ CAPTIONED: Final = pa.schema(
 )  # fmt: skip
 """Columns of published rows that are needed to reuse captions."""
 
-FACTS: Final = pa.schema([*SOURCE, *IMAGE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT_COLUMN])
-"""Facts about an image that need no model."""
+_FACTS: Final = [*SOURCE, *IMAGE, *FINGERPRINT, *OUTCOME, *LABELS, SPLIT_COLUMN]
+FACTS: Final = pa.schema([*_FACTS, TRANSFORM])
+"""Facts about an image that need no model; under a transform, those of the file that an alignment would make of it."""
 
 TEXT_FEATURES: Final = pa.field("text_features", pa.list_(pa.float32()))
 """The frozen text tower's features (D) of a caption."""
 
-CAPTIONS: Final = pa.schema([*FACTS, *CAPTION, TRANSFORM, TEXT_FEATURES])
+CAPTIONS: Final = pa.schema([*_FACTS, *CAPTION, TRANSFORM, TEXT_FEATURES])
 """Published by `nsnet caption`, read by training."""
 
 

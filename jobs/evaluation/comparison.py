@@ -82,12 +82,13 @@ class Measured:
 
 
 def compare(
-    table: pa.Table, *, samples: int = SAMPLES, seed: int = 0, pairs: Mapping[str, str] | None = None
+    table: pa.Table, *, samples: int = SAMPLES, seed: int = 0, pairs: Mapping[str, str] | None = None, align: str = ""
 ) -> dict[str, Any]:
     """Compare verdict rows (`schema.VERDICTS`) with their labels; JSON-ready, None is undefined.
 
     `pairs`: generator without reals -> the generator whose reals it is compared with. A generator that only lends its
-    reals is not in the result. Rows with a transform count only in `robustness`. Raises `SourceError` if there is
+    reals is not in the result. Rows with a transform count only in `robustness`; with `align`, a chain, those of images
+    that were aligned by it before, under the name of the transform that followed. Raises `SourceError` if there is
     nothing to compare, `ConfigError` for pairs that do not fit.
     """
     if samples < 1:
@@ -103,6 +104,12 @@ def compare(
     groups.check_pairs(parts, pairs)
     everything = groups.join(list(parts.values()))
     untransformed = pc.equal(groups.transforms_of(table), UNTRANSFORMED)
+    first = f"{align}+" if align else UNTRANSFORMED
+    after = {
+        chain.removeprefix(first): chain
+        for chain in pc.unique(chains).to_pylist()
+        if chain.startswith(first) and chain != UNTRANSFORMED
+    }
     return {
         **_generators(groups.groups(parts, pairs), METRICS, samples, seed),
         "all": everything.counts() | _measure(everything, samples, (seed,), (seed,)).numbers(),
@@ -111,10 +118,16 @@ def compare(
         "pairs": pairs,
         "bootstrap": {"samples": samples, "seed": seed, "confidence": CONFIDENCE},
         "robustness": {
-            chain: _under_transform(known.filter(pc.equal(chains, chain)), pairs, samples, seed)
-            for chain in sorted(set(pc.unique(chains).to_pylist()) - {UNTRANSFORMED}, key=_strength)
+            name: _under_transform(known.filter(pc.equal(chains, after[name])), pairs, samples, seed)
+            for name in sorted(after, key=_strength)
         },
     }
+
+
+def baseline(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The numbers that those of `robustness` are compared with: of aligned images, if there are some."""
+    untransformed: Mapping[str, Any] = result["alignment"]["aligned"] if result.get("alignment") else result
+    return untransformed
 
 
 def step(chain: str) -> tuple[str, float] | None:
@@ -128,7 +141,7 @@ def _strength(chain: str) -> tuple[bool, int, float, str]:
     if (parsed := step(chain)) is None:
         return True, 0, 0.0, chain
     kind, value = parsed
-    return False, list(KINDS).index(kind), -value if kind in ("jpeg", "crop") else value, chain
+    return False, list(KINDS).index(kind), -value if kind in ("jpeg", "crop", "centre") else value, chain
 
 
 def _under_transform(table: pa.Table, pairs: Mapping[str, str], samples: int, seed: int) -> dict[str, Any]:
@@ -138,14 +151,22 @@ def _under_transform(table: pa.Table, pairs: Mapping[str, str], samples: int, se
 
 
 def _generators(parts: Mapping[str, Group], names: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
-    """Metrics of each generator, and their unweighted mean over the generators for which a metric is defined."""
+    return summarise(parts, measure_all(parts, samples, seed), names)
+
+
+def measure_all(parts: Mapping[str, Group], samples: int, seed: int) -> list[Measured]:
+    """Metrics of each generator."""
 
     def measure(item: tuple[str, Group]) -> Measured:
         name, group = item
-        return _measure(group.rows, samples, _seed(seed, group.reals_of), _seed(seed, name))
+        return _measure(group.rows, samples, seed_of(seed, group.reals_of), seed_of(seed, name))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy does most of the work and releases the GIL
-        measured = list(pool.map(measure, parts.items()))
+        return list(pool.map(measure, parts.items()))
+
+
+def summarise(parts: Mapping[str, Group], measured: Sequence[Measured], names: Sequence[str]) -> dict[str, Any]:
+    """Metrics of each generator, and their unweighted mean over the generators for which a metric is defined."""
     both_classes = [each for each, group in zip(measured, parts.values(), strict=True) if group.rows.both_classes]
     averaged = {name: both_classes if name in OF_BOTH else measured for name in names}
     mean = Measured(
@@ -163,7 +184,8 @@ def _generators(parts: Mapping[str, Group], names: Sequence[str], samples: int, 
     }
 
 
-def _seed(seed: int, name: str) -> tuple[int, int]:
+def seed_of(seed: int, name: str) -> tuple[int, int]:
+    """Seed of the samples of a generator's reals, or of its fakes."""
     return seed, crc32(name.encode())
 
 
@@ -206,10 +228,19 @@ def _of_verdicts(counts: groups.Integers) -> dict[str, Array]:
 
 
 def long_table(result: Mapping[str, Any]) -> pa.Table:
-    """A result of `compare` as rows of `LONG`."""
+    """A result of `compare` as rows of `LONG`; with the one of `alignment.compare_aligned` as `alignment`, if any.
+
+    The metric of a difference between aligned and raw images ends in `_difference`.
+    """
     rows = list(_long_rows(result, METRICS, None))
+    first = ""
+    if aligned := result.get("alignment"):
+        rows += _long_rows(aligned["aligned"], ROBUSTNESS_METRICS, aligned["transform"])
+        differences = _long_rows(aligned["difference"], ROBUSTNESS_METRICS, aligned["transform"])
+        rows += ({**row, "metric": f"{row['metric']}_difference"} for row in differences)
+        first = f"{aligned['transform']}+"
     for chain, compared in result["robustness"].items():
-        rows += _long_rows(compared, ROBUSTNESS_METRICS, chain)
+        rows += _long_rows(compared, ROBUSTNESS_METRICS, first + chain)
     return pa.Table.from_pylist(rows, schema=LONG)
 
 

@@ -66,7 +66,7 @@ def of_chains(table: pa.Table, chains: Sequence[str], uri: str) -> pa.Table:
     missing = [chain for chain in chains if chain not in set(pc.unique(present).to_pylist())]
     if missing:
         raise ConfigError(
-            f"--robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the images, and "
-            "--detector to score them"
+            f"--align, --robustness: {uri} holds no verdicts under {', '.join(missing)}; give the source of the "
+            "images, and --detector to score them"
         )
     return table.filter(pc.is_in(present, pa.array([groups.UNTRANSFORMED, *chains])))

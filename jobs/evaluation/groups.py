@@ -102,18 +102,15 @@ def transforms_of(table: pa.Table) -> Any:
     return pc.fill_null(table.column("transform"), UNTRANSFORMED)
 
 
-def split(table: pa.Table) -> Parts:
+def split(table: pa.Table, order_of: pa.Table | None = None) -> Parts:
     """Labelled verdicts by generator and label, in an order that does not depend on the table's.
 
-    Raises `SourceError` for scored rows without a valid verdict or probability.
+    `order_of`: verdicts on the same images, row by row, that determine the order instead; two splits by one order can
+    be compared image by image. Raises `SourceError` for scored rows without a valid verdict or probability.
     """
     scored = pc.equal(table.column("status"), "scored").to_numpy(zero_copy_only=False)
-    verdicts = pc.fill_null(pc.index_in(table.column("verdict"), pa.array(SAID)), -1)
-    rows = LabelledScores(
-        labels=table.column("label").to_numpy().astype(np.int64),
-        probabilities=table.column("prob_fake").cast(pa.float64()).to_numpy(),  # null becomes NaN
-        said=verdicts.to_numpy().astype(np.int64),
-    )
+    rows = _scores(table)
+    ordering = rows if order_of is None else _scores(order_of)
     _check(rows.take(scored))
     generators = pc.fill_null(table.column("generator"), NO_GENERATOR)
     names = sorted(pc.unique(generators).to_pylist())
@@ -122,12 +119,22 @@ def split(table: pa.Table) -> Parts:
     for code, name in enumerate(names):
         for label in (0, 1):
             mask = (codes == code) & (rows.labels == label)
-            part = rows.take(mask & scored, int((mask & ~scored).sum()))
-            order = np.lexsort((part.said, part.probabilities))
+            part, by = rows.take(mask & scored, int((mask & ~scored).sum())), ordering.take(mask & scored)
+            order = np.lexsort((by.said, by.probabilities))
             # shuffle, because bootstraps of equal-sized groups draw the same positions, which would have similar scores
             np.random.default_rng(crc32(name.encode())).shuffle(order)
             parts[name, label] = part.take(order, part.failed)
     return parts
+
+
+def _scores(table: pa.Table) -> LabelledScores:
+    """All rows of a table, also those of failed images."""
+    verdicts = pc.fill_null(pc.index_in(table.column("verdict"), pa.array(SAID)), -1)
+    return LabelledScores(
+        labels=table.column("label").to_numpy().astype(np.int64),
+        probabilities=table.column("prob_fake").cast(pa.float64()).to_numpy(),  # null becomes NaN
+        said=verdicts.to_numpy().astype(np.int64),
+    )
 
 
 def _check(scored: LabelledScores) -> None:

@@ -23,7 +23,7 @@ from nsnet.errors import DecoderCrashError, ImageCorruptError, ImageError, Image
 from nsnet.preparation import PreparationConfig, Prepared, prepare, shapes
 from nsnet.provenance import ALL_STATES, ERROR, GENERATORS, MAX_TEXT, SOURCE_TYPES, Provenance, with_credentials
 
-ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark")
+ANSWER_KEYS: Final = ("width", "height", "format", "frames", "quality", "perceptual_hash", "remark", "size_bytes")
 """Keys of an answer's header."""
 MAX_REMARK: Final = 200
 CREDENTIALS_SECONDS: Final = 5.0
@@ -100,6 +100,7 @@ class GuardedDecoder:
             perceptual_hash=_hash(header["perceptual_hash"]),
             remark=None if header["remark"] is None else _text(header["remark"])[:MAX_REMARK],
             provenance=_provenance(header["provenance"]) if self.config.provenance else None,
+            size_bytes=None if header["size_bytes"] is None else _count(header["size_bytes"]),
         )
 
     def _credentials(self, child: Child, origin: Provenance) -> Provenance:
@@ -140,7 +141,7 @@ def _text(value: Any) -> str:
 def _count(value: Any) -> int:
     number = int(value)
     if not 0 < number < 2**31:
-        raise ValueError(f"{number} is not a number of pixels or frames")
+        raise ValueError(f"{number} is not a number of pixels, frames or bytes")
     return number
 
 

@@ -151,6 +151,8 @@ class Prepare:
             "remark": prepared.remark,
             "jpeg_quality": prepared.quality, "perceptual_hash": prepared.perceptual_hash,
         }  # fmt: skip
+        if prepared.size_bytes is not None:
+            row["size_bytes"] = prepared.size_bytes
         if prepared.provenance is not None:
             row |= asdict(prepared.provenance)
         if row.get("known_hash") == content_hash:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
-from jobs.evaluation.comparison import step
+from jobs.evaluation.comparison import baseline, step
 from jobs.evaluation.curves import MIN_FPR
 from jobs.report import plots
 from jobs.report.plots import NAME_WIDTH, SMALL_WIDTH, Number, shown
@@ -20,7 +20,7 @@ DESCRIBED: Final = 10
 """Maximum number of rows of a plot that its description names."""
 HEADINGS: Final = {
     "jpeg": "JPEG", "blur": "Blur", "resize": "Resizing", "noise": "Noise", "crop": "Cropping",
-    "screenshot": "Screenshots",
+    "screenshot": "Screenshots", "centre": "Central parts",
 }  # fmt: skip
 
 
@@ -122,6 +122,29 @@ def _precision(result: Mapping[str, Any]) -> Figure:
     )
 
 
+def of_alignment(both: Mapping[str, Any]) -> list[Figure]:
+    """Accuracy and AP of each generator raw and aligned, the largest loss first."""
+    figures = []
+    for metric, heading in (("acc", "Accuracy"), ("ap", "Average precision")):
+        changes = both["difference"]["generators"]
+        names = sorted(changes, key=lambda name: (changes[name][metric]["value"] is None,
+                                                  changes[name][metric]["value"] or 0.0, name))  # fmt: skip
+        rows = [
+            (name, both["raw"]["generators"][name][metric], both["aligned"]["generators"][name][metric])
+            for name in names
+        ]
+        described = "; ".join(
+            f"{shown(name, NAME_WIDTH)} {number_text(raw)} raw, {number_text(aligned)} aligned"
+            for name, raw, aligned in rows[:DESCRIBED]
+        )
+        svg = plots.pairs(f"aligned-{metric}", rows, f"{heading} raw and aligned", f"Largest loss first: {described}.")
+        caption = "Circles: raw. Dots: aligned. The largest loss comes first."
+        left_out = len(rows) - plots.MAX_ROWS
+        note = f"{left_out} more generators are only in the table." if left_out > 0 else ""
+        figures.append(_figure(svg, heading, caption, note))
+    return figures
+
+
 def of_robustness(result: Mapping[str, Any]) -> list[Figure]:
     """A plot for each kind of transform with several levels, and one for all other chains."""
     kinds: dict[str, list[str]] = {}
@@ -129,12 +152,12 @@ def of_robustness(result: Mapping[str, Any]) -> list[Figure]:
         if parsed := step(chain):
             kinds.setdefault(parsed[0], []).append(chain)
     several = {kind: chains for kind, chains in kinds.items() if len(chains) > 1}
-    lowest = _lowest([result, *result["robustness"].values()])
+    lowest = _lowest([baseline(result), *result["robustness"].values()])
     figures = [_levels(kind, chains, result, lowest) for kind, chains in several.items()]
     drawn = {chain for chains in several.values() for chain in chains}
     means = {chain: part["macro_mean"]["ap"] for chain, part in result["robustness"].items() if chain not in drawn}
     if means:
-        plain = result["macro_mean"]["ap"]
+        plain = baseline(result)["macro_mean"]["ap"]
         rows = [("none", plain), *means.items()]
         svg = plots.forest(
             "others", rows, plain["value"], "AP under other transforms", _describe_rows(rows), SMALL_WIDTH
@@ -155,7 +178,7 @@ def _levels(kind: str, chains: Sequence[str], result: Mapping[str, Any], lowest:
     """Plot of the levels of a kind; the untransformed images come first, or for resizing at the factor 1."""
     place = sum(float(chain.partition(":")[2]) < 1 for chain in chains) if kind == "resize" else 0
     parts = [(chain.partition(":")[2], result["robustness"][chain]) for chain in chains]
-    parts.insert(place, ("none", result))
+    parts.insert(place, ("none", baseline(result)))
     lines = {metric: [part["macro_mean"][metric] for _, part in parts] for metric in ("ap", "acc")}
     generators = result["generators"] if 1 < len(result["generators"]) <= MAX_THIN_LINES else {}
     thin = [[_ap(part, name) for _, part in parts] for name in generators]

@@ -4,16 +4,17 @@ The page makes no requests and runs no scripts; its content security policy forb
 generator names, is cut to one short line (`plots.shown`) and escaped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 
+from jobs.evaluation.comparison import baseline
 from jobs.report import figures
 from jobs.report.plots import NAME_WIDTH, Number, shown
 from jobs.report.text import worst_first
-from jobs.report.wording import alarms, explanations, per_cent
+from jobs.report.wording import alarms, explanations, parting, per_cent, points
 
 TEMPLATE: Final = "page.html.jinja"
 MAX_TEXT_LETTERS: Final = 60
@@ -50,6 +51,7 @@ def render(result: Mapping[str, Any]) -> str:
         notes=_notes(result, groups),
         generator_charts=figures.of_generators(result),
         generator_tables=_generator_tables(result, groups),
+        alignment=_alignment(result["alignment"]) if result.get("alignment") else None,
         curve_charts=figures.of_all(result),
         robustness=_robustness(result) if result["robustness"] else None,
         explanations=explanations(result),
@@ -98,14 +100,17 @@ def _says(result: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> list[
         )
     if sentence := alarms(result):
         lines.append(sentence)
+    if result.get("alignment"):
+        lines.append(parting(result["alignment"], _quoted))
     drops = [
         (part["macro_mean"]["ap"]["value"], chain)
         for chain, part in result["robustness"].items()
         if part["macro_mean"]["ap"]["value"] is not None
     ]
-    if drops and result["macro_mean"]["ap"]["value"] is not None:
+    plain = baseline(result)["macro_mean"]["ap"]["value"]
+    if drops and plain is not None:
         value, chain = min(drops)
-        before = per_cent(result["macro_mean"]["ap"]["value"])
+        before = per_cent(plain)
         lines.append(
             f"The transform with the lowest AP is {_quoted(chain)}: AP goes from {before} % to {per_cent(value)} %."
         )
@@ -256,9 +261,48 @@ def _generator_table(
     }
 
 
-def _robustness(result: Mapping[str, Any]) -> dict[str, Any]:
-    parts = {"none": result, **result["robustness"]}
+def _alignment(both: Mapping[str, Any]) -> dict[str, Any]:
+    """Each metric of each generator raw, aligned, and the difference, marked where they part."""
+    forms = ("raw", "aligned", "difference")
+    rows: list[tuple[str, list[Mapping[str, Number]], Collection[str]]] = [
+        (
+            shown(name, MAX_TEXT_LETTERS),
+            [both[form]["generators"][name] for form in forms],
+            both["parted"].get(name, ()),
+        )
+        for name in both["raw"]["generators"]
+    ]
+    rows.append(("Mean over generators", [both[form]["macro_mean"] for form in forms], ()))
     return {
+        "transform": both["transform"],
+        "says": parting(both, _quoted),
+        "images": f"{both['images']:,}",
+        "unpaired": f"{both['unpaired']:,}" if both["unpaired"] else None,
+        "charts": figures.of_alignment(both),
+        "headings": [*ROBUSTNESS_COLUMNS.values()],
+        "rows": [
+            {"name": name, "numbers": [_triple(metric, numbers, marks) for metric in ROBUSTNESS_COLUMNS]}
+            for name, numbers, marks in rows
+        ],
+    }
+
+
+def _triple(metric: str, numbers: Sequence[Mapping[str, Number]], parted: Collection[str]) -> dict[str, Any]:
+    """Cells of a metric: raw, aligned, and their difference in points."""
+    raw, aligned, difference = numbers
+    change = difference[metric]
+    interval = None if change["low"] is None else f"{points(change['low'])} to {points(change['high'])}"
+    return {
+        "forms": [cells for numbers in (raw, aligned) for cells in _cells(numbers, {metric: ""})],
+        "change": {"value": None if change["value"] is None else points(change["value"]), "interval": interval},
+        "parted": metric in parted,
+    }
+
+
+def _robustness(result: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {"none": baseline(result), **result["robustness"]}
+    return {
+        "after": result["alignment"]["transform"] if result.get("alignment") else None,
         "charts": figures.of_robustness(result),
         "headings": [*ROBUSTNESS_COLUMNS.values(), "Failed", "Lowest AP"],
         "rows": [_robustness_row(chain, part) for chain, part in parts.items()],

@@ -85,27 +85,60 @@ def forest(
     rows = rows[:MAX_ROWS]
     with _plot(chart, width, ROW * len(rows) + 36, margins=(160, 42, 8, 28)) as (figure, axes):
         lows = [number["low"] if number["low"] is not None else number["value"] for _, number in rows]
-        left = math.floor(20 * min([low for low in lows if low is not None], default=0.5) - 0.2) / 20
-        left = max(0.0, min(left, 0.8))
+        left = _left_end(lows)
         if reference is not None:
             axes.axvline(reference, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.5, zorder=1)
         for place, (_, number) in enumerate(rows):
             _dot(axes, place, number, left)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if width == WIDTH else 3, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(_per_cent)
-        axes.set_yticks(range(len(rows)), [shown(name, NAME_WIDTH) for name, _ in rows])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.set(xlim=(left, 1.0), ylim=(len(rows) - 0.4, -0.6))
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
+        _name_rows(axes, [name for name, _ in rows], left, 5 if width == WIDTH else 3)
         return _svg(figure, chart, title, description)
+
+
+def pairs(
+    chart: str, rows: Sequence[tuple[str, Number, Number]], title: str, description: str
+) -> str:  # fmt: skip
+    """One row per name with a circle at the first number and a dot at the second, the first row on top."""
+    rows = rows[:MAX_ROWS]
+    with _plot(chart, WIDTH, ROW * len(rows) + 36, margins=(160, 18, 8, 28)) as (figure, axes):
+        values = [[number["value"] for number in numbers] for _, *numbers in rows]
+        left = _left_end([value for row in values for value in row])
+        for place, (first, second) in enumerate(values):
+            if first is None or second is None:
+                _undefined(axes, place, left)
+                continue
+            axes.plot([first, second], [place, place], color=MAIN, linewidth=3, alpha=0.4, zorder=2, clip_on=False)
+            axes.plot([first], [place], "o", color=MAIN, markerfacecolor=SURFACE, markersize=8, zorder=3, clip_on=False)
+            axes.plot([second], [place], "o", color=MAIN, markersize=6, zorder=4, clip_on=False)
+        _name_rows(axes, [name for name, *_ in rows], left)
+        return _svg(figure, chart, title, description)
+
+
+def _left_end(values: Sequence[float | None]) -> float:
+    """A round number below all values, and at most 0.8."""
+    left = math.floor(20 * min([value for value in values if value is not None], default=0.5) - 0.2) / 20
+    return max(0.0, min(left, 0.8))
+
+
+def _name_rows(axes: Axes, names: Sequence[str], left: float, ticks: int = 5) -> None:
+    """Set up the axes of a plot with one row per name, whose values are shares from `left` to 1."""
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(_per_cent)
+    axes.set_yticks(range(len(names)), [shown(name, NAME_WIDTH) for name in names])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set(xlim=(left, 1.0), ylim=(len(names) - 0.4, -0.6))
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def _undefined(axes: Axes, place: int, left: float) -> None:
+    axes.annotate("undefined", (left, place), (8, 0), textcoords="offset points", color=MUTED, va="center",
+                  fontsize=FONT - 1, style="italic")  # fmt: skip
 
 
 def _dot(axes: Axes, place: int, number: Number, left: float) -> None:
     value = number["value"]
     if value is None:
-        axes.annotate("undefined", (left, place), (8, 0), textcoords="offset points", color=MUTED, va="center",
-                      fontsize=FONT - 1, style="italic")  # fmt: skip
+        _undefined(axes, place, left)
         return
     if number["low"] is not None:
         axes.plot([number["low"], number["high"]], [place, place], color=MAIN, linewidth=3, alpha=0.55, zorder=2,

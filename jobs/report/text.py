@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from jobs.console.tables import UNDEFINED, aligned, short_name
+from jobs.evaluation.comparison import baseline
+from jobs.report.wording import METRIC_WORDS, parting
 
 HEADINGS: Final = {
     "acc": "acc", "real_acc": "real_acc", "fake_acc": "fake_acc", "ap": "AP", "auroc": "AUROC",
@@ -20,6 +22,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     if len(lines[0]) > MAX_COLUMNS:
         lines = _table(result, ())
     lines += _notes(result)
+    if result.get("alignment"):
+        lines += ["", *_alignment(result["alignment"])]
     if result.get("robustness"):
         lines += ["", *_robustness(result)]
     return "\n".join(lines)
@@ -42,11 +46,36 @@ def _table(result: Mapping[str, Any], with_interval: Sequence[str]) -> list[str]
     return aligned(rows)
 
 
+def _alignment(both: Mapping[str, Any]) -> list[str]:
+    """Each metric raw and aligned, with a mark where they part, and the sentence that says so."""
+    rows = [["generator", *(text for metric in METRIC_WORDS for text in (HEADINGS[metric], "aligned"))]]
+    forms = ("raw", "aligned")
+    named = [(name, [both[form]["generators"][name] for form in forms]) for name in both["raw"]["generators"]]
+    for name, numbers in [*named, ("macro mean", [both[form]["macro_mean"] for form in forms])]:
+        marks = both["parted"].get(name, ()) if name in both["difference"]["generators"] else ()
+        cells = [
+            text
+            for metric in METRIC_WORDS
+            for text in (_cell(numbers[0][metric], False), _cell(numbers[1][metric], False) + " *"[metric in marks])
+        ]
+        rows.append([short_name(name), *cells])
+    lines = [
+        f"raw, and aligned by {both['transform']}; {both['images']:,} images were judged both ways",
+        *aligned(rows),
+        "*: the 95 % interval of the difference, of the same images, is without 0; by chance one of 20 is",
+        parting(both, short_name),
+    ]
+    if both["unpaired"]:
+        lines.insert(-1, f"{both['unpaired']:,} images were judged in one way only and are not counted in this table")
+    return lines
+
+
 def _robustness(result: Mapping[str, Any]) -> list[str]:
-    shown = ("acc", "ap", "auroc", "tpr_at_fpr_1")
-    means = {"none": result["macro_mean"], **{c: part["macro_mean"] for c, part in result["robustness"].items()}}
-    rows = [["transform, macro mean", *(HEADINGS[metric] for metric in shown)]]
-    rows += [[short_name(chain), *(_cell(mean[metric], True) for metric in shown)] for chain, mean in means.items()]
+    parts = {"none": baseline(result), **result["robustness"]}
+    after = f" after {result['alignment']['transform']}" if result.get("alignment") else ""
+    rows = [[f"transform{after}, macro mean", *(HEADINGS[metric] for metric in METRIC_WORDS)]]
+    for chain, part in parts.items():
+        rows.append([short_name(chain), *(_cell(part["macro_mean"][metric], True) for metric in METRIC_WORDS)])
     return aligned(rows)
 
 

@@ -1,11 +1,14 @@
 """Explain how to read an evaluation, in plain words, with its own numbers as examples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 STREAM: Final = 100_000
 """Number of images in the example of rare fakes."""
 STREAM_FAKES: Final = 0.01
+
+METRIC_WORDS: Final = {"acc": "accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
+"""Metrics of an alignment, as in a sentence."""
 
 Explanation = tuple[str, list[str]]
 """A heading and its paragraphs."""
@@ -40,6 +43,27 @@ def alarms(result: Mapping[str, Any]) -> str | None:
         f"{sentence} But this number of reals cannot rule out that {per_cent(upper)} % of reals are flagged, and then "
         f"{per_cent(found / (found + reals * upper))} % are right."
     )
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def parting(aligned: Mapping[str, Any], quoted: Callable[[str], str]) -> str:
+    """A sentence that says where raw and aligned images part; `quoted`: how a generator is named in it."""
+    generators, parted = aligned["difference"]["generators"], aligned["parted"]
+    start = f"Raw and aligned ({aligned['transform']}) "
+    if not parted:
+        return f"{start}part at none of the {len(generators)} generators: each difference may be 0."
+    places = []
+    for name, names in parted.items():
+        changes = (f"{METRIC_WORDS[metric]} {points(generators[name][metric]['value'])}" for metric in names)
+        places.append(f"{quoted(name)} ({', '.join(changes)})")
+    others = len(generators) - len(parted)
+    end = f"; at the other {others}, each difference may be 0" if others else ""
+    return f"{start}part at {len(parted)} of {len(generators)} generators, in points: {', '.join(places)}{end}."
 
 
 def explanations(result: Mapping[str, Any]) -> list[Explanation]:

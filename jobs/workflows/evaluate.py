@@ -15,6 +15,7 @@ from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.evaluation import groups, verdicts
+from jobs.evaluation.alignment import compare_aligned
 from jobs.evaluation.comparison import SAMPLES, compare, long_table
 from jobs.evaluation.curves import curves
 from jobs.evaluation.filters import decided, of_chains, of_detector, of_split
@@ -23,7 +24,7 @@ from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
 from jobs.storage.uris import Uri
 from jobs.workflows.score import score
-from nsnet import bundle, transforms
+from nsnet import alignment, bundle, transforms
 from nsnet.errors import ConfigError, SourceError
 
 SETS: Final = {"standard": (*transforms.ROBUSTNESS, *transforms.SOCIAL), "social": transforms.SOCIAL}
@@ -66,6 +67,7 @@ def evaluate(
     out: Uri,
     detector: Uri | None = None,
     detector_id: str | None = None,
+    align: str | None = None,
     robustness: str | None = None,
     pairs: Pairs | None = None,
     split: str | None = None,
@@ -76,8 +78,14 @@ def evaluate(
     captioner: Uri | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare."""
+    """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare.
+
+    `align`: a chain of `nsnet.alignment`; images are compared raw and aligned, and `robustness` follows it.
+    """
     chains = parse_chains(robustness) if robustness is not None else ()
+    if align is not None:
+        alignment.parse(align)
+        chains = (align, *(f"{align}+{chain}" for chain in chains))
     uri = verdicts_or_source
     probes.reachable(uri)
     probes.check_output(out)
@@ -113,7 +121,8 @@ def evaluate(
         "evaluated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
         "threshold": threshold,
-        **compare(table, samples=samples, pairs=partners),
+        **compare(table, samples=samples, pairs=partners, align=align or ""),
+        "alignment": compare_aligned(table, align, samples=samples, pairs=partners) if align else None,
         "curves": curves(table),
     }
     _write(result, out)

@@ -22,11 +22,15 @@ def examine(
     *,
     out: Uri,
     selection: Selection | None = None,
+    align: str = "",
     wait: bool = False,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Publish the facts (`schema.FACTS`) of the images that have none in `out` yet; returns the run's record."""
+    """Publish the facts (`schema.FACTS`) of the images that have none in `out` yet; returns the run's record.
+
+    `align`: a chain of `nsnet.alignment`, "" for none; each image then has a row more, on the file that it makes.
+    """
     limits = limits or DecodeLimits()
     probes.check_output(out)
     check_address(address)
@@ -34,7 +38,8 @@ def examine(
 
     request = Request(
         source=source, out=out, product=products.FACTS, maker=FACTS_ID,
-        selection=selection or Selection(), wait=wait, address=address, settings={"limits": to_dict(limits)},
+        selection=selection or Selection(), transforms=("", align) if align else (), wait=wait, address=address,
+        settings={"limits": to_dict(limits)},
     )  # fmt: skip
 
     def work(_: Run) -> Work:

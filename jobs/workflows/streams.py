@@ -152,10 +152,10 @@ def captioning(
 
 
 def examining(request: Request, *, limits: DecodeLimits) -> Work:
-    """Images to facts, without a model."""
+    """Images to facts, without a model; the request's transforms are alignments."""
 
     def stream(attempt: Attempt) -> Stream:
-        preparation = PreparationConfig(patches=(), fingerprint=True, limits=limits)
+        preparation = PreparationConfig(patches=(), fingerprint=True, limits=limits, aligned=True)
         return prepared(
             attempt.todo, request.source, preparation, Models(), keep=schema.FACTS, images_todo=attempt.count,
             batch_size=1,

@@ -1,5 +1,6 @@
 """The audit of a source: what it finds, in words and files, without Ray where everything is known already."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs.auditing import audit as module
 from jobs.auditing import duplicates, inventory, metadata_bias
@@ -20,6 +22,9 @@ from jobs.runs.publication import Run
 from jobs.storage import parquet, reading, writing
 from jobs.workflows.examine import FACTS_ID
 from nsnet.errors import ConfigError, SourceError
+from nsnet.images import decode
+from nsnet.preparation import PreparationConfig, prepare
+from nsnet.transforms import parse, to_file
 from tests.support.tables import batches, image_file, put, read_rows, rows_file, run_command
 
 Rows = list[dict[str, Any]]
@@ -147,6 +152,69 @@ def test_copies_across_splits_and_labels_are_shown() -> None:
     assert any(line.split()[:4] == ["equal", "files", "1", "2"] for line in lines)
 
 
+# Aligned files.
+
+
+def file_of(number: int, file_format: str, **options: Any) -> bytes:
+    """A file of smooth colours, as photographs have them, which compress alike before and after a first compression."""
+    coarse = Image.fromarray(np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((64, 48), Image.Resampling.BICUBIC).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def planted(chain: str | None, n: int = 60) -> Rows:
+    """Facts of real JPEG and fake PNG files of like contents, as they are or under an alignment, by encoding them."""
+    rows = []
+    for number in range(n):
+        label = number % 2
+        file = file_of(number, "PNG") if label else file_of(number, "JPEG", quality=96)
+        prepared = prepare(file, PreparationConfig(patches=(), aligned=True), chain or "")
+        rows.append(
+            image(
+                number, label, "planted", transform=chain, format=prepared.format, jpeg_quality=prepared.quality,
+                width=prepared.width, height=prepared.height, size_bytes=prepared.size_bytes or len(file),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def test_format_that_tells_the_label_no_longer_does_when_all_files_are_encoded_alike() -> None:
+    result, twins = found([*planted(None), *planted("jpeg:50")])
+    raw, aligned = (part["generators"]["planted"]["metadata"] for part in (result, result["alignment"]))
+    assert raw["auroc"] == 1 and raw["biased"] and raw["single"]["format"] == 1
+    assert 0.2 < aligned["auroc"] < 0.8 and not aligned["biased"]
+    assert aligned["single"]["format"] == aligned["single"]["JPEG quality"] == 0.5
+    assert result["pictures"] == 60 and twins.num_rows == 0  # an aligned file is no image more, and no copy
+    assert result["alignment"]["generators"]["planted"]["classes"]["fake"]["formats"] == {"JPEG": 30}
+    assert conclusion(result) == (
+        "1 of 1 generators are separable by metadata alone: planted (format, bytes per pixel); after jpeg:50: "
+        "0 of 1 generators are separable by metadata alone"
+    )
+    (line,) = [line for line in as_text(result).split("\n\n")[-2].splitlines() if line.startswith("planted")]
+    assert line.split()[1:4:2] == ["1.00", f"{aligned['auroc']:.2f}"]
+
+
+def test_alignment_of_lossless_files_leaves_the_quality_of_the_others() -> None:
+    """The reals have a quality of 96 and stay as they are: fakes of another quality are told by it."""
+    aligned = found([*planted(None), *planted("lossless:jpeg:80")])[0]["alignment"]["generators"]["planted"]
+    assert aligned["metadata"]["single"]["format"] == 0.5 and aligned["metadata"]["single"]["JPEG quality"] == 1
+    assert aligned["classes"]["real"]["jpeg_quality"] == [96, 96, 96]
+
+
+def test_aligned_files_that_failed_or_are_missing_are_said() -> None:
+    aligned = planted("jpeg:96")[:-2]
+    aligned[0] = failed(0, 0, "planted", "ImageTooLargeError") | {"transform": "jpeg:96"}
+    gone = {**planted("jpeg:96")[-1], "uri": "/planted/gone.jpg"}
+    result, _ = found([*planted(None), *aligned, gone])
+    assert result["alignment"]["not_examined"] == 2 and not result["failed"]
+    measured = result["alignment"]["generators"]["planted"]["metadata"]
+    assert (measured["real"], measured["fake"]) == (28, 29)
+    text = as_text(result)
+    assert "failed with ImageTooLargeError: 1, such as /planted/0000.jpg" in text
+    assert "2 images were not examined under it and are not counted in it" in text
+
+
 def test_failed_and_unlabelled_images_are_counted_and_in_no_other_number() -> None:
     rows = [*plain("g", 0), *resized("h", 100)]
     more = [failed(300 + i, i % 2, "g", "ImageCorruptError") for i in range(3)]
@@ -201,18 +269,19 @@ def test_names_from_a_source_are_harmless_and_short() -> None:
 # The command, without Ray: there is nothing to look at.
 
 
-def publish(source: str, out: str, failing: str = "") -> None:
+def publish(source: str, out: str, failing: str = "", align: str = "") -> None:
     """Facts of all images of a source, as `examine` publishes them; images whose URI has this in it failed."""
     run = Run(out=out, product=products.FACTS)
     manifest, staged = f"{run.staging}/manifest.parquet", rows_file(f"{run.staging}/attempt-00000001")
-    write_manifest(source, manifest)
+    write_manifest(source, manifest, transforms=("", align) if align else ())
     rows = []
     for row in read_rows(manifest):
         number = int(Path(row["uri"]).stem)
         made = image(number, row["label"], row["generator"])
         if failing and failing in row["uri"]:
             made = failed(number, row["label"], row["generator"], "ImageCorruptError")
-        rows.append(dict.fromkeys(schema.FACTS.names) | made | {key: row[key] for key in ("image_id", "uri", "split")})
+        own = {key: row[key] for key in ("image_id", "uri", "split", "transform")}
+        rows.append(dict.fromkeys(schema.FACTS.names) | made | own)
     parquet.write(batches(rows, schema.FACTS), schema.FACTS, staged)
     run.publish(manifest, [staged], {"facts_id": FACTS_ID})
 
@@ -233,6 +302,48 @@ def test_result_is_printed_and_stored(no_cluster: None, source: str, tmp_path: P
     assert as_text(result) + "\n" == printed
     assert (result["source"], result["pictures"], result["not_examined"]) == (source, 30, 0)
     assert pq.read_table(tmp_path / "out" / module.COPIES_FILE) == duplicates.COPIES.empty_table()
+
+
+def test_aligned_facts_are_shown_beside_the_others_where_they_are_asked_for(
+    no_cluster: None, source: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    publish(source, out, align="jpeg:96")
+    code, printed, _ = run_command("audit", source, "--out", out, "--align", "jpeg:96")
+    assert code == 0 and "the same for the files that jpeg:96 makes of the images" in printed
+    result = json.loads((tmp_path / "out" / module.AUDIT_FILE).read_text())
+    assert result["alignment"]["generators"]["g"]["metadata"] == result["generators"]["g"]["metadata"]  # equal facts
+    assert (result["pictures"], result["not_examined"], result["alignment"]["not_examined"]) == (30, 0, 0)
+    code, printed, _ = run_command("audit", source, "--out", out)
+    assert code == 0 and "jpeg:96" not in printed
+    assert json.loads((tmp_path / "out" / module.AUDIT_FILE).read_text()) == result | {"alignment": None}
+
+
+def test_failures_of_an_alignment_count_for_the_exit_code(
+    no_cluster: None, monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    publish(source, out, align="jpeg:96")
+    read = module._images
+
+    def failing(*arguments: Any, **options: Any) -> tuple[pa.Table, int]:
+        table, unknown = read(*arguments, **options)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["transform"] and row["label"]:
+                row |= {"status": "failed", "error_class": "ImageTooLargeError"}
+        return pa.Table.from_pylist(rows, schema=inventory.IMAGES), unknown
+
+    monkeypatch.setattr(module, "_images", failing)
+    code, printed, _ = run_command("audit", source, "--out", out, "--align", "jpeg:96")
+    assert code == 3 and "failed with ImageTooLargeError: 15, such as" in printed
+
+
+@pytest.mark.parametrize("text", ["resize", "jpeg:0", "swirl:3", "resize:0.5", ""])
+def test_chain_that_is_no_alignment_is_wrong_usage(no_cluster: None, source: str, tmp_path: Path, text: str) -> None:
+    code, printed, log = run_command("audit", source, "--out", str(tmp_path / "out"), "--align", text)
+    assert (code, printed) == (2, "") and len(log.splitlines()) == 1 and "--align" in log
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_that_are_gone_or_new_are_in_no_number(no_cluster: None, source: str, tmp_path: Path) -> None:
@@ -325,3 +436,29 @@ def test_images_are_examined_once_and_their_bias_is_found(cluster: None, tmp_pat
     again, reprinted, _ = run_command("audit", source, "--out", out, "--max-failed", "5%")
     assert (again, reprinted) == (0, printed)
     assert [record["rows"] for record in catalog.runs(out, products.FACTS)] == [27, 0]
+
+
+@pytest.mark.long  # a run on a cluster
+def test_aligned_files_are_made_and_measured_on_the_cluster(cluster: None, tmp_path: Path) -> None:
+    files = {f"g/0_real/{i}.jpg": file_of(i, "JPEG", quality=96) for i in range(12)}
+    files |= {f"g/1_fake/{i}.png": file_of(100 + i, "PNG") for i in range(12)}
+    source, out = put(str(tmp_path / "pictures"), files), str(tmp_path / "out")
+    for place in (("--out", out), ()):  # with and without a place for the facts
+        code, printed, _ = run_command("audit", source, *place, "--align", "centre:32+jpeg:50")
+        assert code == 0
+        start = "1 of 1 generators are separable by metadata alone: g (format"
+        assert printed.splitlines()[-1].startswith(start)
+        assert printed.splitlines()[-1].endswith(
+            "after centre:32+jpeg:50: 0 of 1 generators are separable by metadata alone"
+        )
+    columns = ("uri", "format", "width", "size_bytes", "transform")
+    facts = pa.Table.from_batches(
+        catalog.published(out, pa.schema([schema.FACTS.field(n) for n in columns]), products.FACTS)
+    )
+    rows = {(row["uri"], row["transform"]): row for row in facts.to_pylist()}
+    assert len(rows) == 48
+    for name, data in files.items():
+        raw, aligned = (rows[f"{source}/{name}", chain] for chain in (None, "centre:32+jpeg:50"))
+        assert (raw["size_bytes"], raw["width"]) == (len(data), 64)
+        made = to_file(decode(data), parse("centre:32+jpeg:50"), seed=0, max_pixels=10**6)
+        assert (aligned["format"], aligned["width"], aligned["size_bytes"]) == ("JPEG", 32, len(made))

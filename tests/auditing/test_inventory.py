@@ -18,7 +18,8 @@ Rows = list[dict[str, Any]]
 
 
 def listed(uri: str, **values: Any) -> dict[str, Any]:
-    return {"image_id": image_id(uri, ""), "uri": uri, "label": None, "generator": None, "split": None, **values}
+    return {"image_id": image_id(uri, ""), "uri": uri, "label": None, "generator": None, "split": None,
+            "transform": None, **values}  # fmt: skip
 
 
 def known(uri: str, **values: Any) -> dict[str, Any]:

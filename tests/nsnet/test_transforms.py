@@ -29,7 +29,7 @@ Pixels = NDArray[np.uint8]
 
 REPO_ROOT = Path(__file__).parents[2]
 MANY = 10**9
-EVERY = ("jpeg:60", "blur:1.5", "resize:0.5", "resize:1.5", "noise:5", "crop:0.75", "screenshot:0.75")
+EVERY = ("jpeg:60", "blur:1.5", "resize:0.5", "resize:1.5", "noise:5", "crop:0.75", "screenshot:0.75", "centre:24")
 
 # SHA-256 of golden(). Made with:
 #   python -c "from tests.nsnet.test_transforms import *; print(checksum(golden()))"
@@ -107,11 +107,13 @@ def scaling(before: int, after: int) -> NDArray[np.float64]:
 @st.composite
 def transform(draw_from: st.DrawFn) -> Transform:
     name = draw_from(st.sampled_from(sorted(KINDS)))
-    kind = KINDS[name]
+    kind, lossless_only = KINDS[name], draw_from(st.booleans())
     if kind.whole:
-        return Transform(name=name, value=draw_from(st.integers(int(kind.low), int(kind.high))))
-    numbers = st.floats(kind.low, kind.high, exclude_min=kind.above_low, allow_subnormal=False)
-    return Transform(name=name, value=draw_from(numbers.map(lambda value: float(f"{value:.6g}")).filter(kind.holds)))
+        value: float = draw_from(st.integers(int(kind.low), int(kind.high)))
+    else:
+        numbers = st.floats(kind.low, kind.high, exclude_min=kind.above_low, allow_subnormal=False)
+        value = draw_from(numbers.map(lambda value: float(f"{value:.6g}")).filter(kind.holds))
+    return Transform(name=name, value=value, lossless_only=lossless_only)
 
 
 CHAINS = st.lists(transform(), max_size=4).map(tuple)
@@ -196,6 +198,8 @@ def test_any_chain_gives_an_image_of_the_computed_size(
     for step in chain:
         if step.name in ("resize", "crop", "screenshot"):
             expected = [max(1, int(side * step.value + 0.5)) for side in expected]
+        if step.name == "centre":
+            expected = [min(side, int(step.value)) for side in expected]
     result = apply(random_image(height, width), chain, seed=seed, max_pixels=MANY)
     assert result.shape == (*expected, 3) and result.dtype == np.uint8
 
@@ -361,6 +365,32 @@ def test_crop_is_an_exact_part_of_the_image(share: float, height: int, width: in
         assert len(places_of(part, pixels)) == 1
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"),
+    [(24, 24, 0, 0), (40, 24, 0, 0), (56, 57, 16, 16), (90, 300, 32, 128), (20, 90, 0, 32), (10, 9, 0, 0)],
+)
+def test_central_part_starts_on_the_blocks_of_a_jpeg(height: int, width: int, top: int, left: int) -> None:
+    pixels = random_image(height, width)
+    np.testing.assert_array_equal(run(pixels, "centre:24"), pixels[top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("text", ["jpeg:60", "screenshot:0.75", "noise:5+crop:0.7+jpeg:90", "centre:16+screenshot:2"])
+def test_file_of_a_chain_holds_what_the_chain_returns(text: str) -> None:
+    pixels, chain = smooth_image(), parse(text)
+    file = transforms.to_file(pixels, chain, seed=7, max_pixels=MANY)
+    read = np.array(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.uint8)
+    np.testing.assert_array_equal(read, run(pixels, text, seed=7))
+    with pytest.raises(ImageTooLargeError):
+        transforms.to_file(pixels, chain, seed=7, max_pixels=10)
+
+
+def test_steps_for_lossless_files_are_left_out_for_others() -> None:
+    chain = parse("lossless:jpeg:96+blur:1+lossless:noise:2")
+    assert to_text(chain) == "lossless:jpeg:96+blur:1+lossless:noise:2"
+    assert transforms.applicable(chain, lossless=True) == chain
+    assert to_text(transforms.applicable(chain, lossless=False)) == "blur:1"
+
+
 def test_crop_takes_every_place_as_often() -> None:
     pixels = np.arange(36, dtype=np.uint8).reshape(4, 9, 1).repeat(3, axis=2)
     shares = Counter(int(run(pixels, "crop:0.75", seed=seed)[0, 0, 0]) for seed in range(1800))
@@ -424,7 +454,7 @@ def test_jpeg_meets_no_limit_of_pillows_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_webp_above_pillows_own_limit_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     assert run(random_image(20, 20), "screenshot:1").shape == (20, 20, 3)
-    with pytest.raises(ImageTooLargeError, match=r"WEBP of 21 × 20 px: Image size \(420 pixels\) exceeds limit"):
+    with pytest.raises(ImageTooLargeError, match=r"WEBP made by a transform: Image size \(420 pixels\) exceeds limit"):
         run(random_image(20, 21), "screenshot:1")
 
 
@@ -510,7 +540,7 @@ def test_robustness_curves_are_the_standard_ones() -> None:
     curves = {name: [chain[0].value for chain in steps if chain[0].name == name] for name in KINDS}
     assert curves == {
         "jpeg": [95, 90, 80, 70, 60, 50, 40, 30], "blur": [0.5, 1, 2, 3], "resize": [0.5, 0.75, 1.5, 2],
-        "noise": [2, 5, 10], "crop": [0.9, 0.75, 0.5], "screenshot": [0.75],
+        "noise": [2, 5, 10], "crop": [0.9, 0.75, 0.5], "screenshot": [0.75], "centre": [],
     }  # fmt: skip
     assert len(ROBUSTNESS) == 23
 

@@ -382,6 +382,7 @@ FINE = {
     "quality": 75,
     "perceptual_hash": "0123456789abcdef",
     "remark": "",
+    "size_bytes": 7,
 }
 
 
@@ -408,6 +409,8 @@ NONSENSE = {
     "width missing": answer(width=None),
     "quality missing": answer(quality=None),
     "quality no number": answer(quality="high"),
+    "bytes missing": answer(size_bytes=None),
+    "bytes negative": answer(size_bytes=-1),
     "perceptual hash too long": answer(perceptual_hash="0" * 17),
     "perceptual hash no number": answer(perceptual_hash="g" * 16),
     "width no number": answer(width="wide"),

@@ -14,11 +14,13 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jobs.evaluation.comparison import METRICS, compare
+from jobs.dataset.manifest import image_id
+from jobs.evaluation.alignment import compare_aligned
+from jobs.evaluation.comparison import METRICS, ROBUSTNESS_METRICS, compare
 from jobs.evaluation.curves import curves
 from jobs.report.page import COLUMNS, MORE_COLUMNS, render
 from jobs.report.plots import COLOURS, MAX_ROWS, shown
-from jobs.report.wording import alarms, per_cent
+from jobs.report.wording import alarms, per_cent, points
 from tests.support.tables import verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
@@ -82,8 +84,21 @@ def hostile() -> Result:
 
 
 @cache
+def aligned() -> Result:
+    """Raw and aligned, with names of anybody's making; an image is the same in both forms."""
+    rows = made_rows("Glide", "ADM", *HOSTILE, size=12, chains=(None, "jpeg:96", "jpeg:96+blur:1"))
+    for row in rows:
+        row["image_id"] = image_id(str(row["uri"]).rpartition("/")[0], "")
+        if row["generator"] == "ADM" and row["transform"]:
+            row |= {"prob_fake": 0.5, "verdict": "fake"}
+    table = verdict_table(*rows)
+    both = compare_aligned(table, "jpeg:96", samples=50)
+    return made_result(rows) | compare(table, samples=20, align="jpeg:96") | {"alignment": both}
+
+
+@cache
 def page(kind: str) -> str:
-    return render({"usual": usual, "hostile": hostile}[kind]())
+    return render({"usual": usual, "hostile": hostile, "aligned": aligned}[kind]())
 
 
 class Parsed(HTMLParser):
@@ -135,7 +150,7 @@ def test_any_name_becomes_printable_and_short(name: str) -> None:
 # Safety.
 
 
-@pytest.mark.parametrize("kind", ["usual", "hostile"])
+@pytest.mark.parametrize("kind", ["usual", "hostile", "aligned"])
 def test_page_asks_nothing_of_anybody(kind: str) -> None:
     parsed = Parsed(page(kind))
     assert "http:" not in page(kind) and "https:" not in page(kind) and "@import" not in page(kind)
@@ -351,6 +366,38 @@ def test_worth_of_an_alarm_is_counted_out() -> None:
     assert cautious is not None and "flag about 800, and 800 of these would be fake: 100.0 %" in cautious
     assert "cannot rule out that 3.0 % of reals are flagged, and then 21.5 % are right" in cautious
     assert alarms(made_result([row for row in rows if row["label"] == 1])) is None
+
+
+# Raw and aligned.
+
+
+def test_raw_and_aligned_stand_side_by_side() -> None:
+    text, both = page("aligned"), aligned()["alignment"]
+    table = re.findall(r'<table class="both">.*?</table>', text, re.DOTALL)[0]
+    (row,) = [row for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL) if "<bdi>ADM</bdi>" in row]
+    cells = re.findall(r"<td( class=\"parted\")?>(.*?)(?:<|$)", row)
+    forms = [both[form]["generators"]["ADM"] for form in ("raw", "aligned")]
+    for place, metric in enumerate(ROBUSTNESS_METRICS):
+        shown_cells = [found for _, found in cells[3 * place : 3 * place + 2]]
+        assert shown_cells == [per_cent(numbers[metric]["value"]) for numbers in forms]
+        assert bool(cells[3 * place + 2][0]) is (metric in both["parted"]["ADM"])
+    assert cells[2][1] == points(both["difference"]["generators"]["ADM"]["acc"]["value"])
+    assert cells[2][1].startswith("−")
+    assert "Raw and aligned (jpeg:96) part at " in text and "applied after <code>jpeg:96</code>" in text
+    assert "Raw and aligned" not in page("usual")
+
+
+def test_names_beside_an_alignment_are_text_and_nothing_else() -> None:
+    text = page("aligned")
+    assert {tag for tag, _ in Parsed(text).elements} <= {tag for tag, _ in Parsed(page("usual")).elements}
+    assert "alert(1)" in "".join(Parsed(text).text) and "<script" not in text and "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"), [(0.1234, "+12.3"), (-0.5, "−50.0"), (0.0, "0.0"), (-0.0001, "0.0"), (1.0, "+100.0")]
+)
+def test_difference_is_in_points_with_its_sign(difference: float, expected: str) -> None:
+    assert points(difference) == expected
 
 
 # Colours.

@@ -25,7 +25,7 @@ from jobs.storage import writing
 from jobs.workflows import evaluate as module
 from jobs.workflows.evaluate import evaluate, parse_chains, parse_pairs
 from nsnet.errors import ConfigError, SourceError
-from nsnet.transforms import ROBUSTNESS
+from nsnet.transforms import ROBUSTNESS, SOCIAL
 from tests.support.tables import manifest_row, manifest_table, run_command, verdict_row, verdict_table
 
 Rows = list[dict[str, Any]]
@@ -33,6 +33,7 @@ SIZES = {"Glide": (40, 25), "ADM": (7, 160), "sd v1.4": (300, 3), None: (12, 12)
 """Generator -> real and fake images."""
 QUICK = 50
 """Bootstrap samples where intervals do not matter."""
+STANDARD_CHAINS = (*ROBUSTNESS, *SOCIAL)
 FILES = ["evaluation.json", "evaluation.parquet", "evaluation.txt", "report.html"]
 
 
@@ -437,7 +438,7 @@ def test_pairs_are_given_or_found(tmp_path: Path) -> None:
 
 
 def test_chains_are_read() -> None:
-    assert parse_chains("standard") == ROBUSTNESS
+    assert parse_chains("standard") == STANDARD_CHAINS and parse_chains("social") == SOCIAL
     assert parse_chains("jpeg:75, resize:0.5+jpeg:75,jpeg:75") == ("jpeg:75", "resize:0.5+jpeg:75")
 
 
@@ -505,6 +506,59 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
     assert result["rows"]["split"] == "test" and result["rows"]["used"] == len(labelled_rows()) // 2
 
 
+# Alignment.
+
+
+def test_source_is_scored_raw_aligned_and_under_transforms_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = (None, "jpeg:96", "jpeg:96+blur:1")
+    source, rows, scored = str(tmp_path / "source.parquet"), labelled_rows(), []
+    table = pa.table({name: [row[name] for row in rows] for name in ("uri", "label", "generator")})
+    pq.write_table(table, source)
+
+    def score(given: str, *, out: str, transforms: Sequence[str], **_: Any) -> dict[str, Any]:
+        scored.append(tuple(transforms))
+        ids = {(row["uri"], row["transform"]): row["image_id"] for row in listed(given, ("", *transforms))}
+        forms = [{**row, "transform": chain, "image_id": ids[row["uri"], chain]} for row in rows for chain in chains]
+        publish(Path(out), [{**form, "prob_fake": 0.5} if form["transform"] == "jpeg:96" else form for form in forms])
+        return ALL_READ
+
+    monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    options = {"align": "jpeg:96", "robustness": "blur:1", "samples": QUICK}
+    result = evaluate(source, out=str(tmp_path / "out"), detector="bundle", **options)  # type: ignore[arg-type]
+    assert scored == [chains[1:]]
+    assert result["generators"] == compare(verdict_table(*rows), samples=QUICK)["generators"]
+    both = result["alignment"]
+    assert (both["images"], both["unpaired"]) == (len(rows), 0)
+    assert both["raw"]["macro_mean"]["ap"]["value"] == result["macro_mean"]["ap"]["value"]
+    assert both["aligned"]["macro_mean"]["auroc"]["value"] == 0.5 and "sd v1.4" in both["parted"]
+    assert result["robustness"]["blur:1"]["macro_mean"]["ap"]["value"] == result["macro_mean"]["ap"]["value"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Raw and aligned" in page and "applied after <code>jpeg:96</code>" in page
+
+
+def test_published_verdicts_have_raw_and_aligned_side_by_side(tmp_path: Path) -> None:
+    rows = [{**row, "transform": chain} for row in labelled_rows() for chain in (None, "jpeg:96")]
+    uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), tmp_path / "out"
+    common = ("evaluate", uri, "--out", str(out), "--samples", "2")
+    code, shown, _ = run_command(*common, "--align", "jpeg:96")
+    assert code == 0 and "Raw and aligned (jpeg:96) part at none of the 4 generators" in shown
+    assert json.loads((out / "evaluation.json").read_text())["alignment"]["images"] == len(labelled_rows())
+    code, shown, _ = run_command(*common)
+    assert code == 0 and "aligned" not in shown
+    assert json.loads((out / "evaluation.json").read_text())["alignment"] is None
+    code, _, log = run_command(*common, "--align", "jpeg:95")
+    assert code == 2 and f"--align, --robustness: {uri} holds no verdicts under jpeg:95; give the source" in log
+
+
+@pytest.mark.parametrize("text", ["resize", "jpeg:0", "swirl:3", "resize:0.5", ""])
+def test_chain_that_is_no_alignment_is_wrong_usage_before_anything_is_read(text: str) -> None:
+    code, shown, log = run_command("evaluate", "s3://nowhere/at-all", "--out", "s3://nowhere/else", "--align", text)
+    assert (code, shown) == (2, "") and len(log.splitlines()) == 1 and "--align" in log
+
+
 ALL_READ: dict[str, Any] = {"unread": [], "unread_count": 0}
 """Of a source that could be read whole."""
 
@@ -546,7 +600,7 @@ def test_detector_beside_verdicts_chooses_its_own(tmp_path: Path, monkeypatch: p
 
 def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     rows = [verdict_row(f"/{chain}/{i}", i / 9, label=1, generator="dalle", transform=chain)
-            for chain in (None, *ROBUSTNESS) for i in range(9)]  # fmt: skip
+            for chain in (None, *STANDARD_CHAINS) for i in range(9)]  # fmt: skip
     rows += [verdict_row(f"/r{i}", i / 9, label=0, generator="other") for i in range(9)]
     uri, out = _stored(verdict_table(*rows), tmp_path / "v.parquet"), tmp_path / "out"
     common = ("evaluate", uri, "--out", str(out), "--samples", "1")
@@ -554,7 +608,7 @@ def test_command_takes_pairs_splits_and_transforms(tmp_path: Path) -> None:
     assert (code, shown) == (0, (out / "evaluation.txt").read_text())
     assert f"report: {out / 'report.html'}" in log
     written = json.loads((out / "evaluation.json").read_text())
-    assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(ROBUSTNESS)
+    assert written["pairs"] == {"dalle": "other"} and set(written["robustness"]) == set(STANDARD_CHAINS)
     code, _, log = run_command(*common, "--robustness", "jpeg:1")
     assert code == 2 and "no verdicts under jpeg:1" in log
 
