@@ -11,6 +11,7 @@ from typing import Final, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from nsnet.config import added
 from nsnet.errors import ConfigError
 from nsnet.metrics import check
 
@@ -50,7 +51,7 @@ class OperatingPoint:
     """accuracy: most correct verdicts. fpr: most fakes found within a limit of false alarms. cost: least mean cost."""
     fpr: float = 0.01
     """Largest share of reals called fake, in [0, 1). This and the next four may be set only for their own rule."""
-    confidence: float = 0.0
+    confidence: float = added(0.0)
     """Probability, over draws of the validation reals, that the true FPR keeps the limit, in [0, 1). 0: only the
     validation reals keep it, and the true FPR exceeds it in about half of the draws."""
     false_alarm_cost: float = 1.0

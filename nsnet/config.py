@@ -1,19 +1,44 @@
-"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error."""
+"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error.
+
+Ids are hashes of this JSON, and bundles are read by later releases. So a setting that a release adds must be declared
+with `added`: it is written only where it differs from its default, and the default is read where it is missing.
+"""
 
 import dataclasses
 import json
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from nsnet.errors import ConfigError
 
 T = TypeVar("T")
 
+ADDED: Final = "added"
+"""Key in the metadata of a field declared with `added`."""
+
+
+def added(default: T) -> T:
+    """Declare a setting that older releases lack, with the default that gives their behaviour."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a nested dataclass to JSON-ready dictionaries."""
-    return dataclasses.asdict(config)
+    """Convert a nested dataclass to JSON-ready dictionaries, without `added` settings at their defaults."""
+    return {
+        field.name: _to_plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if ADDED not in field.metadata or getattr(config, field.name) != field.default
+    }
+
+
+def _to_plain(value: Any) -> Any:
+    """A copy of a value with dictionaries in the place of dataclasses."""
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {name: _to_plain(item) for name, item in value.items()}
+    return type(value)(map(_to_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
@@ -22,12 +47,12 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
-    if names != set(values):
-        raise ConfigError(
-            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(names - set(values))}"
-        )
-    return kind(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    names, later = {field.name for field in fields}, {field.name for field in fields if ADDED in field.metadata}
+    unknown, missing = sorted(values.keys() - names), sorted(names - later - values.keys())
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown settings {unknown}, missing settings {missing}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -61,7 +86,7 @@ def override(config: T, name: str, value: str) -> T:
 
     Raises `ConfigError` if the setting does not exist or the value is invalid.
     """
-    values = to_dict(config)
+    values = dataclasses.asdict(typing.cast(Any, config))
     section: Any = values
     path = name.split(".")
     for part in path[:-1]:
