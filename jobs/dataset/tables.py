@@ -161,7 +161,12 @@ class Table:
         """Value of the label column -> label; other values have no label."""
         if column is None:
             return {}
-        names = class_names({HUGGINGFACE: described.features}, column)
+        names: list[str] | None
+        try:
+            names = class_names({HUGGINGFACE: described.features}, column)
+        except SourceError as error:
+            say(f"warning: {self.uri}: {error}: numbers in `{column}` are not used as labels")
+            names = []
         values = container.distinct(column)
         column_labels = None if values is None else meanings(values, names)
         if column_labels is None:
@@ -170,7 +175,7 @@ class Table:
                 "are not used as labels"
             )
             self._classes.add(series(self.uri))
-        elif strange := without_label(values or (), column_labels, names):
+        elif names != [] and (strange := without_label(values or (), column_labels, names)):
             say(f"warning: {self.uri}: its labels {strange} are neither real nor fake: their images have no label")
         self._numbers = series(self.uri) if names is None else None
         return column_labels or {}
