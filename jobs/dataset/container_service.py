@@ -346,8 +346,8 @@ class Table:
             for batch in self._opened.batches([name], batch_rows=1, groups=[number]):
                 values = batch.column(0)
                 (content,) = (values.field(inner[0]) if inner else values).to_pylist()
-                if content is None and inner and _has_path(values.type):
-                    (path,) = values.field("path").cast(pa.large_binary()).to_pylist()
+                if content is None and len(inner) > 1:
+                    (path,) = values.field(inner[1]).cast(pa.large_binary()).to_pylist()
                     content = None if path is None else path[: MAX_NAME_BYTES + 1].decode("utf-8", "replace")
                 read_bytes += len(content or b"")
                 if read_bytes > limit:
@@ -361,25 +361,20 @@ def _value_type(kind: Any) -> Any:
 
 
 def _images_in(kind: Any) -> list[str] | None:
-    """Path to the bytes in a column of this type: the column itself ([]), a struct's field, or None."""
+    """Where images are in a column of this type: the column itself ([]), a struct's field of bytes and, if it has one,
+    of paths, as `datasets` has it; None: nowhere."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
         if kind.get_field_index("bytes") < 0:
             return None
+        at = kind.get_field_index("path")
+        paths = ["path"] if at >= 0 and kind.field(at).type in (pa.string(), pa.large_string()) else []
         inner = kind.field("bytes").type
-        has_only_paths = pa.types.is_null(inner) and _has_path(kind)  # a writer that was given no schema
-        return ["bytes"] if has_only_paths or _images_in(inner) == [] else None
+        has_only_paths = paths and pa.types.is_null(inner)  # a writer that was given no schema
+        return ["bytes", *paths] if has_only_paths or _images_in(inner) == [] else None
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     return [] if any(is_such(kind) for is_such in binary) else None
-
-
-def _has_path(kind: Any) -> bool:
-    """Whether a struct of images may name files, as `datasets` does for images that it does not store."""
-    import pyarrow as pa
-
-    index = kind.get_field_index("path")
-    return index >= 0 and kind.field(index).type in (pa.string(), pa.large_string())
 
 
 def _is_text(kind: Any) -> bool:

@@ -90,7 +90,7 @@ class Described:
     columns: dict[str, str]
     """Name -> type, for columns with unique names."""
     images: dict[str, tuple[str, ...]]
-    """Name -> path of its bytes (the column, or a field in it), for columns that can hold images."""
+    """Name -> that name and, of a struct, its fields of bytes and of paths, for columns that can hold images."""
     doubled: list[str]
     """Names shared by several columns."""
     rows: int
@@ -209,7 +209,7 @@ class Container:
 
         A text is the path of an image outside of the file, which a stranger chose.
 
-        `column`: its name, and the field's if it is a struct. Ascending requests continue a stream; others restart it.
+        `column`: as in `Described.images`. Ascending requests continue a stream; others restart it.
         """
         request = {"images": list(column), "from": first, "to": last, "most": most}
         for position, answer in enumerate(self._ask(request), start=first):

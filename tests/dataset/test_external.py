@@ -10,7 +10,7 @@ import pytest
 
 from jobs.dataset import fetching
 from jobs.dataset.source import Source
-from nsnet.errors import FetchError, ObjectMissingError
+from nsnet.errors import FetchError, ObjectMissingError, SourceError
 from tests.support.tables import image_file, parquet_bytes, put
 
 IMAGES = [image_file(seed, width=24, height=24) for seed in range(4)]
@@ -68,6 +68,17 @@ def test_file_as_datasets_writes_it_is_a_source(shape: str, place: str) -> None:
     assert [row["label"] for row in rows] == EXPECTED
     assert [row["generator"] for row in rows] == NAMES["model_name"]
     assert [row["uri"] for row in rows] == [f"{uri}#{number}" for number in range(4)]
+
+
+def test_many_short_paths_that_compress_well_are_believed_and_many_nulls_are_not(tmp_path: Path) -> None:
+    paths: list[str | None] = [f"images/{number:06}.png" for number in range(20_000)]
+    for name, rows in (("good", paths), ("bad", [None] * len(paths))):
+        image = structs([None] * len(rows), rows)
+        put(str(tmp_path), {f"{name}.parquet": parquet_bytes({"image": image}, compression="zstd")})
+    assert (tmp_path / "good.parquet").stat().st_size < 20 * len(paths)
+    assert sum(1 for _ in Source(str(tmp_path / "good.parquet")).rows()) == len(paths)
+    with pytest.raises(SourceError, match=r"claims to hold 20,000 images in [0-9,]+ bytes, which is impossible"):
+        list(Source(str(tmp_path / "bad.parquet")).rows())
 
 
 def test_column_that_no_rule_finds_is_named(tmp_path: Path) -> None:
