@@ -14,7 +14,9 @@ from nsnet.errors import ConfigError
 @click.command()
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI for the trainings and the table.")
-@click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
+@click.option(
+    "--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, dgs-net, or an open_clip MODEL[:TAG]."
+)
 @click.option("--variant", "variants", multiple=True, help=f"Repeatable; default: {', '.join(COMPARED_VARIANTS)}.")
 @click.option("--seeds", default="0", show_default=True, help="Seeds of weights and image order, such as 0,1,2.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of the one split of all trainings.")

@@ -13,6 +13,9 @@ from jobs.storage.uris import Uri
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the detector bundle.")
 @click.option("--recipe", default="vit-l-14", show_default=True, help="The CLIP that the head was trained on.")
 @click.option(
+    "--variant", default="linear", show_default=True, help="The head's input: linear (centre crop) or linear:resize."
+)
+@click.option(
     "--clip-weights",
     type=parameters.MODEL_PATH,
     default=None,
@@ -23,8 +26,8 @@ def command(head: Uri, **options: Any) -> int:
     """Make a detector from HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a
     frozen CLIP image tower: a .safetensors file, or a .pth file, from which only tensors are read.
 
-    The detector crops the centre of an image, as UniversalFakeDetect does, and calls it fake if its probability is at
-    least 0.5.
+    The detector crops the centre of an image, as UniversalFakeDetect does, or squashes it, as AIGIBench's code for that
+    detector does (--variant linear:resize). It calls an image fake if its probability is at least 0.5.
     """
     from jobs.experiments.imported_head import import_head  # it imports torch, which takes seconds
 

@@ -4,10 +4,10 @@ only reads configurations does not wait for it.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 from nsnet import bundle, model_settings
-from nsnet.config import from_dict
+from nsnet.config import added, from_dict
 from nsnet.errors import BundleError, ConfigError
 from nsnet.patches import PatchConfig
 from nsnet.transforms import AugmentationConfig
@@ -25,6 +25,10 @@ def resolved(precision: Precision, device: str) -> Precision:
         return "fp16" if device == "cuda" else "fp32"
     return precision
 
+
+Normalisation = Literal["clip", "imagenet"]
+"""Mean and deviation of the channels that the image tower's input is normalised by: those that CLIP was trained with
+(its own), or ImageNet's, which the authors' later code and AIGIBench's UniversalFakeDetect feed to CLIP."""
 
 MAX_TOKENS: Final = 512
 """Largest `max_new_tokens`: the number of positions of BLIP's text decoder."""
@@ -239,6 +243,12 @@ class DetectorConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train_backbone: bool = False
     """Train the whole image tower, not only its adapters; used if the tower starts from random weights."""
+    normalisation: Normalisation = added("clip")
+    """Normalisation of the image tower's input."""
+
+    def __post_init__(self) -> None:
+        if self.normalisation not in get_args(Normalisation):
+            raise ConfigError(f"normalisation must be 'clip' or 'imagenet', got {self.normalisation!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +264,11 @@ class TrainingConfig:
     backbone_lr: float = 1e-4
     """Highest learning rate of the adapters, and of the image tower if it is trained."""
     weight_decay: float = 0.01
-    """AdamW's decay, on matrices only."""
+    """AdamW's decay, on matrices only; with 0 it is Adam."""
     warmup: float = 0.05
-    """Share of the steps in which the rates increase; then they decrease as a cosine to 0."""
+    """Share of the steps in which the rates increase to their highest; 0: none."""
+    schedule: Literal["cosine", "constant"] = added("cosine")
+    """Rates after the warm-up: a cosine to 0, or the highest."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -298,6 +310,8 @@ class TrainingConfig:
             )
         if self.captions not in ("own", "constant", "shuffled"):
             raise ConfigError(f"captions must be own, constant or shuffled, got {self.captions!r}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"schedule must be cosine or constant, got {self.schedule!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
 

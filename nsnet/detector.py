@@ -136,7 +136,7 @@ class Detector:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             visual = add_lora(clip.visual, config.lora) if config.lora.rank else clip.visual
-            network = Network(visual, clip, config.projection, config.mapper, config.head)
+            network = _network(visual, clip, config)
         if config.train_backbone:
             network.visual.requires_grad_(True)
         return cls(config, clip, network)
@@ -184,7 +184,7 @@ class Detector:
                     merged = merge_lora(clip.visual, folder / bundle.LORA)
                     if (merged.rank, merged.alpha) != (config.lora.rank, config.lora.alpha):
                         raise BundleError("the settings of its adapters are not those of detector.json")
-                network = Network(clip.visual, clip, config.projection, config.mapper, config.head)
+                network = _network(clip.visual, clip, config)
             mismatch = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError, NsnetError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -417,6 +417,10 @@ class Detector:
 def failed_verdict(error: ImageError) -> Verdict:
     """Return the verdict of an image that failed."""
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
+
+
+def _network(visual: nn.Module, clip: Clip, config: DetectorConfig) -> Network:
+    return Network(visual, clip, config.projection, config.mapper, config.head, config.normalisation)
 
 
 def _check_mosaic(config: DetectorConfig, clip: Clip) -> None:

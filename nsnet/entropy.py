@@ -16,6 +16,12 @@ import numpy.typing as npt
 from nsnet.kernels import compiled, with_whole_rows
 
 Spectrum = Literal["magnitude", "power"]
+Grey = Literal["mean", "luma"]
+
+LUMA: Final = (299, 587, 114)
+"""Weights of red, green and blue in thousandths (ITU-R BT.601), as integers: sums of them are exact everywhere."""
+LUMA_SCALE: Final = np.float32(256)
+"""What estimates divide such a sum by, exactly."""
 
 EPSILON: Final = 1e-8
 LOG_2: Final = float(np.log(2.0))
@@ -25,6 +31,9 @@ MAX_ESTIMATED_PX: Final = 64
 """Largest patch side that is estimated. Above, a fast Fourier transform is cheaper than the matrix products."""
 PATCHES_AT_ONCE: Final = 256
 """Patches whose entropies are computed at a time: their arrays stay in the processor's caches."""
+LEAST_VARYING: Final = 1e-6
+"""Sum of all frequencies but the constant one below which a patch is of one level. It is 0 then, but for `TINY`; one
+level that differs by the least amount, 1 / `LUMA_SCALE`, contributes more."""
 TINY: Final = np.float32(1e-30)
 """Added to each power in fp32, so that zero has a logarithm; it changes no sum."""
 
@@ -57,21 +66,25 @@ def spectral_entropy(patches_pnn: npt.NDArray[np.generic], spectrum: Spectrum = 
 
 
 def estimate_entropy(
-    image_hwc: npt.NDArray[np.uint8], patch_px: int, spectrum: Spectrum = "magnitude"
+    image_hwc: npt.NDArray[np.uint8], patch_px: int, spectrum: Spectrum = "magnitude", grey: Grey = "mean"
 ) -> npt.NDArray[np.float64]:
     """Estimate the entropies of all patches of an (H, W, 3) uint8 image, row by row -> (P,) float64.
 
     Each is within `MARGIN` of `spectral_entropy` of the patch's channel sum; 0 means a patch of one level, exactly.
     """
     entropy = np.empty((len(image_hwc) // patch_px, image_hwc.shape[1] // patch_px))
-    if compiled is not None and patch_px == compiled.PATCH_PX:
-        compiled.entropy(with_whole_rows(image_hwc), entropy, spectrum == "power")
+    knows_grey = grey == "mean" or hasattr(compiled, "LUMA")  # a module of an older installation has no luma
+    if compiled is not None and patch_px == compiled.PATCH_PX and knows_grey:
+        further = (False, True) if grey == "luma" else ()
+        compiled.entropy(with_whole_rows(image_hwc), entropy, spectrum == "power", *further)
     else:
-        _estimate(image_hwc.reshape(len(image_hwc), -1), patch_px, spectrum, entropy)
+        _estimate(image_hwc.reshape(len(image_hwc), -1), patch_px, spectrum, grey, entropy)
     return entropy.ravel() / (LOG_2 if spectrum == "power" else 1.0)
 
 
-def _estimate(samples: npt.NDArray[np.uint8], side: int, spectrum: Spectrum, entropy: npt.NDArray[np.float64]) -> None:
+def _estimate(
+    samples: npt.NDArray[np.uint8], side: int, spectrum: Spectrum, grey: Grey, entropy: npt.NDArray[np.float64]
+) -> None:
     """Fill `entropy` (rows, columns), in nats, from the samples (H, 3W) of an image."""
     rows, columns = entropy.shape
     down, across = max(1, PATCHES_AT_ONCE // columns), min(columns, PATCHES_AT_ONCE)
@@ -80,17 +93,24 @@ def _estimate(samples: npt.NDArray[np.uint8], side: int, spectrum: Spectrum, ent
             part = entropy[row : row + down, column : column + across]
             top, left = row * side, 3 * column * side
             block = samples[top : top + side * part.shape[0], left : left + 3 * side * part.shape[1]]
-            part[:] = _estimate_block(_channel_sums(block), side, spectrum).reshape(part.shape)
+            part[:] = _estimate_block(_channel_sums(block, grey), side, spectrum).reshape(part.shape)
 
 
-def channel_sum(patches_pnnc: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
-    """3 × grey: entropy does not depend on the scale. (..., 3) uint8 -> (...) uint16."""
+def channel_sum(
+    patches_pnnc: npt.NDArray[np.uint8], grey: Grey = "mean"
+) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+    """3 × the mean, or 1000 × the luma: entropy does not depend on the scale. (..., 3) uint8 -> (...) unsigned."""
+    if grey == "luma":
+        red, green, blue = (patches_pnnc[..., i].astype(np.uint32) * LUMA[i] for i in range(3))
+        return red + green + blue
     return patches_pnnc[..., 0].astype(np.uint16) + patches_pnnc[..., 1] + patches_pnnc[..., 2]
 
 
-def _channel_sums(samples: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Sums of three neighbouring samples, (h, 3w) -> (h, w). Contiguous additions, then one strided pass: half the time
-    of `channel_sum`."""
+def _channel_sums(samples: npt.NDArray[np.uint8], grey: Grey) -> npt.NDArray[np.float32]:
+    """`channel_sum` of a block of samples, (h, 3w) -> (h, w). Of the mean: contiguous additions of neighbours, then one
+    strided pass, in half the time."""
+    if grey == "luma":  # scaled to the range of the mean: logarithms of large powers have large rounding errors
+        return channel_sum(samples.reshape(len(samples), -1, 3), grey).astype(np.float32) / LUMA_SCALE
     wide = samples.astype(np.uint16)
     sums = wide[:, :-2] + wide[:, 1:-1]
     sums += wide[:, 2:]
@@ -139,7 +159,7 @@ def _estimate_block(grey: npt.NDArray[np.float32], side: int, spectrum: Spectrum
     weighted += constant * np.log(constant, out=np.zeros(count), where=constant > 0)
     total = varying + constant + EPSILON
     entropy: npt.NDArray[np.float64] = np.maximum(np.log(total) - weighted / total, EPSILON)
-    entropy[varying < 0.5] = 0.0  # levels are integers: one that differs contributes 1 or more
+    entropy[varying < LEAST_VARYING] = 0.0
     return entropy
 
 

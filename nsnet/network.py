@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nsnet.clip import Clip
-from nsnet.configuration import HeadConfig, MapperConfig, ProjectionConfig
+from nsnet.configuration import HeadConfig, MapperConfig, Normalisation, ProjectionConfig
 from nsnet.errors import ConfigError, NullSpaceError
 from nsnet.head import ProjectionHead
 from nsnet.mapper import SemanticMapper
@@ -20,6 +20,10 @@ from nsnet.nullspace import project_global, project_per_sample, project_rank_k
 BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SAME_CAPTION: Final = 1.0 - 1e-5
 """Smallest cosine at which two captions count as the same."""
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's red, green and blue, in [0, 1], as in torchvision."""
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+"""Their standard deviation."""
 
 
 class Features(NamedTuple):
@@ -47,6 +51,7 @@ class Network(nn.Module):
         projection: ProjectionConfig,
         mapper: MapperConfig,
         head: HeadConfig,
+        normalisation: Normalisation = "clip",
     ) -> None:
         super().__init__()
         if not projection.fitted:
@@ -65,8 +70,9 @@ class Network(nn.Module):
         basis = torch.eye(dim, projection.rank) if projection.kind == "global" else torch.zeros(dim, 0)
         self.register_buffer("semantic_basis", basis)
         self.register_buffer("caption_bank", torch.zeros(projection.bank, dim))
-        self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1), persistent=False)
+        mean, std = (clip.mean, clip.std) if normalisation == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, but keep batch norms of the image tower in evaluation mode.

@@ -7,15 +7,18 @@ Selection works at native resolution: resizing first would destroy the traces th
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from nsnet.config import added
 from nsnet.entropy import (
     MARGIN,
     MAX_ESTIMATED_PX,
     PATCHES_AT_ONCE,
+    Grey,
     Spectrum,
     channel_sum,
     estimate_entropy,
@@ -23,7 +26,8 @@ from nsnet.entropy import (
 )
 from nsnet.errors import ConfigError
 
-Selection = Literal["entropy", "center"]
+Selection = Literal["entropy", "center", "resize"]
+Fill = Literal["repeat", "black"]
 
 SCORING_SEED: Final = 0
 """Seed of the patch order in scoring; fixed, so that an image always gets the same score."""
@@ -43,7 +47,13 @@ class PatchConfig:
     spectrum: Spectrum = "magnitude"
     """`magnitude`: |F| and natural logarithm (the paper). `power`: |F|² and log2 (the authors' later code)."""
     selection: Selection = "entropy"
-    """`entropy`: the paper's. `center`: the M × M px in the middle, unchanged (UniversalFakeDetect's input)."""
+    """`entropy`: the paper's. `center`: the M × M px in the middle, unchanged (UniversalFakeDetect's input). `resize`:
+    the whole image, squashed to M × M px (UniversalFakeDetect's input in AIGIBench)."""
+    grey: Grey = added("mean")
+    """What entropies are of. `mean`: of the channels (the published code). `luma`: BT.601 (the authors' later code)."""
+    fill: Fill = added("repeat")
+    """Of an image with fewer than K patches. `repeat`: all of them, cyclically. `black`: those of highest and those of
+    lowest entropy, even if some are both, then black (the authors' later code)."""
 
     def __post_init__(self) -> None:
         if self.patch_px < 2 or self.mosaic_px < self.patch_px or self.mosaic_px % self.patch_px:
@@ -51,10 +61,9 @@ class PatchConfig:
                 f"mosaic_px ({self.mosaic_px}) must be a positive multiple of patch_px ({self.patch_px}) and patch_px "
                 f"at least 2; choose a patch size that divides the image tower's input"
             )
-        if self.spectrum not in ("magnitude", "power"):
-            raise ConfigError(f"spectrum must be 'magnitude' or 'power', got {self.spectrum!r}")
-        if self.selection not in ("entropy", "center"):
-            raise ConfigError(f"selection must be 'entropy' or 'center', got {self.selection!r}")
+        for name, kind in (("spectrum", Spectrum), ("selection", Selection), ("grey", Grey), ("fill", Fill)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ConfigError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
 
     @property
     def slots(self) -> int:
@@ -62,7 +71,7 @@ class PatchConfig:
         return (self.mosaic_px // self.patch_px) ** 2
 
     def slot_seed(self, seed: int) -> int | None:
-        """The seed for `assemble_mosaic`; None, for no shuffling, if the patches are the middle of the image."""
+        """The seed for `assemble_mosaic`; None, for no shuffling, if the patches are one picture: middle or whole."""
         return seed if self.selection == "entropy" else None
 
 
@@ -98,23 +107,26 @@ def select_patches(image_hwc: npt.NDArray[np.uint8], config: PatchConfig | None 
     """Select the K patches of an (H, W, 3) uint8 image for the mosaic, in rank order -> (K, N, N, 3) uint8.
 
     Rank: the ⌈K/2⌉ of highest entropy, highest first, then the ⌊K/2⌋ of lowest; ties by position. An image with fewer
-    than K patches gives all of them, highest first, repeated cyclically. `center`: the middle of the image, row by row.
+    than K patches gives all of them, highest first, repeated cyclically; with `black` see `PatchConfig.fill`. `center`,
+    `resize`: the middle of the image, or the whole, row by row.
     """
     config = config or PatchConfig()
-    if config.selection == "center":
-        return split_patches(center_crop(image_hwc, config.mosaic_px), config.patch_px)
+    if config.selection != "entropy":
+        fit = center_crop if config.selection == "center" else squash
+        return split_patches(fit(image_hwc, config.mosaic_px), config.patch_px)
     image_hwc = _whole_patches(image_hwc, config.patch_px)
     grid = _grid(image_hwc, config.patch_px)
     columns = grid.shape[1]
     candidates, entropy = _candidates(image_hwc, grid, config)
     order = candidates[np.argsort(-entropy.round(TIE_DECIMALS), kind="stable")]
-    if len(order) < config.slots:
+    if len(order) < config.slots and config.fill == "repeat":
         chosen = np.resize(order, config.slots)
     else:
         highest, lowest = (config.slots + 1) // 2, config.slots // 2
-        chosen = np.concatenate([order[:highest], order[len(order) - lowest :]])
+        chosen = np.concatenate([order[:highest], order[max(0, len(order) - lowest) :]])
     selected: npt.NDArray[np.uint8] = grid[chosen // columns, chosen % columns]
-    return selected
+    missing = config.slots - len(chosen)
+    return np.pad(selected, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else selected
 
 
 def _candidates(
@@ -128,7 +140,7 @@ def _candidates(
     highest, lowest = (config.slots + 1) // 2, config.slots // 2
     candidates = varying = np.arange(rows * columns)
     if config.slots < len(candidates) and config.patch_px <= MAX_ESTIMATED_PX:
-        estimate = estimate_entropy(image_hwc, config.patch_px, config.spectrum)
+        estimate = estimate_entropy(image_hwc, config.patch_px, config.spectrum, config.grey)
         ascending = np.sort(estimate)
         at_least, at_most = ascending[-highest] - 2 * MARGIN, ascending[max(0, lowest - 1)] + 2 * MARGIN
         candidates = np.flatnonzero((estimate >= at_least) | (estimate <= at_most))
@@ -136,7 +148,8 @@ def _candidates(
     entropy = np.zeros(rows * columns)
     for start in range(0, len(varying), PATCHES_AT_ONCE):
         part = varying[start : start + PATCHES_AT_ONCE]
-        entropy[part] = spectral_entropy(channel_sum(grid[part // columns, part % columns]), config.spectrum)
+        levels = channel_sum(grid[part // columns, part % columns], config.grey)
+        entropy[part] = spectral_entropy(levels, config.spectrum)
     return candidates, entropy[candidates]
 
 
@@ -150,6 +163,16 @@ def center_crop(image_hwc: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[n
         image_hwc = np.pad(image_hwc, [*((short // 2, (short + 1) // 2) for short in missing), (0, 0)])
     top, left = (int(round((length - side_px) / 2.0)) for length in image_hwc.shape[:2])
     return image_hwc[top : top + side_px, left : left + side_px]
+
+
+def squash(image_hwc: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
+    """Resize an (H, W, 3) uint8 image to (side, side, 3) uint8, whatever its shape.
+
+    Equal to torchvision's `Resize((side, side))` of a Pillow image, with which AIGIBench tests UniversalFakeDetect:
+    bilinear, over the area of a pixel where the image shrinks.
+    """
+    resized = Image.fromarray(np.ascontiguousarray(image_hwc)).resize((side_px, side_px), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def assemble_mosaic(

@@ -12,6 +12,7 @@ from nsnet.configuration import (
     ClipConfig,
     DetectorConfig,
     HeadConfig,
+    LoraSettings,
     MapperConfig,
     ProjectionConfig,
     TrainingConfig,
@@ -33,6 +34,22 @@ class Recipe:
 
 VIT_L_14: Final = Recipe(name="vit-l-14", detector=DetectorConfig(), training=TrainingConfig())
 """The paper's configuration: OpenAI's CLIP ViT-L/14, BLIP base, LoRA rank 6."""
+
+DGS_NET: Final = Recipe(
+    name="dgs-net",
+    detector=DetectorConfig(
+        patches=PatchConfig(spectrum="power", grey="luma", fill="black"),
+        lora=LoraSettings(dropout=0.8),
+        normalisation="imagenet",
+    ),
+    # With weight_decay 0, AdamW is Adam. There, three epochs fit a linear teacher on the frozen tower, which has no
+    # counterpart here, and one fits the adapters. At a constant rate, four epochs include a training of one, and
+    # validation chooses among them.
+    training=TrainingConfig(
+        epochs=4, batch_size=32, head_lr=1e-4, backbone_lr=1e-4, weight_decay=0.0, warmup=0.0, schedule="constant"
+    ),
+)
+"""The paper's model with input, adapters and schedule of the authors' later code, DGS-Net (arXiv 2511.13108)."""
 
 TINY: Final = Recipe(
     name="tiny",
@@ -57,7 +74,7 @@ TINY: Final = Recipe(
 )
 """The embedded default: CPU, seeded random weights, everything trainable. Its captions have no meaning."""
 
-_NAMED: Final = {recipe.name: recipe for recipe in (TINY, VIT_L_14)}
+_NAMED: Final = {recipe.name: recipe for recipe in (TINY, VIT_L_14, DGS_NET)}
 
 
 def get(name: str) -> Recipe:
@@ -94,7 +111,8 @@ def get(name: str) -> Recipe:
 VARIANTS: Final = {
     "advanced": "removes the mapped caption of each image; mapper and alignment loss (the unchanged recipe)",
     "original": "removes a global basis of raw captions (NS-Net); original:RULE, such as original:rank=64",
-    "linear": "a linear probe on the frozen image tower, the middle of the image (UniversalFakeDetect)",
+    "linear": "a linear probe on the frozen image tower, the middle of the image (UniversalFakeDetect); linear:resize: "
+    "the whole image, squashed, with ImageNet's normalisation (AIGIBench's UniversalFakeDetect)",
     "rank-k": "removes the mapped caption and its nearest in a bank; rank-k:K, default 4",
     "no-projection": "removes nothing",
     "no-mapper": "removes the unmapped caption feature of each image",
@@ -113,18 +131,23 @@ BANK: Final = 4096
 def variant(recipe: Recipe, name: str) -> Recipe:
     """Return a variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` if it is unknown."""
     kind, colon, setting = name.partition(":")
-    if kind not in VARIANTS or (colon and kind not in ("original", "rank-k")):
-        raise ConfigError(f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE or rank-k:K")
+    if kind not in VARIANTS or (colon and kind not in ("original", "linear", "rank-k")):
+        raise ConfigError(
+            f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE, linear:resize or rank-k:K"
+        )
     detector, training, basis = recipe.detector, recipe.training, None
     no_alignment = replace(detector.loss, alignment_weight=0.0)
     if kind == "original":
         basis = BasisRule.parse(setting) if colon else DEFAULT_RULE
         detector = replace(detector, projection=ProjectionConfig(kind="global"), loss=no_alignment)
     elif kind == "linear":
+        if colon and setting != "resize":
+            raise ConfigError(f"{setting!r} is no input of a linear probe: give linear (centre crop) or linear:resize")
         detector = replace(
             detector,
             projection=ProjectionConfig(kind="none"),
-            patches=replace(detector.patches, selection="center"),
+            patches=replace(detector.patches, selection="resize" if colon else "center"),
+            normalisation="imagenet" if colon else detector.normalisation,
             lora=replace(detector.lora, rank=0),
             head=replace(detector.head, kind="linear"),
             loss=replace(no_alignment, contrastive_weight=0.0, bce_weight=1.0),

@@ -63,10 +63,12 @@ def build_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Ada
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int, total_steps: int) -> None:
-    """Set the rate for a step, counted from 0: linear warm-up, then a cosine to 0."""
+    """Set the rate for a step, counted from 0: linear warm-up, then the configured schedule."""
     warmup_steps = max(1, round(config.warmup * total_steps))
     if step < warmup_steps:
         factor = (step + 1) / warmup_steps
+    elif config.schedule == "constant":
+        factor = 1.0
     else:
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         factor = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

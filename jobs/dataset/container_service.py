@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any, BinaryIO, Final
 
-from jobs.dataset.labels import HUGGINGFACE
+from jobs.dataset.labels import HUGGINGFACE, MAX_FEATURES_BYTES
 from jobs.isolation import frames
 
 MIN_READ_BYTES: Final = 64 * 2**10
@@ -26,15 +26,14 @@ MAX_READ_BYTES: Final = 4 * 2**20
 MAX_TAR_HEADER_BYTES: Final = 2**20
 """Largest header of a tar, such as a long name or PAX records."""
 MAX_NAME_BYTES: Final = 1024
-"""Longest name of a tar's member, S3's limit for keys: one header may name all members that follow."""
+"""Longest name of a tar's member or path of an image, S3's limit for keys: one header may name all members that
+follow."""
 MAX_CLS_BYTES: Final = 64
 """Largest `.cls` member that is read as a label."""
 MAX_TEXT_BYTES: Final = 8192
 """Longest text in a table: a small file may repeat a long text a million times."""
 ANSWER_BYTES: Final = 2**15
 """Approximate characters per answer; in JSON a character may take six bytes."""
-MAX_FEATURES_BYTES: Final = 2**16
-"""Maximum metadata of `datasets` that are passed on."""
 BATCH_ROWS: Final = 8192
 MAX_RATIO: Final = 256
 """Maximum ratio of a row group's images to the file's size: repeated values are stored once."""
@@ -224,7 +223,7 @@ class Table:
         self._opened: Any = None
         self._starts: list[int] = []
         """First row of each row group, then the total number of rows."""
-        self._images: Iterator[tuple[int, bytes | None]] | None = None
+        self._images: Iterator[tuple[int, bytes | str | None]] | None = None
         self._next = 0
         """Next row of the stream of images."""
 
@@ -260,7 +259,7 @@ class Table:
             if size > ANSWER_BYTES:
                 yield {"columns": columns}, b""
                 columns, size = [], 0
-        summary = {"rows": self._opened.rows, "features": features[:MAX_FEATURES_BYTES]}
+        summary = {"rows": self._opened.rows, "features": features[: MAX_FEATURES_BYTES + 1]}
         yield {"columns": columns, **summary, "end": True}, b""
 
     def _distinct(self, column: str, most: int) -> Answers:
@@ -317,9 +316,13 @@ class Table:
             self._next = position + 1
             if position < first:
                 continue
-            content = None if content is None else content[:most]
-            header = {"position": position, "size_bytes": None if content is None else len(content)}
-            yield header | ({"end": True} if position == last else {}), content or b""
+            header: dict[str, Any] = {"position": position, "size_bytes": None}
+            if isinstance(content, bytes):
+                content = content[:most]
+                header["size_bytes"] = len(content)
+            else:
+                header["path"], content = content, b""
+            yield header | ({"end": True} if position == last else {}), content
             if position == last:
                 return
         raise EOFError(f"it has no row {last:,}")
@@ -331,8 +334,10 @@ class Table:
             raise EOFError(f"it has no row {row:,}")
         return group
 
-    def _stream(self, column: Sequence[str], group: int) -> Iterator[tuple[int, bytes | None]]:
-        """Row numbers and images from the start of a row group."""
+    def _stream(self, column: Sequence[str], group: int) -> Iterator[tuple[int, bytes | str | None]]:
+        """Row numbers and images from the start of a row group; a text is the path of an image outside of the file."""
+        import pyarrow as pa
+
         name, *inner = column
         position = self._starts[group]
         limit = max(MIN_IMAGES_BYTES, MAX_RATIO * self._file.size_bytes)
@@ -341,6 +346,9 @@ class Table:
             for batch in self._opened.batches([name], batch_rows=1, groups=[number]):
                 values = batch.column(0)
                 (content,) = (values.field(inner[0]) if inner else values).to_pylist()
+                if content is None and len(inner) > 1:
+                    (path,) = values.field(inner[1]).cast(pa.large_binary()).to_pylist()
+                    content = None if path is None else path[: MAX_NAME_BYTES + 1].decode("utf-8", "replace")
                 read_bytes += len(content or b"")
                 if read_bytes > limit:
                     raise TooLargeError(f"its {self._file.size_bytes:,} bytes hold images of more than {limit:,} bytes")
@@ -353,12 +361,18 @@ def _value_type(kind: Any) -> Any:
 
 
 def _images_in(kind: Any) -> list[str] | None:
-    """Path to the bytes in a column of this type: the column itself ([]), a struct's field, or None."""
+    """Where images are in a column of this type: the column itself ([]), a struct's field of bytes and, if it has one,
+    of paths, as `datasets` has it; None: nowhere."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        has_bytes = kind.get_field_index("bytes") >= 0 and _images_in(kind.field("bytes").type) == []
-        return ["bytes"] if has_bytes else None
+        if kind.get_field_index("bytes") < 0:
+            return None
+        at = kind.get_field_index("path")
+        paths = ["path"] if at >= 0 and kind.field(at).type in (pa.string(), pa.large_string()) else []
+        inner = kind.field("bytes").type
+        has_only_paths = paths and pa.types.is_null(inner)  # a writer that was given no schema
+        return ["bytes", *paths] if has_only_paths or _images_in(inner) == [] else None
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     return [] if any(is_such(kind) for is_such in binary) else None
 

@@ -90,7 +90,7 @@ class Described:
     columns: dict[str, str]
     """Name -> type, for columns with unique names."""
     images: dict[str, tuple[str, ...]]
-    """Name -> path of its bytes (the column, or a field in it), for columns that can hold images."""
+    """Name -> that name and, of a struct, its fields of bytes and of paths, for columns that can hold images."""
     doubled: list[str]
     """Names shared by several columns."""
     rows: int
@@ -204,19 +204,22 @@ class Container:
             raise self._invalid_answer()
         return range(first, end)
 
-    def images(self, column: Sequence[str], first: int, last: int, most: int) -> Iterator[bytes | None]:
+    def images(self, column: Sequence[str], first: int, last: int, most: int) -> Iterator[bytes | str | None]:
         """Stored images of rows `first` to `last`, each at most `most` bytes; None: the row has no image.
 
-        `column`: its name, and the field's if it is a struct. Ascending requests continue a stream; others restart it.
+        A text is the path of an image outside of the file, which a stranger chose.
+
+        `column`: as in `Described.images`. Ascending requests continue a stream; others restart it.
         """
         request = {"images": list(column), "from": first, "to": last, "most": most}
         for position, answer in enumerate(self._ask(request), start=first):
             with self._checking_answer():
                 size = None if answer["size_bytes"] is None else int(answer["size_bytes"])
+                path = None if size is not None or answer["path"] is None else str(answer["path"])
                 is_next = answer["position"] == position
             if not is_next or not (size is None or 0 <= size <= most):
                 raise self._invalid_answer()
-            yield None if size is None else self._payload(size)
+            yield path if size is None else self._payload(size)
 
     def _payload(self, size: int) -> bytes:
         return bytes(self._guarded(lambda child: child.read(size, Clock(child.pid, SECONDS))))

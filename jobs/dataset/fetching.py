@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any, Final, TypeAlias
 
 from jobs.dataset.containers import Container, ContainerError, ContainerTooLargeError, ReaderEndedError
+from jobs.dataset.external import fetch_external
 from jobs.dataset.tables import find_columns
 from jobs.storage import errors, listing, reading
 from jobs.storage.reading import Fetched
@@ -22,9 +23,10 @@ _Key: TypeAlias = tuple[str, str, str | None]
 """Address of a Parquet file, its version, and its image column if the row names one."""
 
 
-def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
+def fetch(row: dict[str, Any], max_bytes: int, source: str | None = None) -> Fetched:
     """Fetch an image, at most `max_bytes` + 1 bytes, so that the caller detects an excess.
 
+    `source`: URI of the source, below which a Parquet file may name images by path.
     Raises a `FetchError`, for example if the image was replaced since it was listed, or another `ImageError`.
     """
     if row.get("problem"):
@@ -38,12 +40,21 @@ def fetch(row: dict[str, Any], max_bytes: int) -> Fetched:
     if container.lower().endswith(".tar"):
         return reading.fetch(container, position, min(size, max_bytes + 1), etag)
     key = (container, row["etag"].rpartition("-")[0], row.get("column"))
+    path: str | None = None
+
+    def read() -> tuple[bytes, int]:
+        nonlocal path
+        stored, retries = _read(key, position, max_bytes + 1)
+        path = stored if isinstance(stored, str) else None
+        return b"" if isinstance(stored, str) else stored, retries
+
     with _reading:  # one thread reads a row group while the others wait
-        return reading.with_retries(lambda: _read(key, position, max_bytes + 1), container)
+        fetched = reading.with_retries(read, container)
+    return fetched if path is None else fetch_external(path, container, source, max_bytes)
 
 
-def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
-    """The image in a row of a Parquet file, and the number of retries of its store."""
+def _read(key: _Key, position: int, most: int) -> tuple[bytes | str, int]:
+    """The image in a row of a Parquet file, or its path elsewhere, and the number of retries of its store."""
     known_error = next((error for (file, rows), error in _unreadable.items() if file == key and position in rows), None)
     if known_error is not None:
         raise _of_image(known_error)
@@ -61,7 +72,7 @@ def _read(key: _Key, position: int, most: int) -> tuple[bytes, int]:
         raise _of_image(error) from error
 
 
-def _try(key: _Key, position: int, most: int) -> tuple[bytes, int]:
+def _try(key: _Key, position: int, most: int) -> tuple[bytes | str, int]:
     try:
         stored = _open(key)
         return stored.image(position, most), stored.retries()
@@ -104,13 +115,13 @@ class _Stored:
             self.close()
             raise
         self._column = image_column
-        self._kept: OrderedDict[int, bytes | None] = OrderedDict()
+        self._kept: OrderedDict[int, bytes | str | None] = OrderedDict()
         self._most = self._next = 0
         self._group = range(0)
         """Rows of the row group read last."""
 
-    def image(self, position: int, most: int) -> bytes:
-        """The image in a row, at most `most` bytes; empty if the row is null."""
+    def image(self, position: int, most: int) -> bytes | str:
+        """The image in a row, at most `most` bytes, or its path elsewhere; empty if the row is null."""
         if most != self._most:  # the kept images were truncated to the old limit
             self._most = most
             self._kept.clear()
@@ -138,7 +149,7 @@ class _Stored:
         """End the reader."""
         self._container.close()
 
-    def _keep(self, position: int, content: bytes | None) -> None:
+    def _keep(self, position: int, content: bytes | str | None) -> None:
         self._kept[position] = content
         while len(self._kept) > 1 and (
             len(self._kept) > WINDOW or sum(len(one or b"") for one in self._kept.values()) > MAX_KEPT_BYTES

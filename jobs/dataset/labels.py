@@ -12,6 +12,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final
 
+from nsnet.errors import SourceError
+
 WORDS: Final = {
     "0": 0, "real": 0, "0_real": 0, "nature": 0, "1": 1, "fake": 1, "1_fake": 1, "ai": 1, "ai_generated": 1,
     "ai-generated": 1,
@@ -44,6 +46,8 @@ UNKNOWN: Final = -1
 """Number that data sets use for an unknown label."""
 HUGGINGFACE: Final = b"huggingface"
 """Key of the features of `datasets` in a Parquet file's metadata."""
+MAX_FEATURES_BYTES: Final = 2**16
+"""Maximum metadata of `datasets` that are read."""
 
 
 def is_missing(value: Any) -> bool:
@@ -126,14 +130,29 @@ def without_label(values: Iterable[Any], found: Mapping[Any, int], names: Sequen
 
 
 def class_names(key_value: Mapping[bytes, bytes], column: str) -> list[str] | None:
-    """Class names of a column's numbers in a Parquet file's `huggingface` metadata; None: none."""
-    try:
-        feature = json.loads(key_value.get(HUGGINGFACE, b""))["info"]["features"][column]
-        names = feature["names"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    """Class names of a column's numbers in a Parquet file's `huggingface` metadata; None: it gives no names.
+
+    Raises `SourceError` if the metadata are damaged: read without its names, a number may mean the opposite.
+    """
+    metadata = key_value.get(HUGGINGFACE)
+    if not metadata:
         return None
-    is_valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_valid and feature.get("_type") == "ClassLabel" else None
+    try:
+        value = json.loads(metadata) if len(metadata) <= MAX_FEATURES_BYTES else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise SourceError(f"its `huggingface` metadata are not a JSON object of at most {MAX_FEATURES_BYTES:,} bytes")
+    for key in ("info", "features", column):
+        value = value.get(key)
+        if not isinstance(value, dict):
+            return None
+    if value.get("_type") != "ClassLabel":
+        return None
+    names = value.get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"its `huggingface` metadata name the classes of `{column}` by other values than texts")
+    return names
 
 
 def text(value: Any) -> str | None:

@@ -29,6 +29,8 @@ REPEATED: Final = ("uri", "etag", "container", HASH, *LABELS, *GENERATORS)
 """Columns whose texts may repeat."""
 MIN_ROW_BYTES: Final = 32
 """Minimum file size per stored image: a small file may declare a billion empty rows."""
+MIN_NAMED_BYTES: Final = 1.0
+"""The same where rows may name files instead, by paths that compress well."""
 MIN_LISTED_BYTES: Final = 0.25
 """Minimum file size per listed image: names with a counter compress well."""
 
@@ -42,7 +44,8 @@ class Columns:
     """The columns of a file by their role."""
 
     image: tuple[str, ...] | None
-    """Name of the column of stored images, and of its field if it is a struct; None: no such column."""
+    """Name of the column of stored images, and of its fields of bytes and paths if it is a struct; None: no such
+    column."""
     own: dict[str, str]
     """Key (`MANIFEST_KEYS`, `LABELS`) -> name of its column."""
 
@@ -97,6 +100,13 @@ def _image(described: Described, column: str | None) -> tuple[str, ...] | None:
     return None if column is None else described.images.get(column)
 
 
+def _min_row_bytes(columns: Columns) -> float:
+    """Minimum file size per row."""
+    if columns.image is None:
+        return MIN_LISTED_BYTES
+    return MIN_NAMED_BYTES if len(columns.image) > 2 else MIN_ROW_BYTES
+
+
 class Table:
     """A Parquet file as a part of a source."""
 
@@ -124,7 +134,7 @@ class Table:
             stored = columns.image is not None
             if not stored and not strict:
                 raise NoImagesError(f"{self.uri} is a list of images: a list is read only if it is the source itself")
-            if described.rows * (MIN_ROW_BYTES if stored else MIN_LISTED_BYTES) > entry.size_bytes:
+            if described.rows * _min_row_bytes(columns) > entry.size_bytes:
                 verb = "hold" if stored else "list"
                 raise SourceError(
                     f"{self.uri} claims to {verb} {described.rows:,} images in {entry.size_bytes:,} bytes, which is "
@@ -161,7 +171,12 @@ class Table:
         """Value of the label column -> label; other values have no label."""
         if column is None:
             return {}
-        names = class_names({HUGGINGFACE: described.features}, column)
+        names: list[str] | None
+        try:
+            names = class_names({HUGGINGFACE: described.features}, column)
+        except SourceError as error:
+            say(f"warning: {self.uri}: {error}: numbers in `{column}` are not used as labels")
+            names = []
         values = container.distinct(column)
         column_labels = None if values is None else meanings(values, names)
         if column_labels is None:
@@ -170,7 +185,7 @@ class Table:
                 "are not used as labels"
             )
             self._classes.add(series(self.uri))
-        elif strange := without_label(values or (), column_labels, names):
+        elif names != [] and (strange := without_label(values or (), column_labels, names)):
             say(f"warning: {self.uri}: its labels {strange} are neither real nor fake: their images have no label")
         self._numbers = series(self.uri) if names is None else None
         return column_labels or {}

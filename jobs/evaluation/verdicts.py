@@ -133,7 +133,10 @@ def _convert(file: ParquetFile, name: str, file_name: str, column: pa.ChunkedArr
     elif name == "status":
         convert = _status(file)
     elif name in ("label", "verdict"):
-        names = labels.class_names(file.key_value, file_name)
+        try:
+            names = labels.class_names(file.key_value, file_name)
+        except SourceError as error:
+            raise SourceError(f"{file.name}: {error}: write the file again without them") from error
         values = {_plain(value) for chunk in column.chunks for value in pc.unique(chunk).to_pylist()}
         values = {value for value in values if not labels.is_missing(value)}
         convert = _label(file, values, names) if name == "label" else _verdict(values, names)

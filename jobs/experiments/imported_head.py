@@ -16,24 +16,31 @@ from nsnet import recipes, weight_formats
 from nsnet.bundle import DESCRIPTION
 from nsnet.detector import Detector
 from nsnet.digest import file_digest
-from nsnet.errors import UsageError, WeightsError
+from nsnet.errors import ConfigError, UsageError, WeightsError
 
 
-def import_head(head: Uri, *, out: Uri, recipe: str = "vit-l-14", clip_weights: Uri | None = None) -> str:
-    """Write the bundle; returns the detector's id. Raises `WeightsError` if head and tower do not fit."""
+def import_head(
+    head: Uri, *, out: Uri, recipe: str = "vit-l-14", variant: str = "linear", clip_weights: Uri | None = None
+) -> str:
+    """Write the bundle; returns the detector's id. `variant`: `linear` or `linear:resize`, the head's input.
+
+    Raises `WeightsError` if head and tower do not fit.
+    """
+    config = recipes.variant(recipes.get(recipe), variant).detector
+    if config.head.kind != "linear":
+        raise ConfigError(f"variant {variant!r} has no linear head: choose linear or linear:resize")
     probes.check_output(out)
     if listing.exists(uris.join(out, DESCRIPTION)):
         raise UsageError(f"{out} already holds a detector; choose another --out")
     path = Path(head)
     tensors = _read(path)
-    config = recipes.variant(recipes.get(recipe), "linear").detector
     detector = Detector.build(config, Path(clip_weights) if clip_weights else None)
     expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     if given != expected:
         raise WeightsError(f"{path} holds {given}; a linear head of {config.clip.model} has {expected}")
     detector.network.head.classifier.load_state_dict(tensors)
-    origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe}
+    origin = {"imported_head": path.name, "sha256": file_digest(path), "recipe": recipe, "variant": variant}
     with tempfile.TemporaryDirectory() as scratch:
         described = detector.save(Path(scratch) / "bundle", training=origin)
         writing.upload_folder(Path(scratch) / "bundle", out, last=DESCRIPTION)

@@ -97,7 +97,7 @@ class Fetcher:
         if known is not None and known > self.max_bytes:
             return ImageTooLargeError(f"{known:,} bytes, the limit is {self.max_bytes:,} (--max-bytes)")
         try:
-            fetched = fetching.fetch(row, self.max_bytes)
+            fetched = fetching.fetch(row, self.max_bytes, self.source)
         except ImageError as error:
             return error
         if len(fetched.data) > self.max_bytes:  # only the beginning was read, so its hash would be useless

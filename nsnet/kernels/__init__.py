@@ -19,7 +19,7 @@ def _load() -> Any:
 
 
 compiled: Final = _load()
-"""The module `nsnet_kernels`; None if there was no compiler at installation."""
+"""The module `nsnet_kernels`, possibly of an older installation; None if there was no compiler at installation."""
 
 
 def with_whole_rows(image_hwc: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -93,22 +93,31 @@ INLINE void add_weights(const float *power, int is_power, floats *total, floats 
     *weighted += weight * logs;
 }
 
-/* Entropy in nats of a patch of interleaved RGB samples; 0 if all its channel sums are equal, else above 0. */
-INLINE double entropy_of(const uint8_t *samples, ptrdiff_t stride, int is_power)
+/* Grey level of an RGB pixel: 3 times the mean, or 1000 times the luma (ITU-R BT.601), of which LUMA_SCALE makes
+ * numbers in the range of the mean's: logarithms of large powers have large rounding errors. */
+#define LUMA_SCALE (1.0f / 256.0f)
+INLINE int level_of(const uint8_t *pixel, int is_luma)
+{
+    return is_luma ? 299 * pixel[0] + 587 * pixel[1] + 114 * pixel[2] : pixel[0] + pixel[1] + pixel[2];
+}
+
+/* Entropy in nats of a patch of interleaved RGB samples; 0 if all its grey levels are equal, else above 0. */
+INLINE double entropy_of(const uint8_t *samples, ptrdiff_t stride, int is_power, int is_luma)
 {
     matrix grey, half;
     float power[POWERS] __attribute__((aligned(64)));
     /* Without its first level, a bright, almost flat patch has no rounding errors that exceed its other frequencies. */
-    int first = samples[0] + samples[1] + samples[2];
+    int first = level_of(samples, is_luma);
+    float scale = is_luma ? LUMA_SCALE : 1.0f;
     for (int row = 0; row < SIDE; row++, samples += stride) {
         __builtin_prefetch(samples + 2 * 3 * SIDE); /* two patches ahead: the processor follows fewer than 32 rows */
         __builtin_prefetch(samples + 2 * 3 * SIDE + 64);
         for (int i = 0; i < SIDE; i++)
-            grey[row][i] = (float)(samples[3 * i] + samples[3 * i + 1] + samples[3 * i + 2] - first);
+            grey[row][i] = (float)(level_of(samples + 3 * i, is_luma) - first) * scale;
     }
     multiply(basis, grey, half);
     multiply(half, transposed, grey);
-    double constant = grey[0][0] + (double)(SIDE * SIDE) * first;
+    double constant = grey[0][0] + (double)(SIDE * SIDE) * first * scale;
     powers_of(grey, power);
 
     floats total = {0}, weighted = {0};
@@ -122,7 +131,7 @@ INLINE double entropy_of(const uint8_t *samples, ptrdiff_t stride, int is_power)
         varying += total[i];
         sum += weighted[i];
     }
-    if (varying < 0.5) /* levels are integers: one that differs contributes 1 or more */
+    if (varying < 1e-6) /* 0, but for the 1e-30; a level that differs by 1, scaled, contributes more */
         return 0.0;
     if (is_power)
         constant *= constant;
@@ -135,30 +144,30 @@ INLINE double entropy_of(const uint8_t *samples, ptrdiff_t stride, int is_power)
 }
 
 INLINE void estimate_all(const uint8_t *samples, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int is_power,
-                         double *entropy)
+                         int is_luma, double *entropy)
 {
     for (ptrdiff_t row = 0; row < rows; row++)
         for (ptrdiff_t column = 0; column < columns; column++)
-            *entropy++ = entropy_of(samples + SIDE * (row * stride + 3 * column), stride, is_power);
+            *entropy++ = entropy_of(samples + SIDE * (row * stride + 3 * column), stride, is_power, is_luma);
 }
 
 static void estimate_portably(const uint8_t *samples, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int is_power,
-                              double *entropy)
+                              int is_luma, double *entropy)
 {
-    estimate_all(samples, stride, rows, columns, is_power, entropy);
+    estimate_all(samples, stride, rows, columns, is_power, is_luma, entropy);
 }
 
 FAST_VARIANT static void estimate_fast(const uint8_t *samples, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns,
-                                       int is_power, double *entropy)
+                                       int is_power, int is_luma, double *entropy)
 {
-    estimate_all(samples, stride, rows, columns, is_power, entropy);
+    estimate_all(samples, stride, rows, columns, is_power, is_luma, entropy);
 }
 
 void estimate_entropy(const uint8_t *samples, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int is_power,
-                      int is_portable, double *entropy)
+                      int is_portable, int is_luma, double *entropy)
 {
     int is_fast = !is_portable && has_fast_variant();
-    (is_fast ? estimate_fast : estimate_portably)(samples, stride, rows, columns, is_power, entropy);
+    (is_fast ? estimate_fast : estimate_portably)(samples, stride, rows, columns, is_power, is_luma, entropy);
 }
 
 void prepare_entropy(void)

@@ -25,7 +25,7 @@ enum { PATCH_PX = 32 };
 
 /* Fill `entropy` with the spectral entropies in nats of rows · columns patches. See entropy.c. */
 void estimate_entropy(const uint8_t *samples, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int is_power,
-                      int is_portable, double *entropy);
+                      int is_portable, int is_luma, double *entropy);
 void prepare_entropy(void);
 
 /* Resize to `side` x `side` pixels, tightly packed in `result`. Returns 0, or -1 without memory. See resize.c. */

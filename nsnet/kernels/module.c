@@ -33,9 +33,10 @@ static PyObject *entropy(PyObject *module, PyObject *arguments)
 {
     PyObject *given, *target;
     Py_buffer image, result;
-    int is_power, is_portable = 0;
+    int is_power, is_portable = 0, is_luma = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOp|p", &given, &target, &is_power, &is_portable) || get_image(given, &image) < 0)
+    if (!PyArg_ParseTuple(arguments, "OOp|pp", &given, &target, &is_power, &is_portable, &is_luma) ||
+        get_image(given, &image) < 0)
         return NULL;
     Py_ssize_t rows = image.shape[0] / PATCH_PX, columns = image.shape[1] / PATCH_PX;
     if (get_result(target, &result, sizeof(double), rows * columns) < 0) {
@@ -43,7 +44,7 @@ static PyObject *entropy(PyObject *module, PyObject *arguments)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    estimate_entropy(image.buf, image.strides[0], rows, columns, is_power, is_portable, result.buf);
+    estimate_entropy(image.buf, image.strides[0], rows, columns, is_power, is_portable, is_luma, result.buf);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&image);
     PyBuffer_Release(&result);
@@ -80,8 +81,8 @@ static PyObject *resize(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"entropy", entropy, METH_VARARGS,
-     "entropy(image, result, is_power, is_portable=False): fill a float64 result, one value for each whole patch of an "
-     "(H, W, 3) uint8 image, row by row, in nats."},
+     "entropy(image, result, is_power, is_portable=False, is_luma=False): fill a float64 result, one value for each "
+     "whole patch of an (H, W, 3) uint8 image, row by row, in nats."},
     {"resize", resize, METH_VARARGS,
      "resize(image, result, side, is_portable=False): fill a (side, side, 3) uint8 result with an (H, W, 3) uint8 "
      "image. is_portable: without the processor's own instructions, as on any other."},
@@ -94,7 +95,9 @@ PyMODINIT_FUNC PyInit_nsnet_kernels(void)
 {
     prepare_entropy();
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && PyModule_AddIntConstant(module, "PATCH_PX", PATCH_PX) < 0)
+    /* LUMA: `entropy` takes is_luma; callers may find a module of an older installation, without it. */
+    if (module != NULL && (PyModule_AddIntConstant(module, "PATCH_PX", PATCH_PX) < 0 ||
+                           PyModule_AddIntConstant(module, "LUMA", 1) < 0))
         Py_CLEAR(module);
     return module;
 }

@@ -67,7 +67,7 @@ LIES: list[tuple[str, list[Any]]] = [
     *(("group", [{"group": lie} | END]) for lie in (None, 7, [1], [1, 2, 3], ["a", "b"], [1, 2], [0, 0])),
     ("group", [{"group": [0, 1]}, {"group": [0, 1]} | END]),
     *(("images", [{"position": at, "size_bytes": 1} | END]) for at in (1, None, "0")),
-    *(("images", [{"position": 0, "size_bytes": size} | END]) for size in (-1, 101, "x", [], float("nan"))),
+    *(("images", [{"position": 0, "size_bytes": size} | END]) for size in (-1, 101, "x", [], float("nan"), None)),
 ]
 
 

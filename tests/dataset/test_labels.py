@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.dataset.labels import class_names, meanings, text, without_label
+from nsnet.errors import SourceError
 
 
 @pytest.mark.parametrize(
@@ -61,19 +62,32 @@ def test_numbers_mean_what_their_file_calls_them(names: list[str], expected: dic
     [
         ({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["fake", "real"]}}}}, ["fake", "real"]),
         ({"info": {"features": {"label": {"_type": "Value", "names": ["fake", "real"]}}}}, None),
-        ({"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}, None),
         ({"info": {"features": {"other": {"_type": "ClassLabel", "names": ["fake", "real"]}}}}, None),
         ({"info": []}, None),
-        ([], None),
+        ({"info": {"features": {"label": ["ClassLabel"]}}}, None),
     ],
 )
 def test_names_come_from_the_metadata_of_the_file(metadata: Any, expected: list[str] | None) -> None:
     assert class_names({b"huggingface": json.dumps(metadata).encode()}, "label") == expected
 
 
-@pytest.mark.parametrize("metadata", [{}, {b"huggingface": b"\xff"}, {b"huggingface": b"[" * 100_000}])
-def test_metadata_that_is_damaged_names_nothing(metadata: dict[bytes, bytes]) -> None:
-    assert class_names(metadata, "label") is None
+def test_file_without_metadata_names_nothing() -> None:
+    assert class_names({}, "label") is None and class_names({b"huggingface": b""}, "label") is None
+
+
+DAMAGED = [
+    b"\xff", b"[]", b"7", b"{", b"[" * 60_000, b'{"info": "' + b"x" * 2**16 + b'"}',
+    *(json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}).encode()
+      for names in (None, 7, "fake", [0, 1], ["fake", None], {"fake": 0})),
+]  # fmt: skip
+"""Metadata of `datasets` that could name classes, but cannot be understood."""
+
+
+@pytest.mark.parametrize("metadata", DAMAGED, ids=lambda metadata: metadata[:70].decode("latin-1"))
+def test_metadata_that_are_damaged_are_said_in_one_line(metadata: bytes) -> None:
+    with pytest.raises(SourceError, match=r"^its `huggingface` metadata (are not a JSON object|name the classes)") as e:
+        class_names({b"huggingface": metadata}, "label")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 120
 
 
 def test_generator_that_is_missing_has_no_name() -> None:

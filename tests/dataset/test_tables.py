@@ -13,6 +13,7 @@ import pytest
 from jobs.dataset import containers, fetching
 from jobs.dataset.source import Source
 from nsnet.errors import FetchError, ImageTooLargeError, SourceError
+from tests.dataset.test_labels import DAMAGED
 from tests.fuzz.thrift import varint, varints
 from tests.support.tables import image_file, parquet_bytes, put
 
@@ -23,7 +24,8 @@ IMAGES = [image_file(seed) for seed in range(3)]
 def struct(images: list[bytes | None]) -> pa.Array:
     """Images as `datasets` stores them."""
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.array([{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)], kind)
+    rows = [{"bytes": image, "path": None if image is None else f"{i}.png"} for i, image in enumerate(images)]
+    return pa.array(rows, kind)
 
 
 def features(**columns: Any) -> dict[str, str]:
@@ -117,6 +119,18 @@ def test_labels_mean_what_the_schema_calls_them(
     content = parquet_bytes({"bytes": IMAGES, "label": [0, 1, 0]}, features(label=class_label(*names)))
     assert [row["label"] for row in rows_of(tmp_path, content)] == expected
     assert ("are neither real nor fake" in capsys.readouterr().err) == (None in expected)
+
+
+@pytest.mark.parametrize("metadata", DAMAGED, ids=lambda metadata: metadata[:70].decode("latin-1"))
+def test_numbers_are_no_labels_if_the_names_of_their_classes_cannot_be_read(
+    metadata: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may stand for the opposite. Words say what they mean."""
+    rows = rows_of(tmp_path, parquet_bytes({"bytes": IMAGES, "label": [0, 1, 0]}, {"huggingface": metadata}))
+    assert [row["label"] for row in rows] == [None] * 3 and images_of(rows) == IMAGES
+    assert "numbers in `label` are not used as labels\n" in capsys.readouterr().err
+    words = parquet_bytes({"bytes": IMAGES, "label": ["real", "fake", "real"]}, {"huggingface": metadata})
+    assert [row["label"] for row in rows_of(tmp_path, words)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("column", ["label", "generator", "split", "uri"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from jobs.experiments.imported_head import import_head
 from nsnet import bundle, recipes
 from nsnet.detector import Detector
-from nsnet.errors import UsageError, WeightsError
+from nsnet.errors import ConfigError, UsageError, WeightsError
 from tests.support import models
 from tests.support.models import image, one_line
 from tests.support.pickles import Bomb
@@ -76,6 +76,30 @@ def test_image_is_judged_by_its_middle(tmp_path: Path) -> None:
     logits = [verdict.logit for verdict in detector.predict([whole, middle, framed, other])]
     assert logits[1:3] == pytest.approx([logits[0]] * 2, abs=1e-5)
     assert abs(logits[3] - logits[0]) > 1e-3
+
+
+def test_image_is_squashed_and_normalised_as_imagenet_if_the_head_was_trained_so(tmp_path: Path) -> None:
+    path = written(head(), tmp_path / "head.pth")
+    import_head(str(path), out=str(tmp_path / "out"), recipe="small", variant="linear:resize")
+    detector = Detector.load(tmp_path / "out")
+    assert detector.config.normalisation == "imagenet"
+    whole = image(0, 160, 128)
+    squashed = whole.resize((models.SIDE_PX, models.SIDE_PX), Image.Resampling.BILINEAR)
+    logits = [verdict.logit for verdict in detector.predict([whole, squashed, whole.crop((48, 32, 112, 96))])]
+    assert logits[0] == pytest.approx(logits[1], abs=1e-5)
+    assert abs(logits[2] - logits[0]) > 1e-3  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [("advanced", "has no linear head: choose linear or linear:resize"), ("linear:crop", "'crop' is no input")],
+)
+def test_variant_without_a_linear_head_is_refused(variant: str, message: str, tmp_path: Path) -> None:
+    path = written(head(), tmp_path / "head.pth")
+    with pytest.raises(ConfigError, match=message) as caught:
+        import_head(str(path), out=str(tmp_path / "out"), recipe="small", variant=variant)
+    one_line(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_verdict_for_people_names_no_caption(tmp_path: Path) -> None:

@@ -138,11 +138,16 @@ def test_mosaic_that_the_tower_does_not_take_is_refused() -> None:
     models.one_line(caught.value)
 
 
-def test_mosaics_are_normalised_as_the_tower_was_trained() -> None:
-    built = Detector.build(models.FROZEN)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("normalisation", ["clip", "imagenet"])
+def test_mosaics_are_normalised_as_the_tower_was_trained_or_as_imagenet(normalisation: Any) -> None:
+    built = Detector.build(replace(models.FROZEN, normalisation=normalisation))
     mosaics = models.mosaics(3)
     pixels = np.moveaxis(mosaics.astype(np.float64) / 255, 3, 1)
-    for channel, (mean, std) in enumerate(zip(built.clip.mean, built.clip.std, strict=True)):
+    constants = (built.clip.mean, built.clip.std) if normalisation == "clip" else IMAGENET
+    for channel, (mean, std) in enumerate(zip(*constants, strict=True)):
         pixels[:, channel] = (pixels[:, channel] - mean) / std
     with torch.no_grad():
         expected = clip.load_clip(models.FROZEN.clip).visual(torch.from_numpy(pixels).float())
@@ -275,6 +280,24 @@ def test_mapper_dropout_does_not_act_when_scoring(detector: Detector) -> None:
     assert detector.config.mapper.dropout > 0
     scores = [detector.score(models.mosaics(3), WORDS[:3]).logit for _ in range(3)]
     assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
+
+
+def test_dropout_of_the_adapters_acts_in_training_and_not_when_scoring(tmp_path: Path) -> None:
+    """At the rate of DGS-Net; the loaded detector has merged its adapters."""
+    config = replace(models.FROZEN, lora=replace(recipes.DGS_NET.detector.lora, rank=3))
+    assert config.lora.dropout == 0.8
+    built, mosaics = models.as_if_trained(config), models.mosaics(4)
+    tensor = torch.from_numpy(mosaics)
+    built.network.train()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        one, other = built.network.encode_image(tensor), built.network.encode_image(tensor)
+    assert (one - other).abs().max() > 1e-3
+    logits = built.score(mosaics, WORDS[:4]).logit
+    assert np.array_equal(built.score(mosaics, WORDS[:4]).logit, logits)
+    built.save(tmp_path / "bundle")
+    loaded = Detector.load(tmp_path / "bundle", captioner=False)
+    np.testing.assert_allclose(loaded.score(mosaics, WORDS[:4]).logit, logits, rtol=0, atol=1e-4)
 
 
 def test_detector_that_was_built_scores_without_dropout_too() -> None:
@@ -465,7 +488,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*recipes.VARIANTS, "rank-k:3"])
+@pytest.mark.parametrize("name", [*recipes.VARIANTS, "rank-k:3", "linear:resize"])
 def test_every_variant_is_saved_loaded_and_judges_an_image(name: str, captioner: Path, tmp_path: Path) -> None:
     """With captions, or without any captioner: the hub that would have it is out of reach."""
     config = variant(name)
@@ -524,9 +547,11 @@ def test_image_is_judged_by_its_middle_where_patches_are_not_chosen(tmp_path: Pa
     assert abs(scored(moved).logit - first.logit) > 1e-4  # type: ignore[operator]
 
 
-def test_published_linear_head_judges_features_of_the_stock_tower(tmp_path: Path) -> None:
-    """UniversalFakeDetect: the frozen tower's feature of the middle, and one linear layer."""
-    built = Detector.build(variant("linear"))
+@pytest.mark.parametrize("name", ["linear", "linear:resize"])
+def test_published_linear_head_judges_features_of_the_stock_tower(name: str, tmp_path: Path) -> None:
+    """UniversalFakeDetect: the frozen tower's feature of the middle, or in AIGIBench of the squashed image with
+    ImageNet's mean and deviation, and one linear layer."""
+    built = Detector.build(variant(name))
     probe = torch.nn.Linear(32, 1)
     models.randomise(probe, 5)
     built.network.head.classifier.load_state_dict(probe.state_dict())
@@ -534,8 +559,12 @@ def test_published_linear_head_judges_features_of_the_stock_tower(tmp_path: Path
     loaded = Detector.load(tmp_path / "bundle")
     image = models.image(4, 130, 90)
     stock = clip.load_clip(built.config.clip)
-    pixels = torch.from_numpy(center_crop(np.asarray(image), 64).copy()).permute(2, 0, 1).float() / 255
-    normal = (pixels - torch.tensor(stock.mean).view(3, 1, 1)) / torch.tensor(stock.std).view(3, 1, 1)
+    if name == "linear":
+        given, (mean, std) = center_crop(np.asarray(image), 64), (stock.mean, stock.std)
+    else:
+        given, (mean, std) = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)), IMAGENET
+    pixels = torch.from_numpy(given.copy()).permute(2, 0, 1).float() / 255
+    normal = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
         expected = float(probe(stock.visual(normal[None]))[0, 0])
     assert loaded.predict([image])[0].logit == pytest.approx(expected, abs=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nsnet import entropy
-from nsnet.entropy import MARGIN, Spectrum, channel_sum, estimate_entropy, spectral_entropy
+from nsnet.entropy import MARGIN, Grey, Spectrum, channel_sum, estimate_entropy, spectral_entropy
 from nsnet.patches import split_patches
 
 Pixels = NDArray[np.uint8]
@@ -131,20 +132,38 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return str(request.param)
 
 
+@pytest.mark.parametrize("grey", ["mean", "luma"])
 @pytest.mark.parametrize("spectrum", ["magnitude", "power"])
 @pytest.mark.parametrize(
     ("implementation", "side"), [("C", 32), *(("numpy", side) for side in (2, 3, 8, 15, 28, 32, 64))],
     indirect=["implementation"],
 )  # fmt: skip
-def test_estimates_are_within_a_tenth_of_the_margin(implementation: str, side: int, spectrum: Spectrum) -> None:
+def test_estimates_are_within_a_tenth_of_the_margin(
+    implementation: str, side: int, spectrum: Spectrum, grey: Grey
+) -> None:
     for name, pixels in hard_patches():
         image = np.concatenate(list(pixels), axis=1)
         image = np.concatenate([image, image[::-1]])
-        patches = channel_sum(split_patches(image, side))
-        exact, estimate = spectral_entropy(patches, spectrum), estimate_entropy(image, side, spectrum)
+        patches = channel_sum(split_patches(image, side), grey)
+        exact, estimate = spectral_entropy(patches, spectrum), estimate_entropy(image, side, spectrum, grey)
         assert np.abs(estimate - exact).max() < MARGIN / 10, name
         is_flat = (patches == patches[:, :1, :1]).all(axis=(1, 2))
         np.testing.assert_array_equal(estimate == 0.0, is_flat, err_msg=name)
+
+
+def test_levels_are_the_sum_of_the_channels_or_a_thousand_times_the_luma_of_bt_601() -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [3, 2, 1], [0, 0, 0]], np.uint8)
+    assert channel_sum(colours).tolist() == [255, 255, 255, 765, 6, 0]
+    assert channel_sum(colours, "luma").tolist() == [76_245, 149_685, 29_070, 255_000, 2185, 0]
+
+
+def test_kernels_of_an_older_installation_are_not_asked_for_luma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would return the entropies of the mean."""
+    image = np.random.default_rng(3).integers(0, 256, (64, 96, 3), np.uint8)
+    expected = estimate_entropy(image, 32, "power", "luma")
+    assert np.abs(expected - estimate_entropy(image, 32, "power")).max() > MARGIN
+    monkeypatch.setattr(entropy, "compiled", SimpleNamespace(PATCH_PX=32, entropy=lambda *_: pytest.fail("asked")))
+    np.testing.assert_allclose(estimate_entropy(image, 32, "power", "luma"), expected, rtol=0, atol=MARGIN / 10)
 
 
 @pytest.mark.parametrize("implementation", ["C", "numpy"], indirect=True)

@@ -1,5 +1,6 @@
 """The compiled kernels: equal to Pillow, on every processor; arrays that they refuse."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,10 +57,10 @@ def test_thumbnail_of_a_view_is_that_of_its_copy(turn: Callable[[Any], Any]) -> 
 @needs_kernels
 def test_estimates_of_every_processor_are_within_a_tenth_of_the_margin() -> None:
     image = np.concatenate([np.concatenate(list(patches), axis=1) for _, patches in hard_patches()])
-    for is_power in (False, True):
+    for is_power, is_luma in itertools.product((False, True), repeat=2):
         fast, portable = np.empty((2, image.shape[0] // 32, image.shape[1] // 32))
-        compiled.entropy(image, fast, is_power)
-        compiled.entropy(image, portable, is_power, True)
+        compiled.entropy(image, fast, is_power, False, is_luma)
+        compiled.entropy(image, portable, is_power, True, is_luma)
         assert np.abs(fast - portable).max() < MARGIN / 10
 
 

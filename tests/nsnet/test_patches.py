@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsnet import patches
+from nsnet import patches, recipes
 from nsnet.entropy import MARGIN, channel_sum, spectral_entropy
 from nsnet.errors import ConfigError
 from nsnet.patches import (
@@ -20,6 +20,7 @@ from nsnet.patches import (
     select_mosaic,
     select_patches,
     split_patches,
+    squash,
 )
 from tests.nsnet.test_entropy import naive_entropy
 
@@ -59,13 +60,15 @@ def naive_patches(image: Pixels, side: int) -> list[Pixels]:
 
 def naive_selection(image: Pixels, config: PatchConfig) -> list[Pixels]:
     cut = naive_patches(image, config.patch_px)
-    entropy = [naive_entropy(patch.astype(np.float64).mean(axis=2), config.spectrum) for patch in cut]
+    weights = {"mean": [1 / 3, 1 / 3, 1 / 3], "luma": [0.299, 0.587, 0.114]}[config.grey]
+    entropy = [naive_entropy(patch.astype(np.float64) @ weights, config.spectrum) for patch in cut]
     # what ties in exact arithmetic does so here only up to rounding
     ranked = sorted(range(len(cut)), key=lambda i: (-round(entropy[i], 9), i))
     slots = config.slots
-    if len(ranked) < slots:
+    if len(ranked) < slots and config.fill == "repeat":
         return [cut[ranked[k % len(ranked)]] for k in range(slots)]
-    return [cut[i] for i in ranked[: (slots + 1) // 2] + ranked[len(ranked) - slots // 2 :]]
+    chosen = [cut[i] for i in ranked[: (slots + 1) // 2] + ranked[max(0, len(ranked) - slots // 2) :]]
+    return chosen + [np.zeros_like(cut[0])] * (slots - len(chosen))
 
 
 def tiles(mosaic: Pixels, side: int) -> list[bytes]:
@@ -99,10 +102,13 @@ CONFIGS = [
     PatchConfig(spectrum="power"),
     PatchConfig(patch_px=16, mosaic_px=64),
     PatchConfig(patch_px=15, mosaic_px=45),
+    recipes.DGS_NET.detector.patches,
+    PatchConfig(patch_px=15, mosaic_px=45, grey="luma", fill="black"),
 ]
+IDS = ["paper", "power", "even slots", "odd side", "dgs-net", "luma at an odd side"]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "power", "even slots", "odd side"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (260, 300), (400, 520), (90, 70), (20, 300), (1, 1)])
 def test_selection_equals_the_naive_one(height: int, width: int, config: PatchConfig) -> None:
     row, column = np.mgrid[:height, :width]
@@ -113,7 +119,7 @@ def test_selection_equals_the_naive_one(height: int, width: int, config: PatchCo
     np.testing.assert_array_equal(selected, np.stack(naive_selection(image, config)))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "power", "even slots", "odd side"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_selection_does_not_depend_on_the_errors_of_estimates(
     config: PatchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +128,7 @@ def test_selection_does_not_depend_on_the_errors_of_estimates(
     image = noise(480, 480)
     image[:, 240:] %= 4  # 256 noisy patches, and as many of low entropy
     expected = np.stack(naive_selection(image, config))
-    exact = spectral_entropy(channel_sum(split_patches(image, config.patch_px)), config.spectrum)
+    exact = spectral_entropy(channel_sum(split_patches(image, config.patch_px), config.grey), config.spectrum)
     assert np.diff(np.sort(exact)[-30:]).min() < MARGIN, "the image is too easy"
     for sign in (1, -1, 0):
         errors = (
@@ -208,6 +214,34 @@ def test_few_patches_repeat_cyclically_in_rank_order(count: int) -> None:
     np.testing.assert_array_equal(select_patches(image), np.stack([ranked[k % count] for k in range(49)]))
 
 
+@pytest.mark.parametrize("count", [1, 7, 24, 25, 30, 48, 49])
+def test_few_patches_are_twice_there_and_the_rest_is_black_if_it_is_filled(count: int) -> None:
+    """As in DGS-Net: up to 25 of highest and up to 24 of lowest entropy, whether or not they are the same."""
+    image = np.maximum(ladder(count), 1)
+    config = PatchConfig(fill="black")
+    selected = select_patches(image, config)
+    cut = split_patches(image)
+    ranked = cut[np.argsort(-spectral_entropy(cut[..., 0]), kind="stable")]
+    expected = [*ranked[:25], *ranked[-24:]]
+    black = 49 - 2 * count if count < 25 else 0
+    assert len(expected) == 49 - black
+    np.testing.assert_array_equal(selected[: len(expected)], np.stack(expected))
+    assert selected.shape == (49, 32, 32, 3) and not selected[len(expected) :].any()
+    mosaic = assemble_mosaic(selected, config.slot_seed(3))
+    assert sum(not any(tile) for tile in tiles(mosaic, 32)) == black
+
+
+def test_grey_decides_which_patches_are_chosen() -> None:
+    """Noise in blue alone is dark to the eye: its luma has less entropy than weaker noise in green, its mean more."""
+    rng = np.random.default_rng(8)
+    image = np.full((32, 32 * 60, 3), 128, np.uint8)
+    image[:, : 32 * 30, 2] = rng.integers(68, 189, (32, 32 * 30))
+    image[:, 32 * 30 :, 1] = rng.integers(98, 159, (32, 32 * 30))
+    for grey, blue in (("mean", 25), ("luma", 0)):
+        highest = select_patches(image, PatchConfig(grey=grey))[:25]  # type: ignore[arg-type]
+        assert sum(int(np.ptp(patch[..., 2]) > 0) for patch in highest) == blue, grey
+
+
 def test_49_patches_are_all_chosen_once() -> None:
     image = ladder(49)
     assert sorted(map(bytes, select_patches(image))) == sorted(map(bytes, split_patches(image)))
@@ -230,7 +264,7 @@ def test_pixels_beyond_the_last_whole_patch_change_nothing() -> None:
     np.testing.assert_array_equal(select_mosaic(image), select_mosaic(other))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["paper", "power", "even slots", "odd side"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_mosaic_is_a_permutation_of_the_selected_patches(config: PatchConfig) -> None:
     image = noise(300, 333)
     mosaic = select_mosaic(image, seed=3, config=config)
@@ -291,7 +325,8 @@ def test_mosaic_has_its_golden_checksum() -> None:
     "settings",
     [
         {"patch_px": 0}, {"patch_px": 1}, {"patch_px": -32}, {"patch_px": 30}, {"patch_px": 256}, {"mosaic_px": 0},
-        {"mosaic_px": 225}, {"mosaic_px": -224}, {"spectrum": "log"}, {"selection": "corner"},
+        {"mosaic_px": 225}, {"mosaic_px": -224}, {"spectrum": "log"}, {"selection": "corner"}, {"grey": "Luma"},
+        {"fill": "white"},
     ],
 )  # fmt: skip
 def test_impossible_geometry_is_refused(settings: dict[str, object]) -> None:
@@ -363,10 +398,34 @@ def test_mosaic_of_the_center_is_the_center_crop_whatever_the_seed(
     np.testing.assert_array_equal(image, before)
 
 
+# --- the whole image, squashed
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(224, 224), (223, 225), (1, 1), (31, 500), (500, 31), (900, 640), (100, 90)]
+)
+@pytest.mark.parametrize(("side", "patch_px"), [(224, 32), (64, 16), (45, 15)])
+def test_squashed_image_is_pillows_and_torchvisions(height: int, width: int, side: int, patch_px: int) -> None:
+    from torchvision.transforms import Resize  # seconds to import
+
+    image = noise(height, width)
+    before = image.copy()
+    picture = Image.fromarray(image)
+    expected = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(squash(image, side), expected)
+    np.testing.assert_array_equal(np.asarray(Resize((side, side))(picture)), expected)
+    config = PatchConfig(patch_px=patch_px, mosaic_px=side, selection="resize")
+    for seed in (0, 12345):
+        np.testing.assert_array_equal(select_mosaic(image, seed, config), expected)
+    np.testing.assert_array_equal(squash(np.asfortranarray(image), side), expected)
+    np.testing.assert_array_equal(image, before)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**60])
 def test_patches_of_highest_entropy_are_shuffled_by_the_seed_and_the_center_is_not(seed: int) -> None:
     assert PatchConfig().slot_seed(seed) == seed
     assert PatchConfig(selection="center").slot_seed(seed) is None
+    assert PatchConfig(selection="resize").slot_seed(seed) is None
 
 
 def test_patches_without_a_seed_stay_as_they_come() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from nsnet import transforms
+from nsnet import recipes, transforms
 from nsnet.duplicates import perceptual_hash
 from nsnet.errors import ConfigError, ImageCorruptError, ImageEmptyError, ImageTooLargeError
 from nsnet.images import DecodeLimits, decode, thumbnail
@@ -156,6 +156,8 @@ CONFIGS = {
     "facts only": PreparationConfig(patches=()),
     "two geometries": replace(FULL, patches=(*FULL.patches, PatchConfig(patch_px=8, mosaic_px=32, spectrum="power"))),
     "center": replace(FULL, patches=(PatchConfig(patch_px=15, mosaic_px=45, selection="center"),)),
+    "resize": replace(FULL, patches=(PatchConfig(patch_px=15, mosaic_px=45, selection="resize"),)),
+    "dgs-net": replace(FULL, patches=(recipes.DGS_NET.detector.patches,)),
 }
 
 

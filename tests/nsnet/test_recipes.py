@@ -35,6 +35,19 @@ def test_paper_recipe_has_the_papers_settings() -> None:
     assert (recipe.training.epochs, recipe.training.head_lr) == (2, 2e-4)
 
 
+def test_recipe_of_the_authors_later_code_has_its_settings() -> None:
+    recipe = recipes.get("dgs-net")
+    changed = {name: value for name, value in settings(recipe).items() if settings(recipes.VIT_L_14).get(name) != value}
+    assert recipe.name == "dgs-net" and recipe.basis is None
+    assert changed == {
+        "detector.patches.spectrum": "power", "detector.patches.grey": "luma", "detector.patches.fill": "black",
+        "detector.lora.dropout": 0.8, "detector.normalisation": "imagenet", "training.epochs": 4,
+        "training.batch_size": 32, "training.head_lr": 1e-4, "training.weight_decay": 0.0, "training.warmup": 0.0,
+        "training.schedule": "constant",
+    }  # fmt: skip
+    assert (recipe.training.backbone_lr, recipe.detector.lora.rank, recipe.detector.lora.alpha) == (1e-4, 6, 6.0)
+
+
 def test_tiny_recipe_needs_no_weights_and_trains_everything() -> None:
     recipe = recipes.get("tiny")
     detector = recipe.detector
@@ -112,12 +125,12 @@ def test_misspelt_recipe_is_refused_with_a_suggestion(name: str, suggestion: str
 
 @pytest.mark.parametrize("name", ["", "zzzzzzzz", ":openai", "hf-hub:someone/else", "local-dir:/tmp"])
 def test_nonsense_is_refused_with_the_named_recipes(name: str) -> None:
-    with pytest.raises(ConfigError, match="choose tiny, vit-l-14 or an open_clip model name") as caught:
+    with pytest.raises(ConfigError, match="choose tiny, vit-l-14, dgs-net or an open_clip model name") as caught:
         recipes.get(name)
     models.one_line(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "vit-l-14", "ViT-B-16-SigLIP-384:webli", "ViT-L-14-336-quickgelu"])
+@pytest.mark.parametrize("name", ["tiny", "vit-l-14", "dgs-net", "ViT-B-16-SigLIP-384:webli", "ViT-L-14-336-quickgelu"])
 def test_recipe_survives_json(name: str) -> None:
     detector = recipes.get(name).detector
     assert from_dict(DetectorConfig, json.loads(json.dumps(to_dict(detector)))) == detector
@@ -140,20 +153,22 @@ def settings(recipe: recipes.Recipe) -> dict[str, Any]:
 
 NO_ALIGNMENT = {"detector.loss.alignment_weight": 0.0}
 GLOBAL = {"detector.projection.kind": "global"} | NO_ALIGNMENT
+LINEAR = {
+    "detector.projection.kind": "none",
+    "detector.patches.selection": "center",
+    "detector.lora.rank": 0,
+    "detector.head.kind": "linear",
+    "detector.loss.contrastive_weight": 0.0,
+    "detector.loss.bce_weight": 1.0,
+    "detector.train_backbone": False,
+    **NO_ALIGNMENT,
+}
 CHANGED: dict[str, dict[str, Any]] = {
     "advanced": {},
     "original": GLOBAL,
     "original:rank=64": GLOBAL,
-    "linear": {
-        "detector.projection.kind": "none",
-        "detector.patches.selection": "center",
-        "detector.lora.rank": 0,
-        "detector.head.kind": "linear",
-        "detector.loss.contrastive_weight": 0.0,
-        "detector.loss.bce_weight": 1.0,
-        "detector.train_backbone": False,
-        **NO_ALIGNMENT,
-    },
+    "linear": LINEAR,
+    "linear:resize": LINEAR | {"detector.patches.selection": "resize", "detector.normalisation": "imagenet"},
     "rank-k": {"detector.projection.kind": "rank_k", "detector.projection.rank": 4},
     "rank-k:3": {"detector.projection.kind": "rank_k", "detector.projection.rank": 3},
     "no-projection": {"detector.projection.kind": "none", **NO_ALIGNMENT},
@@ -169,12 +184,12 @@ def test_every_variant_is_covered_here() -> None:
     assert {name.partition(":")[0] for name in CHANGED} == recipes.VARIANTS.keys()
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "vit-l-14", "ViT-B-16-SigLIP-256"])
+@pytest.mark.parametrize("recipe", ["tiny", "vit-l-14", "dgs-net", "ViT-B-16-SigLIP-256"])
 @pytest.mark.parametrize("name", CHANGED)
 def test_variant_changes_what_it_says_and_nothing_else(name: str, recipe: str) -> None:
     plain = recipes.get(recipe)
     before, changed = settings(plain), recipes.variant(plain, name)
-    assert CHANGED[name].keys() <= before.keys()
+    assert CHANGED[name].keys() <= before.keys() | {"detector.normalisation"}  # not written at its default
     assert settings(changed) == before | CHANGED[name]
     assert (settings(changed) != before) == (name != "advanced")
     assert changed.name == plain.name and (changed.basis is None) == (not name.startswith("original"))
@@ -200,13 +215,15 @@ def test_variant_of_a_variant_starts_from_its_settings() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", "nothing", "Advanced", "advanced:", "advanced:3", "linear:rank=3", "no-mapper:1", "rank_k", "rank-k3",
+        "", "nothing", "Advanced", "advanced:", "advanced:3", "linear=resize", "no-mapper:1", "rank_k", "rank-k3",
         ":rank=64", "originall", "advanced,linear", "shuffled-captions:x",
     ],
 )  # fmt: skip
 def test_unknown_variant_is_refused_with_the_known_ones(name: str) -> None:
     known = "advanced, original, linear, rank-k, no-projection, no-mapper, no-alignment, constant-caption, shuffled"
-    with pytest.raises(ConfigError, match=f"unknown variant .*: choose {known}.*, original:RULE or rank-k:K") as caught:
+    with pytest.raises(
+        ConfigError, match=f"unknown variant .*: choose {known}.*, original:RULE, linear:resize or rank-k:K"
+    ) as caught:
         recipes.variant(recipes.TINY, name)
     assert repr(name) in models.one_line(caught.value)
 
@@ -217,6 +234,8 @@ def test_unknown_variant_is_refused_with_the_known_ones(name: str) -> None:
         ("original:", "is not a rule: give rank=64"), ("original:64", "'64' is not a rule: give rank=64"),
         ("original:rank=0", "rank ≥ 1"), ("original:rank=1.5", "is not a rule"), ("original:energy=2", "energy ≤ 1"),
         ("original:tau=0", "0 < tau"), ("original:colour=3", "is not a rule"), ("rank-k:", "'' is not a number"),
+        ("linear:", "'' is no input of a linear probe: give linear .centre crop. or linear:resize"),
+        ("linear:center", "'center' is no input"), ("linear:rank=3", "'rank=3' is no input"),
         ("rank-k:x", "'x' is not a number of directions: give rank-k:4"), ("rank-k:-3", "is not a number"),
         ("rank-k:2.5", "is not a number"), ("rank-k:1", "rank_k needs rank ≥ 2"), ("rank-k:0", "rank_k needs rank ≥ 2"),
     ],

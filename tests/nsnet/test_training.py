@@ -17,6 +17,7 @@ from nsnet.losses import Losses, objective
 from nsnet.mapper import RowDropout, RowsOfBatch
 from nsnet.network import Features, Network
 from nsnet.precision import training_dtype
+from nsnet.recipes import DGS_NET
 from nsnet.training import (
     Batch,
     build_optimizer,
@@ -92,6 +93,30 @@ def test_rate_has_known_values() -> None:
     assert found[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 94 / 95)))
     assert found[100:] == [0.0, 0.0]
     assert max(found) == 1.0 and all(a >= b for a, b in zip(found[5:], found[6:], strict=False))
+
+
+def test_constant_rate_stays_at_its_highest_after_the_warm_up() -> None:
+    assert factors(TrainingConfig(warmup=0.0, schedule="constant"), 7, steps=9) == [1.0] * 9
+    assert factors(TrainingConfig(warmup=0.4, schedule="constant"), 10) == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+
+
+def test_without_decay_and_schedule_the_steps_are_those_of_adam() -> None:
+    """The recipe of DGS-Net: torch's Adam at one rate, on a gradient that clipping leaves as it is."""
+    config = replace(DGS_NET.training, clip_norm=1e9, precision="fp32")
+    network, twin, data = build(), build(), batch()
+    optimizer = build_optimizer(network, config)
+    adam = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-4)
+    for step in range(3):
+        set_learning_rate(optimizer, config, step, 3)
+        training_step(network, data, optimizer, LossConfig(), config)
+        adam.zero_grad()
+        out = twin(data.mosaics, data.text_features)
+        objective(out.features, out.logit, out.image, out.semantic, data.labels, LossConfig()).total.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+    moved = weights(build())
+    for (name, parameter), other in zip(network.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0, atol=2e-6, msg=name)
+        assert not parameter.requires_grad or not torch.equal(parameter, moved[name]), name
 
 
 def test_each_group_keeps_its_own_highest_rate() -> None:
@@ -488,6 +513,7 @@ def test_automatic_precision_is_bf16_on_a_gpu_only(precision: str, device: str, 
         ({"validation_share": 1.0}, "a sum below 1"), ({"precision": "fp16"}, "fp16"),
         ({"validation_share": 0.5, "test_share": 0.5}, "a sum below 1"), ({"test_share": -0.1}, "test_share ≥ 0"),
         ({"micro_batch": -1}, "micro_batch"), ({"patience": -1}, "patience"), ({"captions": "other"}, "shuffled"),
+        ({"schedule": "linear"}, "schedule must be cosine or constant, got 'linear'"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

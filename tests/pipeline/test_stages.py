@@ -543,11 +543,11 @@ def test_store_that_went_away_in_the_middle_costs_no_image(store: Store, monkeyp
     fetch, fetched, one_thread = fetching.fetch, Counter[str](), ThreadPoolExecutor(1)
     missing = f"{store.place}/missing.png"
 
-    def leave_then_fetch(row: dict[str, Any], max_bytes: int) -> Any:
+    def leave_then_fetch(row: dict[str, Any], *others: Any) -> Any:
         if row["uri"] == store.uris()[2] and not fetched[row["uri"]]:
             store.leave()
         fetched[row["uri"]] += 1
-        return fetch(row, max_bytes)
+        return fetch(row, *others)
 
     monkeypatch.setattr(outages, "_threads", lambda: one_thread)
     monkeypatch.setattr(fetching, "fetch", leave_then_fetch)

@@ -78,7 +78,9 @@ def tar_bytes(files: Mapping[str, bytes], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def parquet_bytes(columns: Mapping[str, Any], metadata: Mapping[str, str] | None = None, **options: Any) -> bytes:
+def parquet_bytes(
+    columns: Mapping[str, Any], metadata: Mapping[str, str | bytes] | None = None, **options: Any
+) -> bytes:
     """A Parquet file of these columns; `metadata`: of its schema."""
     sink = pa.BufferOutputStream()
     table = pa.table(dict(columns))
