@@ -1,19 +1,40 @@
-"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error."""
+"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error.
+
+A setting that later releases added (`later`) is stored only where it differs from its default: the stored settings of
+older releases, and the ids that are digests of them, stay as they are.
+"""
 
 import dataclasses
 import json
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from nsnet.errors import ConfigError
 
 T = TypeVar("T")
+LATER: Final = "later"
+"""Key in a field's metadata."""
+
+
+def later(default: Any) -> Any:
+    """Field that a later release added. Its default must be what older releases did."""
+    return dataclasses.field(default=default, metadata={LATER: True})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a nested dataclass to JSON-ready dictionaries."""
-    return dataclasses.asdict(config)
+    """Convert a nested dataclass to JSON-ready dictionaries, without `later` settings that have their default."""
+    return _without_defaults(config, dataclasses.asdict(config))
+
+
+def _without_defaults(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _without_defaults(value, values[field.name])
+        elif LATER in field.metadata and value == field.default:
+            del values[field.name]
+    return values
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
@@ -22,12 +43,14 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
-    if names != set(values):
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    names = {field.name for field in fields}
+    missing = {field.name for field in fields if LATER not in field.metadata} - set(values)
+    if missing or not names >= set(values):
         raise ConfigError(
-            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(names - set(values))}"
+            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(missing)}"
         )
-    return kind(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -61,7 +84,7 @@ def override(config: T, name: str, value: str) -> T:
 
     Raises `ConfigError` if the setting does not exist or the value is invalid.
     """
-    values = to_dict(config)
+    values = dataclasses.asdict(typing.cast(Any, config))  # with every setting, so that each can be named
     section: Any = values
     path = name.split(".")
     for part in path[:-1]:
