@@ -33,6 +33,7 @@ LEAVES: dict[str, set[str]] = {
              "precision", "weight_formats"},
     "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
     "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},
+    "leakage": {"errors", "metrics"},
     "calibration": {"errors", "metrics"}, "transforms": {"errors"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip

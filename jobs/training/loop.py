@@ -209,7 +209,7 @@ class Loop:
     def _end_epoch(self) -> None:
         """Judge the validation images, and keep the weights if this epoch is the best so far."""
         progress, steps = self.progress, self._order.steps_per_epoch
-        rows, logits = self._validation.judge("val")
+        rows, logits, _ = self._validation.judge("val")
         means = np.array(progress.sums) / steps
         record: dict[str, Any] = {
             "epoch": progress.step // steps,
@@ -230,8 +230,9 @@ class Loop:
         """Judge the test images with the weights of the best epoch, and store the logits in the last checkpoint."""
         checkpoints.load_weights(self.network, self.progress.best)
         if not self.progress.test and len(self.examples.rows("test")):
-            rows, logits = self._validation.judge("test")
+            rows, logits, features = self._validation.judge("test", keep=self.config.leakage)
             self.progress.test = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
+            self.progress.features = features
         self._checkpoint({FINISHED: True})
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
