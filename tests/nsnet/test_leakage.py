@@ -43,7 +43,7 @@ def finds_nothing(features: Array) -> bool:
 
 
 def test_class_is_found_in_u_not_after_its_removal_and_again_where_a_mapper_writes_it_back() -> None:
-    u = 3.0 * CAPTIONS + noise(0)
+    u = 3.0 * CAPTIONS + noise(2)
     before = probe(u, CLASS)
     assert before.value is not None and before.value > 0.85 and before.chance == 0.25
     assert finds_nothing(projected(u, CAPTIONS))
@@ -62,7 +62,7 @@ def test_projection_writes_the_caption_into_features_that_have_a_mean_but_no_cla
 
 
 def test_report_names_what_each_feature_says() -> None:
-    u = 3.0 * CAPTIONS + noise(0)
+    u = 3.0 * CAPTIONS + noise(2)
     labels = (CLASS % 2) ^ (np.arange(COUNT) % 7 == 0)  # the caption tells most of the labels
     found = leakage(
         u, projected(u, CAPTIONS), CAPTIONS + 0.01 * noise(3), labels=labels, classes=CLASS, clusters=CLASSES
@@ -76,7 +76,7 @@ def test_report_names_what_each_feature_says() -> None:
 
 
 def test_report_without_captions_or_classes_says_so() -> None:
-    u = noise(0)
+    u = noise(2)
     found = leakage(u, u, None, labels=CLASS % 2, classes=np.full(COUNT, -1))
     for one in (*found["object_class"].values(), *found["caption_cluster"].values(), found["label"]):
         assert (
@@ -103,7 +103,7 @@ def test_copies_stay_in_one_fold() -> None:
 
 
 def test_interval_is_that_of_the_share_of_correct_images() -> None:
-    u = 1.2 * CAPTIONS + noise(0)
+    u = 1.2 * CAPTIONS + noise(2)
     found = probe(u, CLASS, samples=4000)
     assert found.value is not None and found.low is not None and found.high is not None
     deviation = (found.value * (1 - found.value) / COUNT) ** 0.5
@@ -128,7 +128,7 @@ def test_discriminant_equals_its_formula() -> None:
 
 
 def test_probe_depends_on_the_seed_alone_and_ignores_scale_and_constant_features() -> None:
-    u = 1.5 * CAPTIONS + noise(0)
+    u = 1.5 * CAPTIONS + noise(2)
     found = probe(u, CLASS)
     assert probe(u.copy(), CLASS) == found != probe(u, CLASS, seed=1)
     padded = np.concatenate([u * 100.0 + 5.0, np.full((COUNT, 3), 7.0)], axis=1)
@@ -139,7 +139,7 @@ def test_probe_depends_on_the_seed_alone_and_ignores_scale_and_constant_features
 def test_classes_of_different_sizes_count_the_same() -> None:
     """Nine of ten images are of one class: always saying it is right nine times of ten, and balanced 0.5."""
     y = (np.arange(COUNT) % 10 == 0).astype(int)
-    found = probe(noise(0), y)
+    found = probe(noise(2), y)
     assert found.low is not None and found.high is not None and found.low < 0.5 < found.high
 
 
@@ -147,11 +147,11 @@ def test_classes_of_different_sizes_count_the_same() -> None:
 def test_class_with_too_few_images_is_left_out(members: int) -> None:
     y = np.full(COUNT, -1)
     y[:40], y[40:80], y[80 : 80 + members] = 5, 9, 2
-    found = probe(noise(0), y)
+    found = probe(noise(2), y)
     assert (found.classes, found.images) == ((2, 80) if members < MIN_MEMBERS else (3, 80 + members))
     copies = np.arange(COUNT)
     copies[80 : 80 + members] = 80  # all the same
-    assert probe(noise(0), y, copies).classes == 2
+    assert probe(noise(2), y, copies).classes == 2
 
 
 @pytest.mark.parametrize(
