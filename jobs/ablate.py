@@ -30,6 +30,7 @@ from nsnet.errors import ConfigError
     default=None,
     help="Output of nsnet caption; default: make captions below OUT.",
 )
+@parameters.leakage_option(default=1000)
 @click.option("--leave-out", default=None, metavar="GENERATOR", help="Test on this generator, train on the others.")
 @parameters.max_left_out_option
 @parameters.column_option

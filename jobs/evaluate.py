@@ -40,6 +40,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
     help="Fake is a probability of at least this, instead of the detector's threshold; benchmarks use 0.5.",
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples for the intervals.")
+@parameters.leakage_option(default=0)
 @parameters.max_failed_option
 @parameters.column_option
 @parameters.max_left_out_option

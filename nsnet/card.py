@@ -45,7 +45,7 @@ def _method(config: dict[str, Any]) -> str:
 
 def _parts(config: dict[str, Any], calibration: dict[str, Any]) -> str:
     clip, captioner, projection = config["clip"], config["captioner"], config["projection"]
-    captions = {"per_sample", "rank_k"} & {projection["kind"]}
+    captions = projection["kind"] in ("per_sample", "mapped_and_raw", "rank_k")
     rows = [
         ("image and text towers", f"{clip['model']}, weights {clip['pretrained'] or 'seeded random'}"),
         ("projection", _projection(config)),
@@ -72,6 +72,7 @@ def _projection(config: dict[str, Any]) -> str:
     caption = "the mapped caption" if config["mapper"]["hidden_dim"] else "the caption"
     return {
         "per_sample": f"of {caption} of each image",
+        "mapped_and_raw": "of the mapped caption of each image and of its unmapped feature",
         "rank_k": f"of {caption} of each image and its {projection['rank'] - 1} nearest of {projection['bank']}",
         "global": f"of a basis of many captions, rank {projection['rank']}",
         "none": "none",

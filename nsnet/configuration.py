@@ -102,17 +102,20 @@ class LoraSettings:
 class ProjectionConfig:
     """Selects what is removed from the image feature."""
 
-    kind: Literal["per_sample", "rank_k", "global", "none"] = "per_sample"
-    """`per_sample`: the mapped caption (eq. 16); `rank_k`: that and its nearest captions of a bank, also mapped;
-    `global`: a basis of many captions (eq. 15); `none`: nothing."""
+    kind: Literal["per_sample", "mapped_and_raw", "rank_k", "global", "none"] = "per_sample"
+    """`per_sample`: the mapped caption (eq. 16); `mapped_and_raw`: that and the caption feature itself; `rank_k`: the
+    mapped caption and its nearest captions of a bank, also mapped; `global`: a basis of many captions (eq. 15);
+    `none`: nothing."""
     rank: int = 0
     """`global`: R of the basis, 0 before it is computed; `rank_k`: number of directions; else 0."""
     bank: int = 0
     """N captions of `rank_k`'s bank, 0 before it is made."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("per_sample", "rank_k", "global", "none"):
-            raise ConfigError(f"unknown projection {self.kind!r}: choose per_sample, rank_k, global or none")
+        if self.kind not in ("per_sample", "mapped_and_raw", "rank_k", "global", "none"):
+            raise ConfigError(
+                f"unknown projection {self.kind!r}: choose per_sample, mapped_and_raw, rank_k, global or none"
+            )
         least = {"rank_k": 2, "global": 0}.get(self.kind)
         unwanted = (least is None and self.rank) or (self.kind != "rank_k" and self.bank)
         if self.rank < (least or 0) or self.bank < 0 or unwanted:
@@ -129,7 +132,7 @@ class ProjectionConfig:
     @property
     def needs_captions(self) -> bool:
         """Whether scoring an image needs its caption."""
-        return self.kind in ("per_sample", "rank_k")
+        return self.kind in ("per_sample", "mapped_and_raw", "rank_k")
 
     @property
     def fitted(self) -> bool:
@@ -178,6 +181,9 @@ class MapperConfig:
     """Width h of the hidden layer; 0: no mapper, the caption feature itself is removed."""
     dropout: float = 0.1
     """Dropout after the hidden activation, in [0, 1). The paper uses none, its published code 0.1."""
+    detached: bool = added(False)
+    """Only the alignment trains the mapper: no gradient of the detection losses reaches it through the projection. They
+    may otherwise teach it to write what helps them into ũ, such as the caption."""
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 0 or not 0.0 <= self.dropout < 1.0:
@@ -216,14 +222,16 @@ class LossConfig:
     """β of the alignment."""
     alignment_reduction: Literal["mean", "sum"] = "mean"
     """Over D: the published numbers used `mean`; `sum` is exactly eq. 20 and D times larger."""
+    decorrelation_weight: float = added(0.0)
+    """δ of `losses.decorrelation`, a penalty on what ũ says of the caption; without captions it has no effect."""
 
     def __post_init__(self) -> None:
-        weights = (self.contrastive_weight, self.bce_weight, self.alignment_weight)
+        weights = (self.contrastive_weight, self.bce_weight, self.alignment_weight, self.decorrelation_weight)
         if not (self.temperature > 0 and all(weight >= 0 for weight in weights) and max(weights[:2]) > 0):
             raise ConfigError(
                 f"need temperature > 0 and weights ≥ 0, one of the contrastive and the bce weight > 0, got temperature "
                 f"{self.temperature}, contrastive_weight {self.contrastive_weight}, bce_weight {self.bce_weight}, "
-                f"alignment_weight {self.alignment_weight}"
+                f"alignment_weight {self.alignment_weight}, decorrelation_weight {self.decorrelation_weight}"
             )
         if self.alignment_reduction not in ("mean", "sum"):
             raise ConfigError(f"alignment_reduction must be 'mean' or 'sum', got {self.alignment_reduction!r}")
@@ -249,6 +257,12 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         if self.normalisation not in get_args(Normalisation):
             raise ConfigError(f"normalisation must be 'clip' or 'imagenet', got {self.normalisation!r}")
+        mapped = self.projection.needs_captions and self.mapper.hidden_dim > 0
+        if mapped and self.mapper.detached and not self.loss.alignment_weight:
+            raise ConfigError(
+                "a detached mapper learns from the alignment only, and alignment_weight is 0: give it a weight > 0, or "
+                "set mapper.detached=false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

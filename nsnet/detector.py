@@ -44,7 +44,7 @@ from nsnet.errors import (
 from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
 from nsnet.model_size import ModelSize
-from nsnet.network import Network, residual_energy
+from nsnet.network import Features, Network, residual_energy
 from nsnet.patches import SCORING_SEED
 from nsnet.precision import autocast, dtype_of, speed_up, to_device, use_matrix_units
 from nsnet.preparation import PreparationConfig, Prepared, assemble_mosaics
@@ -299,11 +299,8 @@ class Detector:
             raise ConfigError("this detector was loaded without its captioner")
 
     @torch.inference_mode()
-    def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Scores:
-        """Score mosaics (B, M, M, 3) uint8 with their captions, without dropout, the towers in this precision.
-
-        `captions` may be None if the detector needs none.
-        """
+    def features(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Features:
+        """Compute the network's output for mosaics (B, M, M, 3) uint8; arguments as for `score`."""
         self.network.eval()  # a built detector is in training mode
         text_features = None
         if self.config.projection.needs_captions:
@@ -312,7 +309,15 @@ class Detector:
             text_features = self.text_features.of(captions)
         with autocast(dtype_of(self.precision, self.device), self.device):
             image = self.network.encode_image(to_device(mosaics, self.device))
-        out = self.network.judge(image.float() if self.precision != "fp32" else image, text_features)
+        return self.network.judge(image.float() if self.precision != "fp32" else image, text_features)
+
+    @torch.inference_mode()
+    def score(self, mosaics: npt.NDArray[np.uint8], captions: Sequence[str] | None) -> Scores:
+        """Score mosaics (B, M, M, 3) uint8 with their captions, without dropout, the towers in this precision.
+
+        `captions` may be None if the detector needs none.
+        """
+        out = self.features(mosaics, captions)
         # one transfer for both, because each waits for the GPU
         logit, energy = torch.stack([out.logit.double(), residual_energy(out).double()]).cpu().numpy()
         prob_fake = self.calibration.probability(logit)

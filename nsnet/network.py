@@ -66,6 +66,7 @@ class Network(nn.Module):
         self.visual = visual
         mapped = projection.needs_captions and mapper.hidden_dim > 0
         self.mapper = SemanticMapper(dim, mapper) if mapped else None
+        self.mapper_detached = mapper.detached
         self.head = ProjectionHead(dim, head)
         basis = torch.eye(dim, projection.rank) if projection.kind == "global" else torch.zeros(dim, 0)
         self.register_buffer("semantic_basis", basis)
@@ -104,11 +105,13 @@ class Network(nn.Module):
             directions = self._directions(text_features)
             mapped = self.mapper(directions) if self.mapper is not None else directions
             semantic = mapped[:, 0] if self.mapper is not None else None
-            projected = (
-                project_per_sample(image, mapped[:, 0])
-                if self.projection.kind == "per_sample"
-                else project_rank_k(image, mapped)
-            )
+            removed = mapped.detach() if self.mapper_detached else mapped
+            if self.projection.kind == "per_sample":
+                projected = project_per_sample(image, removed[:, 0])
+            elif self.projection.kind == "mapped_and_raw":
+                projected = project_rank_k(image, torch.cat([removed, directions], dim=1))
+            else:
+                projected = project_rank_k(image, removed)
         elif self.projection.kind == "global":
             projected = project_global(image, cast(Tensor, self.semantic_basis))
         else:
@@ -119,7 +122,7 @@ class Network(nn.Module):
     def _directions(self, text_features: Tensor) -> Tensor:
         """Caption features (B, D) -> directions to remove, before the mapper: (B, 1, D); rank_k: (B, k, D)."""
         own = text_features[:, None]
-        if self.projection.kind == "per_sample":
+        if self.projection.kind != "rank_k":
             return own
         bank = cast(Tensor, self.caption_bank)
         similarity = normalize(text_features.float(), dim=1) @ normalize(bank.float(), dim=1).T

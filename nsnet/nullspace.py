@@ -45,7 +45,7 @@ def project_per_sample(u: Tensor, v: Tensor, eps: float = EPSILON) -> Tensor:
 def project_rank_k(u: Tensor, directions: Tensor) -> Tensor:
     """Remove from each row of u (B, D) the span of its own k directions (B, k, D) -> (B, D), fp32 (fp64 for fp64).
 
-    Not in the paper: a small subspace per image (several captions, or the nearest caption directions). Uses
+    Not in the paper: a small subspace per image (mapped and raw caption, or the nearest caption directions). Uses
     Gram-Schmidt and orthogonalises each direction twice; ignores zero and dependent directions.
     """
     if u.ndim != 2 or directions.ndim != 3 or (directions.shape[0], directions.shape[2]) != tuple(u.shape):

@@ -1,6 +1,7 @@
 """Defines complete configurations by name (`tiny`, `vit-l-14`, any open_clip model) and variants to compare."""
 
 import difflib
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -117,6 +118,9 @@ VARIANTS: Final = {
     "no-projection": "removes nothing",
     "no-mapper": "removes the unmapped caption feature of each image",
     "no-alignment": "advanced without the alignment loss",
+    "mapper-detached": "advanced; the mapper learns from the alignment only, not from the detection losses",
+    "raw-after-mapped": "removes the mapped caption of each image, and then its unmapped feature",
+    "decorrelated": "advanced with a penalty on what ũ says of the caption; decorrelated:WEIGHT, default 1",
     "constant-caption": "advanced with the same caption for every image (a control: not for use)",
     "shuffled-captions": "advanced with the caption of another image (a control: not for use)",
 }
@@ -131,9 +135,10 @@ BANK: Final = 4096
 def variant(recipe: Recipe, name: str) -> Recipe:
     """Return a variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` if it is unknown."""
     kind, colon, setting = name.partition(":")
-    if kind not in VARIANTS or (colon and kind not in ("original", "linear", "rank-k")):
+    if kind not in VARIANTS or (colon and kind not in ("original", "linear", "rank-k", "decorrelated")):
         raise ConfigError(
-            f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE, linear:resize or rank-k:K"
+            f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE, linear:resize, rank-k:K or "
+            "decorrelated:WEIGHT"
         )
     detector, training, basis = recipe.detector, recipe.training, None
     no_alignment = replace(detector.loss, alignment_weight=0.0)
@@ -163,6 +168,13 @@ def variant(recipe: Recipe, name: str) -> Recipe:
         detector = replace(detector, mapper=replace(detector.mapper, hidden_dim=0), loss=no_alignment)
     elif kind == "no-alignment":
         detector = replace(detector, loss=no_alignment)
+    elif kind == "mapper-detached":
+        detector = replace(detector, mapper=replace(detector.mapper, detached=True))
+    elif kind == "raw-after-mapped":
+        detector = replace(detector, projection=ProjectionConfig(kind="mapped_and_raw"))
+    elif kind == "decorrelated":
+        weight = _weight(setting) if colon else 1.0
+        detector = replace(detector, loss=replace(detector.loss, decorrelation_weight=weight))
     elif kind == "constant-caption":
         training = replace(training, captions="constant")
     elif kind == "shuffled-captions":
@@ -174,6 +186,16 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{text!r} is not a number of directions: give rank-k:4, for example")
     return int(text)
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0.0 < weight < math.inf:
+        raise ConfigError(f"{text!r} is not a weight > 0: give decorrelated:1, for example")
+    return weight
 
 
 def _patch_px(side: int) -> int:

@@ -101,8 +101,9 @@ def training_step(
 
     def judge(out: Features) -> Losses:
         return objective(
-            out.features, out.logit, out.image, out.semantic, batch.labels, loss, valid=batch.valid, gather=gather
-        )
+            out.features, out.logit, out.image, out.semantic, batch.labels, loss, valid=batch.valid, gather=gather,
+            projected=out.projected, text=batch.text_features,
+        )  # fmt: skip
 
     if len(parts) == 1:
         out = forward(parts[0])

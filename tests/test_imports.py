@@ -33,7 +33,7 @@ LEAVES: dict[str, set[str]] = {
              "precision", "weight_formats"},
     "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
     "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},
-    "calibration": {"errors", "metrics"}, "transforms": {"errors"},
+    "leakage": {"errors", "metrics"}, "calibration": {"errors", "metrics"}, "transforms": {"errors"},
     "alignment": {"errors", "images", "limits", "transforms"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip

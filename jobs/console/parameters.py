@@ -78,6 +78,8 @@ class ModelPathType(click.ParamType[Uri]):
 
 
 COUNT: Final = CountType()
+MAX_LEAKAGE_IMAGES: Final = 10_000
+"""`nsnet.leakage.MAX_IMAGES`; not imported, because that takes half a second."""
 URI: Final = UriType()
 OPTIONAL_URI: Final = OptionalUriType()
 MODEL_PATH: Final = ModelPathType()
@@ -195,3 +197,11 @@ class WorkersType(click.ParamType[tuple[int, int]]):
         if not (low.isdecimal() and high.isdecimal()):
             self.fail(f"{value!r} is neither a number such as 4 nor a range such as 2-8", param, ctx)
         return int(low), int(high)
+
+
+def leakage_option(default: int) -> Callable[[Any], Any]:
+    """`--leakage`: images by which leakage is measured."""
+    return click.option(
+        "--leakage", type=click.IntRange(0, MAX_LEAKAGE_IMAGES), default=default, show_default=True, metavar="N",
+        help="Measure by N images what a linear probe finds of their content; 0: do not.",
+    )  # fmt: skip

@@ -65,6 +65,19 @@ def _labels(folder: str, source: str) -> Labels:
     )
 
 
+def object_class(relative: str, generator: str | None) -> str | None:
+    """Read the object class of an image from the folders of its path below the source; None: they name none.
+
+    It is the last folder directly above the label or below it that is neither the generator, a split, a partition, a
+    number nor a shard: `airplane` in `progan/airplane/0_real/1.png`, whose generator is `progan`.
+    """
+    parts = split_path(relative.rpartition("/")[0])
+    run = label_run(parts)
+    beside = [*parts[max(0, run.start - 1) : run.start], *parts[run.stop :]] if run else []
+    known = (generator or "").lower()
+    return next((part for part in reversed(beside) if may_be_generator(part) and part.lower() != known), None)
+
+
 class _PathReading(NamedTuple):
     """Generator and split from a path."""
 

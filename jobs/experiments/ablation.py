@@ -13,11 +13,13 @@ from jobs.console import output
 from jobs.console.output import say
 from jobs.console.tables import aligned
 from jobs.dataset import schema
+from jobs.experiments import leakage
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.inputs import share_split
 from jobs.experiments.job import train
-from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
+from jobs.experiments.paths import LEAKAGE_FILE, PREDICTIONS_FILE, RESULT_FILE
 from jobs.experiments.request import COMPARED_VARIANTS, TrainRequest
+from jobs.report.text import leakage_lines
 from jobs.storage import listing, parquet, reading, uris, writing
 from jobs.storage.uris import Uri
 from nsnet import metrics
@@ -95,11 +97,15 @@ def _row(variant: str, requests: list[TrainRequest], failed: dict[str, str]) -> 
         return {"variant": variant, "error": failed[variant]}
     results = [reading.read_json(uris.join(request.work, RESULT_FILE), {"best_epoch": dict}) for request in requests]
     bests = [result["best_epoch"] for result in results]
+    files = [uris.join(request.work, LEAKAGE_FILE) for request in requests]
+    # trainings of older releases, or without test images, have none
+    measured = [reading.read_json(file, {}) for file in files if listing.exists(file)]
     return {
         "variant": variant,
         "residual_energy": float(np.mean([best["residual_energy"] for best in bests])),
         "validation_ap": float(np.mean([best["val_ap"] for best in bests])),
         "best_epochs": [best["epoch"] for best in bests],
+        "leakage": leakage.mean(measured) if len(measured) == len(files) else None,
     }
 
 
@@ -166,6 +172,8 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     cells = [[row["variant"], *_cells(row)] for row in rows]
     lines = aligned([heading, *cells], left=len(heading))
     lines += [f"{row['variant']}: {row['error']}" for row in rows if "error" in row]
+    if measured := {row["variant"]: row["leakage"] for row in rows if row.get("leakage")}:
+        lines += ["", *leakage_lines(measured)]
     return "\n".join(lines)
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster.address import check_address
 from jobs.console.output import say
 from jobs.dataset.source import Source
-from jobs.experiments import inputs, predictions
+from jobs.experiments import inputs, leakage, predictions
 from jobs.experiments.experiment import Experiment
 from jobs.experiments.export import write_bundle
-from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE
+from jobs.experiments.paths import LEAKAGE_FILE, PREDICTIONS_FILE, RESULT_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.experiments.split import Split
 from jobs.runs import lock
@@ -73,6 +73,8 @@ def _finish(experiment: Experiment, examples: "Examples", last: Path, point: Ope
         if writes_bundle:
             detector_id = write_bundle(experiment, progress.best, judged.calibration, result, folder)
         predictions.write_predictions(judged, detector_id, experiment.file(PREDICTIONS_FILE))
+        if progress.features:
+            writing.write_json(experiment.file(LEAKAGE_FILE), leakage.measure(experiment, examples, progress))
         writing.write_json(experiment.file(RESULT_FILE), result)
         if writes_bundle:  # last, because a bundle marks a finished training
             writing.upload_folder(folder, request.out, last=DESCRIPTION)

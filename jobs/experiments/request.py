@@ -44,6 +44,8 @@ class TrainRequest:
     max_failed: float = 0.05
     max_left_out: int = 0
     """Folders and containers of the source that may be unreadable while a split is made; not part of the identity."""
+    leakage: int = 0
+    """Test images by which leakage is measured; 0: it is not. Not part of the identity."""
     clip_weights: Uri | None = None
     captioner: Uri | None = None
     limits: DecodeLimits = DecodeLimits()

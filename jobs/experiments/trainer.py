@@ -92,5 +92,5 @@ def _worker_config(experiment: Experiment, shares: Shares, board: str) -> Worker
         features_id=experiment.facts.maker,
         fitted=experiment.file(FITTED_FILE) if detector.projection.kind in ("global", "rank_k") else None,
         digest=settings_digest(experiment.settings), failed_share=request.max_failed, task_cpus=shares.task_cpus,
-        board=board,
+        board=board, leakage=request.leakage,
     )  # fmt: skip

@@ -56,6 +56,10 @@ class Patience:
         """The same times in order: sorting them anew for each image would take a hundredth of a small one's time."""
         self._good_seconds = 0.0
 
+    def close(self) -> None:
+        """End the guarded child; the next image starts another."""
+        self._decoder.close()
+
     def first(self, image: bytes, content_hash: str, transform: str, seed: int) -> Prepared | None:
         """Make the first try; None: it timed out, call `again` after the other images. Raises `ImageError`."""
         self._refuse(key(content_hash, transform))

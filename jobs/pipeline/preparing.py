@@ -88,6 +88,10 @@ class Prepare:
             fetcher.stop.set()
             ahead.shutdown(wait=False, cancel_futures=True)
 
+    def close(self) -> None:
+        """End this process's guarded child. Ray's workers keep theirs for the next block."""
+        _patience(self.config, self.report.board_name).close()
+
     def _blocks(self, table: pa.Table) -> list[pa.Table]:
         """Cut a table into blocks of `rows_per_block`, or fewer rows if their files exceed `BYTES_PER_BLOCK`."""
         most_rows = rows_per_block(pixel_bytes(self.config))

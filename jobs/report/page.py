@@ -35,6 +35,8 @@ MORE_COLUMNS: Final = {
 }  # fmt: skip
 ROBUSTNESS_COLUMNS: Final = {"acc": "Accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
 BARS: Final = ("acc", "ap")
+CONTENTS: Final = {"Object class": "object_class", "Group of captions": "caption_cluster"}
+OF: Final = {"the image feature u": "u", "what the projection leaves, ũ": "projected", "the caption": "caption"}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -54,6 +56,7 @@ def render(result: Mapping[str, Any]) -> str:
         alignment=_alignment(result["alignment"]) if result.get("alignment") else None,
         curve_charts=figures.of_all(result),
         robustness=_robustness(result) if result["robustness"] else None,
+        leakage=_leakage(result["leakage"]) if "leakage" in result else None,
         explanations=explanations(result),
         footer=_footer(result),
     )
@@ -317,4 +320,23 @@ def _robustness_row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "numbers": _cells(part["macro_mean"], ROBUSTNESS_COLUMNS),
         "failed": f"{part['failed']:,}",
         "worst": None if worst is None else (per_cent(worst[0]), shown(worst[1], NAME_WIDTH)),
+    }
+
+
+def _leakage(measured: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        (f"{name}, from {feature}", measured[key][of]) for name, key in CONTENTS.items() for feature, of in OF.items()
+    ]
+    rows.append(("Real or fake, from the caption alone", measured["label"]))
+    return {
+        "images": f"{measured['images']:,}",
+        "rows": [
+            {
+                "name": name,
+                "numbers": _cells({"value": probe}, {"value": ""}),
+                "references": ["–" if probe[key] is None else per_cent(probe[key]) for key in ("chance", "permuted")],
+                "classes": probe["classes"],
+            }
+            for name, probe in rows
+        ],
     }

@@ -12,6 +12,9 @@ HEADINGS: Final = {
     "tpr_at_fpr_1": "TPR@1%FPR",
 }  # fmt: skip
 WITH_INTERVAL: Final = ("acc", "ap")
+TARGETS: Final = {"class": "object_class", "cluster": "caption_cluster"}
+SIGNS: Final = {"u": "u", "ũ": "projected", "v": "caption"}
+LABEL: Final = "label, v"
 MAX_COLUMNS: Final = 120
 """Table width above which intervals are left out."""
 
@@ -26,7 +29,46 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines += ["", *_alignment(result["alignment"])]
     if result.get("robustness"):
         lines += ["", *_robustness(result)]
+    if result.get("leakage"):
+        lines += ["", *leakage_lines({"detector": result["leakage"]})]
     return "\n".join(lines)
+
+
+def leakage_lines(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the probes of `nsnet.leakage.leakage`, by the name of a detector, and notes on how to read it.
+
+    u: image feature; ũ: what the projection leaves of it; v: caption feature.
+    """
+    probed = {f"{target}, {sign}": (key, feature) for target, key in TARGETS.items() for sign, feature in SIGNS.items()}
+    rows = [["leakage", "‖ũ‖/‖u‖", *probed, LABEL]]
+    for name, numbers in measured.items():
+        cells = [_probe(numbers[key][feature], feature != "caption") for key, feature in probed.values()]
+        energy = UNDEFINED if numbers["residual_energy"] is None else f"{numbers['residual_energy']:.3f}"
+        rows.append([short_name(name), energy, *cells, _probe(numbers["label"], True)])
+    return [*aligned(rows), *_leakage_notes(measured)]
+
+
+def _leakage_notes(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Chance and permuted classes of each target, or why it is undefined."""
+    lines = [
+        f"balanced accuracy of a linear probe, cross-validated on {min(n['images'] for n in measured.values())} images"
+    ]
+    first = next(iter(measured.values()))
+    for target, probe in [*((t, first[key]["u"]) for t, key in TARGETS.items()), (LABEL, first["label"])]:
+        if probe["value"] is None:
+            lines.append(f"{target}: {UNDEFINED}: {probe['reason']}")
+        else:
+            lines.append(
+                f"{target}: {probe['classes']} classes, chance {probe['chance']:.3f}, with permuted classes "
+                f"{probe['permuted']:.3f}"
+            )
+    return lines
+
+
+def _probe(probe: Mapping[str, Any], with_interval: bool) -> str:
+    if probe["value"] is None:
+        return UNDEFINED
+    return f"{probe['value']:.2f}" + (f" ({probe['low']:.2f}-{probe['high']:.2f})" if with_interval else "")
 
 
 def worst_first(generators: Mapping[str, Any]) -> list[tuple[str, Any]]:

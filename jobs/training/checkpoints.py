@@ -4,6 +4,7 @@
     best.safetensors       trained weights of the best epoch so far
     optimizer.pt           AdamW's moments, read with `weights_only=True`
     validation.safetensors logits of the validation images in the best epoch; `test.safetensors` after the last epoch
+    features.safetensors   features of test images, for an ablation
     state.json             step, history, running sums, digest of the settings
 
 Random choices are functions of (seed, step), so no random generator state is saved.
@@ -31,6 +32,7 @@ BEST: Final = "best.safetensors"
 OPTIMIZER: Final = "optimizer.pt"
 VALIDATION: Final = "validation.safetensors"
 TEST: Final = "test.safetensors"
+FEATURES: Final = "features.safetensors"
 STATE: Final = "state.json"
 ROWS: Final = "rows"
 LOGITS: Final = "logits"
@@ -64,9 +66,11 @@ class Progress:
     """Rows (n,) int64 and logits (n,) fp64 of the validation images in the best epoch."""
     test: dict[str, Tensor] = field(default_factory=dict)
     """The same for the test images, with the best epoch's weights."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """`validation.Judged.features` of the first test images; empty unless the request wants them."""
 
 
-TENSORS: Final = {BEST: "best", VALIDATION: "validation", TEST: "test"}
+TENSORS: Final = {BEST: "best", VALIDATION: "validation", TEST: "test", FEATURES: "features"}
 
 
 def trained_weights(network: Network) -> dict[str, Tensor]:

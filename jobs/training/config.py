@@ -34,3 +34,5 @@ class WorkerConfig:
     """CPUs of a decoding task."""
     board: str | None
     """Name of the progress board."""
+    leakage: int = 0
+    """Test images whose features are kept."""

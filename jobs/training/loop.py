@@ -23,7 +23,7 @@ from jobs.training.config import WorkerConfig
 from jobs.training.examples import Examples
 from jobs.training.ingest import Arrival, Ingest
 from jobs.training.order import Order
-from jobs.training.reporting import LOGGED, Reporter
+from jobs.training.reporting import Reporter, logged
 from jobs.training.validation import CannotGoOn, Validation, quality, scores
 from nsnet.configuration import LossConfig, TrainingConfig
 from nsnet.losses import Gather, Losses
@@ -151,7 +151,8 @@ class Loop:
     def _local(self, losses: Losses, energy: Tensor, arrival: Arrival) -> Tensor:
         """This process's values of a step: losses, sums of residual energy and of images, failed images."""
         counts = torch.tensor([float(arrival.valid.sum()), float(len(arrival.failed))], dtype=torch.float64)
-        values = torch.stack([*(value.double() for value in losses), energy.double()])
+        kept = losses if self.loss.decorrelation_weight > 0 else losses[:-1]  # in the order of `logged`
+        values = torch.stack([*(value.double() for value in kept), energy.double()])
         return torch.cat([values, to_device(counts.numpy(), self.device)])
 
     def _record(self) -> None:
@@ -159,16 +160,16 @@ class Loop:
         if not self._pending:
             return
         means = mean_over_processes(torch.stack([logged.values for logged in self._pending])).cpu().numpy()
-        progress = self.progress
+        progress, names = self.progress, logged(self.loss)
         for (step, rates, _), row in zip(self._pending, means, strict=True):
-            values = np.append(row[:-3], row[-3] / max(row[-2], 1e-12))  # `LOGGED`
+            values = np.append(row[:-3], row[-3] / max(row[-2], 1e-12))  # `logged`
             if not np.isfinite(values).all():
                 self._diverged(step)
             is_first = step % self._order.steps_per_epoch == 0
             progress.sums = values.tolist() if is_first else (np.array(progress.sums) + values).tolist()
             progress.failed = round(row[-1] * self.gather.world_size) + (0 if is_first else progress.failed)
             self._reporter.count(len(self._order.whole(step)))
-            self._reporter.step(step + 1, dict(zip(LOGGED, values.tolist(), strict=True)) | rates)
+            self._reporter.step(step + 1, dict(zip(names, values.tolist(), strict=True)) | rates)
         self._pending.clear()
         self._check_failures()
 
@@ -208,11 +209,11 @@ class Loop:
     def _end_epoch(self) -> None:
         """Judge the validation images, and keep the weights if this epoch is the best so far."""
         progress, steps = self.progress, self._order.steps_per_epoch
-        rows, logits = self._validation.judge("val")
+        rows, logits, _ = self._validation.judge("val")
         means = np.array(progress.sums) / steps
         record: dict[str, Any] = {
             "epoch": progress.step // steps,
-            **{name: float(value) for name, value in zip(LOGGED, means, strict=True)},
+            **{name: float(value) for name, value in zip(logged(self.loss), means, strict=True)},
             **scores(self.examples.labels[rows], logits),
             "failed": progress.failed,
         }
@@ -229,8 +230,9 @@ class Loop:
         """Judge the test images with the weights of the best epoch, and store the logits in the last checkpoint."""
         checkpoints.load_weights(self.network, self.progress.best)
         if not self.progress.test and len(self.examples.rows("test")):
-            rows, logits = self._validation.judge("test")
+            rows, logits, features = self._validation.judge("test", keep=self.config.leakage)
             self.progress.test = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
+            self.progress.features = features
         self._checkpoint({FINISHED: True})
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:

@@ -9,13 +9,21 @@ from jobs.storage import uris
 from jobs.training.checkpoints import Progress
 from jobs.training.config import WorkerConfig
 from jobs.training.tracking import Records
+from nsnet.configuration import LossConfig
 
 LOGGED: Final = ("loss", "contrastive", "bce", "alignment", "residual_energy")
 """Values of a step, in this order."""
+PENALTY: Final = "decorrelation"
+"""One more value, before the residual energy, if it has a weight: other trainings are recorded as by older releases."""
 COLLAPSED: Final = 0.05
 """Mean residual energy ‖ũ‖/‖u‖ below which the projection has removed nearly everything."""
 UPDATE_SECONDS: Final = 1.0
 """Shortest interval between updates of the progress line."""
+
+
+def logged(loss: LossConfig) -> tuple[str, ...]:
+    """Values of a step of this objective, in this order."""
+    return (*LOGGED[:-1], PENALTY, LOGGED[-1]) if loss.decorrelation_weight > 0 else LOGGED
 
 
 class Reporter:
@@ -44,7 +52,7 @@ class Reporter:
             self._updated_at, self._uncounted = time.monotonic(), 0
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Log the values of a step, counted from 1 (`LOGGED`, and learning rates)."""
+        """Log the values of a step, counted from 1 (`logged`, and learning rates)."""
         if self._records is not None:
             self._records.step(step, values)
 
@@ -54,7 +62,7 @@ class Reporter:
             ray.get(ray.get_actor(self._board).log.remote(self._text(record)))
         if self._records is not None:
             values = {name: float(record[name]) for name in ("val_ap", "val_bce") if record[name] is not None}
-            means = {f"epoch/{name}": float(record[name]) for name in LOGGED}
+            means = {f"epoch/{name}": float(record[name]) for name in (*LOGGED, PENALTY) if name in record}
             self._records.epoch(self._progress.step, values | means)
 
     def flush(self) -> None:
@@ -69,10 +77,11 @@ class Reporter:
 
     def _text(self, record: dict[str, Any]) -> str:
         ap = "undefined" if record["val_ap"] is None else f"{record['val_ap']:.4f}"
+        penalty = f", {PENALTY} {record[PENALTY]:.3f}" if PENALTY in record else ""
         line = (
             f"train: epoch {record['epoch']}/{self._epochs}, loss {record['loss']:.4f} (contrastive "
-            f"{record['contrastive']:.3f}, bce {record['bce']:.3f}, alignment {record['alignment']:.3f}), residual "
-            f"energy {record['residual_energy']:.2f}, validation AP {ap}"
+            f"{record['contrastive']:.3f}, bce {record['bce']:.3f}, alignment {record['alignment']:.3f}{penalty}), "
+            f"residual energy {record['residual_energy']:.2f}, validation AP {ap}"
         )
         if record["failed"]:
             line += f", {record['failed']} images failed"

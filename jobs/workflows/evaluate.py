@@ -20,9 +20,11 @@ from jobs.evaluation.comparison import SAMPLES, compare, long_table
 from jobs.evaluation.curves import curves
 from jobs.evaluation.filters import decided, of_chains, of_detector, of_split
 from jobs.evaluation.verdicts import NoVerdictsError
+from jobs.pipeline.models import Models
 from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
 from jobs.storage.uris import Uri
+from jobs.workflows import leakage as sample
 from jobs.workflows.score import score
 from nsnet import alignment, bundle, transforms
 from nsnet.errors import ConfigError, SourceError
@@ -73,6 +75,7 @@ def evaluate(
     split: str | None = None,
     threshold: float | None = None,
     samples: int = SAMPLES,
+    leakage: int = 0,
     columns: tuple[str, ...] = (),
     clip_weights: Uri | None = None,
     captioner: Uri | None = None,
@@ -80,8 +83,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare.
 
-    `align`: a chain of `nsnet.alignment`; images are compared raw and aligned, and `robustness` follows it.
+    `align`: a chain of `nsnet.alignment`; images are compared raw and aligned, and `robustness` follows it. `leakage`:
+    images of the source by which it is measured what the features say of their content; 0: it is not.
     """
+    if leakage and detector is None:
+        raise ConfigError(f"--leakage {leakage}: verdicts hold no features; give a source of images and --detector")
     chains = parse_chains(robustness) if robustness is not None else ()
     if align is not None:
         alignment.parse(align)
@@ -96,17 +102,29 @@ def evaluate(
         detector_id = bundle_id
     source = None
     unread: dict[str, Any] = {"unread": [], "unread_count": 0}
+    measured = {}
     try:
         table = verdicts.read(uri)
     except NoVerdictsError as error:
-        if detector is None:
+        if detector is None or detector_id is None:
             raise SourceError(f"{error}; to score its images first, give --detector") from error
         settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
         selection = Selection(columns=columns)
         source = uri
-        table, unread = _score(uri, detector, uris.join(out, "scored"), chains, selection, settings)
-    table = of_detector(table, detector_id, uri)
-    table, rows = of_split(table, split, uri)
+        place = uris.join(out, "scored")
+        with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
+            manifest = uris.join(folder, "manifest.parquet")
+            table, unread = _score(uri, detector, place, chains, selection, settings, manifest)
+            table, rows = of_split(of_detector(table, detector_id, uri), split, uri)
+            if leakage:
+                models = Models(detector=detector, clip_weights=clip_weights)
+                drawn = sample.draw(table, leakage)
+                say(f"leakage: encoding {len(drawn):,} images again, in this process")
+                measured = {"leakage": sample.measure(manifest, drawn, uri, place, detector_id, models)}
+    else:
+        if leakage:
+            raise ConfigError(f"--leakage {leakage}: {uri} holds verdicts, which hold no features; give their source")
+        table, rows = of_split(of_detector(table, detector_id, uri), split, uri)
     if chains:
         table = of_chains(table, chains, uri)
     if threshold is not None:
@@ -124,6 +142,7 @@ def evaluate(
         **compare(table, samples=samples, pairs=partners, align=align or ""),
         "alignment": compare_aligned(table, align, samples=samples, pairs=partners) if align else None,
         "curves": curves(table),
+        **measured,
     }
     _write(result, out)
     return result
@@ -135,21 +154,28 @@ def _bundle_id(detector: Uri) -> str:
 
 
 def _score(
-    source: Uri, detector: Uri, out: Uri, chains: Sequence[str], selection: Selection, settings: dict[str, Any]
+    source: Uri,
+    detector: Uri,
+    out: Uri,
+    chains: Sequence[str],
+    selection: Selection,
+    settings: dict[str, Any],
+    manifest: str,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Verdicts on the source's current images, and its unreadable folders and containers."""
     record = score(source, detector=detector, out=out, transforms=chains, selection=selection, **settings)
     unread = {name: record[name] for name in ("unread", "unread_count")}
-    return _as_listed(verdicts.read(out), source, chains, selection), unread
+    return _as_listed(verdicts.read(out), source, chains, selection, manifest), unread
 
 
-def _as_listed(table: pa.Table, source: Uri, chains: Sequence[str], selection: Selection) -> pa.Table:
-    """The verdicts on the source's current images, with its current labels, generators and splits."""
+def _as_listed(table: pa.Table, source: Uri, chains: Sequence[str], selection: Selection, manifest: str) -> pa.Table:
+    """The verdicts on the source's current images, with its current labels, generators and splits.
+
+    `manifest`: local file for its list.
+    """
     columns = pa.schema([schema.MANIFEST.field(name) for name in ("image_id", "label", "generator", "split")])
-    with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
-        manifest = uris.join(folder, "manifest.parquet")
-        write_manifest(source, manifest, selection, transforms=("", *chains))
-        listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
+    write_manifest(source, manifest, selection, transforms=("", *chains))
+    listed = pa.Table.from_batches(parquet.read(manifest, columns), columns)
     kept = [name for name in table.column_names if name == "image_id" or name not in columns.names]
     return table.select(kept).join(listed, keys="image_id", join_type="inner")
 

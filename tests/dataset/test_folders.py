@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jobs.dataset.benchmarks import MAX_GENERATORS, recognise
 from jobs.dataset.folders import base, may_be_generator, partition
 from jobs.dataset.labels import paired_label
-from jobs.dataset.path_labels import labels_from_path
+from jobs.dataset.path_labels import labels_from_path, object_class
 
 SOURCE = "/data/mine"
 Labels = tuple[int | None, str | None, str | None]
@@ -212,3 +212,19 @@ def test_folder_says_all_that_is_known_of_its_images(folders: list[str]) -> None
     labels = labels_by(*(f"{folder}/1.png" for folder in folders))
     assert labels == labels_by(*(f"{folder}/1.png" for folder in reversed(folders)))
     assert base(("A", "Train", "b")) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("path", "generator", "expected"),
+    [
+        ("progan/airplane/0_real/1.png", "progan", "airplane"), ("train/horse/1_fake/1.png", "ProGAN", "horse"),
+        ("horse/train/1_fake/1.png", "ProGAN", None), ("sdxl/0_real/1.png", "sdxl", None),
+        ("SDXL/1_fake/1.png", "sdxl", None), ("sdxl/0_real/dog/1.png", "sdxl", "dog"),
+        ("sdxl/train/nature/dog/007/1.png", "sdxl", "dog"), ("fake/sdxl/cat/1.png", "sdxl", "cat"),
+        ("fake/sdxl/1.png", "sdxl", None), ("0_real/1.png", None, None), ("mine/cat/1.png", None, None),
+    ],
+)  # fmt: skip
+def test_object_class_is_the_folder_beside_the_label_that_is_nothing_else(
+    path: str, generator: str | None, expected: str | None
+) -> None:
+    assert object_class(path, generator) == expected

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.experiments import ablation
-from jobs.experiments.paths import PREDICTIONS_FILE, RESULT_FILE, SETTINGS_FILE
+from jobs.experiments.paths import LEAKAGE_FILE, PREDICTIONS_FILE, RESULT_FILE, SETTINGS_FILE
 from jobs.experiments.request import TrainRequest
 from jobs.storage import parquet, uris, writing
 from nsnet import metrics
@@ -41,6 +41,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
         if request.resolved().training.captions == "own":
             writing.write_json(uris.join(request.out, "detector.json"), {})
         write_predictions(request.work, skill(request.variant), request.seed)
+        if request.leakage:
+            writing.write_json(uris.join(request.work, LEAKAGE_FILE), leakage_of(request.seed))
 
     def make_split(request: TrainRequest, *_: Any) -> pa.Table:
         return pa.Table.from_pylist([], schema=schema.SPLIT)
@@ -48,6 +50,24 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr("jobs.experiments.inputs._make_split", make_split)
     return asked
+
+
+def leakage_of(seed: int) -> dict[str, Any]:
+    def probe(value: float) -> dict[str, Any]:
+        bounds = {"value": value, "low": value - 0.1, "high": value + 0.1, "permuted": 0.24}
+        return {**bounds, "chance": 0.25, "classes": 4, "images": 60, "reason": None}
+
+    undefined = {
+        **dict.fromkeys(("value", "low", "high", "chance", "permuted")),
+        "classes": 0,
+        "images": 0,
+        "reason": "no",
+    }
+    found = {"u": probe(0.8 + 0.1 * seed), "projected": probe(0.3), "caption": probe(0.9)}
+    classes = dict.fromkeys(found, undefined)
+    return {
+        "images": 60, "residual_energy": 0.5, "object_class": classes, "caption_cluster": found, "label": probe(0.55)
+    }  # fmt: skip
 
 
 def skill(variant: str) -> float:
@@ -149,6 +169,25 @@ def test_without_test_images_the_numbers_are_undefined(source: str, trained: Any
     (row,) = ablation.ablate(source, out=out, variants=("advanced",))["variants"]
     assert row["test"] is None
     assert (tmp_path / "out" / "ablation.txt").read_text().count("undefined") == len(ablation.SHOWN)
+
+
+def test_leakage_is_the_mean_over_seeds_and_has_its_own_table(source: str, trained: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = ablation.ablate(source, out=str(out), variants=VARIANTS, seeds=(0, 1), leakage=60)
+    assert {request.leakage for request in trained} == {60}
+    found = by_variant(result)["advanced"]["leakage"]
+    u = found["caption_cluster"]["u"]
+    assert (u["value"], u["low"], u["high"]) == pytest.approx((0.85, 0.75, 0.95)) and u["chance"] == 0.25
+    assert found["object_class"]["u"]["value"] is None and found["label"]["value"] == pytest.approx(0.55)
+    lines = (out / "ablation.txt").read_text().split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == list(VARIANTS)
+    assert "0.85 (0.75-0.95)" in lines[2] and "0.30 (0.20-0.40)" in lines[2]
+    assert "class: –: no" in lines and "cluster: 4 classes, chance 0.250, with permuted classes 0.240" in lines
+    # without it there is no table, and a training without it has no row in it
+    plain = ablation.ablate(source, out=str(tmp_path / "plain"), variants=("advanced",))
+    assert (
+        plain["variants"][0]["leakage"] is None and "leakage" not in (tmp_path / "plain" / "ablation.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize("variant", ["advance", "original:rank=x", "linear:3"])

@@ -32,11 +32,16 @@ OWN = DetectorConfig(
     patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power", selection="center", grey="luma", fill="black"),
     lora=LoraSettings(rank=2, alpha=0.1, dropout=0.25),
     projection=ProjectionConfig(kind="rank_k", rank=5, bank=7),
-    mapper=MapperConfig(hidden_dim=7, dropout=0.0),
+    mapper=MapperConfig(hidden_dim=7, dropout=0.0, detached=True),
     head=HeadConfig(kind="linear", hidden_dim=5, feature_dim=3),
     loss=LossConfig(
-        temperature=1 / 3, contrastive_weight=0.5, bce_weight=0.0, alignment_weight=2.0, alignment_reduction="sum"
-    ),
+        temperature=1 / 3,
+        contrastive_weight=0.5,
+        bce_weight=0.0,
+        alignment_weight=2.0,
+        alignment_reduction="sum",
+        decorrelation_weight=0.5,
+    ),  # fmt: skip
     train_backbone=True,
     normalisation="imagenet",
 )
@@ -72,7 +77,9 @@ OBJECTS = list(places(STORED, DetectorConfig))
 SETTINGS = [(*path, name) for path in OBJECTS for name in inside(STORED, path) if (*path, name) not in OBJECTS]
 
 
-LATER = [("patches", "grey"), ("patches", "fill"), ("normalisation",)]
+LATER = [
+    ("patches", "grey"), ("patches", "fill"), ("normalisation",), ("mapper", "detached"), ("loss", "decorrelation_weight")
+]  # fmt: skip
 """Settings that releases added (`config.added`)."""
 
 

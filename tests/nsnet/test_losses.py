@@ -1,7 +1,9 @@
 """The objective against loops over images, and several processes against one on the joined batch."""
 
+import itertools
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +21,15 @@ from jobs.training.collectives import DistributedGather
 from nsnet.configuration import HeadConfig, LossConfig, MapperConfig, ProjectionConfig, TrainingConfig
 from nsnet.errors import ConfigError
 from nsnet.head import ProjectionHead
-from nsnet.losses import Losses, alignment, binary_cross_entropy, objective, supervised_contrastive
+from nsnet.losses import (
+    LEAST_HSIC,
+    Losses,
+    alignment,
+    binary_cross_entropy,
+    decorrelation,
+    objective,
+    supervised_contrastive,
+)
 from nsnet.mapper import SemanticMapper
 from nsnet.network import Network
 from nsnet.nullspace import project_per_sample
@@ -198,6 +208,79 @@ def test_alignment_equals_its_formula_and_moves_the_mapper_only(reduction: Any, 
     torch.testing.assert_close(v.grad, formula, rtol=1e-12, atol=1e-14)
 
 
+# --- decorrelation
+
+
+def naive_hsic(k: Tensor, m: Tensor) -> float:
+    """HSIC₁ by its definition, the mean over all quadruples of different rows."""
+    terms = [
+        float(k[i, j] * m[i, j] + k[i, j] * m[q, r] - 2 * k[i, j] * m[i, q])
+        for i, j, q, r in itertools.permutations(range(len(k)), 4)
+    ]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("count", [4, 5, 8])
+def test_decorrelation_equals_the_loops_over_quadruples(count: int) -> None:
+    """Of centred features with a mean squared length of 1; the loops are over these as well."""
+    x, t = randn(count, 3, seed=1) + 2.0, randn(count, 2, seed=2) - 1.0
+    kernels = []
+    for features in (x, t):
+        centred = features - features.mean(dim=0)
+        kernels.append(centred @ centred.T / centred.square().sum(dim=1).mean())
+    k, m = kernels
+    own = max(naive_hsic(k, k), LEAST_HSIC) * max(naive_hsic(m, m), LEAST_HSIC)
+    assert float(decorrelation(x, t)) == pytest.approx(naive_hsic(k, m) / own**0.5, rel=1e-9)
+
+
+def test_decorrelation_of_equal_features_is_one_and_of_independent_ones_zero_on_average() -> None:
+    """The plain CKA, with biased estimates, says 0.9 of independent features of this size."""
+    independent, plain = [], []
+    for seed in range(60):
+        x, t = randn(64, 768, seed=2 * seed), randn(64, 768, seed=2 * seed + 1)
+        independent.append(float(decorrelation(x, t)))
+        k, m = ((c := value - value.mean(dim=0)) @ c.T for value in (x, t))
+        plain.append(float((k * m).sum() / (k.norm() * m.norm())))
+    error = statistics.stdev(independent) / len(independent) ** 0.5
+    assert abs(statistics.mean(independent)) < 3 * error < 0.02 and min(independent) < 0 < max(independent)
+    assert 0.85 < statistics.mean(plain) < 0.95
+    x = randn(64, 20)
+    assert float(decorrelation(x, x)) == pytest.approx(1.0, abs=1e-12)
+    half = torch.cat([x[:, :10], randn(64, 10, seed=9)], dim=1)
+    assert 0.2 < float(decorrelation(half, x)) < 0.8
+
+
+def test_length_rotation_mean_and_padding_do_not_lower_the_decorrelation() -> None:
+    x, t = randn(12, 5, seed=1), randn(12, 4, seed=2)
+    x[:, 0] += t[:, 0]
+    value = decorrelation(x, t)
+    rotation = torch.linalg.qr(randn(5, 5, seed=3)).Q
+    for other in (0.01 * x, x @ rotation, x + 7.0):
+        torch.testing.assert_close(decorrelation(other, t), value, rtol=1e-9, atol=0)
+    padded = torch.cat([x, 100 + randn(3, 5, seed=4)]), torch.cat([t, randn(3, 4, seed=5)]), torch.arange(15) < 12
+    torch.testing.assert_close(decorrelation(*padded), value, rtol=1e-10, atol=0)
+
+
+def test_gradient_of_the_decorrelation_lowers_it_and_leaves_the_captions_alone() -> None:
+    x, t = randn(16, 6, seed=1).requires_grad_(), randn(16, 6, seed=1).requires_grad_()
+    start = float(decorrelation(x, t).detach())
+    for _ in range(50):
+        (slope,) = torch.autograd.grad(decorrelation(x, t), x)
+        x = (x - 20.0 * slope).detach().requires_grad_()
+    assert start == pytest.approx(1.0) and float(decorrelation(x, t).detach()) < 0.3
+    decorrelation(x, t).backward()  # type: ignore[no-untyped-call]
+    assert t.grad is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_decorrelation_of_too_few_rows_or_of_one_caption_is_zero_with_finite_gradients(count: int) -> None:
+    few = torch.arange(9) < count
+    assert float(decorrelation(randn(9, 4), randn(9, 4, seed=1), few)) == 0.0
+    found = gradient(lambda x: decorrelation(x, randn(1, 4).expand(9, 4)), randn(9, 4, seed=1))
+    assert float(decorrelation(randn(9, 4), randn(1, 4).expand(9, 4))) == 0.0 and torch.isfinite(found).all()
+    assert torch.isfinite(gradient(lambda x: decorrelation(x, randn(9, 4), few), randn(9, 4, seed=1))).all()
+
+
 # --- the objective (eq. 21)
 
 
@@ -227,7 +310,7 @@ def naive_objective(batch: Inputs, config: LossConfig, valid: Tensor) -> list[Te
     squared = [(batch.v[i] - batch.u[i].detach()) ** 2 for i in rows]
     aligned = sum(s.mean() if config.alignment_reduction == "mean" else s.sum() for s in squared) / len(rows)
     total = config.contrastive_weight * contrastive + config.bce_weight * bce + config.alignment_weight * aligned
-    return [torch.as_tensor(value) for value in (total, contrastive, bce, aligned)]
+    return [torch.as_tensor(value) for value in (total, contrastive, bce, aligned, total.new_zeros(()))]
 
 
 CONFIGS = [
@@ -283,6 +366,16 @@ def test_without_a_contrastive_weight_cross_entropy_alone_decides_the_gradient()
     torch.testing.assert_close(batch.logit.grad, expected, rtol=1e-12, atol=1e-15)
 
 
+def test_objective_adds_the_decorrelation_by_its_weight_alone() -> None:
+    batch, t = inputs(), randn(9, 5, seed=8)
+    plain, off = objective(*batch, LossConfig()), objective(*batch, LossConfig(), projected=batch.u, text=t)
+    assert [float(loss) for loss in off] == [float(loss) for loss in plain] and float(off.decorrelation) == 0.0
+    weighted = objective(*batch, LossConfig(decorrelation_weight=0.4), projected=batch.u, text=t)
+    assert float(weighted.decorrelation) == float(decorrelation(batch.u, t)) != 0.0
+    assert float(weighted.total) == pytest.approx(float(plain.total + 0.4 * weighted.decorrelation), abs=1e-12)
+    assert float(objective(*batch, LossConfig(decorrelation_weight=0.4)).total) == float(plain.total)  # no captions
+
+
 def test_objective_without_a_mapper_has_no_alignment() -> None:
     batch = inputs()
     losses = objective(batch.f, batch.logit, batch.u, None, batch.y, LossConfig())
@@ -297,7 +390,7 @@ def test_objective_of_padding_only_is_zero_with_finite_gradients() -> None:
         leaf.requires_grad_()
     losses = objective(*batch, LossConfig(), valid=torch.zeros(9, dtype=torch.bool))
     losses.total.backward()  # type: ignore[no-untyped-call]
-    assert [loss.item() for loss in losses] == [0.0] * 4
+    assert [loss.item() for loss in losses] == [0.0] * 5
     assert all(leaf.grad is None or torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in batch[:4])
 
 
@@ -317,7 +410,8 @@ def test_objective_of_bf16_features_is_computed_in_fp32() -> None:
         {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"bce_weight": -0.1},
         {"bce_weight": math.nan}, {"alignment_weight": -0.1}, {"alignment_weight": math.nan},
         {"alignment_reduction": "max"}, {"contrastive_weight": -0.1}, {"contrastive_weight": math.nan},
-        {"contrastive_weight": 0.0, "bce_weight": 0.0},
+        {"contrastive_weight": 0.0, "bce_weight": 0.0}, {"decorrelation_weight": -0.1},
+        {"decorrelation_weight": math.nan},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
@@ -327,6 +421,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 
 # --- several processes
 
+DECORRELATED = LossConfig(decorrelation_weight=1.5)
 ROWS = 4
 """Rows of one process, B."""
 SECONDS = 120
@@ -347,10 +442,11 @@ class Small(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         self.double()
 
-    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         u, v = self.tower(x), self.mapper(text)
-        f, logit = self.head(project_per_sample(u, v))
-        return f, logit, u, v
+        projected = project_per_sample(u, v)
+        f, logit = self.head(projected)
+        return f, logit, u, v, projected
 
 
 class Case(NamedTuple):
@@ -375,11 +471,13 @@ CASES: dict[int, dict[str, Case]] = {
         "no positive at all": Case("01101001", "10001000"),
         "sum, other weights": Case("01011010", "11110110", CONFIGS[1]),
         "more contrastive": Case("01011010", "11110110", CONFIGS[3]),
+        "decorrelation": Case("01011010", "11110110", DECORRELATED),
     },
     3: {
         "all rows": Case("010110100011", "111111111111"),
         "uneven padding": Case("010110100011", "111101000011"),
         "one label per process": Case("000011110000", "111111101101", CONFIGS[1]),
+        "decorrelation": Case("010110100011", "111101000011", DECORRELATED),
     },
 }
 
@@ -388,9 +486,9 @@ def step(model: nn.Module, case: Case, rows: slice, gather: Any = None) -> Losse
     """Losses and gradients of some rows of the global batch."""
     model.zero_grad(set_to_none=True)
     x, text, y, valid = (value[rows] for value in case.tensors())
-    f, logit, u, v = model(x, text)
+    f, logit, u, v, projected = model(x, text)
     options = {"gather": gather} if gather else {}
-    losses = objective(f, logit, u, v, y, case.config, valid=valid, **options)
+    losses = objective(f, logit, u, v, y, case.config, valid=valid, projected=projected, text=text, **options)
     losses.total.backward()  # type: ignore[no-untyped-call]
     return losses
 
@@ -430,8 +528,9 @@ def trained(
     options = {"gather": gather} if gather else {}
     mine = Batch(*(value[rows] for value in batch if value is not None))
     losses, _ = training_step(
-        model, mine, build_optimizer(network, config), LossConfig(), config, seed=20_261_231 * 1_000_003, **options
+        model, mine, build_optimizer(network, config), DECORRELATED, config, seed=20_261_231 * 1_000_003, **options
     )
+    assert float(losses.decorrelation) != 0.0
     return {
         "losses": torch.stack(list(losses)),
         "gradients": {key: of(parameter).clone() for key, parameter in network.named_parameters()},

@@ -211,6 +211,76 @@ def test_without_a_mapper_the_raw_caption_is_removed_and_there_is_no_alignment()
     torch.testing.assert_close(losses.total, losses.contrastive + 0.2 * losses.bce)
 
 
+# --- mapped and raw; a detached mapper
+
+RAW_TOO = replace(models.FROZEN, projection=ProjectionConfig(kind="mapped_and_raw"))
+DETACHED = replace(models.FROZEN, mapper=replace(models.FROZEN.mapper, detached=True))
+
+
+def test_what_is_left_is_orthogonal_to_the_mapped_and_to_the_raw_caption() -> None:
+    text = randn(5, DIM, seed=4)
+    built = network(RAW_TOO)
+    out = forward(built, text)
+    assert out.semantic is not None
+    for removed in (text, out.semantic):
+        assert nn.functional.cosine_similarity(out.projected, removed).abs().max() < 1e-12
+        assert nn.functional.cosine_similarity(out.image, removed).abs().max() > 1e-3
+    rows = zip(out.image.detach().numpy(), out.semantic.detach().numpy(), text.numpy(), strict=True)
+    expected = np.stack([without_span(u, [v, t]) for u, v, t in rows])
+    np.testing.assert_allclose(out.projected.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
+    # each of the two alone leaves a part of the other
+    for config in (models.FROZEN, NO_MAPPER):
+        alone = forward(network(config), text).projected
+        cosines = [nn.functional.cosine_similarity(alone, removed).abs().max() for removed in (text, out.semantic)]
+        assert max(cosines) > 1e-3
+
+
+def test_mapped_and_raw_caption_without_a_mapper_are_one_direction() -> None:
+    text = randn(5, DIM, seed=4)
+    raw_too = replace(NO_MAPPER, projection=RAW_TOO.projection)
+    torch.testing.assert_close(
+        forward(network(raw_too), text).projected, forward(network(NO_MAPPER), text).projected, rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("projection", [ProjectionConfig(), RAW_TOO.projection, rank_k(3, BANK).projection])
+def test_detached_mapper_gets_no_gradient_of_the_detection_losses(projection: ProjectionConfig) -> None:
+    text, y = randn(5, DIM, seed=4), torch.arange(5) % 2
+    built = [network(replace(config, projection=projection)) for config in (models.FROZEN, DETACHED)]
+    assert torch.equal(forward(built[0], text).logit, forward(built[1], text).logit)  # it says the same
+
+    def gradients(net: Network, **weights: float) -> dict[str, Tensor | None]:
+        net.zero_grad(set_to_none=True)
+        net.requires_grad_(True)
+        out = forward(net, text)
+        loss = LossConfig(**weights)
+        losses = objective(
+            out.features, out.logit, out.image, out.semantic, y, loss, projected=out.projected, text=text
+        )  # fmt: skip
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+    detection: Any = {"contrastive_weight": 1.0, "bce_weight": 0.5, "decorrelation_weight": 0.5}
+    attached, detached = (gradients(net, **detection, alignment_weight=0.0) for net in built)
+    for name, gradient in detached.items():
+        if name.startswith("mapper."):
+            assert attached[name] is not None and attached[name].abs().max() > 0, name  # type: ignore[union-attr]
+            assert gradient is None or torch.equal(gradient, torch.zeros_like(gradient)), name
+        else:
+            torch.testing.assert_close(gradient, attached[name], rtol=0, atol=0)
+    with_alignment = gradients(built[1], **detection, alignment_weight=0.3)
+    alone = gradients(built[0], contrastive_weight=0.0, bce_weight=1e-300, alignment_weight=0.3)
+    for name in (name for name in alone if name.startswith("mapper.")):
+        torch.testing.assert_close(with_alignment[name], alone[name], rtol=1e-10, atol=1e-14)
+
+
+def test_detached_mapper_without_an_alignment_is_refused() -> None:
+    with pytest.raises(ConfigError, match="alignment_weight is 0: give it a weight > 0, or set mapper.detached=false"):
+        replace(DETACHED, loss=LossConfig(alignment_weight=0.0))
+    for config in (NO_MAPPER, GLOBAL):  # there is no mapper to train
+        replace(config, mapper=replace(config.mapper, detached=True), loss=LossConfig(alignment_weight=0.0))
+
+
 # --- global, none
 
 
@@ -275,6 +345,7 @@ def test_as_many_directions_as_dimensions_are_refused(kind: Any, rank: int) -> N
     ("projection", "needs_captions", "fitted"),
     [
         (ProjectionConfig(), True, True),
+        (ProjectionConfig(kind="mapped_and_raw"), True, True),
         (ProjectionConfig(kind="none"), False, True),
         (ProjectionConfig(kind="global"), False, False),
         (ProjectionConfig(kind="global", rank=1), False, True),

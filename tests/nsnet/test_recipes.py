@@ -1,7 +1,7 @@
 """Recipes: the tiny one, the paper's, and any model of open_clip by its name."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import open_clip
@@ -148,7 +148,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(recipe: recipes.Recipe) -> dict[str, Any]:
-    return flat({"detector": to_dict(recipe.detector), "training": to_dict(recipe.training)})
+    return flat({"detector": asdict(recipe.detector), "training": asdict(recipe.training)})
 
 
 NO_ALIGNMENT = {"detector.loss.alignment_weight": 0.0}
@@ -174,6 +174,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "no-projection": {"detector.projection.kind": "none", **NO_ALIGNMENT},
     "no-mapper": {"detector.mapper.hidden_dim": 0, **NO_ALIGNMENT},
     "no-alignment": NO_ALIGNMENT,
+    "mapper-detached": {"detector.mapper.detached": True},
+    "raw-after-mapped": {"detector.projection.kind": "mapped_and_raw"},
+    "decorrelated": {"detector.loss.decorrelation_weight": 1.0},
+    "decorrelated:0.3": {"detector.loss.decorrelation_weight": 0.3},
     "constant-caption": {"training.captions": "constant"},
     "shuffled-captions": {"training.captions": "shuffled"},
 }
@@ -220,10 +224,9 @@ def test_variant_of_a_variant_starts_from_its_settings() -> None:
     ],
 )  # fmt: skip
 def test_unknown_variant_is_refused_with_the_known_ones(name: str) -> None:
-    known = "advanced, original, linear, rank-k, no-projection, no-mapper, no-alignment, constant-caption, shuffled"
-    with pytest.raises(
-        ConfigError, match=f"unknown variant .*: choose {known}.*, original:RULE, linear:resize or rank-k:K"
-    ) as caught:
+    known = ", ".join(recipes.VARIANTS)
+    ways = "original:RULE, linear:resize, rank-k:K or decorrelated:WEIGHT"
+    with pytest.raises(ConfigError, match=f"unknown variant .*: choose {known}, {ways}") as caught:
         recipes.variant(recipes.TINY, name)
     assert repr(name) in models.one_line(caught.value)
 
@@ -238,6 +241,8 @@ def test_unknown_variant_is_refused_with_the_known_ones(name: str) -> None:
         ("linear:center", "'center' is no input"), ("linear:rank=3", "'rank=3' is no input"),
         ("rank-k:x", "'x' is not a number of directions: give rank-k:4"), ("rank-k:-3", "is not a number"),
         ("rank-k:2.5", "is not a number"), ("rank-k:1", "rank_k needs rank ≥ 2"), ("rank-k:0", "rank_k needs rank ≥ 2"),
+        ("decorrelated:", "'' is not a weight > 0: give decorrelated:1"), ("decorrelated:0", "is not a weight > 0"),
+        ("decorrelated:nan", "is not a weight"), ("decorrelated:x", "is not a weight"),
     ],
 )  # fmt: skip
 def test_setting_of_a_variant_that_makes_no_sense_is_refused(name: str, message: str) -> None:

@@ -242,3 +242,35 @@ def test_training_stops_after_epochs_without_a_better_one_and_keeps_the_best(
     best = checkpoints.read_progress(reports.checkpoint(second), DIGEST).best
     assert all(torch.equal(kept.progress.best[name], value) for name, value in best.items())
     assert all(torch.equal(kept.network.state_dict()[name].cpu(), value) for name, value in best.items())
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 99])
+def test_features_of_test_images_are_kept_if_they_are_wanted(
+    wanted: int, make: Callable[..., Loop], reports: Reports
+) -> None:
+    failing = VAL_ROWS[-1] + 1
+    trained = make(Images([failing]), failed_share=0.5, epochs=1)
+    trained = replace(trained, config=replace(trained.config, leakage=wanted))
+    assert trained.run() is None
+    last = checkpoints.read_progress(reports.checkpoint(len(reports.metrics) - 1), DIGEST)
+    if not wanted:
+        assert last.features == {}
+        return
+    rows = last.test[checkpoints.ROWS][:wanted]
+    assert len(rows) == 3 and failing not in rows
+    assert EXAMPLES.text_features is not None
+    trained.network.eval()
+    with torch.inference_mode():
+        out = trained.network(torch.from_numpy(MOSAICS[rows]), torch.from_numpy(EXAMPLES.text_features[rows]))
+    torch.testing.assert_close(last.features["image"], out.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last.features["projected"], out.projected, rtol=1e-4, atol=1e-5)
+
+
+def test_penalty_is_recorded_only_where_it_has_a_weight(make: Callable[..., Loop], reports: Reports) -> None:
+    plain = make(epochs=1)
+    penalised = replace(make(epochs=1), loss=replace(FROZEN.loss, decorrelation_weight=0.5))
+    assert plain.run() is None and penalised.run() is None
+    (before,), (after,) = plain.progress.history, penalised.progress.history
+    assert after.keys() - before.keys() == {"decorrelation"} and before.keys() <= after.keys()
+    parts = after["contrastive"] + 0.2 * after["bce"] + 0.3 * after["alignment"] + 0.5 * after["decorrelation"]
+    assert after["loss"] == pytest.approx(parts, abs=1e-5) and 0.0 < after["residual_energy"] < 1.0
