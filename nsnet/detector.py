@@ -21,15 +21,7 @@ from torch import nn
 from nsnet import bundle
 from nsnet.calibration import Calibration, Label
 from nsnet.captioner import Captioner
-from nsnet.clip import (
-    Clip,
-    add_lora,
-    fuse_attention,
-    has_lora,
-    load_clip,
-    merge_lora,
-    save_lora,
-)
+from nsnet.clip import Clip, load_clip
 from nsnet.clip_weights import find_weights
 from nsnet.config import from_dict, to_dict
 from nsnet.configuration import DetectorConfig, Precision, config_of, resolved
@@ -43,6 +35,7 @@ from nsnet.errors import (
 )
 from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
+from nsnet.lora import add_lora, fuse_attention, has_lora, merge_lora, save_lora
 from nsnet.model_size import ModelSize
 from nsnet.network import Network, residual_energy
 from nsnet.patches import SCORING_SEED, assemble_mosaic
