@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
-from jobs.console.parameters import WorkersType
+from jobs.console.parameters import RECIPES, WorkersType
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
 
@@ -13,8 +13,13 @@ from jobs.storage.uris import Uri
 @click.command()
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the detector bundle.")
-@click.option("--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, or an open_clip MODEL[:TAG].")
-@click.option("--variant", default="advanced", show_default=True, help="advanced, original[:RULE], linear, rank-k[:K].")
+@click.option("--recipe", default="tiny", show_default=True, help=RECIPES)
+@click.option(
+    "--variant",
+    default="advanced",
+    show_default=True,
+    help="advanced, original[:RULE], linear, rank-k[:K], …; on a tower without text only linear and no-projection.",
+)
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
 @click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")
 @click.option("--batch-size", type=int, default=None, help="Images per step over all workers; default: the recipe's.")

@@ -1,4 +1,4 @@
-"""Builds, loads and saves CLIP towers from open_clip.
+"""Builds, loads and saves CLIP towers from open_clip, and image towers without text (`timm_towers`).
 
 Dimensions: B images or texts, M image side in pixels, D embedding.
 
@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nsnet import imports, model_files, weight_formats
+from nsnet import imports, model_files, timm_towers, weight_formats
 from nsnet.clip_weights import CONFIG_FILE, WEIGHTS_FILE
-from nsnet.configuration import ClipConfig, Precision
+from nsnet.configuration import TIMM, ClipConfig, Precision
 from nsnet.digest import weights_digest
 from nsnet.errors import ConfigError, NsnetError, WeightsError
 from nsnet.model_size import ModelSize
@@ -35,7 +35,10 @@ its own; most captions of BLIP have fewer than 16 tokens."""
 
 
 class Clip:
-    """An open_clip model with its tokenizer, input size, normalisation and embedding size."""
+    """An open_clip model with its tokenizer, input size, normalisation and embedding size.
+
+    An image tower of timm has neither text tower nor tokenizer (None): captions raise `ConfigError`.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: ClipConfig) -> None:
         open_clip = imports.open_clip()
@@ -95,6 +98,8 @@ class Clip:
         return type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.config.model} has no text tower: choose a detector that needs no captions")
         return cast(Tensor, self.tokenizer(list(captions)))
 
     def _encode_short(self, tokens: Tensor) -> Tensor:
@@ -148,30 +153,31 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
             torch.manual_seed(config.seed)
             if weights is not None and weights.is_dir():
                 with model_files.opened(weights, "clip") as folder:
-                    return _load_folder(folder, config)
+                    return _load_folder(folder, config, origin=weights)
+            if not config.has_text:
+                return Clip(timm_towers.build(config, weights), None, config)
+            preprocess = _normalisation(config)
             if config.architecture is not None:
-                model = open_clip.CLIP(**config.architecture)
-                open_clip.set_model_preprocess_cfg(
-                    model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-                )
+                parts = dict(config.architecture)
+                kind = open_clip.CustomTextCLIP if parts.pop("custom_text", False) else open_clip.CLIP
+                model = kind(**parts)
+                open_clip.set_model_preprocess_cfg(model, preprocess)
                 if weights is not None:
                     open_clip.load_checkpoint(model, str(weights))
                 context = config.architecture.get("text_cfg", {}).get("context_length")
                 return Clip(model, open_clip.get_tokenizer("ViT-B-32", context_length=context), config)
-            # a file does not contain the normalisation of images; the tag of its weights determines it (SigLIP: 0.5)
-            named = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
             model = open_clip.create_model(
                 config.model,
                 pretrained=str(weights) if weights else None,
                 require_pretrained=weights is not None,
-                force_preprocess_cfg={key: named[key] for key in ("mean", "std") if key in named},
+                force_preprocess_cfg=preprocess,
             )
         return Clip(model, open_clip.get_tokenizer(config.model), config)
     except NsnetError:
         raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"cannot build CLIP {config.model} from {weights}: the file is damaged or holds other objects than "
+            f"cannot build {config.model} from {weights}: the file is damaged or holds other objects than "
             "tensors, which are refused for safety"
         ) from error
     except Exception as error:  # for a damaged file torch, safetensors and open_clip raise many kinds of exceptions
@@ -181,15 +187,43 @@ def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
                 "it holds weights of transformers' CLIPModel or SiglipModel; give weights in open_clip's format, such "
                 f"as the {WEIGHTS_FILE} of the same model on the hub"
             )
-        raise WeightsError(f"cannot build CLIP {config.model} from {weights or 'a seed'}: {message}") from error
+        raise WeightsError(f"cannot build {config.model} from {weights or 'a seed'}: {message}") from error
 
 
-def _load_folder(folder: Path, config: ClipConfig) -> Clip:
-    """Build the towers from a checked folder in open_clip's format."""
+def _normalisation(config: ClipConfig) -> dict[str, Any]:
+    """Mean and standard deviation of the images that the weights of a model were trained on (SigLIP, PE: 0.5).
+
+    Neither a file of weights nor an architecture contains them; the tag of the weights determines them. Random weights
+    take those of the model's first tag.
+    """
     open_clip = imports.open_clip()
+    tag = config.pretrained or next(iter(open_clip.list_pretrained_tags_by_model(config.model)), None)
+    named = open_clip.get_pretrained_cfg(config.model, tag) if tag else {}
+    return {
+        "mean": named.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        "std": named.get("std", open_clip.OPENAI_DATASET_STD),
+    }
+
+
+def _load_folder(folder: Path, config: ClipConfig, origin: Path) -> Clip:
+    """Build the towers from a checked folder in open_clip's format; `origin` is named in errors."""
+    open_clip = imports.open_clip()
+    described = json.loads((folder / CONFIG_FILE).read_text())
+    model_cfg = described["model_cfg"]
+    if not config.has_text:
+        name = model_cfg["vision_cfg"].get("timm_model_name")
+        if "text_cfg" in model_cfg or config.model != f"{TIMM}{name}":
+            raise WeightsError(
+                f"{origin} holds weights of {name or 'another model'}, not of {config.model}: give its folder"
+            )
+        tower = timm_towers.build(config, folder / WEIGHTS_FILE)
+        open_clip.set_model_preprocess_cfg(tower, described["preprocess_cfg"])
+        return Clip(tower, None, config)
+    if "text_cfg" not in model_cfg:
+        raise WeightsError(f"{origin} holds an image tower without text, not {config.model}: give its folder")
     name = f"local-dir:{folder}"
     model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True)
-    model.nsnet_architecture = json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
+    model.nsnet_architecture = model_cfg
     own_tokenizer = model.nsnet_architecture["text_cfg"].get("hf_tokenizer_name")
     restrictions = {"trust_remote_code": False, "local_files_only": True} if own_tokenizer else {}
     return Clip(model, open_clip.get_tokenizer(name, **restrictions), config)

@@ -1,19 +1,37 @@
-"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error."""
+"""Converts frozen dataclasses to JSON and back; an unknown or missing setting is an error.
+
+Ids are computed from this JSON. A setting that a release adds is `added`: it is left out while it has its default, so
+that settings of older releases can be read, and keep their ids.
+"""
 
 import dataclasses
 import json
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from nsnet.errors import ConfigError
 
 T = TypeVar("T")
 
+_ADDED: Final = "added"
+
+
+def added(default: Any) -> Any:
+    """Field of a dataclass that older releases do not know: JSON without it means the default."""
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a nested dataclass to JSON-ready dictionaries."""
-    return dataclasses.asdict(config)
+    """Convert a nested dataclass to JSON-ready dictionaries, without added settings that have their default."""
+    values = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if _ADDED in field.metadata and value == field.default:
+            del values[field.name]
+        elif dataclasses.is_dataclass(value):
+            values[field.name] = to_dict(value)
+    return values
 
 
 def from_dict(kind: type[T], values: Any, where: str = "") -> T:
@@ -22,12 +40,12 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, got {type(values).__name__}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
-    if names != set(values):
-        raise ConfigError(
-            f"{where}: unknown settings {sorted(set(values) - names)}, missing settings {sorted(names - set(values))}"
-        )
-    return kind(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in names})
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    unknown = set(values) - {field.name for field in fields}
+    missing = {field.name for field in fields if _ADDED not in field.metadata} - set(values)
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

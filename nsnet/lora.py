@@ -75,7 +75,7 @@ class SplitAttention(nn.Module):
 
 
 class SplitQkv(nn.Module):
-    """timm's fused `qkv` linear as three linears; (B, T, E) -> (B, T, 3E). SigLIP towers are timm models."""
+    """timm's fused `qkv` linear as three linears; (B, T, E) -> (B, T, 3E). Used by SigLIP, PE and DINOv3."""
 
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _attention_slots(visual: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[tuple[nn.Module, str]]:
     """(parent, attribute) of the self-attention projections of every block; pooling layers are not blocks.
 
-    EVA blocks are left out: they keep the biases of q and v outside `qkv` and read its weight directly.
+    Blocks are left out that keep biases of q and v outside `qkv` and read its weight directly.
     """
     return [
         (parent, name)
@@ -119,23 +119,62 @@ def _attention_slots(visual: nn.Module, kinds: tuple[type[nn.Module], ...]) -> l
     ]
 
 
+def _timm_blocks(visual: nn.Module) -> list[Any]:
+    """Attention modules of timm whose code can use three linears, `PROJECTIONS`, instead of `qkv` (None)."""
+    from timm.layers.attention import AttentionRope  # slow to import, but only before the first tower was built
+    from timm.models.eva import EvaAttention
+
+    return [module for module in visual.modules() if isinstance(module, EvaAttention | AttentionRope)]
+
+
+def _eva_blocks(visual: nn.Module) -> list[Any]:
+    """Those of them that keep biases outside `qkv`."""
+    return [block for block in _timm_blocks(visual) if getattr(block, "k_bias", None) is not None]
+
+
+def _split_eva(attention: Any) -> None:
+    """Give an EVA block the three linears that timm's own code uses if there is no `qkv`; k has no bias."""
+    biases = (attention.q_bias, None, attention.v_bias)
+    for name, weight, bias in zip(PROJECTIONS, attention.qkv.weight.detach().chunk(3), biases, strict=True):
+        setattr(attention, name, _linear(weight, bias))
+    attention.qkv = attention.q_bias = attention.v_bias = None
+
+
+def _fuse_eva(attention: Any) -> None:
+    """Undo `_split_eva`."""
+    attention.qkv = _linear(torch.cat([getattr(attention, name).weight.detach() for name in PROJECTIONS]), None)
+    attention.q_bias, attention.v_bias = attention.q_proj.bias, attention.v_proj.bias
+    for name in PROJECTIONS:
+        setattr(attention, name, None)
+
+
 def split_attention(visual: nn.Module) -> int:
-    """Split the fused q, k, v projections of an image tower, in place; features stay equal. Returns their number."""
+    """Split the fused q, k, v projections of an image tower, in place; features stay equal.
+
+    Returns the number of blocks with three projections. Raises `ConfigError` if there are none.
+    """
     slots = _attention_slots(visual, (nn.MultiheadAttention, nn.Linear))
     for parent, name in slots:
         fused = getattr(parent, name)
         setattr(parent, name, SplitQkv(fused) if isinstance(fused, nn.Linear) else SplitAttention(fused))
-    if not slots:
+    for attention in _eva_blocks(visual):
+        _split_eva(attention)
+    # a few towers of timm have three linears from the start
+    blocks = len(slots) + sum(block.qkv is None for block in _timm_blocks(visual))
+    if not blocks:
         raise ConfigError(
-            f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block that can be split"
+            f"LoRA needs a vision transformer; {type(visual).__name__} has no attention block that can be split: set "
+            "detector.lora.rank=0"
         )
-    return len(slots)
+    return blocks
 
 
 def fuse_attention(visual: nn.Module) -> None:
     """Undo `split_attention`, in place, with the current weights."""
     for parent, name in _attention_slots(visual, (SplitAttention, SplitQkv)):
         setattr(parent, name, getattr(parent, name).fuse())
+    for attention in _eva_blocks(visual):
+        _fuse_eva(attention)
 
 
 def add_lora(visual: nn.Module, settings: LoraSettings) -> "PeftModel":

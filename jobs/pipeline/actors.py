@@ -29,7 +29,7 @@ from nsnet.errors import (
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captioner import Captioner
-    from nsnet.configuration import CaptionerConfig, ClipConfig
+    from nsnet.configuration import CaptionerConfig, DetectorConfig
     from nsnet.detector import Detector
     from nsnet.text_features import TextFeatures
 
@@ -163,7 +163,7 @@ class Embed:
     name: ClassVar = "embedding"
 
     def __init__(
-        self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
+        self, models: Models, config: "DetectorConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
     ) -> None:
         self.models, self.config = models, config
         self.schema, self.batch_size, self.report = schema, batch_size, report
@@ -177,13 +177,12 @@ class Embed:
         import torch
 
         from nsnet.clip import load_clip
-        from nsnet.clip_weights import find_weights
         from nsnet.precision import use_matrix_units
         from nsnet.text_features import TextFeatures
 
         self.models.use_threads()
         use_matrix_units(torch.device(self.models.device))
-        clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))
+        clip = load_clip(*self.models.text_tower(self.config))
         clip.model.to(self.models.device)
         return TextFeatures(clip, self.batch_size)
 
@@ -229,14 +228,14 @@ class Score:
             models.use_threads()
             detector = Detector.load(
                 models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
-                clip_weights=models.clip_path(), captioner=False,
+                clip_weights=models.clip_path(), text_weights=models.text_path(), captioner=False,
             )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(
                 f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "
                 f"{models.detector_id}"
             )
-        detector.text_features = TextFeatures(detector.clip, self.batch_size)
+        detector.text_features = TextFeatures(detector.text_clip, self.batch_size)
         return detector
 
     def __call__(self, table: pa.Table) -> pa.Table:

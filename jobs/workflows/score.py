@@ -36,6 +36,7 @@ def score(
     wait: bool = False,
     outage_seconds: float = OUTAGE_SECONDS,
     clip_weights: Uri | None = None,
+    text_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
@@ -68,6 +69,7 @@ def score(
         settings={
             "limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner,
             # unknown to unfinished runs of older releases
+            **({"text_weights": text_weights} if text_weights is not None else {}),
             **({"precision": precision} if precision != "auto" else {}),
             **({"trust_list": hashlib.sha256(anchors.encode()).hexdigest()} if anchors else {}),
         },
@@ -76,6 +78,7 @@ def score(
     models = Models(
         detector=detector,
         clip_weights=clip_weights,
+        text_weights=text_weights,
         captioner=captioner,
         detector_id=description.detector_id,
         reuse=reuse,

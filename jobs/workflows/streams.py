@@ -44,6 +44,8 @@ def scoring(
     if not (models.bundle_folder() / bundle.CLIP).is_dir():
         find_weights(config.clip, models.clip_path())
     captioned = config.projection.needs_captions
+    if captioned and config.text is not None and not (models.bundle_folder() / bundle.TEXT).is_dir():
+        models.text_tower(config)
     if captioned:
         folder = models.captioner_folder(config.captioner)
         models = replace(models, captioner_id=captioner_id(config.captioner, folder))
@@ -95,7 +97,7 @@ def captioning(
         common = (images.batch_size, images.report)
         return images.through(
             partial(Caption, images.models, config.captioner, CAPTIONING_COLUMNS, *common),
-            partial(Embed, images.models, config.clip, schema.CAPTIONS, *common),
+            partial(Embed, images.models, config, schema.CAPTIONS, *common),
         )
 
     return Work(

@@ -42,6 +42,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
     (root / "clip" / clip_weights.CONFIG_FILE).write_text(json.dumps(described))
     lora.save_lora(lora.add_lora(clip.load_clip(SMALL).visual, lora.LoraSettings(rank=2)), root / "lora")
+    shutil.copytree(root / "clip", root / "text")
     return root
 
 
@@ -55,7 +56,7 @@ def use(folder: Path) -> None:
     """Load a folder as its kind is loaded."""
     if folder.name == "captioner":
         Captioner.load(TINY, folder)
-    elif folder.name == "clip":
+    elif folder.name in ("clip", "text"):
         clip.load_clip(SMALL, folder)
     else:
         lora.merge_lora(clip.load_clip(SMALL).visual, folder)
