@@ -52,6 +52,8 @@ def _open_clip(name: str, vision: dict[str, Any], **text: Any) -> ClipConfig:
     config = open_clip.get_model_config(name)
     sizes = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408}  # of open_clip's own tokenizer
     tower, captions = {**config["vision_cfg"], **vision}, {**config["text_cfg"], **sizes, **text}
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # the hub is out of reach
+        captions.pop(key, None)
     architecture = {**config, "embed_dim": 48, "vision_cfg": tower, "text_cfg": captions}
     return ClipConfig(model=name, pretrained=None, architecture=architecture)
 
