@@ -168,6 +168,16 @@ def test_bundle_whose_named_tower_has_other_weights_is_refused(kind: str, tmp_pa
     assert named[kind].model in models.one_line(caught.value)
 
 
+def test_bank_of_captions_has_the_dimension_of_the_separate_text_tower() -> None:
+    config = recipes.variant(two_towers(), "rank-k:3").detector
+    detector = Detector.build(replace(config, projection=replace(config.projection, bank=5)))
+    bank = detector.network.get_buffer("caption_bank")
+    assert bank.shape == (5, 32)
+    bank.copy_(detector.text_features.of(["a", "b", "c", "d", "e"]))
+    scores = detector.score(models.mosaics(4), CAPTIONS)
+    assert ((scores.residual_energy > 0) & (scores.residual_energy < 1)).all()
+
+
 def test_mapper_between_two_spaces_has_a_learned_skip_and_the_papers_none() -> None:
     paper, between = SemanticMapper(48, MapperConfig()), SemanticMapper(48, MapperConfig(dropout=0.0), text_dim=32)
     assert not list(paper.skip.parameters()) and list(paper.state_dict()) == [
