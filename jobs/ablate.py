@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
-from jobs.console.parameters import WorkersType
+from jobs.console.parameters import RECIPES, WorkersType
 from jobs.experiments.request import COMPARED_VARIANTS
 from jobs.storage.uris import Uri
 from nsnet.errors import ConfigError
@@ -14,10 +14,13 @@ from nsnet.errors import ConfigError
 @click.command()
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI for the trainings and the table.")
+@click.option("--recipe", default="tiny", show_default=True, help=RECIPES)
 @click.option(
-    "--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, dgs-net, or an open_clip MODEL[:TAG]."
+    "--variant",
+    "variants",
+    multiple=True,
+    help=f"Repeatable; default, where the recipe's towers allow them: {', '.join(COMPARED_VARIANTS)}.",
 )
-@click.option("--variant", "variants", multiple=True, help=f"Repeatable; default: {', '.join(COMPARED_VARIANTS)}.")
 @click.option("--seeds", default="0", show_default=True, help="Seeds of weights and image order, such as 0,1,2.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of the one split of all trainings.")
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
@@ -50,7 +53,7 @@ def command(source: Uri, variants: tuple[str, ...], seeds: str, **options: Any) 
         seed_numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise ConfigError(f"--seeds {seeds}: give numbers such as 0,1,2") from None
-    ablate(source, variants=variants or COMPARED_VARIANTS, seeds=seed_numbers, limits=limits, **options)
+    ablate(source, variants=variants, seeds=seed_numbers, limits=limits, **options)
     return 0
 
 

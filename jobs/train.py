@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs.console import main, parameters
-from jobs.console.parameters import WorkersType
+from jobs.console.parameters import RECIPES, WorkersType
 from jobs.experiments.request import TrainRequest
 from jobs.storage.uris import Uri
 
@@ -13,11 +13,12 @@ from jobs.storage.uris import Uri
 @click.command()
 @click.argument("source", type=parameters.URI)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI of the detector bundle.")
+@click.option("--recipe", default="tiny", show_default=True, help=RECIPES)
 @click.option(
-    "--recipe", default="tiny", show_default=True, help="tiny, vit-l-14, dgs-net, or an open_clip MODEL[:TAG]."
-)
-@click.option(
-    "--variant", default="advanced", show_default=True, help="advanced, original[:RULE], linear[:resize], rank-k[:K]."
+    "--variant",
+    default="advanced",
+    show_default=True,
+    help="advanced, original[:RULE], linear[:resize], rank-k[:K], …; without a text tower linear and no-projection.",
 )
 @click.option("--workers", type=WorkersType(), default="1", show_default=True, help="Training processes: N, or 2-8.")
 @click.option("--epochs", type=int, default=None, help="Passes over the images; default: the recipe's.")

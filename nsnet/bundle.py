@@ -5,6 +5,7 @@
     network.safetensors      mapper, head, semantic basis
     lora/                    the adapters in peft's format
     clip/                    CLIP in open_clip's format, only if it has no public source or the whole tower was trained
+    text/                    the model of a separate text tower in open_clip's format, only if it has random weights
     captioner/               BLIP in transformers' format, only if it has no public source
 
 `detector.json` is written last: a folder without it is not a bundle. A file that it does not list is refused, because a
@@ -36,8 +37,11 @@ CARD: Final = "MODEL_CARD.md"
 NETWORK: Final = "network.safetensors"
 LORA: Final = "lora"
 CLIP: Final = "clip"
+TEXT: Final = "text"
 CAPTIONER: Final = "captioner"
 
+DIGESTS: Final = "+"
+"""Between the digests of image tower and separate text tower."""
 MAX_FILES: Final = 100
 MAX_DESCRIPTION_BYTES: Final = 2**24
 _NETWORK: Final = Content(tensors=True, max_bytes=2**32)
@@ -54,7 +58,7 @@ class Description:
     training: dict[str, Any]
     """Data, split, settings and validation numbers; {} for an untrained detector."""
     clip_digest: str
-    """`Clip.digest` of the base weights; other weights are refused."""
+    """`Clip.digest` of the base weights, with that of a separate text tower as IMAGE+TEXT; others are refused."""
     files: dict[str, str]
     """Path in the bundle -> SHA-256."""
     format_version: int = FORMAT_VERSION

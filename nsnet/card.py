@@ -43,11 +43,15 @@ def _method(config: dict[str, Any]) -> str:
     )
 
 
+def _tower(config: dict[str, Any]) -> str:
+    return f"{config['model']}, weights {config['pretrained'] or 'seeded random'}"
+
+
 def _parts(config: dict[str, Any], calibration: dict[str, Any]) -> str:
     clip, captioner, projection = config["clip"], config["captioner"], config["projection"]
     captions = projection["kind"] in ("per_sample", "mapped_and_raw", "rank_k")
     rows = [
-        ("image and text towers", f"{clip['model']}, weights {clip['pretrained'] or 'seeded random'}"),
+        ("image and text towers", " + ".join(_tower(tower) for tower in (clip, config.get("text")) if tower)),
         ("projection", _projection(config)),
         (
             "captioner",

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nsnet import hub, imports
-from nsnet.configuration import ClipConfig
+from nsnet.configuration import TIMM, ClipConfig
 from nsnet.digest import file_digest
 from nsnet.errors import ConfigError, WeightsError
 
@@ -15,6 +15,12 @@ PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 CONFIG_FILE: Final = "open_clip_config.json"
+CLIP_WEIGHTS: Final = "--clip-weights"
+TEXT_WEIGHTS: Final = "--text-weights"
+"""Options that name local weights, for errors."""
+TIMM_WEIGHTS_FILE: Final = "model.safetensors"
+TOKENIZER_FILE: Final = "tokenizer_config.json"
+"""The file of a tokenizer that every one has."""
 
 
 def known_models() -> list[str]:
@@ -30,23 +36,76 @@ def activation_fits(model: str, tag: str) -> bool:
     return bool(trained_with) == bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
 
 
-def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None:
+def timm_settings(config: ClipConfig) -> Any:
+    """timm's settings of a tower and its weights (`PretrainedCfg`). Raises `ConfigError` for an unknown name or tag."""
+    timm = imports.timm()
+    name = config.model.removeprefix(TIMM)
+    if not timm.is_model(name) or "." in name:
+        raise ConfigError(f"timm has no model {name!r}: choose one of timm.list_models()")
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{name}.*", pretrained=True)]
+    if config.pretrained is not None and config.pretrained not in tags:
+        raise ConfigError(
+            f"timm has no weights {config.pretrained!r} for {name}; its tags: {', '.join(tags) or 'none'}"
+        )
+    settings = timm.get_pretrained_cfg(f"{name}.{config.pretrained}" if config.pretrained else name)
+    if settings is None:
+        raise ConfigError(f"timm does not say what images {name} takes: choose a model that has published weights")
+    return settings
+
+
+def find_weights(config: ClipConfig, weights: Path | None = None, *, option: str = CLIP_WEIGHTS) -> Path | None:
     """Return the file or folder of the weights: the given one, or from the hub or its cache; None: seeded random.
 
-    Raises `WeightsError` with the command that downloads missing weights. Loads nothing.
+    `option`: the option that names local weights. Raises `WeightsError` with the command that downloads missing weights
+    or a missing tokenizer. Loads nothing.
     """
     if weights is not None:
-        if not weights.exists():
-            raise WeightsError(f"--clip-weights {weights} does not exist")
-        if weights.is_dir() and not (weights / CONFIG_FILE).is_file():
-            its_format = "it has transformers' format; " if (weights / "config.json").is_file() else ""
-            raise WeightsError(
-                f"--clip-weights {weights} is a folder without {CONFIG_FILE} (open_clip's format); {its_format}give a "
-                f"folder or file in open_clip's format, such as the {WEIGHTS_FILE} of the same model on the hub"
-            )
+        _check_given(config, weights, option)
+    if weights is None or not weights.is_dir():
+        _find_tokenizer(config, option)
+    if weights is not None or config.pretrained is None:
         return weights
-    if config.pretrained is None:
-        return None
+    repository, file = _published(config, option)
+    return _fetch(repository, file, option=f"{option} with the file")
+
+
+def _check_given(config: ClipConfig, weights: Path, option: str) -> None:
+    """Raise `WeightsError` if a given path is not weights of this kind of model."""
+    if not weights.exists():
+        raise WeightsError(f"{option} {weights} does not exist")
+    if weights.is_dir() and not (weights / CONFIG_FILE).is_file():
+        if not config.has_text:
+            raise WeightsError(f"{option} {weights} is a folder without {CONFIG_FILE}: give its {TIMM_WEIGHTS_FILE}")
+        its_format = "it has transformers' format; " if (weights / "config.json").is_file() else ""
+        raise WeightsError(
+            f"{option} {weights} is a folder without {CONFIG_FILE} (open_clip's format); {its_format}give a "
+            f"folder or file in open_clip's format, such as the {WEIGHTS_FILE} of the same model on the hub"
+        )
+
+
+def _find_tokenizer(config: ClipConfig, option: str) -> None:
+    """Raise `WeightsError` if the tokenizer of a model is neither in the local cache nor can be downloaded.
+
+    Files of weights hold none; open_clip has the one of OpenAI's models, and names others on the hub.
+    """
+    if not config.has_text or config.architecture is not None:
+        return
+    described = imports.open_clip().get_model_config(config.model) or {}
+    if repository := described.get("text_cfg", {}).get("hf_tokenizer_name"):
+        _fetch(
+            repository, TOKENIZER_FILE, wanted="",
+            option=f"{option} with a folder in open_clip's format, which holds the tokenizer",
+        )  # fmt: skip
+
+
+def _published(config: ClipConfig, option: str) -> tuple[str, str]:
+    """Hub repository and file of the weights of a model. Raises `ConfigError` or `WeightsError` if there are none."""
+    if not config.has_text:
+        settings = timm_settings(config)
+        if not settings.hf_hub_id:
+            raise WeightsError(f"the weights of {config.model} are not on the hub; download them and pass {option}")
+        return settings.hf_hub_id, settings.hf_hub_filename or TIMM_WEIGHTS_FILE
+    assert config.pretrained is not None
     open_clip = imports.open_clip()
     source = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if not source:
@@ -60,10 +119,14 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
     repository, _, filename = str(source.get("hf_hub") or "").rpartition("/")  # "owner/name/" or "owner/name/file"
     if not repository:
         raise WeightsError(
-            f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass "
-            "--clip-weights"
+            f"the weights {config.pretrained!r} of {config.model} are not on the hub; download them and pass {option}"
         )
-    revision, file = PINNED_REVISIONS.get(repository), filename or WEIGHTS_FILE
+    return repository, filename or WEIGHTS_FILE
+
+
+def _fetch(repository: str, file: str, *, option: str, wanted: str | None = None) -> Path:
+    """Path of a file of a hub repository, from the local cache or the hub; see `hub.fetch`."""
+    revision = PINNED_REVISIONS.get(repository)
 
     def download(local_files_only: bool) -> Path:
         import huggingface_hub  # slow to import; needed only for weights by name
@@ -72,7 +135,9 @@ def find_weights(config: ClipConfig, weights: Path | None = None) -> Path | None
             huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=local_files_only)
         )
 
-    return hub.fetch(download, repository, revision, probe=file, wanted=file, option="--clip-weights with the file")
+    return hub.fetch(
+        download, repository, revision, probe=file, wanted=file if wanted is None else wanted, option=option
+    )
 
 
 def text_tower_id(config: ClipConfig, weights: Path | None) -> str:

@@ -34,27 +34,40 @@ MAX_TOKENS: Final = 512
 """Largest `max_new_tokens`: the number of positions of BLIP's text decoder."""
 
 
+TIMM: Final = "timm/"
+"""Prefix of the names of timm's models, which are image towers without a text tower."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Selects a CLIP model and its weights."""
+    """Selects a CLIP model, or an image tower of timm, and its weights."""
 
     model: str = "ViT-L-14-quickgelu"
-    """open_clip's name of the architecture. OpenAI weights need a `-quickgelu` one, else their features differ."""
+    """open_clip's name of the architecture, or `timm/NAME`. OpenAI weights need a `-quickgelu` one, else their features
+    differ."""
     pretrained: str | None = "openai"
-    """open_clip's tag of the weights; None: seeded random weights."""
+    """open_clip's or timm's tag of the weights; None: seeded random weights."""
     architecture: dict[str, Any] | None = None
     """open_clip model configuration (`embed_dim`, `vision_cfg`, `text_cfg`) instead of the one of that name."""
     seed: int = 0
     """Seed of random weights."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "pretrained"):  # open_clip would load from "hf-hub:…" and "local-dir:…"
-            if not re.fullmatch(r"[\w.-]+", getattr(self, name) or "none"):
+        # open_clip and timm would load from "hf-hub:…" and "local-dir:…"
+        for name, value in (("model", self.model.removeprefix(TIMM)), ("pretrained", self.pretrained or "none")):
+            if not re.fullmatch(r"[\w.-]+", value):
                 raise ConfigError(f"{name} must be a name that open_clip knows, got {getattr(self, name)[:100]!r}")
+        if self.architecture is not None and not self.has_text:
+            raise ConfigError(f"architecture: {self.model} is defined by its name; give None")
         if self.architecture is not None and (
             reason := model_settings.complaint(self.architecture, model_settings.ARCHITECTURE)
         ):
             raise ConfigError(f"architecture: {reason[:400]}; settings that download or select code are not allowed")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model has a text tower."""
+        return not self.model.startswith(TIMM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +266,8 @@ class DetectorConfig:
     """Train the whole image tower, not only its adapters; used if the tower starts from random weights."""
     normalisation: Normalisation = added("clip")
     """Normalisation of the image tower's input."""
+    text: ClipConfig | None = added(None)
+    """The model whose text tower encodes captions, for an image tower without one; None: `clip` itself."""
 
     def __post_init__(self) -> None:
         if self.normalisation not in get_args(Normalisation):
@@ -263,6 +278,34 @@ class DetectorConfig:
                 "a detached mapper learns from the alignment only, and alignment_weight is 0: give it a weight > 0, or "
                 "set mapper.detached=false"
             )
+        self._check_text()
+
+    def _check_text(self) -> None:
+        """Raise `ConfigError` unless the projection fits the text tower."""
+        if self.text is not None and (self.clip.has_text or not self.text.has_text):
+            raise ConfigError(
+                f"a separate text tower must be an open_clip model beside an image tower timm/NAME, got "
+                f"{self.text.model} beside {self.clip.model}"
+            )
+        kind = self.projection.kind
+        if kind != "none" and self.text_tower is None:
+            raise ConfigError(
+                f"{self.clip.model} has no text tower, which the projection {kind} needs: choose the projection none, "
+                "or add a separate text tower"
+            )
+        if self.text is not None and (
+            kind in ("global", "mapped_and_raw") or (self.projection.needs_captions and self.mapper.hidden_dim == 0)
+        ):
+            raise ConfigError(
+                f"captions of {self.text.model} lie in another space than images of {self.clip.model}, so that only "
+                f"mapped captions can be removed; got the projection {kind} and a mapper of width "
+                f"{self.mapper.hidden_dim}: choose per_sample, rank_k or none, with mapper.hidden_dim ≥ 1"
+            )
+
+    @property
+    def text_tower(self) -> ClipConfig | None:
+        """The model whose text tower encodes captions; None: there is none."""
+        return self.text or (self.clip if self.clip.has_text else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,18 +21,10 @@ from torch import nn
 from nsnet import bundle
 from nsnet.calibration import Calibration, Label
 from nsnet.captioner import Captioner
-from nsnet.clip import (
-    Clip,
-    add_lora,
-    fuse_attention,
-    has_lora,
-    load_clip,
-    merge_lora,
-    save_lora,
-)
-from nsnet.clip_weights import find_weights
+from nsnet.clip import Clip, load_clip
+from nsnet.clip_weights import CLIP_WEIGHTS, TEXT_WEIGHTS, find_weights
 from nsnet.config import from_dict, to_dict
-from nsnet.configuration import DetectorConfig, Precision, config_of, resolved
+from nsnet.configuration import ClipConfig, DetectorConfig, Precision, config_of, resolved
 from nsnet.errors import (
     BundleError,
     CaptionError,
@@ -43,6 +35,7 @@ from nsnet.errors import (
 )
 from nsnet.images import DecodeLimits
 from nsnet.inputs import Input, checked, try_prepare
+from nsnet.lora import add_lora, fuse_attention, has_lora, merge_lora, save_lora
 from nsnet.model_size import ModelSize
 from nsnet.network import Features, Network, residual_energy
 from nsnet.patches import SCORING_SEED
@@ -108,9 +101,12 @@ class Detector:
         captioner: Captioner | None = None,
         calibration: Calibration | None = None,
         description: bundle.Description | None = None,
+        text: Clip | None = None,
     ) -> None:
+        """`text`: the model of `DetectorConfig.text`, if captions are needed."""
         self.config = config
         self.clip = clip
+        self.text = text
         self.network = network
         self.captioner = captioner
         self.calibration = calibration or Calibration()
@@ -118,7 +114,12 @@ class Detector:
         self.device = torch.device("cpu")
         self.precision: Precision = "fp32"
         """Arithmetic of the towers."""
-        self.text_features = TextFeatures(clip)
+        self.text_features = TextFeatures(self.text_clip)
+
+    @property
+    def text_clip(self) -> Clip:
+        """The model whose text tower encodes captions."""
+        return self.text or self.clip
 
     @property
     def detector_id(self) -> str | None:
@@ -126,20 +127,31 @@ class Detector:
         return self.description.detector_id if self.description else None
 
     @classmethod
-    def build(cls, config: DetectorConfig, clip_weights: Path | None = None, *, seed: int = 0) -> Self:
+    def build(
+        cls,
+        config: DetectorConfig,
+        clip_weights: Path | None = None,
+        *,
+        text_weights: Path | None = None,
+        seed: int = 0,
+    ) -> Self:
         """Build a detector to train: adapters at zero, seeded random mapper and head, no captioner.
 
-        Raises `WeightsError` or `ConfigError` if weights, architecture and configuration do not fit each other.
+        `text_weights`: local path of the weights of a separate text tower. Raises `WeightsError` or `ConfigError` if
+        weights, architecture and configuration do not fit each other.
         """
         clip = load_clip(config.clip, find_weights(config.clip, clip_weights))
         _check_mosaic(config, clip)
+        text = None
+        if config.text is not None and config.projection.needs_captions:
+            text = load_clip(config.text, find_weights(config.text, text_weights, option=TEXT_WEIGHTS))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             visual = add_lora(clip.visual, config.lora) if config.lora.rank else clip.visual
-            network = _network(visual, clip, config)
+            network = _network(config, visual, clip, text)
         if config.train_backbone:
             network.visual.requires_grad_(True)
-        return cls(config, clip, network)
+        return cls(config, clip, network, text=text)
 
     @classmethod
     def load(
@@ -150,14 +162,16 @@ class Detector:
         precision: Precision = "auto",
         compiled: bool = False,
         clip_weights: Path | None = None,
+        text_weights: Path | None = None,
         captioner: Path | Literal[False] | None = None,
     ) -> Self:
         """Load a bundle for inference: adapters merged, everything frozen.
 
         `precision`: arithmetic of the towers and of the captioner. `compiled`: compile the image towers, which takes a
-        minute, or seconds if this machine has compiled them before. `clip_weights`, `captioner`: local paths instead of
-        the hub; `captioner=False` loads none (no `predict`). If the detector needs no captions, no captioner is loaded.
-        Raises `BundleError` (missing, damaged, other version) or `WeightsError` (base weights missing or different).
+        minute, or seconds if this machine has compiled them before. `clip_weights`, `text_weights`, `captioner`: local
+        paths instead of the hub; `captioner=False` loads none (no `predict`). If the detector needs no captions, no
+        captioner and no separate text tower is loaded. Raises `BundleError` (missing, damaged, other version) or
+        `WeightsError` (base weights missing or different).
         """
         folder = Path(path)
         description = bundle.read(folder)
@@ -166,16 +180,14 @@ class Detector:
             calibration = from_dict(Calibration, description.calibration)
         except ConfigError as error:
             raise BundleError(f"the bundle {folder} is of another version: {error}") from error
-        bundled = folder / bundle.CLIP
-        weights = bundled if bundled.is_dir() else find_weights(config.clip, clip_weights)
-        if weights is None:
-            raise BundleError(f"the bundle {folder} lacks {bundle.CLIP}/ and does not name CLIP weights instead")
-        clip = load_clip(config.clip, weights)
-        if clip.digest() != description.clip_digest:
-            raise WeightsError(
-                f"the CLIP weights are not those that detector {description.detector_id} was trained on "
-                f"(digest {clip.digest()[:16]}, recorded {description.clip_digest[:16]}); pass the right --clip-weights"
-            )
+        weights = _weights_of(folder, bundle.CLIP, config.clip, clip_weights, CLIP_WEIGHTS)
+        clip, text = load_clip(config.clip, weights), None
+        clip_digest, _, text_digest = description.clip_digest.partition(bundle.DIGESTS)
+        _check_digest(clip, clip_digest, description.detector_id, CLIP_WEIGHTS)
+        if config.text is not None and config.projection.needs_captions:
+            text = load_clip(config.text, _weights_of(folder, bundle.TEXT, config.text, text_weights, TEXT_WEIGHTS))
+            _check_digest(text, text_digest, description.detector_id, TEXT_WEIGHTS)
+            text.visual = nn.Identity()  # nothing uses this image tower
         try:
             _check_mosaic(config, clip)
             size = ModelSize([weights, folder / bundle.LORA, folder / bundle.NETWORK])
@@ -184,7 +196,7 @@ class Detector:
                     merged = merge_lora(clip.visual, folder / bundle.LORA)
                     if (merged.rank, merged.alpha) != (config.lora.rank, config.lora.alpha):
                         raise BundleError("the settings of its adapters are not those of detector.json")
-                network = _network(clip.visual, clip, config)
+                network = _network(config, clip.visual, clip, text)
             mismatch = network.load_state_dict(load_file(folder / bundle.NETWORK), strict=False)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError, NsnetError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -199,8 +211,9 @@ class Detector:
                 compile_vision=compiled,
             )  # fmt: skip
         loaded = cls(
-            config, clip, network, captioner=loaded_captioner, calibration=calibration, description=description
-        )
+            config, clip, network, captioner=loaded_captioner, calibration=calibration, description=description,
+            text=text,
+        )  # fmt: skip
         loaded.network.requires_grad_(False).eval()
         loaded.to(device)._for_inference(precision)
         if compiled:
@@ -210,17 +223,25 @@ class Detector:
     def to(self, device: str) -> Self:
         """Move the towers and heads to a device."""
         self.device = torch.device(device)
-        self.clip.model.to(self.device)
+        for clip in self._clips:
+            clip.model.to(self.device)
         self.network.to(self.device)
-        self.text_features = TextFeatures(self.clip)
+        self.text_features = TextFeatures(self.text_clip)
         return self
 
     def _for_inference(self, precision: Precision) -> Self:
         """Choose the arithmetic of the towers, which are frozen."""
-        self.precision = self.clip.precision = resolved(precision, self.device.type)
+        self.precision = resolved(precision, self.device.type)
         use_matrix_units(self.device)
-        speed_up(self.clip.model, self.precision, self.device)
+        for clip in self._clips:
+            clip.precision = self.precision
+            speed_up(clip.model, self.precision, self.device)
         return self
+
+    @property
+    def _clips(self) -> list[Clip]:
+        """The models of this detector: one, or two if captions have a separate text tower."""
+        return [self.clip, *([self.text] if self.text is not None else [])]
 
     def save(
         self,
@@ -251,6 +272,10 @@ class Detector:
                 digest = clip.digest()
                 if self.config.train_backbone or self.config.clip.pretrained is None:
                     clip.save(partial / bundle.CLIP)
+            if self.text is not None:
+                digest += bundle.DIGESTS + self.text.digest()
+                if self.text.config.pretrained is None:
+                    self.text.save(partial / bundle.TEXT)
             if captioner is not None:  # loaded and saved: pickled weights become safetensors
                 Captioner(captioner, self.config.captioner).save(partial / bundle.CAPTIONER)
             description = bundle.seal(
@@ -424,8 +449,29 @@ def failed_verdict(error: ImageError) -> Verdict:
     return Verdict(status="failed", error_stage=error.stage, error_class=type(error).__name__, error_message=str(error))
 
 
-def _network(visual: nn.Module, clip: Clip, config: DetectorConfig) -> Network:
-    return Network(visual, clip, config.projection, config.mapper, config.head, config.normalisation)
+def _network(config: DetectorConfig, visual: nn.Module, clip: Clip, text: Clip | None) -> Network:
+    return Network(
+        visual, clip, config.projection, config.mapper, config.head, config.normalisation,
+        text_dim=text.embed_dim if text is not None else None,
+    )  # fmt: skip
+
+
+def _weights_of(folder: Path, kind: str, config: ClipConfig, given: Path | None, option: str) -> Path:
+    """Path of a model's weights: in the bundle, or as `find_weights` finds them. Raises `BundleError`."""
+    bundled = folder / kind
+    weights = bundled if bundled.is_dir() else find_weights(config, given, option=option)
+    if weights is None:
+        raise BundleError(f"the bundle {folder} lacks {kind}/ and does not name weights of {config.model} instead")
+    return weights
+
+
+def _check_digest(clip: Clip, recorded: str, detector_id: str, option: str) -> None:
+    digest = clip.digest()
+    if digest != recorded:
+        raise WeightsError(
+            f"the weights of {clip.config.model} are not those that detector {detector_id} was trained on (digest "
+            f"{digest[:16]}, recorded {recorded[:16]}); pass the right {option}"
+        )
 
 
 def _check_mosaic(config: DetectorConfig, clip: Clip) -> None:

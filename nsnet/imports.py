@@ -38,10 +38,19 @@ def quick_imports() -> Iterator[None]:
 
 def open_clip() -> Any:
     """The module open_clip."""
-    if "open_clip" not in sys.modules:
+    return _imported("open_clip")
+
+
+def timm() -> Any:
+    """The module timm."""
+    return _imported("timm")
+
+
+def _imported(name: str) -> ModuleType:
+    if name not in sys.modules:
         with quick_imports():
-            importlib.import_module("open_clip")
-    return sys.modules["open_clip"]
+            importlib.import_module(name)
+    return sys.modules[name]
 
 
 class _StandIn(ModuleType):

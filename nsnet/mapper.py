@@ -47,17 +47,22 @@ class RowDropout(nn.Module):
 
 
 class SemanticMapper(nn.Module):
-    """M(v) = LayerNorm(v + W2 ReLU(W1 v + b1) + b2), (B, ..., D) -> (B, ..., D)."""
+    """M(v) = LayerNorm(v + W2 ReLU(W1 v + b1) + b2), (B, ..., D) -> (B, ..., D).
 
-    def __init__(self, dim: int, config: MapperConfig) -> None:
+    Captions of a separate text tower lie in another space, of dimension `text_dim`. A learned W0 v then replaces the
+    summand v: (B, ..., text_dim) -> (B, ..., D).
+    """
+
+    def __init__(self, dim: int, config: MapperConfig, text_dim: int | None = None) -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, config.hidden_dim)
+        self.inner = nn.Linear(text_dim or dim, config.hidden_dim)
         self.activation = nn.ReLU()
         self.dropout = RowDropout(config.dropout)
         self.outer = nn.Linear(config.hidden_dim, dim)
         self.norm = nn.LayerNorm(dim)
+        self.skip = nn.Linear(text_dim, dim, bias=False) if text_dim is not None else nn.Identity()
 
     def forward(self, text_features: Tensor) -> Tensor:
         hidden = self.dropout(self.activation(self.inner(text_features)))
-        mapped: Tensor = self.norm(text_features + self.outer(hidden))
+        mapped: Tensor = self.norm(self.skip(text_features) + self.outer(hidden))
         return mapped

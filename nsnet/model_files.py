@@ -55,13 +55,15 @@ _TOKENIZER: Final[dict[str, Content]] = {
     r"special_tokens_map\.json": Content(rules=settings.SPECIAL_TOKENS),
     r"added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt": _WORDS,
 }
+_OPEN_CLIP: Final[dict[str, Content]] = {
+    **_TOKENIZER,
+    r"open_clip_config\.json": Content(rules=settings.OPEN_CLIP),
+    r"(open_clip_|open_clip_pytorch_)?model\.safetensors": _WEIGHTS,
+    r"(open_clip_)?pytorch_model\.(bin|pth)|model\.pth": _PICKLED,
+}
 FOLDERS: Final[dict[str, dict[str, Content]]] = {
-    "clip": {
-        **_TOKENIZER,
-        r"open_clip_config\.json": Content(rules=settings.OPEN_CLIP),
-        r"(open_clip_|open_clip_pytorch_)?model\.safetensors": _WEIGHTS,
-        r"(open_clip_)?pytorch_model\.(bin|pth)|model\.pth": _PICKLED,
-    },
+    "clip": _OPEN_CLIP,
+    "text": _OPEN_CLIP,
     "lora": {
         r"adapter_config\.json": Content(rules=settings.ADAPTER, for_libraries=False),
         r"adapter_model\.safetensors": _WEIGHTS,

@@ -1,7 +1,7 @@
 """Defines the trainable network: image tower, mapper, projection, head.
 
-Dimensions: B images, M mosaic side, D embedding, F head feature, R rank of a global semantic basis, N captions of a
-bank.
+Dimensions: B images, M mosaic side, D embedding of images, D' of captions (D' = D, unless a separate text tower encodes
+them), F head feature, R rank of a global semantic basis, N captions of a bank.
 """
 
 from typing import Any, Final, NamedTuple, Self, cast
@@ -52,7 +52,9 @@ class Network(nn.Module):
         mapper: MapperConfig,
         head: HeadConfig,
         normalisation: Normalisation = "clip",
+        text_dim: int | None = None,
     ) -> None:
+        """`text_dim`: dimension of the captions' features if a separate text tower makes them; None: D."""
         super().__init__()
         if not projection.fitted:
             raise ConfigError(f"the {projection.kind} projection has no basis or bank yet: compute it first")
@@ -65,12 +67,12 @@ class Network(nn.Module):
         self.projection = projection
         self.visual = visual
         mapped = projection.needs_captions and mapper.hidden_dim > 0
-        self.mapper = SemanticMapper(dim, mapper) if mapped else None
+        self.mapper = SemanticMapper(dim, mapper, text_dim) if mapped else None
         self.mapper_detached = mapper.detached
         self.head = ProjectionHead(dim, head)
         basis = torch.eye(dim, projection.rank) if projection.kind == "global" else torch.zeros(dim, 0)
         self.register_buffer("semantic_basis", basis)
-        self.register_buffer("caption_bank", torch.zeros(projection.bank, dim))
+        self.register_buffer("caption_bank", torch.zeros(projection.bank, text_dim or dim))
         mean, std = (clip.mean, clip.std) if normalisation == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -87,7 +89,7 @@ class Network(nn.Module):
         return self
 
     def forward(self, mosaics: Tensor, text_features: Tensor | None = None) -> Features:
-        """Mosaics (B, M, M, 3) uint8 and, where the projection needs captions, their features (B, D) -> `Features`."""
+        """Mosaics (B, M, M, 3) uint8 and, where the projection needs captions, their features (B, D') -> `Features`."""
         return self.judge(self.encode_image(mosaics), text_features)
 
     def encode_image(self, mosaics: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class Network(nn.Module):
         return cast(Tensor, encoded[0] if isinstance(encoded, tuple) else encoded)
 
     def judge(self, image: Tensor, text_features: Tensor | None = None) -> Features:
-        """Image features u (B, D) and, where the projection needs captions, their features (B, D) -> `Features`."""
+        """Image features u (B, D) and, where the projection needs captions, their features (B, D') -> `Features`."""
         semantic = None
         if self.projection.needs_captions:
             assert text_features is not None
@@ -120,7 +122,7 @@ class Network(nn.Module):
         return Features(logit=logit, features=features, image=image, semantic=semantic, projected=projected)
 
     def _directions(self, text_features: Tensor) -> Tensor:
-        """Caption features (B, D) -> directions to remove, before the mapper: (B, 1, D); rank_k: (B, k, D)."""
+        """Caption features (B, D') -> directions to remove, before the mapper: (B, 1, D'); rank_k: (B, k, D')."""
         own = text_features[:, None]
         if self.projection.kind != "rank_k":
             return own

@@ -1,13 +1,14 @@
-"""Defines complete configurations by name (`tiny`, `vit-l-14`, any open_clip model) and variants to compare."""
+"""Defines complete configurations by name (`tiny`, `vit-l-14`, a model of open_clip or timm), and their variants."""
 
 import difflib
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from nsnet import imports
-from nsnet.clip_weights import activation_fits, known_models
+from nsnet.clip_weights import activation_fits, known_models, timm_settings
 from nsnet.configuration import (
+    TIMM,
     BasisRule,
     CaptionerConfig,
     ClipConfig,
@@ -79,31 +80,92 @@ _NAMED: Final = {recipe.name: recipe for recipe in (TINY, VIT_L_14, DGS_NET)}
 
 
 def get(name: str) -> Recipe:
-    """Return a recipe by name; `MODEL` or `MODEL:TAG` of open_clip gives that model with the paper's settings.
+    """Return a recipe by name; reads no weights. Raises `ConfigError` for an unknown name.
 
-    The mosaic has the model's input size. Without a tag, the first tag in open_clip's list with the model's activation
-    is used. Raises `ConfigError` for an unknown name.
+    `MODEL` or `MODEL:TAG` of open_clip gives that model with the paper's settings. Without a tag, the first tag in
+    open_clip's list with the model's activation is used. `timm/NAME` gives an image tower of timm, which has no text
+    tower; `timm/NAME+MODEL:TAG` adds the text tower of an open_clip model, or of a named recipe. The mosaic has the
+    model's input size.
     """
     if name in _NAMED:
         return _NAMED[name]
+    if name.startswith(TIMM):
+        return _without_text(name)
+    clip, config = _open_clip(name)
+    vision = config["vision_cfg"]
+    side = vision.get("image_size", 224)
+    convolutional = isinstance(vision.get("layers"), list) or str(vision.get("timm_model_name")).startswith("convnext")
+    return _of_tower(
+        name,
+        clip,
+        side=int(side[0] if isinstance(side, list | tuple) else side),
+        embed_dim=int(config["embed_dim"]),
+        has_attention=not convolutional,
+    )
+
+
+def _open_clip(name: str) -> tuple[ClipConfig, dict[str, Any]]:
+    """The settings of `MODEL` or `MODEL:TAG`, and open_clip's configuration of the model."""
     open_clip = imports.open_clip()
     model, _, tag = name.partition(":")
     config = open_clip.get_model_config(model) if model in known_models() else None
     if config is None:
         similar = difflib.get_close_matches(model, [*_NAMED, *known_models()], n=3)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-        raise ConfigError(f"unknown recipe {name!r}: choose {', '.join(_NAMED)} or an open_clip model name{hint}")
+        raise ConfigError(
+            f"unknown recipe {name!r}: choose {', '.join(_NAMED)} or an open_clip model name, or timm/NAME for a tower "
+            f"without text{hint}"
+        )
     all_tags = open_clip.list_pretrained_tags_by_model(model)
     # if no tag fits, `find_weights` raises an error; -quickgelu names are separate models
     tags = [known_tag for known_tag in all_tags if activation_fits(model, known_tag)] or all_tags
-    side = config["vision_cfg"].get("image_size", 224)
-    side = int(side[0] if isinstance(side, list | tuple) else side)
+    return ClipConfig(model=model, pretrained=tag or (tags[0] if tags else None)), config
+
+
+def _without_text(name: str) -> Recipe:
+    """The recipe of `timm/NAME`, which has no projection, or of `timm/NAME+MODEL:TAG`."""
+    from nsnet import timm_towers  # imports torch, which takes seconds
+
+    image, plus, text = name.partition("+")
+    tower, _, tag = image.removeprefix(TIMM).partition(".")
+    known = imports.timm().list_models()
+    if tower not in known:
+        similar = difflib.get_close_matches(tower, known, n=3)
+        hint = f"; did you mean {' or '.join(TIMM + model for model in similar)}?" if similar else ""
+        raise ConfigError(f"unknown recipe {name!r}: timm has no model {tower!r}{hint}")
+    clip = ClipConfig(model=f"{TIMM}{tower}", pretrained=None)
+    clip = replace(clip, pretrained=tag or timm_settings(clip).tag or None)
+    facts = timm_towers.facts(clip)
+    recipe = _of_tower(
+        name, clip, side=facts.image_px, embed_dim=facts.embed_dim, has_attention=facts.has_attention,
+        projection=ProjectionConfig(kind="none"),
+    )  # fmt: skip
+    if not plus:
+        return recipe
+    encoder = _NAMED[text].detector.clip if text in _NAMED else _open_clip(text)[0]
+    detector = replace(recipe.detector, text=encoder)
+    return replace(recipe, detector=replace(detector, projection=VIT_L_14.detector.projection))
+
+
+def _of_tower(
+    name: str,
+    clip: ClipConfig,
+    *,
+    side: int,
+    embed_dim: int,
+    has_attention: bool,
+    projection: ProjectionConfig = VIT_L_14.detector.projection,
+) -> Recipe:
+    """The paper's settings for another tower. One without attention has no place for adapters and stays frozen."""
+    paper = VIT_L_14.detector
     return Recipe(
         name=name,
         detector=DetectorConfig(
-            clip=ClipConfig(model=model, pretrained=tag or (tags[0] if tags else None)),
+            clip=clip,
             patches=PatchConfig(patch_px=_patch_px(side), mosaic_px=side),
-            head=HeadConfig(hidden_dim=int(config["embed_dim"])),
+            lora=paper.lora if has_attention else replace(paper.lora, rank=0),
+            projection=projection,
+            head=HeadConfig(hidden_dim=embed_dim),
         ),
         training=VIT_L_14.training,
     )
@@ -126,19 +188,42 @@ VARIANTS: Final = {
 }
 """Name -> description."""
 
+_WITHOUT_CAPTIONS: Final = ("linear", "no-projection")
+"""Variants that need no text tower."""
+_RAW_CAPTIONS: Final = ("original", "no-mapper", "raw-after-mapped")
+"""Variants that remove captions as they are, and so need a text tower in the space of the images."""
+
 DEFAULT_RULE: Final = BasisRule(energy=0.9)
 """Rule of `original`: the paper's tau = 1e-6 leaves no null space if there are as many captions as dimensions."""
 BANK: Final = 4096
 """Maximum number of captions in the bank of `rank-k`."""
 
 
+def allowed_variants(detector: DetectorConfig) -> tuple[str, ...]:
+    """Names of `VARIANTS` that the towers of a recipe allow, from their names alone: nothing is loaded or built."""
+    if detector.text_tower is None:
+        return _WITHOUT_CAPTIONS
+    return tuple(name for name in VARIANTS if detector.text is None or name not in _RAW_CAPTIONS)
+
+
 def variant(recipe: Recipe, name: str) -> Recipe:
-    """Return a variant of a recipe (`VARIANTS`), such as `original:rank=64`. Raises `ConfigError` if it is unknown."""
+    """Return a variant of a recipe (`VARIANTS`), such as `original:rank=64`.
+
+    Raises `ConfigError` if it is unknown, or if the towers of the recipe do not allow it.
+    """
     kind, colon, setting = name.partition(":")
     if kind not in VARIANTS or (colon and kind not in ("original", "linear", "rank-k", "decorrelated")):
         raise ConfigError(
             f"unknown variant {name!r}: choose {', '.join(VARIANTS)}, original:RULE, linear:resize, rank-k:K or "
             "decorrelated:WEIGHT"
+        )
+    allowed = allowed_variants(recipe.detector)
+    if kind not in allowed:
+        remedy = "" if recipe.detector.text else f", or the recipe {recipe.name}+MODEL with the text tower of open_clip"
+        reason = "is in another space than its text tower" if recipe.detector.text else "has no text tower"
+        raise ConfigError(
+            f"the variant {name} is not possible with {recipe.name}, whose image tower {reason}: choose "
+            f"{', '.join(allowed)}{remedy}"
         )
     detector, training, basis = recipe.detector, recipe.training, None
     no_alignment = replace(detector.loss, alignment_weight=0.0)

@@ -29,7 +29,7 @@ LEAVES: dict[str, set[str]] = {
                   "model_size", "precision"},
     "imports": set(), "precision": {"configuration"},
     "clip_weights": {"configuration", "errors", "digest", "hub", "imports"},
-    "clip": {"clip_weights", "configuration", "errors", "digest", "imports", "model_files", "model_size",
+    "clip": {"clip_weights", "configuration", "errors", "digest", "imports", "model_files", "model_size", "timm_towers",
              "precision", "weight_formats"},
     "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
     "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},

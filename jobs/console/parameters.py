@@ -77,6 +77,11 @@ class ModelPathType(click.ParamType[Uri]):
         return uris.model_path(value)
 
 
+RECIPES: Final = (
+    "tiny, vit-l-14, an open_clip MODEL[:TAG], timm/NAME for a tower without text, or timm/NAME+MODEL[:TAG] with the "
+    "text tower of MODEL."
+)
+"""Help of `--recipe`."""
 COUNT: Final = CountType()
 MAX_LEAKAGE_IMAGES: Final = 10_000
 """`nsnet.leakage.MAX_IMAGES`; not imported, because that takes half a second."""
@@ -100,6 +105,12 @@ address_option = click.option(
 weights_options = _stack(
     click.option(
         "--clip-weights", type=MODEL_PATH, default=None, help="Local path of the CLIP weights, instead of the hub's."
+    ),
+    click.option(
+        "--text-weights",
+        type=MODEL_PATH,
+        default=None,
+        help="Local path of the weights of a separate text tower (recipes timm/NAME+MODEL), instead of the hub's.",
     ),
     click.option(
         "--captioner",

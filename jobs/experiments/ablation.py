@@ -36,7 +36,7 @@ def ablate(
     source: Uri,
     *,
     out: Uri,
-    variants: tuple[str, ...] = COMPARED_VARIANTS,
+    variants: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0,),
     split_seed: int = 0,
     limits: DecodeLimits | None = None,
@@ -44,12 +44,19 @@ def ablate(
     leave_out: str | None = None,
     **training: Any,
 ) -> dict[str, Any]:
-    """Train and test each variant with each seed; returns the table. Checks all requests before the first training."""
+    """Train and test each variant with each seed; returns the table. Checks all requests before the first training.
+
+    variants: default: those of `COMPARED_VARIANTS` that the towers of the recipe allow.
+    """
     shared = TrainRequest(
         source=source, out=uris.join(out, "shared"), captions=captions or uris.join(out, "captions"),
         caption_missing=captions is None, seed=split_seed, leave_out=leave_out, limits=limits or DecodeLimits(),
         **training,
     )  # fmt: skip
+    allowed = shared.allowed_variants()
+    variants = variants or tuple(name for name in COMPARED_VARIANTS if name.partition(":")[0] in allowed)
+    if "advanced" not in allowed:  # no text tower: nothing needs captions
+        shared = replace(shared, variant=variants[0], captions=captions, caption_missing=False)
     requests = [
         replace(shared, out=uris.join(out, _name(variant, seed)), variant=variant, seed=seed, leave_out=None)
         for variant in variants

@@ -44,7 +44,9 @@ class Experiment:
         return cls(
             request=request,
             recipe=recipe,
-            models=Models(clip_weights=request.clip_weights, captioner=request.captioner),
+            models=Models(
+                clip_weights=request.clip_weights, text_weights=request.text_weights, captioner=request.captioner
+            ),
             settings=request.identity(recipe),
         )
 

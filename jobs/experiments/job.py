@@ -38,6 +38,8 @@ def train(request: TrainRequest) -> dict[str, Any]:
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
 
     find_weights(experiment.recipe.detector.clip, experiment.models.clip_path())
+    if experiment.recipe.detector.projection.needs_captions:
+        experiment.models.text_tower(experiment.recipe.detector)
     with lock.hold(request.work):
         if request.belongs_to(experiment.settings):
             say("continuing an unfinished training")

@@ -47,6 +47,7 @@ class TrainRequest:
     leakage: int = 0
     """Test images by which leakage is measured; 0: it is not. Not part of the identity."""
     clip_weights: Uri | None = None
+    text_weights: Uri | None = None
     captioner: Uri | None = None
     limits: DecodeLimits = DecodeLimits()
     address: str | None = None
@@ -69,6 +70,12 @@ class TrainRequest:
         """Folder of split, checkpoints and records, beside the bundle, which must hold no other files."""
         return Uri(f"{self.out}.training")
 
+    def allowed_variants(self) -> tuple[str, ...]:
+        """Names of the variants that the towers of the recipe allow. Raises `ConfigError`."""
+        from nsnet import recipes
+
+        return recipes.allowed_variants(recipes.get(self.recipe).detector)
+
     def resolved(self) -> "Recipe":
         """The recipe with the request's changes. Raises `ConfigError`."""
         from nsnet import recipes
@@ -84,7 +91,7 @@ class TrainRequest:
             name, separator, value = setting.partition("=")
             if not separator:
                 raise ConfigError(f"--set {setting}: give NAME=VALUE, such as patience=3 or detector.lora.rank=8")
-            if name.startswith(("detector.captioner.", "detector.clip.")):
+            if name.startswith(("detector.captioner.", "detector.clip.", "detector.text")):
                 raise ConfigError(f"--set {setting}: the recipe fixes captioner and CLIP; choose another --recipe")
             if name.startswith("detector."):
                 detector = override(detector, name.removeprefix("detector."), value)
@@ -112,6 +119,7 @@ class TrainRequest:
         names = ("source", "recipe", "variant", "seed", "captions", "split", "leave_out", "clip_weights", "captioner")
         settings = {name: getattr(self, name) for name in names}
         settings |= {"columns": self.columns} if self.columns else {}
+        settings |= {"text_weights": self.text_weights} if self.text_weights else {}
         settings |= {"limits": to_dict(self.limits), "max_failed": self.max_failed}
         settings |= {
             "detector": to_dict(recipe.detector),

@@ -23,7 +23,7 @@ from nsnet.errors import (
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captioner import Captioner
-    from nsnet.configuration import CaptionerConfig, ClipConfig
+    from nsnet.configuration import CaptionerConfig, DetectorConfig
     from nsnet.text_features import TextFeatures
 
 loading = Lock()
@@ -167,7 +167,7 @@ class Embed:
     name: ClassVar = "embedding"
 
     def __init__(
-        self, models: Models, config: "ClipConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
+        self, models: Models, config: "DetectorConfig", schema: pa.Schema, batch_size: int, report: ProgressReporter
     ) -> None:
         self.models, self.config = models, config
         self.schema, self.batch_size, self.report = schema, batch_size, report
@@ -181,13 +181,12 @@ class Embed:
         import torch
 
         from nsnet.clip import load_clip
-        from nsnet.clip_weights import find_weights
         from nsnet.precision import use_matrix_units
         from nsnet.text_features import TextFeatures
 
         self.models.use_threads()
         use_matrix_units(torch.device(self.models.device))
-        clip = load_clip(self.config, find_weights(self.config, self.models.clip_path()))
+        clip = load_clip(*self.models.text_tower(self.config))
         clip.model.to(self.models.device)
         return TextFeatures(clip, self.batch_size)
 

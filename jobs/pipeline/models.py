@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from jobs.storage import bundles
 from jobs.storage.uris import Uri
 from nsnet import bundle
+from nsnet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nsnet.configuration import CaptionerConfig, Precision
+    from nsnet.configuration import CaptionerConfig, ClipConfig, DetectorConfig, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Models:
     """URI of a bundle; None: no detector is trained yet."""
     clip_weights: Uri | None = None
     """Local path that replaces the hub's CLIP weights."""
+    text_weights: Uri | None = None
+    """Local path that replaces the hub's weights of a separate text tower."""
     captioner: Uri | None = None
     """Local transformers folder that replaces the hub's captioner."""
     device: str = "cpu"
@@ -59,6 +62,26 @@ class Models:
     def clip_path(self) -> Path | None:
         """Path of the given CLIP weights."""
         return Path(self.clip_weights) if self.clip_weights else None
+
+    def text_path(self) -> Path | None:
+        """Path of the given weights of a separate text tower."""
+        return Path(self.text_weights) if self.text_weights else None
+
+    def text_tower(self, config: "DetectorConfig") -> "tuple[ClipConfig, Path | None]":
+        """The model whose text tower encodes captions, and its weights (`find_weights`).
+
+        Raises `ConfigError` if the image tower has none, `WeightsError` if weights are missing. Loads nothing.
+        """
+        from nsnet.clip_weights import TEXT_WEIGHTS, find_weights
+
+        tower = config.text_tower
+        if tower is None:
+            raise ConfigError(
+                f"{config.clip.model} has no text tower for captions: choose a recipe such as {config.clip.model}+MODEL"
+            )
+        if tower is config.text:
+            return tower, find_weights(tower, self.text_path(), option=TEXT_WEIGHTS)
+        return tower, find_weights(tower, self.clip_path())
 
     def use_threads(self) -> None:
         """Limit this process's compute threads, since actors share their node's cores."""

@@ -88,14 +88,14 @@ class Scorer:
             models.use_threads()
             detector = Detector.load(
                 models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
-                clip_weights=models.clip_path(), captioner=False,
+                clip_weights=models.clip_path(), text_weights=models.text_path(), captioner=False,
             )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(
                 f"{models.detector} was replaced during the run: it holds {detector.detector_id}, not "
                 f"{models.detector_id}"
             )
-        detector.text_features = TextFeatures(detector.clip, self.batch_size)
+        detector.text_features = TextFeatures(detector.text_clip, self.batch_size)
         return detector
 
     def verdicts(self, table: pa.Table, every: RowDicts) -> RowDicts:

@@ -16,6 +16,7 @@ class WorkerConfig:
     seed: int
     source: Uri
     clip_weights: Uri | None
+    text_weights: Uri | None
     work: Uri
     """The training's own folder."""
     split: Uri

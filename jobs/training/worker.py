@@ -73,8 +73,8 @@ def _load_examples(config: WorkerConfig) -> Examples:
 
 def _build(config: WorkerConfig, detector: DetectorConfig, training: TrainingConfig) -> Network:
     """The network; the rest of the detector, such as the text tower, is freed because training does not need it."""
-    weights = Path(config.clip_weights) if config.clip_weights else None
-    network = Detector.build(detector, weights, seed=config.seed).network
+    weights, text = (Path(uri) if uri else None for uri in (config.clip_weights, config.text_weights))
+    network = Detector.build(detector, weights, text_weights=text, seed=config.seed).network
     if config.fitted is not None:
         load_fitted(network, config.fitted)
     if training.activation_checkpointing:

@@ -33,6 +33,7 @@ def caption(
     precision: Precision = "auto",
     wait: bool = False,
     clip_weights: Uri | None = None,
+    text_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
@@ -47,7 +48,7 @@ def caption(
     check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(clip_weights=clip_weights, captioner=captioner, precision=precision)
+    models = Models(clip_weights=clip_weights, text_weights=text_weights, captioner=captioner, precision=precision)
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
         source=source, out=out, product=products.CAPTIONS, maker=features_id(config, models),
@@ -65,9 +66,9 @@ def caption(
 
 def features_id(config: "DetectorConfig", models: Models) -> str:
     """Identity of captions and their features, 16 hexadecimal digits, from the captioner and the text tower."""
-    from nsnet.clip_weights import find_weights, text_tower_id
+    from nsnet.clip_weights import text_tower_id
 
-    tower = text_tower_id(config.clip, find_weights(config.clip, models.clip_path()))
+    tower = text_tower_id(*models.text_tower(config))
     return hashlib.sha256(json.dumps([_captioner_id(config, models), tower]).encode()).hexdigest()[:16]
 
 

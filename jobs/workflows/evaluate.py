@@ -78,6 +78,7 @@ def evaluate(
     leakage: int = 0,
     columns: tuple[str, ...] = (),
     clip_weights: Uri | None = None,
+    text_weights: Uri | None = None,
     captioner: Uri | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
@@ -108,7 +109,9 @@ def evaluate(
     except NoVerdictsError as error:
         if detector is None or detector_id is None:
             raise SourceError(f"{error}; to score its images first, give --detector") from error
-        settings = {"clip_weights": clip_weights, "captioner": captioner, "address": address}
+        settings = {
+            "clip_weights": clip_weights, "text_weights": text_weights, "captioner": captioner, "address": address
+        }  # fmt: skip
         selection = Selection(columns=columns)
         source = uri
         place = uris.join(out, "scored")

@@ -70,18 +70,23 @@ def _probed(
 ) -> dict[str, Any]:
     import torch
 
-    from jobs.pipeline.pixels import gather
+    from jobs.pipeline.pixels import MOSAIC, gather
     from jobs.pipeline.preparing import Prepare
     from nsnet.detector import Detector
     from nsnet.leakage import leakage, object_classes
     from nsnet.preparation import PreparationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = Detector.load(models.bundle_folder(), device=device, clip_weights=models.clip_path(), captioner=False)
-    config = PreparationConfig(patches=detector.config.patches)
-    columns = pa.schema([schema.IDS.field(0), *schema.OUTCOME, pa.field("mosaic", pa.binary())])
+    detector = Detector.load(
+        models.bundle_folder(), device=device, clip_weights=models.clip_path(), text_weights=models.text_path(),
+        captioner=False,
+    )  # fmt: skip
+    config = PreparationConfig(patches=(detector.config.patches,))
+    columns = pa.schema([schema.IDS.field(0), *schema.OUTCOME, pa.field(MOSAIC, pa.binary())])
     prepare = Prepare(config=config, schema=columns, source=source)
-    side, width = config.patches.mosaic_px, detector.clip.embed_dim  # type: ignore[union-attr]
+    side = detector.config.patches.mosaic_px
+    text_tower = detector.text_clip if detector.config.text_tower is not None else None
+    text_dim = text_tower.embed_dim if text_tower is not None else 0
     kept: list[str] = []
     parts: dict[str, list[Any]] = {"image": [], "projected": [], "text": []}
     for block in _closing(prepare, rows):
@@ -94,9 +99,9 @@ def _probed(
         for start in range(0, len(good), BATCH):
             batch = good[start : start + BATCH]
             captions = [known[ids[i]]["caption"] for i in batch]
-            out = detector.features(gather(block, "mosaic", batch, (len(batch), side, side, 3)), captions)
-            text = np.full((len(batch), width), np.nan)
-            if None not in captions:
+            out = detector.features(gather(block, MOSAIC, batch, (len(batch), side, side, 3)), captions)
+            text = np.full((len(batch), text_dim), np.nan)
+            if text_tower is not None and None not in captions:
                 text = detector.text_features.of(captions).cpu().numpy()
             for name, values in (("image", out.image.cpu().numpy()), ("projected", out.projected.cpu().numpy())):
                 parts[name].append(values)
@@ -104,7 +109,7 @@ def _probed(
             kept += [ids[i] for i in batch]
     places = {name: place for place, name in enumerate(rows.column("image_id").to_pylist())}
     chosen = [places[name] for name in kept]
-    features = {name: np.concatenate([np.zeros((0, width)), *values]) for name, values in parts.items()}
+    features = {name: np.concatenate(values or [np.zeros((0, 0))]) for name, values in parts.items()}
     return leakage(
         features["image"], features["projected"], features["text"], labels=rows.column("label").take(chosen).to_numpy(),
         classes=object_classes([names[i] for i in chosen]), groups=[known[name]["content_hash"] for name in kept],

@@ -23,6 +23,7 @@ def predict(
     device: str | None = None,
     precision: Precision = "auto",
     clip_weights: Uri | None = None,
+    text_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
@@ -46,13 +47,15 @@ def predict(
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
     probes.reachable(detector)
     models = Models(
-        detector=detector, clip_weights=clip_weights, captioner=captioner, device=device or ("cuda" if gpu else "cpu")
-    )
+        detector=detector, clip_weights=clip_weights, text_weights=text_weights, captioner=captioner,
+        device=device or ("cuda" if gpu else "cpu"),
+    )  # fmt: skip
     loaded = Detector.load(
         models.bundle_folder(),
         device=models.device,
         precision=precision,
         clip_weights=models.clip_path(),
+        text_weights=models.text_path(),
         captioner=Path(captioner) if captioner else None,
     )
     if loaded.description and loaded.description.note:

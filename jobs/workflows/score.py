@@ -44,6 +44,7 @@ def score_together(
     wait: bool = False,
     outage_seconds: float = OUTAGE_SECONDS,
     clip_weights: Uri | None = None,
+    text_weights: Uri | None = None,
     captioner: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
@@ -78,6 +79,7 @@ def score_together(
             settings={
                 "limits": to_dict(limits), "clip_weights": clip_weights, "captioner": captioner,
                 # unknown to unfinished runs of older releases
+                **({"text_weights": text_weights} if text_weights is not None else {}),
                 **({"precision": precision} if precision != "auto" else {}),
                 **({"trust_list": hashlib.sha256(anchors.encode()).hexdigest()} if anchors else {}),
                 **({"views": views} if views else {}),
@@ -85,7 +87,13 @@ def score_together(
         )
         for detector_id in by_id
     ]  # fmt: skip
-    models = Models(clip_weights=clip_weights, captioner=captioner, reuse=reuse, precision=precision)
+    models = Models(
+        clip_weights=clip_weights,
+        text_weights=text_weights,
+        captioner=captioner,
+        reuse=reuse,
+        precision=precision,
+    )
 
     def work(planned: Sequence[Planned]) -> Work:
         from jobs.workflows.streams import scoring  # it imports Ray and torch, which take seconds

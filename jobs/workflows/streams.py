@@ -47,8 +47,7 @@ def scoring(
     """
     configs = [config_of(bundle.read(models.bundle_folder())) for models in detectors]
     for models, config in zip(detectors, configs, strict=True):
-        if not (models.bundle_folder() / bundle.CLIP).is_dir():
-            find_weights(config.clip, models.clip_path())
+        _check_weights(models, config)
     captioner, folder = _captioner(detectors, configs)
     models = replace(detectors[0], captioner_id=captioner_id(captioner, folder)) if captioner else detectors[0]
     geometries = tuple(dict.fromkeys(config.patches for config in configs))
@@ -98,6 +97,15 @@ def scoring(
     )
 
 
+def _check_weights(models: Models, config: DetectorConfig) -> None:
+    """Find the weights that a bundle refers to. Raises `WeightsError`."""
+    folder = models.bundle_folder()
+    if not (folder / bundle.CLIP).is_dir():
+        find_weights(config.clip, models.clip_path())
+    if config.projection.needs_captions and config.text is not None and not (folder / bundle.TEXT).is_dir():
+        models.text_tower(config)
+
+
 def _captioner(
     detectors: Sequence[Models], configs: Sequence[DetectorConfig]
 ) -> tuple[CaptionerConfig | None, Path | None]:
@@ -133,7 +141,7 @@ def captioning(
         common = (images.batch_size, images.report)
         return images.through(
             partial(Caption, images.models, config.captioner, CAPTIONING_COLUMNS, *common),
-            partial(Embed, images.models, config.clip, schema.CAPTIONS, *common),
+            partial(Embed, images.models, config, schema.CAPTIONS, *common),
         )
 
     return Work(

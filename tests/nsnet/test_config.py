@@ -78,7 +78,8 @@ SETTINGS = [(*path, name) for path in OBJECTS for name in inside(STORED, path) i
 
 
 LATER = [
-    ("patches", "grey"), ("patches", "fill"), ("normalisation",), ("mapper", "detached"), ("loss", "decorrelation_weight")
+    ("patches", "grey"), ("patches", "fill"), ("normalisation",),
+    ("mapper", "detached"), ("loss", "decorrelation_weight")
 ]  # fmt: skip
 """Settings that releases added (`config.added`)."""
 

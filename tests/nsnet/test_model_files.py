@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from nsnet import captioner as captioner_module
-from nsnet import captions, clip, clip_weights, model_files, model_settings, weight_formats
+from nsnet import captions, clip, clip_weights, lora, model_files, model_settings, weight_formats
 from nsnet.captioner import Captioner
 from nsnet.configuration import CaptionerConfig, ClipConfig
 from nsnet.errors import ConfigError, WeightsError
@@ -41,7 +41,8 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described = json.loads((root / "clip" / clip_weights.CONFIG_FILE).read_text())
     described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
     (root / "clip" / clip_weights.CONFIG_FILE).write_text(json.dumps(described))
-    clip.save_lora(clip.add_lora(clip.load_clip(SMALL).visual, clip.LoraSettings(rank=2)), root / "lora")
+    lora.save_lora(lora.add_lora(clip.load_clip(SMALL).visual, lora.LoraSettings(rank=2)), root / "lora")
+    shutil.copytree(root / "clip", root / "text")
     return root
 
 
@@ -55,10 +56,10 @@ def use(folder: Path) -> None:
     """Load a folder as its kind is loaded."""
     if folder.name == "captioner":
         Captioner.load(TINY, folder)
-    elif folder.name == "clip":
+    elif folder.name in ("clip", "text"):
         clip.load_clip(SMALL, folder)
     else:
-        clip.merge_lora(clip.load_clip(SMALL).visual, folder)
+        lora.merge_lora(clip.load_clip(SMALL).visual, folder)
 
 
 def refused(folder: Path) -> str:

@@ -150,7 +150,7 @@ def scorer(models: Models) -> Score:
 
 @pytest.fixture(scope="module")
 def embedder(models: Models) -> Embed:
-    return Embed(models, FROZEN.clip, CAPTIONED.append(schema.TEXT_FEATURES), 4, REPORT)
+    return Embed(models, FROZEN, CAPTIONED.append(schema.TEXT_FEATURES), 4, REPORT)
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,23 @@ def huggingface_clip_config(architecture: Mapping[str, Any]) -> Any:
     )
 
 
+def close(a: Tensor, b: Tensor) -> None:
+    """Assert that two tensors are equal but for rounding."""
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def pixels(tower: nn.Module, count: int = 3) -> Tensor:
+    """Random normalised images of an image tower's size."""
+    return torch.randn((count, 3, *tower.image_size), generator=torch.Generator().manual_seed(0))  # type: ignore[misc]
+
+
+@torch.no_grad()
+def features(tower: nn.Module, images: Tensor) -> Tensor:
+    """Features of an image tower, in evaluation."""
+    encoded = tower.eval()(images)
+    return encoded[0] if isinstance(encoded, tuple) else encoded
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     """Smallest cosine between rows of a[B, D] and b[B, D]."""
     return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=1).min())
