@@ -19,7 +19,8 @@ LEAVES: dict[str, set[str]] = {
     "rasters": {"errors", "limits", "png"},
     "images": {"errors", "limits", "decoders", "pixels", "samples", "jpeg", "png", "tiff", "rasters",
                "provenance"},
-    "entropy": set(), "patches": {"errors", "entropy"}, "files": set(), "digest": {"files"}, "hub": {"errors"},
+    "config": {"errors"}, "entropy": set(), "patches": {"config", "errors", "entropy"}, "files": set(),
+    "digest": {"files"}, "hub": {"errors"},
     "model_settings": set(), "weight_formats": {"errors", "files"},
     "model_files": {"errors", "files", "model_settings", "weight_formats"},
     "configuration": {"bundle", "config", "errors", "model_settings", "patches", "transforms"},
@@ -33,7 +34,7 @@ LEAVES: dict[str, set[str]] = {
              "precision", "weight_formats"},
     "mapper": {"configuration", "errors"}, "nullspace": {"configuration", "errors"},
     "head": {"configuration", "errors"}, "losses": {"configuration", "errors"}, "metrics": {"errors"},
-    "leakage": {"errors", "metrics"}, "calibration": {"errors", "metrics"}, "transforms": {"errors"},
+    "leakage": {"errors", "metrics"}, "calibration": {"config", "errors", "metrics"}, "transforms": {"errors"},
     "alignment": {"errors", "images", "limits", "transforms"}, "duplicates": set(), "splits": {"errors"},
     "card": set(),
 }  # fmt: skip
