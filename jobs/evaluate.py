@@ -41,6 +41,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
 )  # fmt: skip
 @click.option("--samples", default=SAMPLES, show_default=True, help="Bootstrap samples for the intervals.")
 @parameters.leakage_option(default=0)
+@parameters.views_option
 @parameters.max_failed_option
 @parameters.column_option
 @parameters.max_left_out_option

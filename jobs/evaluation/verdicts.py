@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.console.output import say
 from jobs.dataset import labels, schema
+from jobs.evaluation import claims
 from jobs.evaluation.groups import SAID
 from jobs.runs import catalog
 from jobs.storage import listing, parquet
@@ -23,11 +24,12 @@ from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
 
 NEEDED: Final = ("label", "generator", "prob_fake", "verdict", "status", "detector_id")
-WANTED: Final = ("image_id", "threshold", "transform", "split")
+WANTED: Final = ("image_id", "threshold", "transform", "split", "views_agree", *claims.COLUMNS)
 """Optional columns of verdicts."""
 TYPES: Final = {field.name: field.type for field in [*schema.VERDICTS, schema.SPLIT_COLUMN]}
 APART: Final = ("image_id", "detector_id", "transform", "generator", "split")
 """Columns that identify a row of a file: an image may be among the reals of several generators."""
+TRUTHS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 STATUSES: Final = ("scored", "failed")
 MAX_SHOWN: Final = 12
 """Maximum number of names or values in a message."""
@@ -132,6 +134,8 @@ def _convert(file: ParquetFile, name: str, file_name: str, column: pa.ChunkedArr
         convert = _number(file, name)
     elif name == "status":
         convert = _status(file)
+    elif pa.types.is_boolean(TYPES[name]):
+        convert = _truth(file, name)
     elif name in ("label", "verdict"):
         try:
             names = labels.class_names(file.key_value, file_name)
@@ -192,6 +196,16 @@ def _status(file: ParquetFile) -> Converter:
         if text not in STATUSES:
             raise SourceError(f"{file.name}: the status {str(value)[:40]!r} is neither scored nor failed")
         return text
+
+    return convert
+
+
+def _truth(file: ParquetFile, name: str) -> Converter:
+    def convert(value: Any) -> bool:
+        text = str(value).strip().lower()
+        if text not in TRUTHS:
+            raise SourceError(f"{file.name}: {name} {str(value)[:40]!r} is neither true nor false")
+        return TRUTHS[text]
 
     return convert
 

@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
 
+from jobs.evaluation import views
 from jobs.evaluation.comparison import baseline
 from jobs.report import figures
 from jobs.report.plots import NAME_WIDTH, Number, shown
 from jobs.report.text import worst_first
-from jobs.report.wording import alarms, explanations, parting, per_cent, points
+from jobs.report.wording import ALARMS, CLAIMS, alarms, explanations, parting, per_cent, points
 
 TEMPLATE: Final = "page.html.jinja"
 MAX_TEXT_LETTERS: Final = 60
@@ -34,6 +35,7 @@ MORE_COLUMNS: Final = {
     "precision_at_01": "Precision at 0.1 % fakes", "ece": "ECE",
 }  # fmt: skip
 ROBUSTNESS_COLUMNS: Final = {"acc": "Accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
+VIEWS_COLUMNS: Final = {name: COLUMNS[name] if name in COLUMNS else MORE_COLUMNS[name] for name in views.METRICS}
 BARS: Final = ("acc", "ap")
 CONTENTS: Final = {"Object class": "object_class", "Group of captions": "caption_cluster"}
 OF: Final = {"the image feature u": "u", "what the projection leaves, ũ": "projected", "the caption": "caption"}
@@ -56,6 +58,8 @@ def render(result: Mapping[str, Any]) -> str:
         alignment=_alignment(result["alignment"]) if result.get("alignment") else None,
         curve_charts=figures.of_all(result),
         robustness=_robustness(result) if result["robustness"] else None,
+        views=_views(result["views"]) if result.get("views") else None,
+        claims=_claims(result.get("provenance") or []),
         leakage=_leakage(result["leakage"]) if "leakage" in result else None,
         explanations=explanations(result),
         footer=_footer(result),
@@ -321,6 +325,25 @@ def _robustness_row(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "failed": f"{part['failed']:,}",
         "worst": None if worst is None else (per_cent(worst[0]), shown(worst[1], NAME_WIDTH)),
     }
+
+
+def _views(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "disagree": [(name, f"{found['disagree'][name]:,}", f"{found['images'][name]:,}") for name in ("real", "fake")],
+        "headings": [*VIEWS_COLUMNS.values()],
+        "rows": [{"name": name, "numbers": _cells(found[form], VIEWS_COLUMNS)} for form, name in ALARMS.items()],
+    }
+
+
+def _claims(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    counts = ("real", "fake", "unknown", "called_fake")
+    return [
+        {
+            "name": f"{CLAIMS[one['column']]}: {shown(one['value'], MAX_TEXT_LETTERS)}",
+            "counts": [f"{one[name]:,}" for name in counts],
+        }
+        for one in stated
+    ]
 
 
 def _leakage(measured: Mapping[str, Any]) -> dict[str, Any]:

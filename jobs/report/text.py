@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from jobs.console.tables import UNDEFINED, aligned, short_name
 from jobs.evaluation.comparison import baseline
-from jobs.report.wording import METRIC_WORDS, parting
+from jobs.report.wording import ALARMS, CLAIMS, METRIC_WORDS, parting
 
 HEADINGS: Final = {
     "acc": "acc", "real_acc": "real_acc", "fake_acc": "fake_acc", "ap": "AP", "auroc": "AUROC",
@@ -15,6 +15,7 @@ WITH_INTERVAL: Final = ("acc", "ap")
 TARGETS: Final = {"class": "object_class", "cluster": "caption_cluster"}
 SIGNS: Final = {"u": "u", "ũ": "projected", "v": "caption"}
 LABEL: Final = "label, v"
+VIEWS_HEADINGS: Final = {"tpr_at_fpr_1": "TPR@1%FPR", "tpr_at_fpr_01": "TPR@0.1%FPR"}
 MAX_COLUMNS: Final = 120
 """Table width above which intervals are left out."""
 
@@ -29,6 +30,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines += ["", *_alignment(result["alignment"])]
     if result.get("robustness"):
         lines += ["", *_robustness(result)]
+    if result.get("views"):
+        lines += ["", *_views(result["views"])]
+    if result.get("provenance"):
+        lines += ["", *_claims(result["provenance"])]
     if result.get("leakage"):
         lines += ["", *leakage_lines({"detector": result["leakage"]})]
     return "\n".join(lines)
@@ -110,6 +115,23 @@ def _alignment(both: Mapping[str, Any]) -> list[str]:
     if both["unpaired"]:
         lines.insert(-1, f"{both['unpaired']:,} images were judged in one way only and are not counted in this table")
     return lines
+
+
+def _views(views: Mapping[str, Any]) -> list[str]:
+    """What is found at a rate of false alarms, with and without images whose views disagree."""
+    rows = [["views, all images", *VIEWS_HEADINGS.values()]]
+    for form, name in ALARMS.items():
+        rows.append([name, *(_cell(views[form][metric], True) for metric in VIEWS_HEADINGS)])
+    shares = ", ".join(f"{views['disagree'][name]:,} of {views['images'][name]:,} {name}s" for name in ("real", "fake"))
+    return [*aligned(rows), f"views disagree on {shares}"]
+
+
+def _claims(stated: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What files state about their origin, apart from the numbers above, which do not depend on it."""
+    counts = ("real", "fake", "unknown", "called_fake")
+    rows = [["files state", "", "real", "fake", "no label", "called fake"]]
+    rows += [[CLAIMS[one["column"]], one["value"], *(f"{one[name]:,}" for name in counts)] for one in stated]
+    return aligned(rows, left=2)
 
 
 def _robustness(result: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,13 @@ STREAM_FAKES: Final = 0.01
 METRIC_WORDS: Final = {"acc": "accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_fpr_1": "TPR at 1 % FPR"}
 """Metrics of an alignment, as in a sentence."""
 
+ALARMS: Final = {"first_view": "the first view decides", "agreeing": "no alarm if the views disagree"}
+"""Forms of `evaluation.views.stability`."""
+CLAIMS: Final = {
+    "c2pa_state": "content credentials", "digital_source_type": "source type", "metadata_generator": "metadata of",
+}  # fmt: skip
+"""Columns of `evaluation.claims.stated`."""
+
 Explanation = tuple[str, list[str]]
 """A heading and its paragraphs."""
 

@@ -16,10 +16,12 @@ from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.evaluation import groups, verdicts
 from jobs.evaluation.alignment import compare_aligned
+from jobs.evaluation.claims import stated
 from jobs.evaluation.comparison import SAMPLES, compare, long_table
 from jobs.evaluation.curves import curves
 from jobs.evaluation.filters import decided, of_chains, of_detector, of_split
 from jobs.evaluation.verdicts import NoVerdictsError
+from jobs.evaluation.views import stability
 from jobs.pipeline.models import Models
 from jobs.report.text import as_text
 from jobs.storage import bundles, parquet, probes, uris, writing
@@ -76,6 +78,7 @@ def evaluate(
     threshold: float | None = None,
     samples: int = SAMPLES,
     leakage: int = 0,
+    views: int | None = None,
     columns: tuple[str, ...] = (),
     clip_weights: Uri | None = None,
     text_weights: Uri | None = None,
@@ -85,10 +88,13 @@ def evaluate(
     """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare.
 
     `align`: a chain of `nsnet.alignment`; images are compared raw and aligned, and `robustness` follows it. `leakage`:
-    images of the source by which it is measured what the features say of their content; 0: it is not.
+    images of the source by which it is measured what the features say of their content; 0: it is not. `views`: as in
+    `score`.
     """
     if leakage and detector is None:
         raise ConfigError(f"--leakage {leakage}: verdicts hold no features; give a source of images and --detector")
+    if views and detector is None:
+        raise ConfigError(f"--views {views}: verdicts are made already; give a source of images and --detector")
     chains = parse_chains(robustness) if robustness is not None else ()
     if align is not None:
         alignment.parse(align)
@@ -110,7 +116,8 @@ def evaluate(
         if detector is None or detector_id is None:
             raise SourceError(f"{error}; to score its images first, give --detector") from error
         settings = {
-            "clip_weights": clip_weights, "text_weights": text_weights, "captioner": captioner, "address": address
+            "clip_weights": clip_weights, "text_weights": text_weights, "captioner": captioner, "address": address,
+            "views": views,
         }  # fmt: skip
         selection = Selection(columns=columns)
         source = uri
@@ -120,11 +127,13 @@ def evaluate(
             table, unread = _score(uri, detector, place, chains, selection, settings, manifest)
             table, rows = of_split(of_detector(table, detector_id, uri), split, uri)
             if leakage:
-                models = Models(detector=detector, clip_weights=clip_weights)
+                models = Models(detector=detector, clip_weights=clip_weights, text_weights=text_weights)
                 drawn = sample.draw(table, leakage)
                 say(f"leakage: encoding {len(drawn):,} images again, in this process")
                 measured = {"leakage": sample.measure(manifest, drawn, uri, place, detector_id, models)}
     else:
+        if views:
+            raise ConfigError(f"--views {views}: {uri} holds verdicts, which are made already; give their source")
         if leakage:
             raise ConfigError(f"--leakage {leakage}: {uri} holds verdicts, which hold no features; give their source")
         table, rows = of_split(of_detector(table, detector_id, uri), split, uri)
@@ -145,6 +154,8 @@ def evaluate(
         **compare(table, samples=samples, pairs=partners, align=align or ""),
         "alignment": compare_aligned(table, align, samples=samples, pairs=partners) if align else None,
         "curves": curves(table),
+        "views": stability(table, samples=samples),
+        "provenance": stated(table),
         **measured,
     }
     _write(result, out)

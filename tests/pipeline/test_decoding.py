@@ -38,6 +38,9 @@ from nsnet.errors import (
 from nsnet.images import DecodeLimits
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig, Prepared, prepare
+from nsnet.provenance import Provenance
+from tests.support.credentials import picture, signed, signer
+from tests.support.services.poisoned import CREDENTIALS_MARK
 from tests.support.tables import big_image_file, image_file
 
 REPO_ROOT = Path(__file__).parents[2]
@@ -257,6 +260,37 @@ def test_image_that_never_ends_costs_itself_and_its_time(poisonous: Callable[...
     assert_same(decoder.prepare(SMALL), prepare(SMALL, CONFIG))
 
 
+def with_provenance(zygote: Zygote, anchors: str = "") -> GuardedDecoder:
+    return GuardedDecoder(replace(CONFIG, provenance=True, anchors=anchors), zygote)
+
+
+@pytest.mark.parametrize("deed", ["segfault", "sleep", "memory"])
+def test_credentials_that_kill_or_hang_their_reader_cost_no_verdict(
+    deed: str, poisoned: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.pipeline.decoding.CREDENTIALS_SECONDS", 0.3)
+    with closing(with_provenance(poisoned)) as decoder:
+        decoder.prepare(SMALL)
+        pid = pid_of(decoder)
+        found = decoder.prepare(SMALL + CREDENTIALS_MARK + deed.encode())
+        assert found.provenance == Provenance(c2pa_state="error")
+        assert_same(replace(found, provenance=None), prepare(SMALL, CONFIG))
+        assert is_dead(pid)
+        assert decoder.prepare(SMALL).provenance == Provenance()
+
+
+def test_credentials_are_read_in_the_confined_child_with_the_trust_list_of_the_run() -> None:
+    mine, other = signed(picture()), signed(picture(), by=signer("stranger"))
+    with closing(GuardedDecoder(replace(CONFIG, provenance=True, anchors=signer().anchors))) as decoder:
+        pid = None
+        for image, state in ((mine, "valid"), (other, "untrusted"), (picture(), "none"), (mine, "valid")):
+            found = decoder.prepare(image).provenance
+            assert found is not None and found.c2pa_state == state
+            assert found.digital_source_type == (None if state == "none" else "trainedAlgorithmicMedia")
+            assert pid in (None, pid_of(decoder))
+            pid = pid_of(decoder)
+
+
 def test_image_that_takes_all_memory_costs_itself(poisonous: Callable[..., GuardedDecoder]) -> None:
     decoder = poisonous(max_memory_bytes=300_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -422,6 +456,31 @@ NONSENSE = {
     "frames negative": answer(frames=-1),
     "format missing": answer(format=None),
 }
+
+
+CLAIMS = asdict(Provenance(c2pa_state=None))
+LIES = {
+    "no JSON": message(b"\xff{"),
+    "list": message(b"[]"),
+    "nothing": b"",
+    "empty": message(b"{}"),
+    "unknown state": error(**CLAIMS | {"c2pa_state": "certified"}),
+    "unknown source type": error(**CLAIMS | {"c2pa_state": "valid", "digital_source_type": "<b>"}),
+    "unknown generator": error(**CLAIMS | {"c2pa_state": "valid", "metadata_generator": "\x1b[2J"}),
+    "state missing": error(**CLAIMS),
+    "state a list": error(**CLAIMS | {"c2pa_state": []}),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_senseless_answer_about_credentials_costs_no_verdict(
+    name: str, echoing: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.pipeline.decoding.CREDENTIALS_SECONDS", 0.3)
+    with closing(with_provenance(echoing)) as decoder:
+        found = decoder.prepare(answer(provenance=CLAIMS) + LIES[name])
+        assert found.provenance == Provenance(c2pa_state="error") and found.width == FINE["width"]
+        assert decoder.prepare(answer(provenance=CLAIMS | {"c2pa_state": "none"})).provenance == Provenance()
 
 
 @pytest.mark.parametrize("name", NONSENSE)

@@ -19,9 +19,10 @@ from jobs.dataset.source import Source
 from jobs.experiments.job import train
 from jobs.experiments.request import TrainRequest
 from jobs.pipeline import stream
-from jobs.pipeline.actors import Caption, Score
+from jobs.pipeline.actors import Caption
 from jobs.pipeline.models import Models
 from jobs.pipeline.pixels import with_pixels
+from jobs.pipeline.scoring import Score
 from jobs.runs import attempts, catalog, products
 from jobs.storage import filesystems, listing, parquet, reading, writing
 from jobs.training import examples
@@ -214,7 +215,7 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     common = (images_stream.batch_size, images_stream.report)
     images_stream = images_stream.through(
         partial(Caption, images_stream.models, CaptionerConfig(model=None), mosaics, *common),
-        partial(Score, images_stream.models, *common),
+        partial(Score, images_stream.models, [], *common),
     )
     assert images_stream.models.device == "cuda"
     assert images_stream.shares.actors == 4
