@@ -99,14 +99,14 @@ def as_text(values: dict[str, Any]) -> str:
         f"{name}: {values['verdict']}, P(fake) = {values['prob_fake']:.3f} (threshold {values['threshold']:.3f})\n"
         f"  {values['width']} × {values['height']} px {values['format']}"
     )
-    if values["views_agree"] is not None:
-        agree = "agree" if values["views_agree"] else "disagree: the verdict flips under mild changes of the file"
-        text += f"\n  views {agree}; P(fake) differs by {values['prob_spread']:.3f} between them"
     if values["caption"] is not None:
         text += (
             f"; caption whose meaning was removed: “{values['caption']}”, which left "
             f"{values['residual_energy']:.0%} of the image feature to judge"
         )
+    if values["views_agree"] is not None:
+        agree = "agree" if values["views_agree"] else "disagree: the verdict flips under mild changes of the file"
+        text += f"\n  views {agree}; P(fake) differs by {values['prob_spread']:.3f} between them"
     return "\n".join([text, *(f"  {claim}" for claim in _claims(values))])
 
 

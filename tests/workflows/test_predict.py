@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsnet.detector import Detector, Verdict
+from tests.support.credentials import picture, signed, signer
 from tests.support.swift import SwiftServer
 from tests.support.tables import image_file, new_bucket, put, run_command, save_bundle
 
@@ -172,3 +173,48 @@ def test_program_judges_without_ray(bundle: str, folder: str, expected: dict[str
     assert last == "3 False True" and done.stderr == ""
     assert json.loads(first)["prob_fake"] == pytest.approx(expected["a.png"].prob_fake, abs=1e-5)
     assert json.loads(second)["error_class"] == "ImageUnidentifiedError"
+
+
+def test_what_a_file_states_stands_apart_from_the_verdict(bundle: str, tmp_path: Path) -> None:
+    (tmp_path / "list.pem").write_text(signer().anchors)
+    mine = signed(picture())
+    put(str(tmp_path), {"plain.jpg": picture(), "signed.jpg": mine, "other.jpg": mine[:-40] + bytes(38) + mine[-2:]})
+    names = [f"{tmp_path}/{name}.jpg" for name in ("plain", "signed", "other")]
+    code, lines, _ = predict(bundle, *names, "--trust-list", f"{tmp_path}/list.pem")
+    stated = [line.strip() for line in lines if line.startswith("  ") and "px" not in line]
+    assert code == 0 and stated == [
+        "content credentials: valid (signed by a trusted signer, and the content is unaltered), made by Painter 3",
+        "stated source: trainedAlgorithmicMedia",
+        "content credentials: invalid (altered after it was signed, expired, or wrongly signed)",
+    ]
+    _, lines, _ = predict(bundle, "--json", *names)
+    values = [json.loads(line) for line in lines]
+    assert [row["c2pa_state"] for row in values] == ["none", "untrusted", "invalid"]
+    assert values[0]["prob_fake"] == values[1]["prob_fake"]  # the same pixels
+
+
+def test_views_say_whether_the_verdict_is_stable(bundle: str, folder: str, expected: dict[str, Verdict]) -> None:
+    code, lines, _ = predict(bundle, "--views", "3", "--json", f"{folder}/a.png")
+    row = json.loads(lines[0])
+    assert code == 0 and row["prob_fake"] == pytest.approx(expected["a.png"].prob_fake, abs=1e-6)
+    assert 0 < row["prob_spread"] < 1 and row["views_agree"] in (True, False)
+    _, lines, _ = predict(bundle, "--views", "3", f"{folder}/a.png")
+    words = "agree" if row["views_agree"] else "disagree: the verdict flips under mild changes of the file"
+    assert lines[-1] == f"  views {words}; P(fake) differs by {row['prob_spread']:.3f} between them"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--views", "1", "1 is not in the range 2<=x<=9"), ("--views", "two", "'two' is not a valid integer"),
+        ("--trust-list", "missing.pem", "there is no trust list"),
+        ("--trust-list", "empty.pem", "holds no certificate"), ("--trust-list", "image.png", "is not text"),
+    ],
+)  # fmt: skip
+def test_senseless_options_are_one_line(
+    option: str, value: str, message: str, bundle: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(str(tmp_path), {"empty.pem": b"", "image.png": FILES["a.png"]})
+    monkeypatch.chdir(tmp_path)
+    code, lines, err = predict(bundle, option, value, f"{folder}/a.png")
+    assert (code, lines) == (2, []) and message in err and "Traceback" not in err
