@@ -96,11 +96,12 @@ class Watched:
     """Kind of process -> CPU seconds until the first scored image, and from then to the end."""
 
 
-def score(arguments: Sequence[str]) -> Watched:
-    """Run `nsnet score` and measure it. Raises `RuntimeError` if it fails."""
+def score(arguments: Sequence[str], tree: Path = ROOT) -> Watched:
+    """Run `nsnet score` of a checkout and measure it. Raises `RuntimeError` if it fails."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.score", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "jobs.score", *arguments], cwd=tree, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+    )  # fmt: skip
     started = time.monotonic()
     memory_of_driver = PeakMemory(process.pid)
     memory_of_driver.__enter__()

@@ -258,7 +258,7 @@ def test_entrypoint_is_a_command_that_exists(rayjob: dict[str, Any]) -> None:
     assert (program, name) == ("nsnet", "score")
     assert cli.group.get_command(click.Context(cli.group), name) is score.command
     options = score.command.make_context(name, arguments).params  # raises for an option that there is not
-    assert all(options[part].startswith("s3://") for part in ("source", "detector", "out"))
+    assert all(uri.startswith("s3://") for uri in (options["source"], *options["detectors"], options["out"]))
 
 
 def test_cluster_goes_when_the_job_has_ended(rayjob: dict[str, Any]) -> None:
@@ -562,12 +562,13 @@ def test_queries_of_the_guide_run_on_published_verdicts(tmp_path: Path) -> None:
     sql = "\n".join(blocks("sql")).replace("s3://example-verdicts/incoming", out)
     statements = [statement for statement in sql.split(";") if statement.strip()]
     with duckdb.connect(config={"autoinstall_known_extensions": "false"}) as database:
-        *_, unread, over_budget, failing, compared = [
+        *_, unread, over_budget, failing, stated, compared = [
             database.execute(statement).fetchall() for statement in statements
         ]
     assert unread == [("/cut.tar ends too early",)]
     assert [run_id for run_id, *_ in over_budget] == ["20260102T000000Z-bbbbbb"]
     assert failing == [("decode", "ImageCorruptError", 1, uris[3])]
+    assert stated == [(None, None, None, "real", 4), (None, None, None, "fake", 3)]
     assert compared == [("real", "fake", 3, pytest.approx(0.8)), ("real", None, 1, None)]
 
 

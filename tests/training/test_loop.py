@@ -107,8 +107,8 @@ def make(tmp_path: Path) -> Callable[..., Loop]:
         place = Uri(str(tmp_path / "work"))
         config = WorkerConfig(
             detector={}, training={}, preparation={}, seed=3, source=place, clip_weights=None, work=place, split=place,
-            captions=None, features_id="", fitted=None, digest=DIGEST, failed_share=failed_share, task_cpus=1.0,
-            board=None,
+            captions=None, features_id="", fitted=None, text_weights=None, digest=DIGEST, failed_share=failed_share,
+            task_cpus=1.0, board=None,
         )  # fmt: skip
         return Loop(
             config=config, training=training, loss=FROZEN.loss, network=network, model=network, optimizer=optimizer,

@@ -15,8 +15,8 @@ from jobs.workflows import evaluate as evaluation
 from jobs.workflows import leakage as module
 from jobs.workflows.evaluate import evaluate
 from nsnet.errors import ConfigError
-from nsnet.patches import SCORING_SEED, assemble_mosaic
-from nsnet.preparation import PreparationConfig, prepare
+from nsnet.patches import SCORING_SEED
+from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 from tests.support import models
 from tests.support.tables import manifest_row, manifest_table, verdict_row, verdict_table
 
@@ -79,9 +79,9 @@ def test_features_are_those_of_scoring_and_classes_those_of_the_folders(
     assert given["labels"].tolist() == [row["label"] for row in kept]
     assert given["classes"].tolist() == [int("/dog/" in row["uri"]) for row in kept]
     assert given["groups"] == [row["content_hash"] for row in kept]
-    config = PreparationConfig(patches=detector.config.patches)
-    slots = detector.config.patches.slot_seed(SCORING_SEED)
-    mosaics = np.stack([assemble_mosaic(prepare(Path(row["uri"]).read_bytes(), config).patches, slots) for row in kept])
+    config = PreparationConfig(patches=(detector.config.patches,))
+    patches = [prepare(Path(row["uri"]).read_bytes(), config).patches for row in kept]
+    mosaics = np.concatenate([assemble_mosaics(ranked, config, SCORING_SEED) for ranked in patches])
     captions = [row["caption"] for row in kept]
     expected = detector.features(mosaics, captions)
     for name, values in (("u", expected.image), ("p", expected.projected), ("t", detector.text_features.of(captions))):
