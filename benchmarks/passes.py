@@ -1,6 +1,6 @@
 """Images per second of `nsnet score` with several detectors, or several views, in one pass; beside an older release.
 
-    python -m benchmarks.passes [--before CHECKOUT] [--count N] [--rounds R]
+    python -m benchmarks.passes --work DIR [--before CHECKOUT] [--count N] [--rounds R]
 
 Cases run in turn, so that a slow hour meets all of them. A rate counts from the first verdict to the end: start-up is
 left out. CHECKOUT is the folder of an older release, whose rate is 1 in the result; without it, one detector of this

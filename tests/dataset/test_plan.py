@@ -14,7 +14,7 @@ import pytest
 
 from jobs.dataset import plan, schema
 from jobs.dataset.manifest import image_id
-from jobs.dataset.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, write_manifest
+from jobs.dataset.plan import CHANGED, FAILED, NEW, SCORED, Plan, Selection, Target, write_manifest, write_manifests
 from jobs.dataset.source import Source
 from jobs.storage import filesystems, parquet
 from nsnet.errors import ConfigError, SourceError, UsageError
@@ -102,6 +102,37 @@ class Planner:
         rows = self.rows()
         assert written.count == len(rows)
         return written, [(row["uri"], row["etag"]) for row in rows]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_one_listing_gives_each_history_the_plan_that_it_has_alone(
+    limit: int | None, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sorted(rows_of(images), key=lambda row: str(row["uri"]))
+    histories: list[list[dict[str, Any]]] = [
+        [],
+        [{"image_id": row["image_id"], "uri": row["uri"], "status": "scored"} for row in rows],
+        [{"image_id": row["image_id"], "uri": row["uri"], "status": "failed"} for row in rows[:3]]
+        + [{"image_id": "f" * 32, "uri": rows[4]["uri"], "status": "scored"}],
+    ]  # fmt: skip
+    selection, listings = Selection(limit=limit), []
+    listed = Source.rows
+    monkeypatch.setattr(Source, "rows", lambda source: listings.append(source) or listed(source))
+    uris = [str(tmp_path / f"{i}.parquet") for i in range(len(histories))]
+    targets = [
+        Target(uri=uri, published=batches(history, schema.DONE)) for uri, history in zip(uris, histories, strict=True)
+    ]
+    together = write_manifests(images, targets, selection)
+    assert len(listings) == 1
+    for written, history in zip(together, histories, strict=True):
+        alone = write_manifest(images, str(tmp_path / "alone.parquet"), selection, batches(history, schema.DONE))
+        assert written.count == alone.count
+        if limit is None:  # a limited listing is in no order, and ends when each history has enough
+            found, expected = (
+                sorted(manifest_of(uri), key=lambda row: str(row["uri"])) for uri in (written.uri, alone.uri)
+            )
+            assert (written.labels, written.states, found) == (alone.labels, alone.states, expected)
+    assert [written.count for written in together] == ([9, 0, 6] if limit is None else [2, 0, 2])
 
 
 @pytest.fixture

@@ -224,7 +224,8 @@ def test_settings_of_older_releases_stay_as_they_are() -> None:
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 WITH_MAPPED_CAPTIONS = (
-    "advanced", "linear", "rank-k", "no-projection", "no-alignment", "constant-caption", "shuffled-captions",
+    "advanced", "linear", "rank-k", "no-projection", "no-alignment", "mapper-detached", "decorrelated",
+    "constant-caption", "shuffled-captions",
 )  # fmt: skip
 
 
