@@ -24,16 +24,22 @@ from nsnet.errors import CaptionError
 from nsnet.patches import PatchConfig
 from nsnet.preparation import PreparationConfig, assemble_mosaics, prepare
 from nsnet.recipes import Recipe
-from tests.support.models import FROZEN, as_if_trained
+from tests.support.models import ARCHITECTURE, FROZEN, as_if_trained
 from tests.support.tables import image_file, put, todo_row, todo_table
 
 REPORT = ProgressReporter()
 SIZE = 4
 LINEAR = recipes.variant(Recipe(name="small", detector=FROZEN, training=recipes.TINY.training), "linear").detector
+VISION = ARCHITECTURE["vision_cfg"]
 CONFIGS: dict[str, DetectorConfig] = {
     "one": FROZEN,
     "finer": replace(FROZEN, patches=PatchConfig(patch_px=16, mosaic_px=64, spectrum="power")),
     "linear": LINEAR,  # it needs no captions
+    "larger": replace(
+        FROZEN,
+        clip=replace(FROZEN.clip, architecture=ARCHITECTURE | {"vision_cfg": VISION | {"image_size": 96}}),
+        patches=PatchConfig(patch_px=32, mosaic_px=96),
+    ),
 }
 GONE = ("run_id", "scored_at")
 """What differs between two runs in any case."""
@@ -115,7 +121,7 @@ def test_rows_of_a_pass_are_those_of_each_detector_alone(bundles: dict[str, Path
         expected = [row | ({"caption_run_id": "pass"} if row["caption"] else {}) for row in same(alone)]
         assert same(together[name]) == expected
     assert {row["caption"] for row in together["linear"]} == {None}
-    assert len({row["logit"] for rows in together.values() for row in rows}) == 3 * 7 + 1
+    assert len({row["logit"] for rows in together.values() for row in rows}) == len(CONFIGS) * 7 + 1
 
 
 def test_each_detector_gets_rows_of_the_images_that_its_run_wants(bundles: dict[str, Path], todo: pa.Table) -> None:
