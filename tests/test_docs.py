@@ -117,6 +117,15 @@ def test_citation_is_of_this_version() -> None:
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
+def test_every_dependency_is_a_package_that_is_locked_and_has_its_licence_named() -> None:
+    project = tomllib.loads(read(REPO_ROOT / "pyproject.toml"))["project"]
+    needed = {re.split(r"[\[>=!~<; ]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    locked = {line.split("==")[0] for line in read(REPO_ROOT / "requirements.lock").splitlines()}
+    assert needed - locked == set()
+    licences = read(REPO_ROOT / "docs/reference/licences.md").lower().replace("_", "-")
+    assert {name for name in needed if not re.search(rf"\b{re.escape(name)}\b", licences)} == set()
+
+
 def test_hooks_run_what_make_check_runs() -> None:
     config = yaml.safe_load(read(REPO_ROOT / ".pre-commit-config.yaml"))
     hooks = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
