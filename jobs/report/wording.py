@@ -13,7 +13,7 @@ METRIC_WORDS: Final = {"acc": "accuracy", "ap": "AP", "auroc": "AUROC", "tpr_at_
 ALARMS: Final = {"first_view": "the first view decides", "agreeing": "no alarm if the views disagree"}
 """Forms of `evaluation.views.stability`."""
 CLAIMS: Final = {
-    "c2pa_state": "content credentials", "digital_source_type": "source type", "metadata_generator": "metadata of",
+    "c2pa_state": "content credentials", "digital_source_type": "source type", "metadata_generator": "metadata",
 }  # fmt: skip
 """Columns of `evaluation.claims.stated`."""
 

@@ -60,10 +60,13 @@ def test_pass_of_three_detectors_fetches_each_image_once_and_survives_a_kill(
     def fetched() -> int:
         return proxy.requests(f"GET {source.removeprefix('s3:/')}/")
 
+    def listed() -> int:
+        return proxy.requests(f"LIST {source.removeprefix('s3:/').rpartition('/')[0]}")
+
     with running(source, *options, "--out", out, env=environment) as score:
         assert score.end(RUN_SECONDS) == 0, score.text()
     assert fetched() == IMAGES and score.prepared <= IMAGES
-    assert proxy.requests(f"LIST {source.removeprefix('s3:/').rpartition('/')[0]}") == 3  # what is there, and all of it
+    listings = listed()
     records = catalog.runs(out)
     assert [record["rows"] for record in records] == [IMAGES] * 3
     assert [record["counts"]["status"] for record in records] == [{"failed": 1, "scored": IMAGES - 1}] * 3
@@ -71,8 +74,10 @@ def test_pass_of_three_detectors_fetches_each_image_once_and_survives_a_kill(
     singles: dict[str, dict[str, Any]] = {}
     for detector in detectors:
         alone = new_bucket()
-        with running(source, "--detector", detector, "--out", alone) as score:
+        proxy.forget()
+        with running(source, "--detector", detector, "--out", alone, env=environment) as score:
             assert score.end(RUN_SECONDS) == 0, score.text()
+        assert (fetched(), listed()) == (IMAGES, listings)  # as often for each as for all
         singles |= rows_by_detector(alone)
     assert len(singles) == 3 and rows_by_detector(out) == singles
 
