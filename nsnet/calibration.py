@@ -126,12 +126,12 @@ class OperatingPoint:
         """Fewest validation reals from which the guarantee can be kept: with none of them called fake."""
         return math.ceil(math.log1p(-self.confidence) / math.log1p(-self.fpr) - 1e-9) if self.confidence else 0
 
-    def check_reals(self, reals: int) -> None:
-        """Raise `ConfigError` if so many validation reals cannot give the guarantee."""
+    def check_reals(self, reals: int, where: str = "") -> None:
+        """Raise `ConfigError` if so many validation reals cannot give the guarantee. `where`: for the message."""
         if reals < self.min_reals:
             raise ConfigError(
-                f"{self} needs at least {self.min_reals:,} real validation images, there are {reals:,}: add reals, or "
-                "allow a larger FPR or a smaller confidence"
+                f"{self} needs at least {self.min_reals:,} real validation images, there are {reals:,}{where}: add "
+                "reals, or allow a larger FPR or a smaller confidence"
             )
 
     def __str__(self) -> str:

@@ -21,6 +21,7 @@ from jobs.training.examples import Examples
 from jobs.workflows.caption import caption
 from jobs.workflows.examine import examine
 from nsnet import splits
+from nsnet.calibration import OperatingPoint
 from nsnet.errors import SourceError
 
 
@@ -89,6 +90,8 @@ def _make_split(experiment: Experiment) -> "pa.Table":
             f"{request.max_left_out} (--max-left-out): {first_named(plan.unread, plan.unread_named)}"
         )
     _check_labels(plan.labels, plan.count)
+    point = OperatingPoint.parse(request.operating_point)
+    point.check_reals(plan.labels.get(0, 0), " reals in the whole source")  # validation gets a part of them
     _check_request(request, manifest, plan.count)
     publish_facts(experiment)
     listed = split.known_images(manifest, facts.place, facts.product, facts.maker)

@@ -37,7 +37,7 @@ def summary(record: dict[str, Any]) -> str:
     if asked_again := record["store"]["asked_again"]:
         lines.append(f"  images fetched with retries: {asked_again}")
     if reused := record.get("captions", {}).get("reused"):
-        lines.append(f"  captions of earlier runs: {reused}")
+        lines.append(f"  captions of other runs: {reused}")
     lines += [f"  left out of the source, {reason}: {number}" for reason, number in record["left_out"].items()]
     return "\n".join(lines)
 

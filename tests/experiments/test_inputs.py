@@ -71,6 +71,11 @@ def test_id_of_the_facts_is_computed_once(request_: TrainRequest, monkeypatch: p
             "cannot leave out the generator 'c': it has no image; choose one of the generators: a, b",
         ),
         ({"split": "/nowhere/split.parquet"}, SourceError, "there is no split /nowhere/split.parquet"),
+        (
+            {"operating_point": "fpr<=1%@95%"},
+            ConfigError,
+            "needs at least 299 real validation images, there are 6 reals in the whole source: add reals",
+        ),
         ({"workers": (1, 7)}, SourceError, "12 images are too few for 7 workers: at least two for each"),
     ],
 )
