@@ -88,7 +88,11 @@ SIGNED: Final[dict[str, tuple[Callable[[], bytes], Provenance]]] = {
         Provenance(c2pa_state="invalid"),
     ),
     "expired": (lambda: expired(picture()), Provenance(c2pa_state="invalid")),
-    "wrong signature": (
+    "forged signature": (
+        lambda: changed(made := signed(picture()), credentials.end_of_store(made) - 20),
+        Provenance(c2pa_state="invalid"),
+    ),
+    "damaged box of the signature": (
         lambda: changed(made := signed(picture()), made.index(b"c2pa.signature") + 400),
         Provenance(c2pa_state="error"),
     ),

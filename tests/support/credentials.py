@@ -113,9 +113,15 @@ def expired(data: bytes) -> bytes:
     return made
 
 
-def transplanted(signed_jpeg: bytes, other_jpeg: bytes) -> bytes:
-    """The other file with the manifest of a signed one."""
-    start = end = signed_jpeg.index(b"\xff\xeb")
+def end_of_store(signed_jpeg: bytes) -> int:
+    """Where the manifest of a JPEG ends; the last 64 bytes before are the signature."""
+    end = signed_jpeg.index(b"\xff\xeb")
     while signed_jpeg[end : end + 2] == b"\xff\xeb":
         end += 2 + int.from_bytes(signed_jpeg[end + 2 : end + 4], "big")
-    return other_jpeg[:2] + signed_jpeg[start:end] + other_jpeg[2:]
+    return end
+
+
+def transplanted(signed_jpeg: bytes, other_jpeg: bytes) -> bytes:
+    """The other file with the manifest of a signed one."""
+    start = signed_jpeg.index(b"\xff\xeb")
+    return other_jpeg[:2] + signed_jpeg[start : end_of_store(signed_jpeg)] + other_jpeg[2:]
