@@ -186,7 +186,7 @@ def test_named_weights_from_a_file_keep_the_normalisation_of_their_name(tmp_path
     model, tag = "MobileCLIP2-S0", "dfndr2b"  # the smallest whose normalisation is not OpenAI's; SigLIP's is not either
     weights = tmp_path / "weights.safetensors"
     untagged = clip.load_clip(ClipConfig(model=model, pretrained=None))
-    assert untagged.mean == (0.0, 0.0, 0.0)  # random weights too: of all its tags, as none has OpenAI's
+    assert untagged.mean == (0.0, 0.0, 0.0)  # random weights take those of the model's first tag
     save_file(untagged.model.state_dict(), weights)
     tagged = clip.load_clip(ClipConfig(model=model, pretrained=tag), weights)
     assert tagged.mean == (0.0, 0.0, 0.0) and tagged.std == (1.0, 1.0, 1.0)
