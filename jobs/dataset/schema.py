@@ -103,7 +103,7 @@ VERDICTS: Final = pa.schema(
 )
 """Published verdicts: one row per planned image."""
 
-LATER: Final = ("remark", *(field.name for field in PROVENANCE), "prob_spread", "views_agree")
+LATER: Final = ("remark", "transform", *(field.name for field in PROVENANCE), "prob_spread", "views_agree")
 """Columns that staged rows of older releases lack."""
 
 DONE: Final = pa.schema([VERDICTS.field(name) for name in ("image_id", "uri", "status", "error_class")])

@@ -121,7 +121,7 @@ def evaluate(
         }  # fmt: skip
         selection = Selection(columns=columns)
         source = uri
-        place = uris.join(out, "scored")
+        place = uris.join(out, f"scored-{views}-views" if views else "scored")  # images are judged once below a place
         with tempfile.TemporaryDirectory(prefix="nsnet-evaluate-") as folder:
             manifest = uris.join(folder, "manifest.parquet")
             table, unread = _score(uri, detector, place, chains, selection, settings, manifest)

@@ -18,7 +18,7 @@ from jobs.storage.trust import read_trust_list
 from jobs.storage.uris import Uri
 from nsnet import bundle
 from nsnet.config import to_dict
-from nsnet.configuration import Precision
+from nsnet.configuration import DetectorConfig, Precision, config_of
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 
@@ -98,24 +98,30 @@ def score_together(
     def work(planned: Sequence[Planned]) -> Work:
         from jobs.workflows.streams import scoring  # it imports Ray and torch, which take seconds
 
-        pairs = [(one.request.maker, one.run.run_id) for one in planned]
+        detectors = []
+        for one in planned:
+            uri, config = by_id[one.request.maker]
+            own = replace(models, detector=uri, detector_id=one.request.maker, run_id=one.run.run_id)
+            detectors.append((own, config))
         return scoring(
-            requests[0], [replace(models, detector=by_id[i], detector_id=i, run_id=run_id) for i, run_id in pairs],
+            requests[0], detectors,
             limits=limits, batch_size=batch_size, outage_seconds=outage_seconds, anchors=anchors, views=views or 1,
         )  # fmt: skip
 
     return carry_out_together(requests, work)
 
 
-def _identified(detectors: Sequence[Uri]) -> dict[str, Uri]:
-    """Detector id -> URI. Raises `BundleError`, and `ConfigError` for too many detectors or one given twice."""
+def _identified(detectors: Sequence[Uri]) -> dict[str, tuple[Uri, DetectorConfig]]:
+    """Detector id -> URI and configuration. Raises `BundleError`, and `ConfigError` for too many or equal detectors."""
     if not 1 <= len(detectors) <= MAX_DETECTORS:
         raise ConfigError(f"a pass takes 1 to {MAX_DETECTORS} detectors, got {len(detectors)}: score in several passes")
-    by_id: dict[str, Uri] = {}
+    by_id: dict[str, tuple[Uri, DetectorConfig]] = {}
     for detector in detectors:
         description = bundle.read(bundles.fetch_bundle(detector, bundle.DESCRIPTION))
         if description.note:
             output.say(description.note)
-        if (other := by_id.setdefault(description.detector_id, detector)) is not detector:
+        if description.detector_id in by_id:
+            other, _ = by_id[description.detector_id]
             raise ConfigError(f"--detector {detector} and {other} are the same detector: leave one out")
+        by_id[description.detector_id] = detector, config_of(description)
     return by_id

@@ -6,7 +6,6 @@ Importing this module imports Ray and torch, which takes seconds; a workflow imp
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from jobs.dataset import schema
 from jobs.pipeline.actors import Caption, Embed, MakeStage
@@ -21,7 +20,7 @@ from nsnet import bundle
 from nsnet.captions import captioner_id, thumbnail_px
 from nsnet.clip_weights import find_weights
 from nsnet.config import to_dict
-from nsnet.configuration import CaptionerConfig, DetectorConfig, config_of
+from nsnet.configuration import CaptionerConfig, DetectorConfig
 from nsnet.errors import ConfigError
 from nsnet.images import DecodeLimits
 from nsnet.preparation import PreparationConfig
@@ -32,7 +31,7 @@ CAPTIONING_COLUMNS = schema.CAPTIONS.remove(schema.CAPTIONS.get_field_index(sche
 
 def scoring(
     request: Request,
-    detectors: Sequence[Models],
+    detectors: Sequence[tuple[Models, DetectorConfig]],
     *,
     limits: DecodeLimits,
     batch_size: int | None,
@@ -45,18 +44,16 @@ def scoring(
     Raises `WeightsError` if weights that a bundle refers to are missing, and `ConfigError` if the detectors need
     different captioners.
     """
-    configs = [config_of(bundle.read(models.bundle_folder())) for models in detectors]
-    for models, config in zip(detectors, configs, strict=True):
+    for models, config in detectors:
         _check_weights(models, config)
-    captioner, folder = _captioner(detectors, configs)
-    models = replace(detectors[0], captioner_id=captioner_id(captioner, folder)) if captioner else detectors[0]
-    geometries = tuple(dict.fromkeys(config.patches for config in configs))
+    models, captioner = _captioning_detector(detectors)
+    geometries = tuple(dict.fromkeys(config.patches for _, config in detectors))
     preparation = PreparationConfig(
-        thumbnail_px=thumbnail_px(folder) if captioner else 0, patches=geometries, views=views, limits=limits,
-        provenance=True, anchors=anchors,
+        thumbnail_px=thumbnail_px(models.captioner_folder(captioner)) if captioner else 0, patches=geometries,
+        views=views, limits=limits, provenance=True, anchors=anchors,
     )  # fmt: skip
     judges = []
-    for i, (own, config) in enumerate(zip(detectors, configs, strict=True)):
+    for i, (own, config) in enumerate(detectors):
         first = geometries.index(config.patches) * views
         judges.append(
             Judge(
@@ -92,7 +89,7 @@ def scoring(
                 "captioner_id": models.captioner_id if judge.needs_captions else "",
                 "settings": {"reuse": models.reuse, "detector": to_dict(config)},
             }
-            for judge, config in zip(judges, configs, strict=True)
+            for judge, (_, config) in zip(judges, detectors, strict=True)
         },
     )
 
@@ -106,23 +103,25 @@ def _check_weights(models: Models, config: DetectorConfig) -> None:
         models.text_tower(config)
 
 
-def _captioner(
-    detectors: Sequence[Models], configs: Sequence[DetectorConfig]
-) -> tuple[CaptionerConfig | None, Path | None]:
-    """The captioner that all detectors share, if any needs captions, and its folder."""
-    found: dict[str, tuple[Models, CaptionerConfig, Path | None]] = {}
-    for models, config in zip(detectors, configs, strict=True):
+def _captioning_detector(
+    detectors: Sequence[tuple[Models, DetectorConfig]],
+) -> tuple[Models, CaptionerConfig | None]:
+    """The first detector that needs captions, whose captioner makes those of all; without one, the first, and None.
+
+    Bundles may hold captioners, so the captioner must be found from its own detector. Raises `ConfigError` if the
+    detectors need different ones.
+    """
+    found: dict[str, tuple[Models, CaptionerConfig]] = {}
+    for models, config in detectors:
         if config.projection.needs_captions:
-            folder = models.captioner_folder(config.captioner)
-            found.setdefault(captioner_id(config.captioner, folder), (models, config.captioner, folder))
+            name = captioner_id(config.captioner, models.captioner_folder(config.captioner))
+            found.setdefault(name, (replace(models, captioner_id=name), config.captioner))
     if len(found) > 1:
         raise ConfigError(
-            f"{' and '.join(str(models.detector) for models, *_ in found.values())} need different captioners, and a "
+            f"{' and '.join(str(models.detector) for models, _ in found.values())} need different captioners, and a "
             "pass captions each image once: score them in separate runs, or give one --captioner for all"
         )
-    for _, captioner, folder in found.values():
-        return captioner, folder
-    return None, None
+    return next(iter(found.values()), (detectors[0][0], None))
 
 
 def captioning(

@@ -780,3 +780,16 @@ def test_files_older_than_a_column_give_nulls(out: str) -> None:
     assert table.schema.equals(schema.VERDICTS)
     requests = dict(zip(table.column("uri").to_pylist(), table.column("requests").to_pylist(), strict=True))
     assert requests == {"/old": None, "/new": 2}
+
+
+def test_facts_that_an_older_release_staged_are_published(out: str) -> None:
+    """They lack `transform`: an unfinished run is continued by a newer release."""
+    run = Run(out=out, product=products.FACTS)
+    manifest, (staged, *_) = stage(run, rows_for(URIS))
+    older = pa.schema([field for field in schema.FACTS if field.name not in schema.LATER])
+    rows = [dict.fromkeys(older.names) | {"image_id": row["image_id"], "uri": row["uri"], "status": "scored"}
+            for row in rows_for(URIS)]  # fmt: skip
+    parquet.write(pa.Table.from_pylist(rows, schema=older).to_batches(), older, staged)
+    assert run.publish(manifest, [staged], {})["rows"] == len(URIS)
+    (found,) = catalog.rows_of(out, catalog.runs(out, products.FACTS)[0], pa.schema([schema.TRANSFORM]))
+    assert found.column("transform").null_count == len(URIS)
