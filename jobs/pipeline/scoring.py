@@ -13,7 +13,7 @@ import pyarrow as pa
 from jobs.dataset import schema
 from jobs.pipeline.actors import ResultCache, first_of_each, in_batches, light_rows, loading
 from jobs.pipeline.models import Models
-from jobs.pipeline.pixels import gather
+from jobs.pipeline.pixels import MOSAIC, gather
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.uris import Uri
 from nsnet.errors import BundleError, CaptionError, ScoreError
@@ -36,7 +36,7 @@ class Judge:
     """Run that is written into its rows."""
     wanted: int = 1
     """Its bit in `schema.WANTED`: rows without it are not judged."""
-    mosaics: tuple[str, ...] = ("mosaic",)
+    mosaics: tuple[str, ...] = (MOSAIC,)
     """Columns of its views."""
     needs_captions: bool = True
 

@@ -122,7 +122,7 @@ def carry_out_together(
         by_maker |= _plan([request for request in requests if request.maker not in by_maker], held)
         at_work = {planned.run.staging: planned for planned in by_maker.values() if planned.count}
         at_work = {staging: at_work[staging] for staging in attempts.led(at_work)}
-        context.enter_context(lines_of_run(next(iter([*at_work.values(), *by_maker.values()])).run.run_id))
+        context.enter_context(lines_of_run([*at_work.values(), *by_maker.values()][0].run.run_id))
         number, files, work, arithmetic = 0, [], None, {}
         if at_work:
             work = make_work([*at_work.values()])
