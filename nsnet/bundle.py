@@ -105,14 +105,19 @@ def seal(
     return description
 
 
-def read(folder: Path) -> Description:
+def read(folder: Path, sha256: str | None = None) -> Description:
     """Read and verify a bundle. Raises `BundleError` if it is missing, damaged or of another version; names the file.
 
     The digest of every file and the content of every JSON file are checked before a library opens any of them.
+    `sha256`: the SHA-256 that `detector.json` must have, which so pins the bundle; it is that of the bytes that are
+    parsed.
     """
     path = folder / DESCRIPTION
     try:
-        return _verified(folder, _read_sealed(path))
+        data = read_regular(path, MAX_DESCRIPTION_BYTES)
+        if sha256 is not None:
+            check_pin(str(folder), data, sha256)
+        return _verified(folder, _unsealed(path, data))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(f"{folder} is no detector bundle: {DESCRIPTION} is missing") from error
     except OSError as error:
@@ -121,9 +126,18 @@ def read(folder: Path) -> Description:
         raise BundleError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _read_sealed(path: Path) -> dict[str, Any]:
+def check_pin(bundle: str, description: bytes, sha256: str) -> None:
+    """Raise `BundleError` unless the content of a bundle's `detector.json` has this SHA-256."""
+    if (found := hashlib.sha256(description).hexdigest()) != sha256:
+        raise BundleError(
+            f"the bundle {bundle} is not the one that --detector-sha256 pins: the SHA-256 of its {DESCRIPTION} is "
+            f"{found}, not {sha256}"
+        )
+
+
+def _unsealed(path: Path, data: bytes) -> dict[str, Any]:
     """Return the content of `detector.json` after checking its version and its hash."""
-    values = json.loads(read_regular(path, MAX_DESCRIPTION_BYTES))
+    values = json.loads(data)
     version = values["format_version"]
     if version not in (1, FORMAT_VERSION):
         raise BundleError(

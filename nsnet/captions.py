@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from nsnet import hub, model_files
+from nsnet import digest, hub, model_files
 from nsnet.configuration import CaptionerConfig
-from nsnet.digest import file_digest
 from nsnet.errors import WeightsError
 
 PINNED_REVISIONS: Final = {"Salesforce/blip-image-captioning-base": "82a37760796d32b1411fe092ab5d4e227313294b"}
@@ -86,10 +85,21 @@ def captioner_id(config: CaptionerConfig, folder: Path | None) -> str:
     if folder is None:
         source: Any = ["tiny", config.seed]
     else:
-        endings = (".json", ".txt", ".safetensors", ".bin")
-        files = [path for path in sorted(folder.iterdir()) if path.suffix in endings and path.is_file()]
-        source = [[path.name, file_digest(path)] for path in files]
+        source = identity_files(folder)
     return hashlib.sha256(json.dumps([source, config.max_new_tokens]).encode()).hexdigest()[:16]
+
+
+def identity_files(folder: Path) -> list[list[str]]:
+    """Name and SHA-256 of each file that the captions of a transformers folder depend on."""
+    endings = (".json", ".txt", ".safetensors", ".bin")
+    return digest.identity(
+        folder,
+        [
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in endings and path.name != digest.ORIGIN and path.is_file()
+        ],
+    )
 
 
 def processing(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -142,6 +142,12 @@ def _model_config(config: ClipConfig, clip: "Clip") -> dict[str, Any]:
     return dict(architecture)
 
 
+def describe_folder(config: ClipConfig) -> dict[str, Any]:
+    """The `open_clip_config.json` of a folder in open_clip's format with the published weights of a model."""
+    architecture = config.architecture or imports.open_clip().get_model_config(config.model)
+    return {"model_cfg": architecture, "preprocess_cfg": _normalisation(config)}
+
+
 def load_clip(config: ClipConfig, weights: Path | None = None) -> Clip:
     """Build the towers on the CPU in fp32, with the weights from `find_weights` or seeded random ones."""
     open_clip = imports.open_clip()

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from nsnet import hub, imports
+from nsnet import digest, hub, imports
 from nsnet.configuration import TIMM, ClipConfig
-from nsnet.digest import file_digest
 from nsnet.errors import ConfigError, WeightsError
 
 PINNED_REVISIONS: Final = {"timm/vit_large_patch14_clip_224.openai": "18d0535469bb561bf468d76c1d73aa35156c922b"}
@@ -62,7 +61,7 @@ def find_weights(config: ClipConfig, weights: Path | None = None, *, option: str
     if weights is not None:
         _check_given(config, weights, option)
     if weights is None or not weights.is_dir():
-        _find_tokenizer(config, option)
+        find_tokenizer(config, option)
     if weights is not None or config.pretrained is None:
         return weights
     repository, file = _published(config, option)
@@ -83,19 +82,20 @@ def _check_given(config: ClipConfig, weights: Path, option: str) -> None:
         )
 
 
-def _find_tokenizer(config: ClipConfig, option: str) -> None:
-    """Raise `WeightsError` if the tokenizer of a model is neither in the local cache nor can be downloaded.
+def find_tokenizer(config: ClipConfig, option: str = CLIP_WEIGHTS) -> Path | None:
+    """Return the hub's folder of a model's tokenizer; None: open_clip has it, as that of OpenAI's models.
 
-    Files of weights hold none; open_clip has the one of OpenAI's models, and names others on the hub.
+    Raises `WeightsError` if it is neither in the local cache nor can be downloaded: files of weights hold none.
     """
     if not config.has_text or config.architecture is not None:
-        return
+        return None
     described = imports.open_clip().get_model_config(config.model) or {}
     if repository := described.get("text_cfg", {}).get("hf_tokenizer_name"):
-        _fetch(
+        return _fetch(
             repository, TOKENIZER_FILE, wanted="",
             option=f"{option} with a folder in open_clip's format, which holds the tokenizer",
-        )  # fmt: skip
+        ).parent  # fmt: skip
+    return None
 
 
 def _published(config: ClipConfig, option: str) -> tuple[str, str]:
@@ -145,7 +145,15 @@ def text_tower_id(config: ClipConfig, weights: Path | None) -> str:
 
     `weights`: the result of `find_weights`. Loads nothing; takes about 1 s per GB.
     """
-    files = sorted(path for path in weights.iterdir() if path.is_file()) if weights and weights.is_dir() else [weights]
-    digests = [[path.name, file_digest(path)] for path in files if path is not None]
-    identity = [config.model, config.architecture, digests or config.seed]
+    files = tower_files(weights) if weights is not None else []
+    identity = [config.model, config.architecture, files or config.seed]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tower_files(weights: Path) -> list[list[str]]:
+    """Name and SHA-256 of each file that the features of a tower depend on: one file, or those of a folder."""
+    if not weights.is_dir():
+        return [[weights.name, digest.known_digest(weights)]]
+    return digest.identity(
+        weights, [path.name for path in weights.iterdir() if path.name != digest.ORIGIN and path.is_file()]
+    )

@@ -164,17 +164,18 @@ class Detector:
         clip_weights: Path | None = None,
         text_weights: Path | None = None,
         captioner: Path | Literal[False] | None = None,
+        sha256: str | None = None,
     ) -> Self:
         """Load a bundle for inference: adapters merged, everything frozen.
 
         `precision`: arithmetic of the towers and of the captioner. `compiled`: compile the image towers, which takes a
         minute, or seconds if this machine has compiled them before. `clip_weights`, `text_weights`, `captioner`: local
         paths instead of the hub; `captioner=False` loads none (no `predict`). If the detector needs no captions, no
-        captioner and no separate text tower is loaded. Raises `BundleError` (missing, damaged, other version) or
-        `WeightsError` (base weights missing or different).
+        captioner and no separate text tower is loaded. `sha256`: as in `bundle.read`. Raises `BundleError` (missing,
+        damaged, other version, not the pinned one) or `WeightsError` (base weights missing or different).
         """
         folder = Path(path)
-        description = bundle.read(folder)
+        description = bundle.read(folder, sha256)
         config = config_of(description)
         try:
             calibration = from_dict(Calibration, description.calibration)

@@ -148,7 +148,7 @@ def opened(folder: Path, kind: str) -> Iterator[Path]:
                     continue
                 path = inside(folder, name)
                 if content.tensors:
-                    weight_formats.check(path)
+                    weight_formats.check(folder / name)  # a blob of the hub's cache has no suffix
                     (Path(scratch) / name).symlink_to(path)
                 else:
                     data = read_regular(path, content.max_bytes)
