@@ -7,13 +7,18 @@ from typing import Any, Final
 
 import click
 
+from jobs.console import output
 from jobs.storage import uris
 from jobs.storage.uris import Uri
+from nsnet.digest import is_digest
 from nsnet.limits import MAX_VIEWS, DecodeLimits
 
 COUNT_PATTERN: Final = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(?:\.([0-9]+))?([kKmMbB]?)")
 COUNT_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 MAX_COUNT_LETTERS: Final = 30
+MAX_DIGEST_LETTERS: Final = 80
+DURATION_PATTERN: Final = re.compile(r"([0-9]{1,6})([smhd])|0")
+DURATION_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class ShareType(click.ParamType[float]):
@@ -50,6 +55,20 @@ class CountType(click.ParamType[int]):
         self.fail(f"{shown} is not a whole number such as 1000, 1,000, 300k, 2.5M or 1B", param, ctx)
 
 
+class DurationType(click.ParamType[float]):
+    """A time in seconds, as `90s`, `30m`, `24h`, `30d`, or `0`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = DURATION_PATTERN.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{str(value)[:30]!r} is not a time such as 30m, 24h or 30d", param, ctx)
+        return float(match[1] or 0) * DURATION_UNITS[match[2] or "s"]
+
+
 class UriType(click.ParamType[Uri]):
     """The address of a file, a folder or an object, made absolute."""
 
@@ -68,6 +87,18 @@ class OptionalUriType(click.ParamType["Uri | None"]):
         return Uri(value) if value else None
 
 
+class DigestType(click.ParamType[str]):
+    """A SHA-256 in 64 hexadecimal digits."""
+
+    name = "sha256"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip().lower()
+        if not is_digest(text):
+            self.fail(f"{text[:MAX_DIGEST_LETTERS]!r} is not a SHA-256 of 64 hexadecimal digits", param, ctx)
+        return text
+
+
 class ModelPathType(click.ParamType[Uri]):
     """The path of weights, made absolute."""
 
@@ -83,6 +114,8 @@ RECIPES: Final = (
 )
 """Help of `--recipe`."""
 COUNT: Final = CountType()
+DIGEST: Final = DigestType()
+DURATION: Final = DurationType()
 MAX_LEAKAGE_IMAGES: Final = 10_000
 """`nsnet.leakage.MAX_IMAGES`; not imported, because that takes half a second."""
 URI: Final = UriType()
@@ -102,7 +135,11 @@ def _stack(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 address_option = click.option(
     "--address", default=None, help="Ray cluster to use; default: the one this process runs in, else an embedded one."
 )
-weights_options = _stack(
+mirror_option = click.option(
+    "--weights", type=OPTIONAL_URI, default=None, envvar="NSNET_WEIGHTS",
+    help="Mirror of weights (nsnet weights mirror), instead of the hub; default: NSNET_WEIGHTS.",
+)  # fmt: skip
+path_options = _stack(
     click.option(
         "--clip-weights", type=MODEL_PATH, default=None, help="Local path of the CLIP weights, instead of the hub's."
     ),
@@ -119,6 +156,7 @@ weights_options = _stack(
         help="Local transformers folder of a BLIP captioner, instead of the hub's.",
     ),
 )
+weights_options = _stack(path_options, mirror_option)
 precision_option = click.option(
     "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
     help="Arithmetic of the models; auto: fp16 on a GPU, fp32 on a CPU.",
@@ -149,10 +187,18 @@ def _debug(context: click.Context, option: click.Parameter, value: bool) -> None
         os.environ["NSNET_DEBUG"] = "1"
 
 
-debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug,
-    help="Show the traceback of every error, as NSNET_DEBUG=1 does.",
+debug_option = _stack(
+    click.option(
+        "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug,
+        help="Show the traceback of every error, as NSNET_DEBUG=1 does.",
+    ),
+    click.option(
+        "--log-format", type=click.Choice(output.FORMATS), default=output.FORMATS[0], show_default=True,
+        envvar=output.FORMAT_VARIABLE, expose_value=False,
+        help="Messages on stderr as text, or one JSON object per event.",
+    ),
 )  # fmt: skip
+"""Options of messages; `main.run` reads the format before click does."""
 
 column_option = click.option(
     "--column",
@@ -193,6 +239,15 @@ def limits_from(options: dict[str, Any]) -> DecodeLimits:
     """Take the limit options out of a command's keyword arguments."""
     names = ("max_bytes", "max_pixels", "max_seconds")
     return DecodeLimits(**{name: options.pop(name) for name in names})
+
+
+def pin_option(multiple: bool = False) -> Callable[[Any], Any]:
+    """`--detector-sha256`: the bundle that `--detector` must be."""
+    again = " With several --detector: once for each, in the same order." if multiple else ""
+    return click.option(
+        "--detector-sha256", "pins" if multiple else "detector_sha256", type=DIGEST, multiple=multiple, metavar="HEX",
+        help=f"SHA-256 that detector.json of the bundle must have; it covers every other file.{again}",
+    )  # fmt: skip
 
 
 class WorkersType(click.ParamType[tuple[int, int]]):

@@ -37,3 +37,5 @@ class WorkerConfig:
     """Name of the progress board."""
     leakage: int = 0
     """Test images whose features are kept."""
+    weights: Uri | None = None
+    """Mirror that replaces the hub."""

@@ -20,7 +20,7 @@ from jobs.dataset import schema
 from jobs.dataset.schema import SPLIT
 from jobs.runs import products
 from jobs.runs.catalog import untransformed
-from jobs.storage import errors, parquet, writing
+from jobs.storage import errors, parquet
 from jobs.storage.errors import Fault
 from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
@@ -79,10 +79,7 @@ def read_split(uri: str) -> pa.Table:
 
 def write_split(table: pa.Table, uri: str) -> None:
     """Store a split atomically, since a training continues with any split that it finds."""
-    with tempfile.TemporaryDirectory() as scratch:
-        written = Path(scratch) / "split.parquet"
-        parquet.write(table.combine_chunks().to_batches(), SPLIT, str(written))
-        writing.upload_file(written, uri)
+    parquet.write_whole(table.combine_chunks().to_batches(), SPLIT, uri)
 
 
 def load_text_features(captions: Uri, features_id: str, table: pa.Table) -> npt.NDArray[np.float32]:

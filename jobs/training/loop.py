@@ -22,6 +22,7 @@ from jobs.training.collectives import mean_over_processes
 from jobs.training.config import WorkerConfig
 from jobs.training.examples import Examples
 from jobs.training.ingest import Arrival, Ingest
+from jobs.training.metrics import CHECKPOINTING, COMPUTING, VALIDATING, TrainingMetrics
 from jobs.training.order import Order
 from jobs.training.reporting import Reporter, logged
 from jobs.training.validation import CannotGoOn, Validation, quality, scores
@@ -74,6 +75,7 @@ class Loop:
         except CannotGoOn as reason:
             return str(reason)
         finally:
+            self._metrics.flush(wait=True)
             reporter.close()
         return None
 
@@ -85,6 +87,10 @@ class Loop:
     @cached_property
     def _reporter(self) -> Reporter:
         return Reporter(self.config, self.progress, self.training.epochs, active=self.gather.rank == 0)
+
+    @cached_property
+    def _metrics(self) -> TrainingMetrics:
+        return TrainingMetrics(self.config.board if self.gather.rank == 0 else None)
 
     @cached_property
     def _order(self) -> Order:
@@ -119,11 +125,14 @@ class Loop:
         if progress.ended:
             return
         self._reporter.count(progress.step * self.training.batch_size)
-        for step, arrival in enumerate(self.ingest.stream(self._order, progress.step, last), start=progress.step):
-            self._step(step, last, arrival)
+        arrivals = self._metrics.waited_for(self.ingest.stream(self._order, progress.step, last))
+        for step, arrival in enumerate(arrivals, start=progress.step):
+            with self._metrics.spent(COMPUTING):
+                self._step(step, last, arrival)
             if progress.step % steps == 0:
                 self._record()
-                self._end_epoch()
+                with self._metrics.spent(VALIDATING):
+                    self._end_epoch()
                 self._checkpoint(progress.history[-1])
                 if progress.ended:
                     return
@@ -168,8 +177,10 @@ class Loop:
             is_first = step % self._order.steps_per_epoch == 0
             progress.sums = values.tolist() if is_first else (np.array(progress.sums) + values).tolist()
             progress.failed = round(row[-1] * self.gather.world_size) + (0 if is_first else progress.failed)
-            self._reporter.count(len(self._order.whole(step)))
-            self._reporter.step(step + 1, dict(zip(names, values.tolist(), strict=True)) | rates)
+            images, named = len(self._order.whole(step)), dict(zip(names, values.tolist(), strict=True))
+            self._reporter.count(images)
+            self._reporter.step(step + 1, named | rates)
+            self._metrics.step(images, named)
         self._pending.clear()
         self._check_failures()
 
@@ -225,12 +236,14 @@ class Loop:
         stale = int(record["epoch"]) - progress.best_epoch
         progress.ended = progress.step == steps * self.training.epochs or 0 < self.training.patience <= stale
         self._reporter.epoch(record)
+        self._metrics.epoch(record["epoch"], record["val_ap"])
 
     def _test(self) -> None:
         """Judge the test images with the weights of the best epoch, and store the logits in the last checkpoint."""
         checkpoints.load_weights(self.network, self.progress.best)
         if not self.progress.test and len(self.examples.rows("test")):
-            rows, logits, features = self._validation.judge("test", keep=self.config.leakage)
+            with self._metrics.spent(VALIDATING):
+                rows, logits, features = self._validation.judge("test", keep=self.config.leakage)
             self.progress.test = {ROWS: torch.from_numpy(rows), LOGITS: torch.from_numpy(logits)}
             self.progress.features = features
         self._checkpoint({FINISHED: True})
@@ -240,10 +253,11 @@ class Loop:
         if self.gather.rank != 0:
             ray.train.report(metrics)
             return
-        self._reporter.flush()
-        folder = checkpoints.save(self.network, self.optimizer, self.progress, self.config.digest)
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        )
+        with self._metrics.spent(CHECKPOINTING):
+            self._reporter.flush()
+            folder = checkpoints.save(self.network, self.optimizer, self.progress, self.config.digest)
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            )

@@ -1,6 +1,7 @@
 """Report a training from its first process: progress and epochs to the driver, scalars to TensorBoard and MLflow."""
 
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
@@ -59,7 +60,8 @@ class Reporter:
     def epoch(self, record: dict[str, Any]) -> None:
         """Report the record of a completed epoch."""
         if self._board is not None:
-            ray.get(ray.get_actor(self._board).log.remote(self._text(record)))
+            board = ray.get_actor(self._board)
+            ray.get([board.log.remote(message) for message in self._messages(record)])
         if self._records is not None:
             values = {name: float(record[name]) for name in ("val_ap", "val_bce") if record[name] is not None}
             means = {f"epoch/{name}": float(record[name]) for name in (*LOGGED, PENALTY) if name in record}
@@ -71,11 +73,16 @@ class Reporter:
             self._records.flush()
 
     def close(self) -> None:
-        """Flush and close all records."""
+        """Flush and close all records, and report the images that were counted since the last update."""
+        if self._board is not None and self._uncounted:
+            with suppress(ray.exceptions.RayError, ValueError):  # the board has gone
+                ray.get(ray.get_actor(self._board).add.remote({"trained": self._uncounted}), timeout=10)
+            self._uncounted = 0
         if self._records is not None:
             self._records.close()
 
-    def _text(self, record: dict[str, Any]) -> str:
+    def _messages(self, record: dict[str, Any]) -> list[str]:
+        """The epoch's line; a warning is a message of its own, because a message has one level."""
         ap = "undefined" if record["val_ap"] is None else f"{record['val_ap']:.4f}"
         penalty = f", {PENALTY} {record[PENALTY]:.3f}" if PENALTY in record else ""
         line = (
@@ -85,6 +92,6 @@ class Reporter:
         )
         if record["failed"]:
             line += f", {record['failed']} images failed"
-        if record["residual_energy"] < COLLAPSED:
-            line += f"\nwarning: the projection leaves {record['residual_energy']:.1%} of the image feature"
-        return line
+        if record["residual_energy"] >= COLLAPSED:
+            return [line]
+        return [line, f"warning: the projection leaves {record['residual_energy']:.1%} of the image feature"]

@@ -9,6 +9,7 @@ import torch
 
 from jobs.cluster import resources
 from jobs.cluster.shares import training_cpus
+from jobs.pipeline.models import Models
 from jobs.training import checkpoints, examples
 from jobs.training.checkpoints import Progress, load_fitted
 from jobs.training.collectives import gather
@@ -73,8 +74,8 @@ def _load_examples(config: WorkerConfig) -> Examples:
 
 def _build(config: WorkerConfig, detector: DetectorConfig, training: TrainingConfig) -> Network:
     """The network; the rest of the detector, such as the text tower, is freed because training does not need it."""
-    weights, text = (Path(uri) if uri else None for uri in (config.clip_weights, config.text_weights))
-    network = Detector.build(detector, weights, text_weights=text, seed=config.seed).network
+    models = Models(clip_weights=config.clip_weights, text_weights=config.text_weights, weights=config.weights)
+    network = Detector.build(detector, seed=config.seed, **models.tower_paths(detector)).network
     if config.fitted is not None:
         load_fitted(network, config.fitted)
     if training.activation_checkpointing:
