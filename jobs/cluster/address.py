@@ -1,4 +1,4 @@
-"""Check that a Ray cluster answers before a run starts, because Ray's own client retries for many minutes."""
+"""Check that a Ray cluster, or its dashboard, answers before a run starts: Ray's own clients retry for many minutes."""
 
 import os
 import queue
@@ -6,6 +6,8 @@ import socket
 import threading
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from jobs.storage.redaction import holds_secrets, shown
 from nsnet.errors import StorageError, UsageError
@@ -43,7 +45,7 @@ def _host_and_port(address: str, named: str) -> tuple[str, int]:
         raise UsageError(f"{named}: an address must not contain a user or password; set RAY_AUTH_TOKEN_PATH instead")
     if separator and scheme in ("http", "https"):
         raise UsageError(
-            f"{named} is the address for Ray jobs (`ray job submit --address {address} -- nsnet …`); give the "
+            f"{named} is the address for Ray jobs (`nsnet submit … --address {address}`); give the "
             "cluster's own address, such as host:6379"
         )
     if separator and scheme != "ray":
@@ -78,23 +80,76 @@ def _within(seconds: float, find: Callable[[], str | None]) -> str | None:
         return f"no answer within {seconds:g} s"
 
 
-def _problem(host: str, port: int) -> str | None:
-    """The reason why no gRPC server (a Ray cluster is one) answers here; None if one answers."""
+class _NoAnswer(Exception):
+    """Why nothing answers."""
+
+
+def _answer(host: str, port: int, greeting: bytes | None) -> bytes:
+    """The first bytes that a server sends after a greeting; without one, only the connection is tried. Raises
+    `_NoAnswer`.
+    """
     try:
         with socket.create_connection((host, port), timeout=PROBE_SECONDS) as connection:
-            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-                return None  # a TLS server does not answer plain text
-            connection.sendall(GREETING)
-            answer = connection.recv(FRAME_HEADER_BYTES)
+            if greeting is None:
+                return b""
+            connection.sendall(greeting)
+            return connection.recv(FRAME_HEADER_BYTES)
     except socket.gaierror as error:
-        return f"the host name {host} is unknown ({error.strerror})"
+        raise _NoAnswer(f"the host name {host} is unknown ({error.strerror})") from error
     except UnicodeError as error:  # a part of the name is empty or too long
-        return f"{host} is not a host name ({error})"
-    except TimeoutError:
-        return f"no answer from {host}:{port} within {PROBE_SECONDS:g} s"
+        raise _NoAnswer(f"{host} is not a host name ({error})") from error
+    except TimeoutError as error:
+        raise _NoAnswer(f"no answer from {host}:{port} within {PROBE_SECONDS:g} s") from error
     except OSError as error:
-        return f"{host}:{port}: {error.strerror or error}"
+        raise _NoAnswer(f"{host}:{port}: {error.strerror or error}") from error
+
+
+def _is_grpc(answer: bytes) -> bool:
+    return len(answer) >= 4 and answer[3] == SETTINGS_FRAME
+
+
+def _problem(host: str, port: int) -> str | None:
+    """The reason why no gRPC server (a Ray cluster is one) answers here; None if one answers."""
+    has_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")  # it does not answer plain text
+    try:
+        answer = _answer(host, port, None if has_tls else GREETING)
+    except _NoAnswer as reason:
+        return str(reason)
+    if has_tls or _is_grpc(answer):
+        return None
     if answer.startswith(b"HTTP/"):
         return f"{host}:{port} is a web server, such as Ray's dashboard; the cluster uses another port, such as 6379"
-    is_grpc = len(answer) >= 4 and answer[3] == SETTINGS_FRAME
-    return None if is_grpc else f"{host}:{port} is not a Ray cluster"
+    return f"{host}:{port} is not a Ray cluster"
+
+
+def check_dashboard(address: str, named: str) -> None:
+    """Raise `StorageError` unless a web server answers at an address `http[s]://host[:port]`, `UsageError` if it is no
+    such address. `named`: what messages call it. Behind a proxy nothing is tried.
+    """
+    if holds_secrets(address):
+        raise UsageError(f"{named}: an address must not contain a user or password; set RAY_AUTH_TOKEN_PATH instead")
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        host, port = None, 0
+    if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        raise UsageError(f"{named} is no address of a dashboard: give http://HOST:8265, the head's")
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return
+    greeting = f"GET /api/version HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() if parts.scheme == "http" else None
+    problem = _within(2 * PROBE_SECONDS, lambda: _dashboard_problem(host, port, greeting))
+    if problem is not None:
+        raise StorageError(f"no dashboard answers at {named}: {problem}. Check the address, and that the cluster runs")
+
+
+def _dashboard_problem(host: str, port: int, greeting: bytes | None) -> str | None:
+    try:
+        answer = _answer(host, port, greeting)
+    except _NoAnswer as reason:
+        return str(reason)
+    if greeting is None or answer.startswith(b"HTTP/"):
+        return None
+    if _is_grpc(answer):
+        return f"{host}:{port} is the cluster itself; jobs are submitted to its dashboard, such as http://{host}:8265"
+    return f"{host}:{port} is no web server"

@@ -13,6 +13,7 @@ import ray
 import ray._private.services as services
 from ray._common.utils import get_system_memory
 from ray._private.node import Node
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from jobs.console.output import say, waiting
 from jobs.storage import errors
@@ -41,6 +42,7 @@ START_ENVIRONMENT: Final = {
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
 }
 """Ray's timeouts for starting the parts of an embedded cluster; its defaults are 10 to 60 s."""
+MAX_STARTS: Final = 5
 NO_API_SERVER: Final = "http://127.0.0.1:1"
 """An address that refuses connections. Ray Train asks the API server whether its own controller is alive, but an
 embedded cluster has no API server. Without an address the search takes 40 s, and each training ends 12 s later. If the
@@ -54,25 +56,36 @@ MIN_TEMPORARY_BYTES: Final = 64 * 2**20
 
 
 def start(**settings: Any) -> None:
-    """Start an embedded cluster, waiting up to `START_SECONDS`; an earlier failure is retried once."""
+    """Start an embedded cluster, waiting up to `START_SECONDS`. An earlier failure is retried once, and `MAX_STARTS`
+    starts are made if the node ended meanwhile, as it does if its agent is too slow.
+    """
     _check_machine()
     for name, value in {**NODE_ENVIRONMENT, **AUTOSCALER, **NO_METRICS, **START_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
     _keep_token()
     started = time.monotonic()
-    with waiting("the embedded Ray cluster to start"), _patience(), _without_api_server(), _without_helpers():
-        for is_last in (False, True):
+    with waiting("the embedded Ray cluster to start"), _patience() as nodes, _without_api_server(), _without_helpers():
+        for number in range(1, MAX_STARTS + 1):
             try:
                 ray.init(address="local", object_store_memory=_object_store_bytes(), **settings)
                 return
             except Exception as error:  # Ray has no error class for a failed start
                 ray.shutdown()
+                while nodes:  # Ray leaves the processes of a node that did not start
+                    nodes.pop().kill_all_processes(check_alive=False)
+                is_last = number >= (MAX_STARTS if isinstance(error, _NodeEndedError) else 2)
                 if is_last or time.monotonic() - started > START_SECONDS:
                     raise StorageError(
                         f"an embedded Ray cluster does not start: {errors.explain(error) or errors.reason(error)}; "
                         "check the machine's load and free memory"
                     ) from error
                 say("the embedded Ray cluster did not start: trying once more")
+
+
+def is_running() -> bool:
+    """Whether this process is connected to a cluster that it started itself."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 def _object_store_bytes() -> int:
@@ -84,27 +97,48 @@ def _object_store_bytes() -> int:
     return max(OBJECT_STORE_BYTES, min((os.cpu_count() or 1) * STORE_BYTES_PER_CPU, most))
 
 
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Make Ray wait up to `START_SECONDS` for its node: it gives up after 30 s, whatever its settings.
+class _NodeEndedError(Exception):
+    """The node ended while it started."""
 
-    `RAY_raylet_start_wait_time_s` is no alternative: during that wait Ray handles neither Ctrl-C nor SIGTERM.
+
+@contextmanager
+def _patience() -> Iterator[list[Node]]:
+    """Make Ray wait up to `START_SECONDS` for its node, as long as that runs: it gives up after 30 s, whatever its
+    settings. Yields the nodes that were started.
+
+    `RAY_raylet_start_wait_time_s` is no alternative: during that wait Ray handles neither Ctrl-C nor SIGTERM. A node
+    ends if its agent needs more than 15 s for its imports, and Ray would wait for it nevertheless.
     """
-    get_node, deadline = services.get_node, time.monotonic() + START_SECONDS
+    get_node, start_raylet, deadline = services.get_node, Node.start_raylet, time.monotonic() + START_SECONDS
+    nodes: list[Node] = []
+
+    def start_noted_raylet(node: Node, *arguments: Any, **options: Any) -> None:
+        nodes.append(node)
+        start_raylet(node, *arguments, **options)
 
     def get_node_with_retries(*arguments: Any) -> Any:
         while True:
             try:
                 return get_node(*arguments)  # type: ignore[no-untyped-call]
-            except RuntimeError:  # the node is not registered after 10 s
+            except RuntimeError as error:  # the node is not registered after Ray's own wait of up to 30 s
+                if nodes and not _is_alive(nodes[-1]):
+                    raise _NodeEndedError(
+                        "its node ended while it started; its agent may have been too slow"
+                    ) from error
                 if time.monotonic() > deadline:
                     raise
 
     services.get_node = get_node_with_retries
+    setattr(Node, "start_raylet", start_noted_raylet)  # noqa: B010, as an assignment mypy refuses it
     try:
-        yield
+        yield nodes
     finally:
         services.get_node = get_node
+        setattr(Node, "start_raylet", start_raylet)  # noqa: B010
+
+
+def _is_alive(node: Node) -> bool:
+    return all(info.process.poll() is None for info in node.all_processes.get(PROCESS_TYPE_RAYLET, ()))
 
 
 @contextmanager

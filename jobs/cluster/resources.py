@@ -9,13 +9,14 @@ import ray
 import ray._private.ray_constants as constants
 import ray.data
 import ray.data._internal.execution.streaming_executor_state as streaming_executor_state
+from ray._private.state import state
 from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.data.checkpoint import CheckpointConfig
 
 from jobs.cluster import embedded
 from jobs.cluster.address import check_address
-from jobs.cluster.shares import BLOCK_BYTES, Shares, shares
-from jobs.console.output import say, waiting
+from jobs.cluster.shares import BLOCK_BYTES, NodeShape, Shares, places, shares
+from jobs.console.output import format_logs, native_lines, say, waiting
 from jobs.storage import errors, filesystems
 from jobs.storage.redaction import guard_logs
 from nsnet.errors import StorageError
@@ -28,6 +29,10 @@ GPU. There decoding ahead takes CPU time from the models: with Ray Data's own li
 images before the models were loaded, and the first verdict came 3.6 s later."""
 WORKER_CPUS: Final = 0.001
 """CPUs of the task that tests whether workers start: above 0, so that a head without CPUs does not run it."""
+GROWTH: Final = 4
+"""How much a cluster without an autoscaler may grow while a run lasts, as a multiple of its size."""
+MAX_GROWTH: Final = 100
+"""The same of a cluster whose autoscaler has no limit."""
 UV_HOOK: Final = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
 
@@ -37,10 +42,10 @@ def streaming_bytes() -> int:
     return int(0.25 * available.get("object_store_memory", embedded.OBJECT_STORE_BYTES))
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None, *, awaits_worker: bool = True) -> None:
     """Connect to the given cluster, the one this process runs in (`RAY_ADDRESS`), or an embedded one.
 
-    Raises `StorageError` if it does not answer or start, or if it starts no worker.
+    Raises `StorageError` if it does not answer or start, or if it starts no worker, which only `awaits_worker` finds.
     """
     if ray.is_initialized():
         return
@@ -57,19 +62,23 @@ def connect(address: str | None = None) -> None:
     if address and address != "local":
         settings.pop("include_dashboard")
         try:
-            with waiting(f"the Ray cluster {address}"):
+            with waiting(f"the Ray cluster {address}"), native_lines("ray"):
                 ray.init(address=address, **settings)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise StorageError(f"the Ray cluster {address} cannot be reached: {errors.reason(error)}") from error
     else:
-        embedded.start(**settings)
+        with native_lines("ray"):
+            embedded.start(**settings)
         _leave_cpus_to_models()
     if callable(sigterm_handler):  # Ray replaces the command's handler
         signal.signal(signal.SIGTERM, sigterm_handler)
     configure_data()
     guard_logs("ray", "ray.data", "ray.train")
-    _await_worker()
-    say("cluster: {:g} CPUs, {:g} GPUs".format(*_size()))
+    format_logs("ray", "ray.data", "ray.train")
+    if awaits_worker:
+        _await_worker()
+        cpus, gpus = _size()
+        say(f"cluster: {cpus:g} CPUs, {gpus:g} GPUs", cpus=cpus, gpus=gpus)
 
 
 def _disable_uv_hook() -> None:
@@ -153,16 +162,32 @@ def job_checkpoint(uri: str) -> "CheckpointConfig":
 
 def cluster_shares() -> Shares:
     """Shares of the cluster that this process is connected to."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    sizes = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]]
-    return shares(
-        *_size(),
-        node_cpus=min((cpus for cpus, _ in sizes if cpus), default=None),
-        cpus_per_gpu=min((cpus / gpus for cpus, gpus in sizes if gpus), default=None),
-    )
+    return shares(nodes())
+
+
+def nodes() -> list[NodeShape]:
+    """Living nodes of the cluster that this process is connected to."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    sizes = [node["Resources"] for node in found if node["Alive"]]
+    return [NodeShape(cpus=size.get("CPU", 0.0), gpus=size.get("GPU", 0.0)) for size in sizes]
+
+
+def most_places(now: Shares) -> int:
+    """Number of model actors that the cluster may get places for while a run lasts.
+
+    The autoscaler says how large it may make the cluster; without one, it is assumed to grow to `GROWTH` times its
+    size: Ray Data reserves CPUs for all actors that a pool may have. An embedded cluster does not grow.
+    """
+    if embedded.is_running():
+        return now.actors
+    largest: dict[str, int] | None = state.get_max_resources_from_cluster_config()
+    if not largest:
+        return GROWTH * now.actors
+    size = NodeShape(cpus=largest.get("CPU", 0), gpus=largest.get("GPU", 0))
+    most = places([size], on_gpus=now.actor_gpus > 0, actor_cpus=now.actor_cpus)
+    return max(now.actors, min(most, MAX_GROWTH * now.actors))
 
 
 def _size() -> tuple[float, float]:
-
     available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return available.get("CPU", 0.0), available.get("GPU", 0.0)

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import pyarrow as pa
 
-from jobs.pipeline.bottleneck import WAITING
 from jobs.pipeline.models import Models, caption_id
 from jobs.pipeline.pixels import THUMBNAIL, gather, pixel_columns
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
-from nsnet.errors import (
-    CaptionError,
-)
+from nsnet.errors import CaptionError
 
 if TYPE_CHECKING:  # these modules import torch, which decoding workers do not need
     from nsnet.captioner import Captioner
@@ -68,18 +65,25 @@ MakeStage = Callable[[], Stage]
 """Makes a stage in the actor's process."""
 
 
+def stage_name(make: MakeStage) -> str:
+    """Name of the stage that this makes: a class, or a `functools.partial` of one."""
+    stage: Any = make
+    return str(getattr(stage, "func", stage).name)
+
+
 class ModelActor:
-    """An actor that holds all models of a stream and sends each table through their stages, one after the other.
+    """An actor that holds all models of its pool and sends each table through their stages, one after the other.
 
     An actor per stage copied pixels and rows from process to process, and imported torch in each. And no share of a GPU
-    suits both: the faster stage would hold its share and wait for the slower one.
+    suits both: the faster stage would hold its share and wait for the slower one. So a stage has a pool of its own only
+    where a GPU cannot hold the models of all.
 
-    It reports the seconds of each stage and those without a table, except until the end of its first table: then it
-    loads models.
+    It reports its images, the seconds of each stage and, under the name `waiting`, those without a table; except until
+    the end of its first table: then it loads models.
     """
 
-    def __init__(self, report: ProgressReporter, *stages: MakeStage) -> None:
-        self._report = report
+    def __init__(self, report: ProgressReporter, waiting: str, *stages: MakeStage) -> None:
+        self._report, self._waiting = report, waiting
         self._stages = [make() for make in stages]
         self._ended_at: float | None = None
 
@@ -90,7 +94,7 @@ class ModelActor:
             table = stage(table)
             spent[stage.name] = -before + (before := time.monotonic())
         if self._ended_at is not None:
-            self._report.spend(**spent, **{WAITING: started - self._ended_at})
+            self._report.spend(table.num_rows, **spent, **{self._waiting: started - self._ended_at})
         self._ended_at = before
         return table
 
@@ -154,7 +158,8 @@ class Caption:
                 self.models.captioner_id, rows[i]["content_hash"], rows[i].get("transform")
             )
         self.memory.trim()
-        self.report.add(captioned=len(rows), failed=sum(rows[i]["status"] == "failed" for i in usable))
+        errors = [rows[i]["error_class"] for i in usable if rows[i]["status"] == "failed"]
+        self.report.passed(self.name, len(usable), errors, captioned=len(rows))
         return with_heavy(rows, table, self.schema)
 
 
@@ -196,7 +201,7 @@ class Embed:
             features = self.features.of([rows[i]["caption"] for i in batch]).cpu().numpy()
             for i, feature in zip(batch, features, strict=True):
                 rows[i]["text_features"] = feature.tolist()
-        self.report.add(embedded=len(rows))
+        self.report.passed(self.name, len(usable), [], embedded=len(rows))
         return with_heavy(rows, table, self.schema)
 
 

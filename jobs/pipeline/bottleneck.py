@@ -11,9 +11,13 @@ FETCHING: Final = "fetching"
 DECODING: Final = "decoding"
 """Parts of preparing: tasks wait for the next images' bytes, or decode and choose patches."""
 WAITING: Final = "waiting"
-"""Model actors wait for blocks."""
+"""Model actors wait for prepared images."""
+WAITING_FOR_MODELS: Final = "waiting for other models"
+"""Model actors wait for the actors of another pool."""
+OTHERS: Final = (FETCHING, DECODING, WAITING, WAITING_FOR_MODELS)
+"""All that is not the work of a model stage."""
 MIN_SECONDS: Final = 20.0
-"""Least seconds of the last stage's processes, all together, from which a statement is made."""
+"""Minimum seconds of the last stage's processes, all together, from which a statement is made."""
 MODELS_WAIT: Final = 0.1
 """Share of their time that model actors wait at most, if the models hold the run."""
 
@@ -21,10 +25,10 @@ MODELS_WAIT: Final = 0.1
 def holding_stage(seconds: Mapping[str, float]) -> str | None:
     """Name of the stage that holds the run: `fetching`, `decoding`, or a model stage such as `score`.
 
-    `seconds`: seconds by stage of all processes; a model stage is each name besides the three above. None: fewer than
+    `seconds`: seconds by stage of all processes; a model stage is each name that is not in `OTHERS`. None: fewer than
     `MIN_SECONDS` were measured.
     """
-    models = {name: spent for name, spent in seconds.items() if name not in (FETCHING, DECODING, WAITING)}
+    models = {name: spent for name, spent in seconds.items() if name not in OTHERS}
     preparing = {name: seconds.get(name, 0.0) for name in (DECODING, FETCHING)}
     waited = seconds.get(WAITING, 0.0)
     measured = sum(models.values()) + waited if models else sum(preparing.values())
@@ -35,8 +39,11 @@ def holding_stage(seconds: Mapping[str, float]) -> str | None:
     return max(preparing, key=preparing.__getitem__)
 
 
-def statement(seconds: Mapping[str, float]) -> str | None:
-    """`holding_stage` as a line for the user, with the shares that it follows from; None as there."""
+def statement(seconds: Mapping[str, float], images: Mapping[str, int]) -> str | None:
+    """`holding_stage` as a line for the user, with the shares that it follows from; None as there.
+
+    `images`: those that the seconds of a model stage were spent on.
+    """
     holder = holding_stage(seconds)
     if holder is None:
         return None
@@ -47,7 +54,14 @@ def statement(seconds: Mapping[str, float]) -> str | None:
         for who, spent in (("model actors", models), ("preparing tasks", preparing))
         if sum(spent.values())
     )
-    return f"{holder} holds the run ({shares})"
+    worked = {name: count for name, count in sorted(images.items()) if count and name not in OTHERS}
+    times = ", ".join(f"{name} {milliseconds(seconds[name] / count)}" for name, count in worked.items())
+    return f"{holder} holds the run ({shares})" + (f"; per image: {times}" if times else "")
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds per image as text."""
+    return f"{1000.0 * seconds:.1f} ms"
 
 
 def _shares(seconds: Mapping[str, float]) -> str:

@@ -22,6 +22,7 @@ from jobs.pipeline.pixels import THUMBNAIL, PixelColumn, mosaic_column, pixel_by
 from jobs.pipeline.poison import Remembered
 from jobs.pipeline.rows import ProgressReporter, RowDicts, failed, to_table
 from jobs.storage.errors import OUTAGE_SECONDS
+from jobs.storage.reading import Fetched
 from jobs.storage.uris import Uri
 from nsnet.errors import ImageError, ObjectChangedError
 from nsnet.patches import SCORING_SEED
@@ -123,11 +124,12 @@ class Prepare:
         rows = [row for row in done if row is not None]
         for i, row in enumerate(rows, start):
             _complete(i, row, columns)
-        self.report.add(
+        self.report.passed(
+            "preparing", len(rows), [row["error_class"] for row in rows if row["status"] == "failed"],
             prepared=len(rows),
-            asked_again=sum(row["requests"] > 1 for row in rows),
-            failed=sum(row["status"] == "failed" for row in rows),
-        )
+            requests_repeated=sum(max(0, row["requests"] - 1) for row in rows),
+            fetched_bytes=sum(len(result.data) for result, _ in fetched if isinstance(result, Fetched)),
+        )  # fmt: skip
         return rows
 
     def _row(

@@ -1,7 +1,6 @@
 """Progress of a pipeline: stages add counts to a board, and the driver prints one line."""
 
 import math
-import sys
 import threading
 import time
 from collections import Counter
@@ -12,9 +11,11 @@ from typing import Any, Final, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.console.output import redraw, say
+from jobs.console.output import is_terminal, redraw, say
 from jobs.pipeline.bottleneck import statement
+from jobs.pipeline.metrics import Snapshot, StreamMetrics
 from jobs.pipeline.poison import Budget
+from jobs.telemetry.series import Key
 
 REFRESH_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 5.0
@@ -31,16 +32,31 @@ class Board:
         """`cpus` of the cluster and `max_seconds` per image set the run's `Budget`."""
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.measured: Counter[str] = Counter()
+        self.images: Counter[tuple[str, str]] = Counter()
+        self.added: Counter[Key] = Counter()
+        self.put: dict[Key, float] = {}
         self.lines: list[str] = []
         self._budget = Budget(cpus, max_seconds)
 
-    def add(self, counts: dict[str, int]) -> None:
-        """Add to the counts."""
+    def add(self, counts: dict[str, int], images: dict[tuple[str, str], int] | None = None) -> None:
+        """Add to the counts, and to the images by stage and error class (`metrics.Snapshot`)."""
         self.counts.update(counts)
+        self.images.update(images or {})
 
-    def spend(self, seconds: dict[str, float]) -> None:
-        """Add seconds by stage (`bottleneck`)."""
+    def measure(self, added: dict[Key, float], put: dict[Key, float]) -> None:
+        """Add to counters, and set gauges (`metrics.Snapshot`)."""
+        self.added.update(added)
+        self.put.update(put)
+
+    def spend(self, seconds: dict[str, float], images: int = 0) -> None:
+        """Add seconds by stage (`bottleneck`), and the images that they were spent on."""
         self.seconds.update(seconds)
+        self.measured.update(dict.fromkeys(seconds, images))
+
+    def spent(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Seconds by stage so far, and the images that they were spent on."""
+        return dict(self.seconds), dict(self.measured)
 
     def lease(self, seconds: float) -> float | None:
         """As `Budget.lease`."""
@@ -54,10 +70,13 @@ class Board:
         """Add a line for the console."""
         self.lines.append(line)
 
-    def snapshot(self) -> tuple[dict[str, int], dict[str, float], list[str]]:
-        """Counts and seconds so far, and the lines since the last call."""
+    def snapshot(self) -> Snapshot:
+        """Counts so far, and the lines since the last call."""
         lines, self.lines = self.lines, []
-        return dict(self.counts), dict(self.seconds), lines
+        return Snapshot(
+            dict(self.counts), dict(self.seconds), dict(self.images), lines, dict(self.added), dict(self.put),
+            dict(self.measured),
+        )  # fmt: skip
 
 
 def start_board(name: str, *budget: float) -> Any:
@@ -71,7 +90,9 @@ def start_board(name: str, *budget: float) -> Any:
 
 @contextmanager
 def watch(board: Any, title: str, total: int, stages: Sequence[str]) -> Iterator[None]:
-    """Print the board's counts while the body runs: the last stage as a share of the total, then the other stages."""
+    """Print and export the board's counts while the body runs: the last stage as a share of the total, then the other
+    stages.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=_print_loop, args=(board, title, total, stages, stop), daemon=True)
     thread.start()
@@ -83,23 +104,24 @@ def watch(board: Any, title: str, total: int, stages: Sequence[str]) -> Iterator
 
 
 def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop: threading.Event) -> None:
-    terminal = sys.stderr.isatty()
+    terminal, metrics = is_terminal(), StreamMetrics(title, total, stages)
     started = time.monotonic()
     next_line, name_holder = started + LINE_SECONDS, math.inf
     has_results = False
     while True:
         ended = stop.wait(REFRESH_SECONDS)
         try:
-            counts, seconds, lines = ray.get(board.snapshot.remote(), timeout=5)
+            snapshot = ray.get(board.snapshot.remote(), timeout=5)
         except ray.exceptions.RayError:
             if ended:
                 return
             continue
-        now = time.monotonic()
+        metrics.report(snapshot)
+        counts, lines, now = snapshot.counts, snapshot.lines, time.monotonic()
         had_results, has_results = has_results, counts.get(stages[-1], 0) > 0
         if has_results > had_results:
             name_holder = now + HOLDER_SECONDS
-        if (ended or now >= name_holder) and (holder := statement(seconds)):
+        if (ended or now >= name_holder) and (holder := statement(snapshot.seconds, snapshot.measured)):
             name_holder = math.inf
             lines.append(f"{title}: {holder}")
         if terminal and lines:
@@ -112,9 +134,17 @@ def _print_loop(board: Any, title: str, total: int, stages: Sequence[str], stop:
             if terminal:
                 redraw(text, last=ended)
             else:
-                say(text)
+                say(text, **_numbers(counts, total, stages, now - started))
         if ended:
             return
+
+
+def _numbers(counts: dict[str, int], total: int, stages: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The numbers of the progress line."""
+    done = min(total, counts.get(stages[-1], 0))
+    before = {name: min(total, counts.get(name, 0)) for name in stages[:-1]}
+    failed = counts.get("failed", 0)
+    return {**before, "done": done, "planned": total, "failed": failed, "images_per_s": round(done / seconds, 1)}
 
 
 def _line(title: str, counts: dict[str, int], total: int, stages: Sequence[str], seconds: float) -> str:

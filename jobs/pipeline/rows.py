@@ -1,13 +1,15 @@
 """Rows between stages, as dictionaries and Arrow tables; failed rows; and the progress that stages report."""
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
 import pyarrow as pa
 
+from jobs.pipeline.metrics import DONE
 from jobs.storage.redaction import without_secrets
 from nsnet.errors import ImageError
 
@@ -21,15 +23,25 @@ class ProgressReporter:
 
     board_name: str | None = None
 
-    def add(self, **counts: int) -> None:
-        """Add to the board's counts, without waiting."""
-        if self.board_name is not None:
-            board(self.board_name).add.remote(counts)
+    def passed(self, stage: str, entered: int, errors: Sequence[str], **counts: int) -> None:
+        """Report images that reached a stage, and the error classes of those that failed in it; and add to the counts.
 
-    def spend(self, **seconds: float) -> None:
-        """Add to the board's seconds by stage (`bottleneck`), without waiting."""
+        Call it once per block, not per image.
+        """
+        images = Counter((stage, error) for error in errors)
+        images[stage, DONE] = entered - len(errors)
+        self._add({**counts, "failed": len(errors)}, dict(images))
+
+    def _add(self, counts: dict[str, int], images: dict[tuple[str, str], int]) -> None:
         if self.board_name is not None:
-            board(self.board_name).spend.remote(seconds)
+            board(self.board_name).add.remote(counts, images)
+
+    def spend(self, images: int = 0, /, **seconds: float) -> None:
+        """Add to the board's seconds by stage (`bottleneck`), and to the images that they were spent on, without
+        waiting.
+        """
+        if self.board_name is not None:
+            board(self.board_name).spend.remote(seconds, images)
 
     def lease(self, seconds: float) -> float:
         """Seconds granted to a slow image (`poison.Budget`), at most `seconds`; waits while others lease the rest."""

@@ -34,6 +34,8 @@ class Judge:
     """Identity that the bundle must have when an actor loads it; None: any."""
     run_id: str | None
     """Run that is written into its rows."""
+    detector_sha256: str | None = None
+    """Hash that the bundle's description must have; None: any."""
     wanted: int = 1
     """Its bit in `schema.WANTED`: rows without it are not judged."""
     mosaics: tuple[str, ...] = (MOSAIC,)
@@ -57,8 +59,14 @@ class Score:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows, usable = light_rows(table)
         judged = [scorer.verdicts(table, rows) for scorer in self.scorers]
-        failures = {row["image_id"] for of_scorer in judged for row in of_scorer if row["status"] == "failed"}
-        self.report.add(scored=len(rows), failed=sum(rows[i]["image_id"] in failures for i in usable))
+        failures = {
+            row["image_id"]: row["error_class"]
+            for of_scorer in judged
+            for row in of_scorer
+            if row["status"] == "failed"
+        }
+        errors = [failures[rows[i]["image_id"]] for i in usable if rows[i]["image_id"] in failures]
+        self.report.passed(self.name, len(usable), errors, scored=len(rows))
         return pa.concat_tables([to_table(of_scorer, schema.VERDICTS) for of_scorer in judged])
 
 
@@ -67,7 +75,13 @@ class Scorer:
 
     def __init__(self, models: Models, judge: Judge, batch_size: int) -> None:
         self.judge, self.batch_size = judge, batch_size
-        self.models = replace(models, detector=judge.detector, detector_id=judge.detector_id, run_id=judge.run_id)
+        self.models = replace(
+            models,
+            detector=judge.detector,
+            detector_sha256=judge.detector_sha256,
+            detector_id=judge.detector_id,
+            run_id=judge.run_id,
+        )
         self.memory = ResultCache()
         # Load while the first images are prepared and captioned. Errors are raised by the first call, as in `Embed`.
         self._detector = ThreadPoolExecutor(1).submit(self._load)
@@ -88,7 +102,7 @@ class Scorer:
             models.use_threads()
             detector = Detector.load(
                 models.bundle_folder(), device=models.device, precision=models.precision, compiled=models.compiled,
-                clip_weights=models.clip_path(), text_weights=models.text_path(), captioner=False,
+                captioner=False, sha256=models.detector_sha256, **models.tower_paths(),
             )  # fmt: skip
         if models.detector_id not in (None, detector.detector_id):
             raise BundleError(

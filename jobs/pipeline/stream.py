@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError, SystemException
@@ -15,11 +16,13 @@ from jobs.cluster.resources import cluster_shares
 from jobs.cluster.shares import BLOCKS_PER_ACTOR, Shares, rows_per_block
 from jobs.dataset import schema
 from jobs.pipeline import progress
-from jobs.pipeline.actors import MakeStage, ModelActor
+from jobs.pipeline.actors import MakeStage, ModelActor, stage_name
+from jobs.pipeline.bottleneck import WAITING, WAITING_FOR_MODELS
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.pipeline.models import Models
 from jobs.pipeline.pixels import pixel_bytes, with_pixels
 from jobs.pipeline.poison import Remembered
+from jobs.pipeline.pools import Pools, kept
 from jobs.pipeline.preparing import Prepare
 from jobs.pipeline.rows import ProgressReporter
 from jobs.storage import errors, filesystems, listing
@@ -32,6 +35,8 @@ from nsnet.preparation import PreparationConfig
 CPU_BATCH: Final = 32
 GPU_BATCH: Final = 128
 """Images per model call, if the user does not choose."""
+BOARD_SECONDS: Final = 5.0
+"""Timeout of a question to the progress board."""
 COMPILED_FROM: Final = 500_000
 """Images per actor from which compiling the towers takes less time than it saves: an estimate, not measured."""
 
@@ -50,6 +55,8 @@ class Stream:
     report: ProgressReporter
     board: Any
     """Handle of the progress board, which keeps it alive."""
+    pools: Pools | None = None
+    """Sizes of the pools of model actors."""
 
     def arithmetic(self) -> dict[str, Any]:
         """What the results depend on in their last digits, for the record."""
@@ -57,19 +64,31 @@ class Stream:
         precision = resolved(self.models.precision, device)
         return {"device": device, "precision": precision, "batch_size": self.batch_size}
 
-    def through(self, *stages: MakeStage) -> "Stream":
-        """Append model actors, each with all of these stages."""
-        dataset = self.dataset.map_batches(
-            ModelActor,
-            fn_constructor_args=(self.report, *stages),
-            batch_format="pyarrow",
-            batch_size=max(self.block_rows, self.batch_size),  # Ray requires a number with GPUs
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=self.shares.actors, max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR),
-            num_cpus=self.shares.actor_cpus,
-            num_gpus=self.shares.actor_gpus,
+    def through(self, *stages: MakeStage, separate: bool = False) -> "Stream":
+        """Append a pool of model actors, each with all of these stages; `separate`: a pool for each stage."""
+        makers = [[stage] for stage in stages] if separate else [stages]
+        pools = Pools(
+            stages=tuple("+".join(stage_name(stage) for stage in of_pool) for of_pool in makers),
+            shares=self.shares,
+            spent=lambda: ray.get(self.board.spent.remote(), timeout=BOARD_SECONDS),
         )
-        return replace(self, dataset=dataset)
+        most = resources.most_places(self.shares)
+        dataset = self.dataset
+        for number, (of_pool, size) in enumerate(zip(makers, pools.sizes, strict=True)):
+            dataset = dataset.map_batches(
+                ModelActor,
+                fn_constructor_args=(self.report, WAITING if number == 0 else WAITING_FOR_MODELS, *of_pool),
+                batch_format="pyarrow",
+                batch_size=max(self.block_rows, self.batch_size),  # Ray requires a number with GPUs
+                zero_copy_batch=True,
+                compute=ActorPoolStrategy(
+                    min_size=1, max_size=max(size, most), initial_size=size,
+                    max_tasks_in_flight_per_actor=BLOCKS_PER_ACTOR,
+                ),
+                num_cpus=self.shares.actor_cpus,
+                num_gpus=self.shares.actor_gpus,
+            )  # fmt: skip
+        return replace(self, dataset=dataset, pools=pools)
 
     def write(
         self, folder: str, title: str, total: int, stages: tuple[str, ...], rows_per_file: int | None = None
@@ -79,7 +98,7 @@ class Stream:
         Raises `OutageError`, other `NsnetError`s of stages, and `StorageError` for failures that retries do not fix.
         """
         system, path = filesystems.arrow_filesystem(folder)
-        with progress.watch(self.board, title, total, stages):
+        with progress.watch(self.board, title, total, stages), kept(self.pools, title):
             try:
                 self.dataset.write_parquet(
                     path,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from jobs.cluster.shares import BLOCKS_PER_ACTOR, Shares, rows_per_block, shares
+from jobs.cluster.shares import BLOCKS_PER_ACTOR, NodeShape, Shares, rows_per_block, shares
 from jobs.planning import rates as rate_files
 from jobs.planning.rates import Rates, RatesFile, check_positive
 from jobs.storage.uris import Uri
@@ -77,8 +77,9 @@ class Cluster:
 
     def shares(self) -> Shares:
         """What each stage gets when a run starts on this cluster."""
-        node_cpus = self.gpu_node_cpus / self.gpus
-        return shares(self.cpus, self.gpus, node_cpus=node_cpus, cpus_per_gpu=node_cpus)
+        cpus = self.gpu_node_cpus / self.gpus
+        others = NodeShape(cpus=cpus, count=self.cpus / cpus - self.gpus)
+        return shares([NodeShape(cpus=cpus, gpus=1, count=self.gpus), others])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def test_auto_without_any_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("http://head:8265", "is the address for Ray jobs (`ray job submit --address http://head:8265"),
+        ("http://head:8265", "is the address for Ray jobs (`nsnet submit … --address http://head:8265`)"),
         ("https://head", "is the address for Ray jobs"),
         ("redis://head:6379", "give host:port, ray://host:port, auto or local"),
         ("head", "has no valid port"),

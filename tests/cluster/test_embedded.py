@@ -37,6 +37,47 @@ def test_embedded_cluster_that_does_not_start_is_tried_once_more(
     assert next(tries) == 3 and capsys.readouterr().err.count("once more") == 1
 
 
+def test_node_that_ended_is_not_waited_for_and_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A raylet ends if its agent takes more than 15 s for its imports: the start must not wait until its timeout."""
+    import ray._private.services as services
+
+    def absent(*_: object) -> None:
+        raise RuntimeError("no such node")
+
+    killed: list[object] = []
+
+    class FakeNode:
+        def __init__(self, code: int | None) -> None:
+            process = SimpleNamespace(poll=lambda: code)
+            self.all_processes = {"raylet": [SimpleNamespace(process=process)]}
+
+        def kill_all_processes(self, *, check_alive: bool) -> None:
+            killed.append(self)
+
+    codes: list[int | None] = [-6, -6, -6, None]
+
+    def init(**_: object) -> None:
+        Node.start_raylet(FakeNode(code := codes.pop(0)))  # type: ignore[arg-type, call-arg]
+        if code is not None:
+            services.get_node("address", "id")
+
+    monkeypatch.setattr(Node, "start_raylet", lambda *_: None)
+    monkeypatch.setattr(services, "get_node", absent)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    embedded.start()
+    assert codes == [] and len(killed) == 3 and capsys.readouterr().err.count("once more") == 3
+    codes += [-6] * embedded.MAX_STARTS
+    with pytest.raises(StorageError, match="its node ended while it started; its agent may have been too slow; check"):
+        embedded.start()
+    assert codes == []
+    codes += [-6, -6]  # then another error, which is not retried
+    with pytest.raises(StorageError, match="IndexError: pop from empty list"):
+        embedded.start()
+
+
 @pytest.mark.parametrize("own", [None, "http://head.of.another:8265"])
 def test_training_on_an_embedded_cluster_asks_no_other_cluster_for_its_controller(
     own: str | None, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 import signal
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from ray.data._internal.logging import HiddenRecordFilter
 from ray.exceptions import RuntimeEnvSetupError
 
 from jobs.cluster import embedded, resources
+from jobs.cluster.shares import NodeShape, shares
 from jobs.console import output
 from nsnet.errors import StorageError
 from tests.support.tables import unmarked
@@ -136,3 +138,32 @@ def test_handler_of_sigterm_is_the_commands_own_again_after_ray_has_started(monk
         assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("embedded_cluster", "largest", "most"),
+    [
+        (True, None, 4),
+        (False, None, 4 * resources.GROWTH),
+        (False, {"CPU": 64, "GPU": 8, "memory": 1}, 16),
+        (False, {"CPU": 64, "GPU": 1}, 4),  # nodes were added by hand
+        (False, {"CPU": sys.maxsize, "GPU": sys.maxsize}, 4 * resources.MAX_GROWTH),
+    ],
+    ids=["embedded", "no autoscaler", "autoscaler", "autoscaler of a smaller cluster", "no limit"],
+)
+def test_cluster_may_grow_as_far_as_its_autoscaler_says(
+    embedded_cluster: bool, largest: dict[str, int] | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "is_running", lambda: embedded_cluster)
+    monkeypatch.setattr(resources.state, "get_max_resources_from_cluster_config", lambda: largest)
+    assert resources.most_places(shares([NodeShape(cpus=8, gpus=2)])) == most
+
+
+def test_nodes_that_have_ended_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0, "node:__internal_head__": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0}},
+        {"Alive": True, "Resources": {"memory": 1.0}},
+    ]
+    monkeypatch.setattr(resources.ray, "nodes", lambda: found)
+    assert resources.nodes() == [NodeShape(cpus=4.0, gpus=1.0), NodeShape(cpus=0.0)]

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.pipeline import actors, progress
-from jobs.pipeline.bottleneck import MIN_SECONDS, holding_stage, statement
+from jobs.pipeline.bottleneck import MIN_SECONDS, WAITING, holding_stage, statement
+from jobs.pipeline.metrics import Snapshot
 from jobs.pipeline.rows import ProgressReporter
 
 MODELS = {"captioning": 30.0, "scoring": 60.0}
@@ -31,25 +32,28 @@ MODELS = {"captioning": 30.0, "scoring": 60.0}
 )
 def test_models_hold_a_run_unless_they_wait(seconds: Mapping[str, float], holder: str | None) -> None:
     assert holding_stage(seconds) == holder
-    assert (statement(seconds) is None) == (holder is None)
+    assert (statement(seconds, {}) is None) == (holder is None)
 
 
 def test_statement_contains_the_shares_of_both_kinds_of_process() -> None:
-    line = statement(MODELS | {"waiting": 30.0, "decoding": 75.0, "fetching": 25.0})
-    assert line == (
+    seconds, images = MODELS | {"waiting": 30.0, "decoding": 75.0, "fetching": 25.0}, {"captioning": 0, "decoding": 0}
+    shares = (
         "decoding holds the run (model actors captioning 25%, scoring 50%, waiting 25%; preparing tasks decoding 75%, "
         "fetching 25%)"
     )
+    assert statement(seconds, images) == shares
+    images = {"scoring": 2000, "captioning": 4000, "waiting": 4000, "decoding": 0}
+    assert statement(seconds, images) == f"{shares}; per image: captioning 7.5 ms, scoring 30.0 ms"
 
 
 class Seconds(ProgressReporter):
     """A reporter that keeps the seconds."""
 
-    def spend(self, **seconds: float) -> None:
-        calls.append(seconds)
+    def spend(self, images: int = 0, /, **seconds: float) -> None:
+        calls.append((images, seconds))
 
 
-calls: list[dict[str, float]] = []
+calls: list[tuple[int, dict[str, float]]] = []
 
 
 class Slow:
@@ -64,16 +68,29 @@ class Slow:
 
 
 def test_actor_reports_the_seconds_of_its_stages_and_those_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, table = SimpleNamespace(now=100.0), pa.table({"a": [1]})
+    clock, table = SimpleNamespace(now=100.0), pa.table({"a": [1, 2]})
     monkeypatch.setattr(actors, "time", SimpleNamespace(monotonic=lambda: clock.now))
     calls.clear()
-    actor = actors.ModelActor(Seconds(), lambda: Slow("captioning", 2.0, clock), lambda: Slow("scoring", 3.0, clock))
+    actor = actors.ModelActor(
+        Seconds(), WAITING, lambda: Slow("captioning", 2.0, clock), lambda: Slow("scoring", 3.0, clock)
+    )
     clock.now += 50.0
     actor(table)
     assert calls == []  # models load in the first call
     clock.now += 7.0
     assert actor(table) is table
-    assert calls == [{"captioning": 2.0, "scoring": 3.0, "waiting": 7.0}]
+    assert calls == [(2, {"captioning": 2.0, "scoring": 3.0, "waiting": 7.0})]
+
+
+def test_board_counts_the_images_that_seconds_were_spent_on() -> None:
+    board = progress.Board.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+    board.spend({"captioning": 2.0, "waiting": 1.0}, 128)
+    board.spend({"captioning": 3.0, "waiting": 0.0}, 64)
+    board.spend({"decoding": 9.0})
+    assert board.spent() == (
+        {"captioning": 5.0, "waiting": 1.0, "decoding": 9.0}, {"captioning": 192, "waiting": 192, "decoding": 0}
+    )  # fmt: skip
+    assert board.snapshot().measured["captioning"] == 192
 
 
 @pytest.mark.parametrize(("after", "times"), [(0.0, 2), (3600.0, 1)])
@@ -82,16 +99,20 @@ def test_progress_names_the_holder_after_the_first_results_and_at_the_end(
 ) -> None:
     ended, snapshots = threading.Event(), 0
 
-    def get(*_: Any, **__: Any) -> tuple[dict[str, int], dict[str, float], list[str]]:
+    def get(*_: Any, **__: Any) -> Snapshot:
         nonlocal snapshots
         snapshots += 1
         if snapshots == 5:
             ended.set()
-        return {"scored": max(0, snapshots - 1)}, MODELS | {"waiting": 1.0}, []
+        return Snapshot(
+            {"scored": max(0, snapshots - 1)}, MODELS | {"waiting": 1.0}, {}, [], measured={"scoring": 2000}
+        )
 
     monkeypatch.setattr(progress.ray, "get", get)
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.001)
     monkeypatch.setattr(progress, "HOLDER_SECONDS", after)
     board = SimpleNamespace(snapshot=SimpleNamespace(remote=lambda: None))
     progress._print_loop(board, "score", 4, ("scored",), ended)
-    assert capsys.readouterr().err.count("score: scoring holds the run (model actors ") == times
+    said = capsys.readouterr().err
+    assert said.count("score: scoring holds the run (model actors ") == times
+    assert said.count("; per image: scoring 30.0 ms\n") == times

@@ -75,6 +75,7 @@ OUTCOMES: dict[str, tuple[str | None, str | None]] = {
     "missing.png": ("fetch", "ObjectMissingError"), "folder": ("fetch", "FetchError"),
 }  # fmt: skip
 GOOD = [name for name, outcome in OUTCOMES.items() if outcome == (None, None)]
+GOOD_BYTES = sum(len(FILES[name]) for name in GOOD)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,10 +187,13 @@ class Counts(ProgressReporter):
 
     seconds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, **counts: int) -> None:
-        self.total.update(counts)
+    images: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def spend(self, **seconds: float) -> None:
+    def _add(self, counts: dict[str, int], images: dict[tuple[str, str], int]) -> None:
+        self.total.update(counts)
+        self.images.update(images)
+
+    def spend(self, images: int = 0, /, **seconds: float) -> None:
         self.seconds.update(seconds)
 
 
@@ -420,7 +424,15 @@ def test_rows_of_a_repeated_task_fall_into_the_same_blocks_whatever_fails(tmp_pa
 def test_progress_of_preparing_is_counted(manifest: pa.Table) -> None:
     report = Counts()
     Prepare(config=CONFIG, schema=PREPARED, report=report)(manifest)
-    assert report.total == {"prepared": len(OUTCOMES), "asked_again": 0, "failed": len(OUTCOMES) - len(GOOD)}
+    decoded = [name for name, (stage, error) in OUTCOMES.items() if stage != "fetch" and error != "ImageTooLargeError"]
+    assert report.total == {
+        "prepared": len(OUTCOMES),
+        "failed": len(OUTCOMES) - len(GOOD),
+        "requests_repeated": 0,
+        "fetched_bytes": sum(len(FILES[name]) for name in decoded),
+    }
+    errors = Counter(error for _, error in OUTCOMES.values() if error)
+    assert report.images == {("preparing", ""): len(GOOD)} | {("preparing", error): n for error, n in errors.items()}
 
 
 @pytest.mark.parametrize("slow", ["fetching", "decoding"])
@@ -431,7 +443,7 @@ def test_preparing_reports_how_long_it_waited_for_bytes_and_how_long_it_decoded(
     method = getattr(owner, name)
 
     def sleep_first(*arguments: Any) -> Any:
-        time.sleep(0.2)
+        time.sleep(0.25)  # fetching starts a moment before it is waited for
         return method(*arguments)
 
     monkeypatch.setattr(owner, name, sleep_first)
@@ -501,7 +513,9 @@ def test_store_that_stays_away_stops_the_run_and_fails_no_image(store: Store) ->
     assert store.report.total == {}
     store.come_back()
     assert {row["status"] for row in store.prepare(0.2)} == {"scored"}
-    assert store.report.total == {"prepared": len(GOOD), "asked_again": 0, "failed": 0}
+    assert store.report.total == {
+        "prepared": len(GOOD), "failed": 0, "requests_repeated": 0, "fetched_bytes": GOOD_BYTES
+    }  # fmt: skip
 
 
 def test_store_that_comes_back_costs_no_image(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,7 +595,7 @@ def test_missing_image_fails_at_once_where_its_source_is_there(store: Store) -> 
     rows = store.prepare(0.0, table)  # an outage would end the run without a wait
     assert [row["status"] for row in rows] == ["scored"] * len(GOOD) + ["failed"]
     assert (rows[-1]["error_stage"], rows[-1]["error_class"]) == ("fetch", "ObjectMissingError")
-    assert store.report.total == {"prepared": len(GOOD) + 1, "asked_again": 0, "failed": 1}
+    assert store.report.images == {("preparing", ""): len(GOOD), ("preparing", "ObjectMissingError"): 1}
 
 
 def test_all_images_missing_fail_where_their_source_holds_others(store: Store) -> None:
@@ -626,7 +640,7 @@ def test_image_that_was_asked_for_again_says_so(proxy: FaultyProxy) -> None:
     table = todo_table(*(todo_row(f"{place}/{name}") for name in GOOD))
     rows = by_name(Prepare(config=CONFIG, schema=PREPARED, report=report, source=place)(table))
     assert {name: row["requests"] for name, row in rows.items()} == dict.fromkeys(GOOD, 1) | {"b.jpg": 3}
-    assert report.total == {"prepared": len(GOOD), "asked_again": 1, "failed": 0}
+    assert (report.total["requests_repeated"], report.total["failed"]) == (2, 0)
 
 
 @pytest.mark.s3

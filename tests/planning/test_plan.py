@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jobs.cluster.shares import shares
+from jobs.cluster.shares import NodeShape, shares
 from jobs.planning import rates
 from jobs.planning.plan import Cluster, Cost, Memory, Plan, Prices, Workload, forecast, plan_cluster, smallest_cluster
 from jobs.planning.rates import Rates
@@ -129,7 +129,7 @@ def test_cpus_that_tasks_use_are_those_that_actors_do_not_hold() -> None:
     """As `shares` divides a cluster when a run starts."""
     cluster = Cluster(gpus=3, cpus=40, cpus_per_gpu=8)
     made = forecast(WORKLOAD, cluster, file_of())
-    parts = shares(40, 3, node_cpus=8, cpus_per_gpu=8)
+    parts = shares([NodeShape(cpus=8, gpus=1, count=3), NodeShape(cpus=16)])
     units = {stage.unit: stage.units for stage in made.stages}
     held = parts.actors * parts.actor_cpus
     assert units == {"CPU": 40 - held, "GPU": 3, "writing task": parts.writers}
