@@ -1,20 +1,20 @@
 """Catalog of published runs: their records and rows, for this program and external readers."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.dataset import schema
-from jobs.runs import names
-from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
-from jobs.storage import errors, listing, parquet, reading, uris
+from jobs.runs.products import VERDICTS, Product
+from jobs.runs.records import effective, runs_of, stored
+from jobs.runs.rows import read_rows
+from jobs.storage import parquet, uris
 from jobs.storage.database import last_of_each
 from jobs.storage.uris import Uri
 from nsnet import provenance
-from nsnet.errors import SourceError, StorageError
+from nsnet.errors import SourceError
 
 if TYPE_CHECKING:
     from pyarrow.dataset import Dataset
@@ -43,12 +43,14 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def records(out: Uri) -> list[dict[str, Any]]:
-    """Records of all published runs of all products below an output, oldest first."""
-    folder = uris.join(out, "runs")
-    below = listing.names_below(folder)
-    record_names = [name for name in below.files + below.others if names.RECORD.fullmatch(name)]  # includes links
-    with ThreadPoolExecutor(parquet.READERS) as pool:
-        return list(pool.map(_record, [uris.join(folder, name) for name in sorted(record_names)]))
+    """Records of all published runs of all products below an output, oldest first. Do not change them."""
+    return runs_in(stored(out))
+
+
+def runs_in(those: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of all runs in stored records, oldest first, each once."""
+    found = [run for record in effective(those) for run in runs_of(record)]
+    return sorted(found, key=lambda run: str(run["run_id"]))
 
 
 def runs(out: Uri, product: Product = VERDICTS) -> list[dict[str, Any]]:
@@ -61,31 +63,9 @@ def run_ids(out: Uri, product: Product, maker: str) -> set[str]:
     return {record["run_id"] for record in runs(out, product) if record.get(product.maker) == maker and record["files"]}
 
 
-def _record(uri: str) -> dict[str, Any]:
-    """A validated record. Others may write to the bucket, so a record must name only files of its own run."""
-    remedy = "restore it from a copy, or remove it and its files to judge their images again"
-    record: dict[str, Any] = reading.read_json(uri, {"run_id": str, "files": list}, remedy)
-    run_id, product = record["run_id"], record.get("product", VERDICTS.name)
-    if not names.is_run_id(run_id) or not uri.endswith(f"/{run_id}.json"):
-        raise reading.damaged(uri, f"it belongs to the run {run_id!r}", remedy)
-    if type(product) is not str:
-        raise reading.damaged(uri, f"its product is {product!r}", remedy)
-    if product in PRODUCTS:  # other products come from other versions and are not read
-        for name in ("counts", "settings", "versions"):
-            if type(record.get(name, {})) is not dict:
-                raise reading.damaged(uri, f"its {name} is a {type(record[name]).__name__} instead of a dict", remedy)
-        folder = f"{final_folder(product, run_id)}/"
-        for file in record["files"]:
-            if type(file) is not dict:
-                raise reading.damaged(uri, f"one of its files is {file!r}", remedy)
-            path = file.get("path")
-            if type(path) is not str or not path.startswith(folder) or not _is_name(path.removeprefix(folder)):
-                raise reading.damaged(uri, f"it names {path!r}, which is not a file of its run", remedy)
-    return record
-
-
-def _is_name(text: str) -> bool:
-    return text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+def paths(out: Uri, records: Iterable[dict[str, Any]]) -> list[str]:
+    """URIs of the files with the rows of these runs, each once: runs of a merged record share files."""
+    return list(dict.fromkeys(uris.join(out, file["path"]) for record in records for file in record["files"]))
 
 
 def verdicts(out: Uri) -> "Dataset":
@@ -93,10 +73,10 @@ def verdicts(out: Uri) -> "Dataset":
 
     An image that was scored again (`--retry-failed`, `--rescore`, another detector) has a row in each run.
     """
-    paths = [uris.join(out, file["path"]) for record in runs(out) for file in record["files"]]
-    if not paths:
+    files = paths(out, runs(out))
+    if not files:
         raise SourceError(f"{out} holds no published verdicts")
-    return parquet.dataset(paths, schema.VERDICTS)
+    return parquet.dataset(files, schema.VERDICTS)
 
 
 def published(
@@ -106,10 +86,10 @@ def published(
 
     `keys`: values that their records must have, such as `detector_id`; None: any value.
     """
-    for record in runs(out, product):
-        if any(value not in (None, record.get(key)) for key, value in keys.items()):
-            continue
-        yield from rows_of(out, record, columns)
+    chosen = [
+        record for record in runs(out, product) if all(value in (None, record.get(key)) for key, value in keys.items())
+    ]
+    yield from read_rows(out, chosen, columns)
 
 
 def newest(out: Uri, columns: pa.Schema, product: Product = VERDICTS, **keys: str | None) -> Iterator[pa.RecordBatch]:
@@ -121,25 +101,6 @@ def newest(out: Uri, columns: pa.Schema, product: Product = VERDICTS, **keys: st
     key = [name for name in ("image_id", product.maker) if name in product.columns.names]
     read = [*columns, *(product.columns.field(name) for name in key if name not in columns.names)]
     yield from last_of_each(published(out, pa.schema(read), product, **keys), pa.schema(read), key, columns.names)
-
-
-def rows_of(out: Uri, record: dict[str, Any], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Columns of a published run, null where a file lacks them. Raises `StorageError` for a missing or damaged file."""
-    for file in record["files"]:
-        uri = uris.join(out, file["path"])
-        try:
-            yield from parquet.read(uri, columns, optional=columns.names)
-        except FileNotFoundError as error:
-            raise StorageError(
-                f"{uri} is missing, but its record runs/{record['run_id']}.json exists: remove the record as well"
-            ) from error
-        except pa.ArrowInvalid as error:
-            raise reading.damaged(
-                uri,
-                errors.reason(error),
-                f"restore it from a copy, or remove it and its record runs/{record['run_id']}.json to do its images "
-                "again",
-            ) from error
 
 
 def untransformed(out: Uri, columns: pa.Schema, product: Product, maker: str) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,8 @@ An alarm is a p-value below `FALSE_ALARMS` / 3: of runs without a change, at mos
 proved by silence: `smallest_share` says what a run of this size could have shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,10 +31,13 @@ MAX_RUNS: Final = 28
 """Earlier runs that are compared: at least, and the latest at most."""
 MIN_ROWS: Final = 100
 """Smallest run that is compared, in scored rows."""
+MAX_ROWS: Final = 10**12
+"""Largest count that a record may hold: the sum of a histogram stays below 2^63."""
 KOLMOGOROV_SQUARE: Final = np.pi**2 / 12.0
 """Mean square of Kolmogorov's distribution."""
 
 Counts = npt.NDArray[np.int64]
+Record = dict[str, Any]
 
 
 def histogram(values: npt.NDArray[np.float64]) -> Counts:
@@ -58,16 +62,41 @@ class Seen:
 
 
 def seen(record: Mapping[str, Any]) -> Seen | None:
-    """What a record says; None if it holds too few rows, or is of a release without distributions."""
-    found = {name: record.get("distributions", {}).get(name) for name in COLUMNS}
-    if not all(isinstance(counts, list) and len(counts) == BINS for counts in found.values()):
+    """What a record says; None if it holds too few rows, is of a release without distributions, or is damaged."""
+    found, verdicts = record.get("distributions"), record.get("counts", {}).get("verdict", {})
+    if not isinstance(found, dict) or not isinstance(verdicts, dict):
         return None
-    distributions = {name: np.array(counts, dtype=np.int64) for name, counts in found.items()}
+    if not all(_is_histogram(found.get(name)) for name in COLUMNS) or not _is_count(verdicts.get("fake", 0)):
+        return None
+    distributions = {name: np.array(found[name], dtype=np.int64) for name in COLUMNS}
     scored = int(distributions[COLUMNS[0]].sum())
     if scored < MIN_ROWS:
         return None
-    flagged = int(record["counts"].get("verdict", {}).get("fake", 0))
-    return Seen(scored=scored, flagged=min(flagged, scored), distributions=distributions)
+    return Seen(scored=scored, flagged=min(verdicts.get("fake", 0), scored), distributions=distributions)
+
+
+def _is_histogram(counts: Any) -> bool:
+    return isinstance(counts, list) and len(counts) == BINS and all(_is_count(count) for count in counts)
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value of a record, which others may have written, is a number of rows."""
+    return type(value) is int and 0 <= value <= MAX_ROWS
+
+
+def with_earlier(records: Iterable[Record]) -> Iterator[tuple[Record, Seen | None, list[Seen]]]:
+    """Records with rows, each with what it says and what the latest earlier ones of the same detector and source say.
+
+    `records`: of verdicts, oldest first.
+    """
+    earlier: dict[tuple[Any, Any], list[Seen]] = defaultdict(list)
+    for record in records:
+        if not record.get("rows"):
+            continue
+        now, same = seen(record), earlier[record.get("detector_id"), record.get("source")]
+        yield record, now, same[-MAX_RUNS:]
+        if now is not None:
+            same.append(now)
 
 
 @dataclass(frozen=True, kw_only=True)

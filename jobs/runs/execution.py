@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from jobs.console.output import lines_of_run, say
+from jobs.console.output import lines_of_run, mark, say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, Target, write_manifests
-from jobs.runs import attempts, catalog, lock, products, publication
+from jobs.runs import attempts, catalog, lock, products, publication, reporting
 from jobs.runs.products import Product
 from jobs.runs.publication import Run
+from jobs.runs.records import stored
+from jobs.runs.retirement import remove_broken
 from jobs.storage import uris, writing
 from jobs.storage.uris import Uri
 from nsnet.config import to_dict
@@ -117,8 +119,9 @@ def carry_out_together(
     """
     started, shared = time.monotonic(), requests[0]
     with ExitStack() as context:
+        mark(stage="planning")
         held = context.enter_context(lock.hold(shared.out, wait=shared.wait))
-        by_maker = {planned.request.maker: planned for planned in _unfinished(requests)}
+        by_maker = {planned.request.maker: planned for planned in _unfinished(requests, held.check)}
         by_maker |= _plan([request for request in requests if request.maker not in by_maker], held)
         at_work = {planned.run.staging: planned for planned in by_maker.values() if planned.count}
         at_work = {staging: at_work[staging] for staging in attempts.led(at_work)}
@@ -128,9 +131,11 @@ def carry_out_together(
             work = make_work([*at_work.values()])
             held.check()
             attempt = attempts.begin([*at_work], held.number, work.known, work.captioner_id)
+            mark(attempt=attempt.number, stage=work.title)
             arithmetic = _make_rows(shared, work, attempt, [*at_work.values()])
             number, files = attempt.number, attempt.files()
         records = {}
+        mark(stage="publishing")
         # the leader last: publishing a run removes its staging, and the leader's holds the rows of all
         for planned in [*(planned for planned in by_maker.values() if not planned.count), *reversed(at_work.values())]:
             run, details = planned.run, {}
@@ -155,6 +160,8 @@ def carry_out_together(
                 say(catalog.summary(record))
                 say(f"{shared.product.name}: {run.final}")
             say(f"record: {run.record}")
+    # without the lock: the runs are published, so its loss means nothing any more, and others may wait for it
+    reporting.report(shared.out, shared.product, [*records.values()], shared.address)
     return [records[request.maker] for request in requests]
 
 
@@ -180,6 +187,7 @@ def _make_rows(request: Request, work: Work, attempt: attempts.Attempt, planned:
         from jobs.cluster import resources
 
         resources.connect(request.address)
+        lock.export_leases()
         rows_per_file = attempts.commit_rows(attempt.count)
         stream = work.stream(attempt)
         stream.write(attempt.rows, work.title, attempt.count, work.stages, rows_per_file)
@@ -187,15 +195,17 @@ def _make_rows(request: Request, work: Work, attempt: attempts.Attempt, planned:
     return {}
 
 
-def _unfinished(requests: Sequence[Request]) -> list[Planned]:
-    """The unfinished runs with these settings. Removes leftovers of published and interrupted runs.
+def _unfinished(requests: Sequence[Request], check: Callable[[], None] = lambda: None) -> list[Planned]:
+    """The unfinished runs with these settings. Removes leftovers of published and interrupted runs. `check` raises if
+    the lock is lost.
 
     Gives up an unfinished run if another run was published after its planning, since that may hold the same images.
     """
     resumable: list[Planned] = []
     out, product = requests[0].out, requests[0].product
-    all_records = catalog.records(out)
-    records = {record["run_id"]: record for record in all_records}
+    stored_records = remove_broken(out, stored(out), check)
+    own_files = {record["run_id"]: record["files"] for record in stored_records}
+    published = {run["run_id"] for run in catalog.runs_in(stored_records)}
     unfinished = attempts.unfinished(out)
     for run_id, planned in unfinished.items():
         if planned.get("product", products.VERDICTS.name) != product.name:
@@ -203,8 +213,8 @@ def _unfinished(requests: Sequence[Request]) -> list[Planned]:
         run = Run(out=out, run_id=run_id, product=product)
         differing = min((_differing(planned["settings"], request.identity()) for request in requests), key=len)
         request = next((one for one in requests if one.identity() == planned["settings"]), None)
-        if run_id in records:
-            run.tidy(records[run_id])
+        if run_id in published:
+            run.tidy(own_files.get(run_id, []))
         elif request is None:
             say(f"left alone: the unfinished run {run_id} has other settings ({', '.join(differing)}): {run.staging}")
         elif catalog.run_ids(out, product, request.maker) - set(planned["published"]):
@@ -212,7 +222,7 @@ def _unfinished(requests: Sequence[Request]) -> list[Planned]:
             run.abandon()
         else:
             resumable.append(Planned(request=request, run=run, published=planned["published"], plan=planned["plan"]))
-    if orphans := publication.remove_orphans(out, all_records, unfinished):
+    if orphans := publication.remove_orphans(out, stored_records, unfinished):
         say(f"removed: {len(orphans)} files of interrupted or overtaken publications, such as {orphans[0]}")
     return resumable
 

@@ -11,6 +11,7 @@ from jobs.dataset import schema
 from jobs.pipeline.poison import KINDS, key
 from jobs.runs import catalog
 from jobs.runs.execution import Request
+from jobs.runs.rows import read_rows
 from jobs.storage.uris import Uri
 
 MAX_REMEMBERED: Final = 10_000
@@ -29,10 +30,11 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
     failures: dict[str, tuple[str, str]] = {}
     if request.selection.retry_failed or request.selection.rescore:
         return failures
+    decoder = version("pillow")  # reads a file
     for record in reversed(catalog.runs(request.out, request.product)):
         counts = record.get("counts", {}).get("error_class")
         same_limits = record.get("settings", {}).get("limits") == request.settings["limits"]
-        if not same_limits or record.get("versions", {}).get("pillow") != version("pillow"):
+        if not same_limits or record.get("versions", {}).get("pillow") != decoder:
             continue
         if type(counts) is not dict or not counts.keys() & {*KINDS}:
             continue
@@ -45,7 +47,7 @@ def remembered(request: Request) -> dict[str, tuple[str, str]]:
 
 
 def _failures(out: Uri, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for batch in catalog.rows_of(out, record, COLUMNS):
+    for batch in read_rows(out, [record], COLUMNS):
         for row in batch.filter(pc.is_in(batch.column("error_class"), pa.array(KINDS))).to_pylist():
             if row["content_hash"]:
                 yield row

@@ -23,6 +23,7 @@ from jobs.console.output import say
 from jobs.runs import names
 from jobs.storage import errors, listing, reading, uris, writing
 from jobs.storage.uris import Uri
+from jobs.telemetry import export, series
 from nsnet.errors import LockedError, StorageError
 
 HEARTBEAT_SECONDS: Final = 15.0
@@ -37,6 +38,8 @@ POLL_SECONDS: Final = 5.0
 SIGNAL: Final = signal.SIGUSR2
 """Interrupts the main thread when the lock is lost. Not SIGINT: a process that a script starts in the background, or
 under nohup, ignores it."""
+_renewals: dict[str, float] = {}
+"""Time of the last heartbeat of each lock that this process holds, by token."""
 
 
 class LockLost(KeyboardInterrupt):
@@ -91,6 +94,7 @@ class Lock:
                 say(f"waiting for another run ({described})")
                 announced = True
             time.sleep(POLL_SECONDS)
+        self._renewed()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -120,6 +124,8 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        _renewals.pop(self._holder["token"], None)
+        export_leases()
         try:
             if self._is_ours():
                 writing.write_bytes(self._uri(self.number), _encoded({"released": True}))
@@ -160,14 +166,21 @@ class Lock:
     def _beat(self) -> None:
         """Rewrite the lock file at each heartbeat. Retries through an outage; ends only when another holder appears."""
         while not self._stop.wait(HEARTBEAT_SECONDS):
+            export_leases()  # also during an outage: the process may have joined the cluster meanwhile
             try:
                 if not self._is_ours():
                     self._lost = "another run took it over, since this one sent no heartbeat for a while"
                     self.interrupt()
                     return
                 writing.write_bytes(self._uri(self.number), _encoded(self._holder))
+                self._renewed()
             except Exception:  # botocore, aiohttp and OS errors share no base
                 continue
+
+    def _renewed(self) -> None:
+        """Note a successful heartbeat."""
+        _renewals[self._holder["token"]] = time.time()
+        export_leases()
 
     def _uri(self, number: int) -> str:
         return uris.join(self.folder, f"{number:08d}.json")
@@ -193,6 +206,14 @@ class Lock:
         except (FileNotFoundError, StorageError):
             return {}
         return holder
+
+
+def export_leases() -> None:
+    """Report the locks of this process to the metrics of its cluster, if it has joined one."""
+    renewals = list(_renewals.values())  # heartbeats of other locks change it meanwhile
+    export.put(series.LOCKS_HELD, len(renewals))
+    if renewals:
+        export.put(series.LOCK_RENEWED, min(renewals))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,15 +23,16 @@ import pyarrow.compute as pc
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.schema import IDS
-from jobs.runs import drift, names, removal
+from jobs.runs import drift, names, records, removal
 from jobs.runs.attempts import RUN_ID, planned_rows
 from jobs.runs.catalog import run_ids
+from jobs.runs.lock import LockLost
 from jobs.runs.products import PRODUCTS, VERDICTS, Product, final_folder
 from jobs.storage import errors, parquet, reading, uris, writing
 from jobs.storage.database import database
 from jobs.storage.uris import Uri
 from nsnet.digest import file_digest
-from nsnet.errors import LockedError, NsnetError
+from nsnet.errors import LockedError, NsnetError, StorageError
 
 COUNTED: Final = ("status", "verdict", "error_class", "c2pa_state", "digital_source_type", "metadata_generator")
 """Columns whose values a record counts."""
@@ -87,17 +89,17 @@ class Run:
         rows = counts.watch(self._own(staged, self.product.columns))
         files: list[dict[str, Any]] = []
         try:
-            for file in _write_parts(rows, self.product, self.final):
+            for file in write_parts(rows, self.product, self.final):
                 files.append({**file, "path": file["path"].removeprefix(self.out + "/")})
             record = self._describe(counts, files, details)
             check()
             self._commit(record, check, planned_after)
-        except (VerificationError, LockedError):
+        except (VerificationError, LockedError, LockLost):
             for file in files:
                 writing.remove_file(uris.join(self.out, file["path"]))
             raise
         try:
-            self.tidy(record)
+            self.tidy(files)
         except Exception as error:  # botocore, aiohttp and OS errors share no base
             say(f"warning: {self.staging} was not removed, the next run tries again ({errors.reason(error)})")
         return record
@@ -144,19 +146,17 @@ class Run:
 
         refuse_if_overtaken()
         encoded = writing.encode_json(record)
-        # read it back, since not every store makes conditional puts atomic
-        if not writing.create(self.record, encoded) or reading.read_bytes(self.record) != encoded:
-            raise VerificationError(f"run {self.run_id} was published already, by another process")
         try:
+            create_record(self.record, encoded)
             check()
             refuse_if_overtaken()
-        except (VerificationError, LockedError):
-            writing.remove_file(self.record)
+        except (VerificationError, LockedError, LockLost):
+            withdraw_record(self.record, encoded)
             raise
 
-    def tidy(self, record: dict[str, Any]) -> None:
-        """Remove what a published run no longer needs: its staging, and final files of interrupted publications."""
-        named = {file["path"].rpartition("/")[2] for file in record["files"]}
+    def tidy(self, files: Sequence[dict[str, Any]]) -> None:
+        """Remove what a published run no longer needs: its staging, and final files that its record does not name."""
+        named = {file["path"].rpartition("/")[2] for file in files}
         self._clean(lambda name: name in named)
 
     def abandon(self) -> None:
@@ -168,6 +168,33 @@ class Run:
         foreign += removal.remove(self.staging, names.STAGED).foreign
         if foreign:
             say(removal.left_alone(foreign))
+
+
+def create_record(uri: str, encoded: bytes) -> None:
+    """Create a record. Raises `VerificationError` if it exists with other content.
+
+    Whatever the store answers, the record is read back: not every store makes conditional puts atomic, and a retry may
+    be refused because the first try succeeded.
+    """
+    writing.create(uri, encoded)
+    try:
+        is_ours = reading.read_bytes(uri) == encoded
+    except FileNotFoundError as error:
+        # the files stay, since the store may still create the record
+        raise StorageError(
+            f"{uri} was not created, though the store has no such record: start the command again"
+        ) from error
+    if not is_ours:
+        raise VerificationError(
+            f"run {uri.rpartition('/')[2].removesuffix('.json')} was published already, by another process"
+        )
+
+
+def withdraw_record(uri: str, encoded: bytes) -> None:
+    """Remove a record if it is the one that this process tried to create."""
+    with suppress(FileNotFoundError):
+        if reading.read_bytes(uri) == encoded:
+            writing.remove_file(uri)
 
 
 class Counts:
@@ -247,13 +274,13 @@ def remove_orphans(out: Uri, published: Iterable[dict[str, Any]], unfinished: Co
     """Remove files of interrupted or overtaken publications, which readers by file pattern would mistake for published
     ones; returns their URIs.
 
-    Such files have names of this program, and no `published` record names them. Files of `unfinished` runs stay until
-    the run ends. Files of runs before the oldest record also stay: their records may be lost. The caller must have held
-    the lock since before it read the records.
+    Such files have names of this program, and no record of `published`, the stored ones, names them. Files of
+    `unfinished` runs stay until the run ends. Files of runs before the oldest also stay: their records may be lost. The
+    caller must have held the lock since before it read the records.
     """
     published = list(published)
     named = {file["path"] for record in published for file in record["files"] if type(file) is dict}
-    oldest = min((record["run_id"] for record in published), default=None)
+    oldest = min((run_id for record in published for run_id in records.run_ids(record)), default=None)
     removed, older = [], 0
     for product in PRODUCTS:
 
@@ -275,7 +302,7 @@ def remove_orphans(out: Uri, published: Iterable[dict[str, Any]], unfinished: Co
     return removed
 
 
-def _write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
+def write_parts(batches: Iterator[pa.RecordBatch], product: Product, folder: str) -> Iterator[dict[str, Any]]:
     """Write each `part-*.parquet` to a local file, then upload it; yields path, rows, size and SHA-256 of each."""
     token = secrets.token_hex(4)
     for number in itertools.count():

@@ -13,6 +13,8 @@ from jobs.storage.parquet import BATCH_ROWS
 MEMORY_LIMIT: Final = "512MB"
 """Memory limit of the database; it spills the rest to the temporary folder."""
 THREADS: Final = 2
+GROUP_BYTES: Final = 2**18
+"""Smaller batches are inserted together."""
 
 
 class Database:
@@ -29,9 +31,9 @@ class Database:
         self._connection.execute(f"create table {table} as {self._selected[table]}")
 
     def insert(self, table: str, batches: Iterable[pa.RecordBatch]) -> None:
-        """Insert Arrow batches, one at a time, into a table that `create` made."""
-        for batch in batches:  # one transaction each: a single one would hold all batches in memory until its end
-            self._connection.register("rows", pa.Table.from_batches([batch]))
+        """Insert Arrow batches into a table that `create` made."""
+        for group in _groups(batches):  # one transaction each: a single one would hold all in memory until its end
+            self._connection.register("rows", pa.Table.from_batches(group))
             self._connection.execute(f"insert into {table} {self._selected[table]}")
 
     def execute(self, sql: str) -> list[tuple[Any, ...]]:
@@ -46,6 +48,20 @@ class Database:
     def select(self, sql: str) -> Iterator[pa.RecordBatch]:
         """The rows of a query, as Arrow batches."""
         yield from self._connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+
+
+def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Batches, small ones together, because each insertion takes a millisecond."""
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.nbytes
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 @contextmanager

@@ -176,6 +176,8 @@ def explain(error: BaseException) -> str | None:
     name = type(error).__name__
     if isinstance(error, NsnetError):
         return own_words(error)
+    if name in OUT_OF_MEMORY and type(error).__module__.partition(".")[0] == "torch":
+        return f"{_detail(error)}: out of GPU memory; use a smaller --batch-size, or --separate-models in nsnet score"
     if name in OUT_OF_MEMORY or isinstance(error, MemoryError):
         return f"{_detail(error)}: out of memory; end other programs, or use a larger machine or a smaller --batch-size"
     if isinstance(error, RecursionError):

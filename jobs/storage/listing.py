@@ -99,6 +99,26 @@ def names_below(uri: str) -> Names:
     return result
 
 
+def versions_below(uri: str) -> dict[str, str]:
+    """Name -> version of its content (as `Entry.etag`) of each file directly below a folder or prefix, sorted; "" for
+    a link on a disk that leads nowhere. One request per thousand names.
+    """
+    found: dict[str, str] = {}
+    if is_local(uri):
+        with os.scandir(uri) if os.path.isdir(uri) else nullcontext(()) as items:
+            for item in items:
+                if not item.is_dir(follow_symlinks=False):
+                    try:
+                        found[item.name] = describe_local(item.path, item.stat()).etag
+                    except OSError:
+                        found[item.name] = ""
+    else:
+        prefix = prefix_below(uri)
+        for page in _pages(uri, prefix, Delimiter="/"):
+            found |= {info["Key"][len(prefix) :]: etag_of(info) for info in page.get("Contents", [])}
+    return {name: found[name] for name in sorted(filter(None, found))}
+
+
 def subfolders(uri: str) -> list[str]:
     """Names of the folders directly below a folder or prefix, sorted, without links to folders."""
     return names_below(uri).folders

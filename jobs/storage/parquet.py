@@ -1,9 +1,11 @@
 """Read and write Parquet files on storage as streams of batches."""
 
+import tempfile
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
@@ -18,6 +20,8 @@ GROUP_ROWS: Final = 65_536
 """Rows of a row group."""
 MAX_WHOLE_BYTES: Final = 2**26
 """Files up to this size are read without a buffer: pyarrow would allocate what a page header claims, up to 2 GB."""
+SMALL_BYTES: Final = 2**20
+"""Files up to this size are fetched in one request if their reader knows their size."""
 READERS: Final = 8
 """Files read in parallel."""
 WRITERS: Final = 8
@@ -25,10 +29,14 @@ WRITERS: Final = 8
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[ParquetFile]:
-    """Open a file on storage. Raises what the store raises, and a `pa.ArrowException` if the file is damaged."""
+def opened(uri: str, *, small: bool = False) -> Iterator[ParquetFile]:
+    """Open a file on storage. Raises what the store raises, and a `pa.ArrowException` if the file is damaged.
+
+    `small`: it has at most `SMALL_BYTES`, as far as the caller knows.
+    """
+    data = reading.read_bytes(uri, 0, SMALL_BYTES + 1) if small else None
     try:
-        with reading.open_file(uri) as source:
+        with reading.open_file(uri) if data is None or len(data) > SMALL_BYTES else pa.BufferReader(data) as source:
             yield ParquetFile(source, uri, buffer_bytes=0 if source.size() <= MAX_WHOLE_BYTES else BUFFER_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
@@ -36,16 +44,21 @@ def opened(uri: str) -> Iterator[ParquetFile]:
         raise pa.ArrowInvalid(f"{uri}: {error}") from error  # pyarrow's error for a damaged page names no file
 
 
-def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
+def read(
+    uri: str, columns: pa.Schema, *, optional: Collection[str] = (), start: int = 0, small: bool = False
+) -> Iterator[pa.RecordBatch]:
     """Read columns of a file as batches of exactly this schema; missing `optional` columns are null.
 
-    Raises `KeyError` for a missing column, `ColumnTypeError` for an extension type.
+    `start`: rows before the first one to return; row groups before it are not read. `small`: as in `opened`. Raises
+    `KeyError` for a missing column, `ColumnTypeError` for an extension type.
     """
-    with opened(uri) as file:
+    with opened(uri, small=small) as file:
         present = [name for name in columns.names if name in file.schema.names]
         if missing := sorted({*columns.names} - {*present, *optional}):
             raise KeyError(f"{uri} has no column {', '.join(missing)}")
-        for batch in file.batches(present, batch_rows=BATCH_ROWS):
+        groups, skipped = _groups_from(file, start)
+        for batch in file.batches(present, batch_rows=BATCH_ROWS, groups=groups):
+            batch, skipped = batch.slice(skipped), max(0, skipped - len(batch))
             arrays = [
                 batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
                 for field in columns
@@ -53,6 +66,16 @@ def read(uri: str, columns: pa.Schema, *, optional: Collection[str] = ()) -> Ite
             whole = pa.RecordBatch.from_arrays(arrays, schema=columns)
             whole.validate(full=True)  # checks, for example, that texts are UTF-8
             yield whole
+
+
+def _groups_from(file: ParquetFile, start: int) -> tuple[list[int], int]:
+    """The row groups from the one with row `start` on, and the rows before it in that group."""
+    sizes = file.group_rows()
+    first = 0
+    while first < len(sizes) and start >= sizes[first]:
+        start -= sizes[first]
+        first += 1
+    return list(range(first, len(sizes))), start
 
 
 def dataset(files: Sequence[str], columns: pa.Schema) -> pads.Dataset:
@@ -84,7 +107,7 @@ def read_small(files: Sequence[str], columns: pa.Schema, *, optional: Collection
 
 
 def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int:
-    """Write a file of these rows; returns their number."""
+    """Write a file of these rows; returns their number. An error may leave a part of them: see `write_whole`."""
     if uris.is_local(uri):
         filesystems.make_folder(uri.rpartition("/")[0])
     system, path = filesystems.arrow_filesystem(uri)
@@ -96,12 +119,21 @@ def write(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int
     return count
 
 
+def write_whole(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> int:
+    """As `write`, but atomically: a reader sees the whole file or none, also after an error."""
+    with tempfile.TemporaryDirectory(prefix="nsnet-parquet-") as scratch:
+        path = Path(scratch) / "rows.parquet"
+        count = write(batches, schema, str(path))
+        writing.upload_file(path, uri)
+    return count
+
+
 def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str, rows: int) -> int:
     """Write small files of `rows` rows each, several in parallel; returns the total number of rows."""
     count = files = 0
     with ThreadPoolExecutor(WRITERS) as pool:
         pending: deque[Future[int]] = deque()
-        for part in _portions(batches, rows):
+        for part in portions(batches, rows):
             pending.append(pool.submit(write, [part], schema, uris.join(folder, f"part-{files:06d}.parquet")))
             files += 1
             if len(pending) > 2 * WRITERS:
@@ -110,7 +142,7 @@ def write_many(batches: Iterable[pa.RecordBatch], schema: pa.Schema, folder: str
     return count
 
 
-def _portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+def portions(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
     """The same rows in batches of exactly `rows` rows; the last batch may be smaller."""
     rest: pa.Table | None = None
     for batch in batches:

@@ -111,7 +111,8 @@ def _read(uri: str, start: int, length: int | None, etag: str | None) -> tuple[b
             raise errors.ChangedError("it was changed since it was listed")
         file.seek(start)
         bytes_left = max(0, os.fstat(file.fileno()).st_size - start)  # of a growing file, only the bytes present now
-        return file.read(bytes_left if length is None else length), 0
+        # `read` allocates all that it is asked for
+        return file.read(bytes_left if length is None else min(length, bytes_left)), 0
 
 
 async def _get_object(system: Any, uri: str, start: int, length: int | None, etag: str | None) -> tuple[bytes, int]:
@@ -157,18 +158,21 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield path
 
 
-def read_json(uri: str, fields: Mapping[str, type] | None = None, remedy: str = RESTORE) -> Any:
+def read_json(
+    uri: str, fields: Mapping[str, type] | None = None, remedy: str = RESTORE, max_bytes: int | None = None
+) -> Any:
     """Read a JSON file; with `fields`, it must be an object with these fields of these types.
 
     Raises `FileNotFoundError`; if the file is damaged, `StorageError` with the file, the reason and the `remedy`.
     """
+    max_bytes = MAX_JSON_BYTES if max_bytes is None else max_bytes
     try:
-        data = read_bytes(uri, 0, MAX_JSON_BYTES + 1)
+        data = read_bytes(uri, 0, max_bytes + 1)
     except IsADirectoryError as error:
         raise damaged(uri, "it is a folder", remedy) from error
     try:
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
+        if len(data) > max_bytes:
+            raise ValueError(f"it is larger than {max_bytes:,} bytes")
         value = json.loads(data)
         _check_depth(value)
         if fields is not None and type(value) is not dict:

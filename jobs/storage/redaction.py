@@ -18,10 +18,15 @@ REFUSED: Final = "holds a user, a password or a signature, which is not allowed 
 MIN_SECRET_LENGTH: Final = 8
 """Shortest value of a secret variable that is hidden: hiding every `test` or `token` would spoil messages."""
 
-SECRET_NAME: Final = re.compile(
-    r"(SECRET|SECRET_KEY|SECRET_ACCESS_KEY|ACCESS_KEY_ID|TOKEN|PASSWORD|PASSWD|API_KEY|PRIVATE_KEY)$", re.IGNORECASE
+SECRET_WORD: Final = re.compile(
+    r"(^|_)([A-Z0-9]*(SECRET|TOKEN|PASSWORD|PASSWD|APIKEY)|PASS|PASSPHRASE|KEY|CREDENTIALS?|SAS|SIGNATURE|AUTH|"
+    r"CONNECTION_STRING)(_|$)", re.IGNORECASE,
+)  # fmt: skip
+"""In the name of an environment variable: its value is a secret."""
+PUBLIC_END: Final = re.compile(
+    r"_(PATH|FILE|DIR|URL|URI|ENDPOINT|REGION|MODE|SOCK|NAME|TYPE|TIMEOUT|LENGTH|SIZE|COUNT|ENABLED)$", re.IGNORECASE
 )
-"""Names of environment variables whose value is a secret, unlike `…_TOKEN_PATH`."""
+"""Such a variable says something about a secret, as `…_TOKEN_PATH` does."""
 
 USER_OF_URL: Final = re.compile(
     r"""(?<=://)(?:[^/\s'"<>@:]{0,200}:(?!\d{1,5}(?:[/?#\s]|$))[^\s'"<>]{0,999}@|[^/\s'"<>]{0,999}@)"""
@@ -101,12 +106,22 @@ def holds_secrets(uri: str) -> bool:
     )
 
 
+def names_secret(name: str) -> bool:
+    """Whether a variable of this name holds a secret, as far as its name tells."""
+    return SECRET_WORD.search(name) is not None and PUBLIC_END.search(name) is None
+
+
+def quotes_secret(text: str) -> bool:
+    """Whether a text holds the value of a secret variable of this process."""
+    return any(secret in text for secret in _secrets(tuple(os.environ.items())))
+
+
 @lru_cache(maxsize=1)  # a million bad rows need the same list
 def _secrets(environment: tuple[tuple[str, str], ...]) -> list[str]:
     """Secret values of the environment, longest first, because one may contain another."""
     secrets: set[str] = set()
     for name, value in environment:
-        if SECRET_NAME.search(name):
+        if names_secret(name):
             secrets.add(value.strip())
         elif "@" in value:
             secrets.update(_passwords(value))

@@ -52,7 +52,9 @@ def model_path(path: str) -> Uri:
     """The absolute path of model weights from the command line; every node must have them locally."""
     uri = Uri(path)
     if not is_local(uri):
-        raise UsageError(f"{uri}: weights must be a local path that every node has")
+        raise UsageError(
+            f"{uri}: weights must be a local path that every node has; from a bucket they load with --weights"
+        )
     return uri
 
 

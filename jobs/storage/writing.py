@@ -147,9 +147,12 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, encode_json(value))
 
 
-def encode_json(value: Any) -> bytes:
-    """Encode JSON as `write_json` writes it; a lone surrogate, which foreign JSON may contain, stays an escape."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def encode_json(value: Any, indent: int | None = 2) -> bytes:
+    """Encode JSON as `write_json` writes it; a lone surrogate, which foreign JSON may contain, stays an escape.
+
+    `indent`: None: on one line.
+    """
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def upload_folder(folder: Path, uri: str, last: str) -> None:

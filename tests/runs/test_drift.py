@@ -1,9 +1,11 @@
 """Drift between runs: of unchanged runs at most 5 % raise an alarm, and a changed one does."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from jobs.runs.drift import BINS, MIN_ROWS, MIN_RUNS, Seen, drift, histogram, seen
+from jobs.runs.drift import BINS, MAX_RUNS, MIN_ROWS, MIN_RUNS, Seen, drift, histogram, seen, with_earlier
 
 WEEKS = 200
 
@@ -99,3 +101,35 @@ def test_record_without_distributions_or_with_few_rows_is_not_compared() -> None
         {"prob_fake": [0] * (BINS - 1) + [MIN_ROWS - 1], "residual_energy": full},
     ):  # fmt: skip
         assert seen(record | {"distributions": broken}) is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"distributions": []}, {"distributions": None}, {"counts": {"verdict": []}},
+        {"counts": {"verdict": {"fake": "x"}}},
+        {"distributions": {"prob_fake": [None] * BINS, "residual_energy": [10] * BINS}},
+        {"distributions": {"prob_fake": [10] * BINS, "residual_energy": [10**30] * BINS}},
+        {"distributions": {"prob_fake": [-10] * BINS, "residual_energy": [10] * BINS}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_record_is_not_compared(damaged: dict[str, Any]) -> None:
+    """Others may write records: one must not end the report of a run that was published."""
+    full = {"prob_fake": [10] * BINS, "residual_energy": [10] * BINS}
+    assert seen({"distributions": full}) is not None
+    assert seen({"counts": {"verdict": {}}, "distributions": full} | damaged) is None
+
+
+def test_run_is_compared_with_the_latest_earlier_ones_of_its_detector_and_source() -> None:
+    full = {"prob_fake": [10] * BINS, "residual_energy": [10] * BINS}
+
+    def record(fake: int, detector: str = "one", source: str = "s3://in", rows: int = 1000) -> dict[str, Any]:
+        counts = {"verdict": {"fake": fake}}
+        return {"rows": rows, "detector_id": detector, "source": source, "counts": counts, "distributions": full}
+
+    records = [record(1), record(2, rows=0), record(3, detector="two"), record(4, source="s3://other"), record(5)]
+    shown = [(now and now.flagged, [one.flagged for one in earlier]) for _, now, earlier in with_earlier(records)]
+    assert shown == [(1, []), (3, []), (4, []), (5, [1])]
+    *_, (_, _, earlier) = with_earlier(map(record, range(MAX_RUNS + 3)))
+    assert [one.flagged for one in earlier] == list(range(2, MAX_RUNS + 2))

@@ -374,6 +374,20 @@ def test_nothing_to_do_leaves_a_record_and_nothing_else(nights: Nights) -> None:
     assert nights.published() == Counter(NAMES)
 
 
+def test_published_runs_are_reported_without_the_lock(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may begin meanwhile, and the loss of the lock means nothing any more."""
+    reported: list[str] = []
+
+    def report(out: str, _: Any, records: Sequence[dict[str, Any]], __: str | None) -> None:
+        with lock.hold(out):
+            reported.extend(record["run_id"] for record in records)
+
+    monkeypatch.setattr(execution.reporting, "report", report)
+    nights.whole()
+    nights.whole()  # nothing to do
+    assert reported == [record["run_id"] for record in catalog.runs(nights.out)]
+
+
 def test_process_that_lost_the_lock_while_it_listed_plans_nothing(
     nights: Nights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,8 +22,11 @@ import pytest
 
 from jobs.dataset import schema
 from jobs.runs import catalog, products, publication, removal
+from jobs.runs.lock import LockLost
 from jobs.runs.publication import Run, VerificationError
+from jobs.runs.rows import read_rows
 from jobs.storage import filesystems, listing, parquet, reading, uris, writing
+from jobs.storage.uris import Uri
 from nsnet.errors import LockedError, SourceError, StorageError
 from tests.support.tables import manifest_row, manifest_table, put, rows_file, unmarked, verdict_row, verdict_table
 
@@ -410,6 +413,44 @@ def test_store_that_lets_two_create_the_record_believes_the_one_that_is_there(
     assert list(listing.list_files(f"{out}/verdicts")) == []
 
 
+def test_record_that_the_store_created_though_it_says_no_is_kept(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the first try was lost, and the second one met a conflict (409)."""
+    run, create = Run(out=Uri(out)), writing.create
+    staged = stage(run, rows_for(URIS))
+    monkeypatch.setattr(writing, "create", lambda uri, data: create(uri, data) and False)
+    record = run.publish(*staged, {})
+    assert catalog.runs(out) == [record] and catalog.verdicts(out).count_rows() == 10
+
+
+def test_conflict_without_a_record_leaves_the_files_to_the_record_that_may_come(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(out=Uri(out))
+    staged = stage(run, rows_for(URIS))
+    monkeypatch.setattr(writing, "create", lambda uri, data: False)
+    with pytest.raises(StorageError, match="was not created, though the store has no such record: start the command"):
+        run.publish(*staged, {})
+    assert len(list(listing.list_files(run.final))) == 1 and listing.exists(staged[0])
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_lock_that_is_lost_while_the_record_is_created_takes_it_back_if_it_is_ours(
+    is_ours: bool, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next holder may have listed the records before, and removed the files as orphans."""
+    run, create = Run(out=Uri(out)), writing.create
+    staged = stage(run, rows_for(URIS))
+
+    def interrupted(uri: str, data: bytes) -> bool:
+        create(uri, data if is_ours else writing.encode_json({"run_id": run.run_id, "files": []}))
+        raise LockLost
+
+    monkeypatch.setattr(writing, "create", interrupted)
+    with pytest.raises(LockLost):
+        run.publish(*staged, {})
+    assert listing.exists(run.record) != is_ours and list(listing.list_files(run.final)) == []
+
+
 @pytest.mark.parametrize("moment", ["before the record", "with the record"])
 def test_run_that_a_later_plan_overtakes_takes_itself_back(
     moment: str, out: str, monkeypatch: pytest.MonkeyPatch
@@ -791,5 +832,5 @@ def test_facts_that_an_older_release_staged_are_published(out: str) -> None:
             for row in rows_for(URIS)]  # fmt: skip
     parquet.write(pa.Table.from_pylist(rows, schema=older).to_batches(), older, staged)
     assert run.publish(manifest, [staged], {})["rows"] == len(URIS)
-    (found,) = catalog.rows_of(out, catalog.runs(out, products.FACTS)[0], pa.schema([schema.TRANSFORM]))
+    (found,) = read_rows(out, catalog.runs(out, products.FACTS), pa.schema([schema.TRANSFORM]))
     assert found.column("transform").null_count == len(URIS)

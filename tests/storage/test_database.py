@@ -75,7 +75,8 @@ def test_error_of_an_inserted_stream_keeps_its_type(rows: Database) -> None:
         rows.insert("numbers", failing(100))
 
 
-def test_batches_flow_through_an_insertion(rows: Database) -> None:
+def test_batches_flow_through_an_insertion(rows: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.storage.database.GROUP_BYTES", 1)  # smaller ones are inserted together
     alive: set[int] = set()
     most = 0
 
