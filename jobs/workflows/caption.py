@@ -35,10 +35,14 @@ def caption(
     clip_weights: Uri | None = None,
     text_weights: Uri | None = None,
     captioner: Uri | None = None,
+    weights: Uri | None = None,
     limits: DecodeLimits | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Caption a source and publish; returns the run's record, which has no rows if there was nothing to do."""
+    """Caption a source and publish; returns the run's record, which has no rows if there was nothing to do.
+
+    `weights`: mirror that replaces the hub.
+    """
     from nsnet import recipes
 
     if batch_size is not None and batch_size < 1:
@@ -48,7 +52,9 @@ def caption(
     check_address(address)
     Source(source).check()
     config = recipes.get(recipe).detector
-    models = Models(clip_weights=clip_weights, text_weights=text_weights, captioner=captioner, precision=precision)
+    models = Models(
+        clip_weights=clip_weights, text_weights=text_weights, captioner=captioner, weights=weights, precision=precision
+    )
     models = replace(models, captioner_id=_captioner_id(config, models))
     request = Request(
         source=source, out=out, product=products.CAPTIONS, maker=features_id(config, models),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.console import output
+from jobs.console import output, summary
 from jobs.console.output import say
 from jobs.dataset import schema
 from jobs.dataset.plan import Selection, write_manifest
@@ -71,6 +71,7 @@ def evaluate(
     out: Uri,
     detector: Uri | None = None,
     detector_id: str | None = None,
+    detector_sha256: str | None = None,
     align: str | None = None,
     robustness: str | None = None,
     pairs: Pairs | None = None,
@@ -83,6 +84,7 @@ def evaluate(
     clip_weights: Uri | None = None,
     text_weights: Uri | None = None,
     captioner: Uri | None = None,
+    weights: Uri | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write the result and return it. Raises `SourceError` if there is nothing to compare.
@@ -93,6 +95,8 @@ def evaluate(
     """
     if leakage and detector is None:
         raise ConfigError(f"--leakage {leakage}: verdicts hold no features; give a source of images and --detector")
+    if detector_sha256 is not None and detector is None:
+        raise ConfigError("--detector-sha256: it pins the bundle of --detector; give that as well")
     if views and detector is None:
         raise ConfigError(f"--views {views}: verdicts are made already; give a source of images and --detector")
     chains = parse_chains(robustness) if robustness is not None else ()
@@ -103,7 +107,7 @@ def evaluate(
     probes.reachable(uri)
     probes.check_output(out)
     if detector is not None:
-        bundle_id = _bundle_id(detector)
+        bundle_id = _bundle_id(detector, detector_sha256)
         if detector_id not in (None, bundle_id):
             raise ConfigError(f"--detector {detector} is {bundle_id}, not {detector_id}: give one of them")
         detector_id = bundle_id
@@ -117,7 +121,7 @@ def evaluate(
             raise SourceError(f"{error}; to score its images first, give --detector") from error
         settings = {
             "clip_weights": clip_weights, "text_weights": text_weights, "captioner": captioner, "address": address,
-            "views": views,
+            "views": views, "weights": weights, "pin": detector_sha256,
         }  # fmt: skip
         selection = Selection(columns=columns)
         source = uri
@@ -127,7 +131,10 @@ def evaluate(
             table, unread = _score(uri, detector, place, chains, selection, settings, manifest)
             table, rows = of_split(of_detector(table, detector_id, uri), split, uri)
             if leakage:
-                models = Models(detector=detector, clip_weights=clip_weights, text_weights=text_weights)
+                models = Models(
+                    detector=detector, detector_sha256=detector_sha256, clip_weights=clip_weights,
+                    text_weights=text_weights, weights=weights,
+                )  # fmt: skip
                 drawn = sample.draw(table, leakage)
                 say(f"leakage: encoding {len(drawn):,} images again, in this process")
                 measured = {"leakage": sample.measure(manifest, drawn, uri, place, detector_id, models)}
@@ -162,9 +169,9 @@ def evaluate(
     return result
 
 
-def _bundle_id(detector: Uri) -> str:
-    folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION)
-    return bundle.read(folder).detector_id
+def _bundle_id(detector: Uri, pin: str | None) -> str:
+    folder = bundles.fetch_bundle(detector, bundle.DESCRIPTION, pin)
+    return bundle.read(folder, pin).detector_id
 
 
 def _score(
@@ -206,3 +213,8 @@ def _write(result: dict[str, Any], out: Uri) -> None:
     writing.write_bytes(uris.join(out, "report.html"), page.encode())
     output.show(text)
     say(f"table: {uris.join(out, 'evaluation.json')}\nreport: {uris.join(out, 'report.html')}")
+    summary.note(
+        evaluation=uris.join(out, "evaluation.json"), report=uris.join(out, "report.html"),
+        detector_id=result["detector_id"], rows=result["rows"], failed=result["failed"],
+        **{name: result["all"].get(name) for name in ("real", "fake", "ap", "auroc", "acc")},
+    )  # fmt: skip

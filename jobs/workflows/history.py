@@ -1,12 +1,11 @@
 """The published runs of an output, with a comparison of each with earlier ones."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from jobs.console import tables
 from jobs.runs import catalog
-from jobs.runs.drift import Drift, Seen, drift, seen
+from jobs.runs.drift import Drift, drift, with_earlier
 from jobs.storage import probes
 from jobs.storage.uris import Uri
 from nsnet.errors import SourceError
@@ -17,15 +16,11 @@ HEADING = ("run", "detector", "rows", "failed", "images/s", "called fake", "expe
 def history(out: Uri, detector_id: str | None = None) -> list[dict[str, Any]]:
     """A dictionary per run that published rows, oldest first. Raises `SourceError` if there is none."""
     probes.reachable(out)
-    earlier: dict[tuple[Any, Any], list[Seen]] = defaultdict(list)
-    lines = []
-    for record in catalog.runs(out):
-        if not record.get("rows") or detector_id not in (None, record.get("detector_id")):
-            continue
-        now, before = seen(record), earlier[record.get("detector_id"), record.get("source")]
-        lines.append(_line(record, None if now is None else drift(now, before)))
-        if now is not None:
-            before.append(now)
+    lines = [
+        _line(record, None if now is None else drift(now, earlier))
+        for record, now, earlier in with_earlier(catalog.runs(out))
+        if detector_id in (None, record.get("detector_id"))
+    ]
     if not lines:
         of = "" if detector_id is None else f" of detector {detector_id}"
         raise SourceError(f"{out} holds no published runs{of}")

@@ -78,8 +78,7 @@ def _probed(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     detector = Detector.load(
-        models.bundle_folder(), device=device, clip_weights=models.clip_path(), text_weights=models.text_path(),
-        captioner=False,
+        models.bundle_folder(), device=device, captioner=False, sha256=models.detector_sha256, **models.tower_paths(),
     )  # fmt: skip
     config = PreparationConfig(patches=(detector.config.patches,))
     columns = pa.schema([schema.IDS.field(0), *schema.OUTCOME, pa.field(MOSAIC, pa.binary())])

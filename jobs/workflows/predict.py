@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import output
+from jobs.pipeline.models import Models
 from jobs.storage import errors, listing, probes, reading, uris
 from jobs.storage.trust import read_trust_list
 from jobs.storage.uris import Uri
-from nsnet.configuration import Precision
+from nsnet.configuration import Precision, config_of
 from nsnet.errors import FetchError, ImageError, ImageTooLargeError, UsageError
 from nsnet.images import DecodeLimits
 from nsnet.preparation import Prepared
@@ -20,11 +21,13 @@ def predict(
     images: Sequence[str],
     *,
     detector: Uri,
+    detector_sha256: str | None = None,
     device: str | None = None,
     precision: Precision = "auto",
     clip_weights: Uri | None = None,
     text_weights: Uri | None = None,
     captioner: Uri | None = None,
+    weights: Uri | None = None,
     limits: DecodeLimits | None = None,
     trust_list: Uri | None = None,
     views: int | None = None,
@@ -37,7 +40,6 @@ def predict(
     import torch
 
     from jobs.pipeline.decoding import GuardedDecoder
-    from jobs.pipeline.models import Models
     from nsnet.detector import Detector
 
     limits = limits or DecodeLimits()
@@ -47,16 +49,16 @@ def predict(
         raise UsageError("--device cuda: this machine has no usable GPU; leave it out to compute on the CPU")
     probes.reachable(detector)
     models = Models(
-        detector=detector, clip_weights=clip_weights, text_weights=text_weights, captioner=captioner,
-        device=device or ("cuda" if gpu else "cpu"),
+        detector=detector, detector_sha256=detector_sha256, clip_weights=clip_weights, text_weights=text_weights,
+        captioner=captioner, weights=weights, device=device or ("cuda" if gpu else "cpu"),
     )  # fmt: skip
     loaded = Detector.load(
         models.bundle_folder(),
         device=models.device,
         precision=precision,
-        clip_weights=models.clip_path(),
-        text_weights=models.text_path(),
-        captioner=Path(captioner) if captioner else None,
+        captioner=_captioner(models),
+        sha256=detector_sha256,
+        **models.tower_paths(),
     )
     if loaded.description and loaded.description.note:
         output.say(loaded.description.note)
@@ -72,6 +74,14 @@ def predict(
             yield {"image": image, **dataclasses.asdict(verdict), "detector_id": loaded.detector_id}
     finally:
         decoder.close()
+
+
+def _captioner(models: Models) -> Path | None:
+    """The given captioner, or the mirror's for a detector that needs captions; None: the bundle's or the hub's."""
+    if models.weights is None or models.captioner is not None:
+        return Path(models.captioner) if models.captioner else None
+    config = config_of(models.description())
+    return models.captioner_folder(config.captioner) if config.projection.needs_captions else None
 
 
 def _read(image: str, max_bytes: int) -> bytes:

@@ -16,9 +16,7 @@ from jobs.pipeline.stream import SCORING_COLUMNS, Stream, prepared
 from jobs.runs import catalog, failures, products
 from jobs.runs.attempts import Attempt
 from jobs.runs.execution import Request, Work
-from nsnet import bundle
 from nsnet.captions import captioner_id, thumbnail_px
-from nsnet.clip_weights import find_weights
 from nsnet.config import to_dict
 from nsnet.configuration import CaptionerConfig, DetectorConfig
 from nsnet.errors import ConfigError
@@ -38,14 +36,16 @@ def scoring(
     outage_seconds: float,
     anchors: str,
     views: int,
+    separate: bool,
 ) -> Work:
-    """Images to verdicts of detectors, in one pass. `anchors`, `views`: see `PreparationConfig`.
+    """Images to verdicts of detectors, in one pass. `anchors`, `views`: see `PreparationConfig`. `separate`: captioner
+    and detectors have pools of actors of their own.
 
     Raises `WeightsError` if weights that a bundle refers to are missing, and `ConfigError` if the detectors need
     different captioners.
     """
     for models, config in detectors:
-        _check_weights(models, config)
+        models.check_towers(config)
     models, captioner = _captioning_detector(detectors)
     geometries = tuple(dict.fromkeys(config.patches for _, config in detectors))
     preparation = PreparationConfig(
@@ -57,7 +57,8 @@ def scoring(
         first = geometries.index(config.patches) * views
         judges.append(
             Judge(
-                detector=own.detector, detector_id=own.detector_id, run_id=own.run_id, wanted=1 << i,
+                detector=own.detector, detector_sha256=own.detector_sha256, detector_id=own.detector_id,
+                run_id=own.run_id, wanted=1 << i,
                 mosaics=tuple(mosaic_column(first + view) for view in range(views)),
                 needs_captions=config.projection.needs_captions,
             )
@@ -75,7 +76,7 @@ def scoring(
         if captioner:
             keep = with_pixels(SCORING_COLUMNS, replace(preparation, thumbnail_px=0))
             stages.insert(0, partial(Caption, images.models, captioner, keep, *common, wanted=captioned))
-        return images.through(*stages)
+        return images.through(*stages, separate=separate)
 
     known = catalog.published(request.out, schema.CAPTIONED, captioner_id=models.captioner_id)
     return Work(
@@ -92,15 +93,6 @@ def scoring(
             for judge, (_, config) in zip(judges, detectors, strict=True)
         },
     )
-
-
-def _check_weights(models: Models, config: DetectorConfig) -> None:
-    """Find the weights that a bundle refers to. Raises `WeightsError`."""
-    folder = models.bundle_folder()
-    if not (folder / bundle.CLIP).is_dir():
-        find_weights(config.clip, models.clip_path())
-    if config.projection.needs_captions and config.text is not None and not (folder / bundle.TEXT).is_dir():
-        models.text_tower(config)
 
 
 def _captioning_detector(

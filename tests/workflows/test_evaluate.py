@@ -490,7 +490,7 @@ def test_source_is_scored_once_under_each_transform(tmp_path: Path, monkeypatch:
         pq.write_table(pa.Table.from_pylist(rows), source)
 
     monkeypatch.setattr("jobs.workflows.evaluate.score", score)
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda *_: "d" * 16)
     list_source(["train"] * len(labelled_rows()))
     result = evaluate(source, out=str(out), detector="bundle", robustness="jpeg:75,blur:1", samples=QUICK)
     assert scored == [(source, ("jpeg:75", "blur:1"))]
@@ -525,7 +525,7 @@ def test_source_is_scored_raw_aligned_and_under_transforms_after_it(
         return ALL_READ
 
     monkeypatch.setattr(module, "score", score)
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda *_: "d" * 16)
     options = {"align": "jpeg:96", "robustness": "blur:1", "samples": QUICK}
     result = evaluate(source, out=str(tmp_path / "out"), detector="bundle", **options)  # type: ignore[arg-type]
     assert scored == [chains[1:]]
@@ -581,13 +581,13 @@ def test_every_source_that_can_be_scored_can_be_evaluated(
     else:
         place.mkdir()
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*labelled_rows()), ALL_READ))
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda *_: "d" * 16)
     assert evaluate(str(place), out=str(tmp_path / "out"), detector="bundle", samples=1)["failed"] == 0
 
 
 def test_detector_beside_verdicts_chooses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = _stored(verdict_table(*labelled_rows()), tmp_path / "v.parquet")
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: detector)
+    monkeypatch.setattr(module, "_bundle_id", lambda detector, _: detector)
     assert evaluate(uri, out=str(tmp_path / "out"), detector="d" * 16, samples=1)["detector_id"] == "d" * 16
     with pytest.raises(ConfigError, match="holds no verdict of detector e"):
         evaluate(uri, out=str(tmp_path / "out"), detector="e" * 16, samples=1)
@@ -620,7 +620,7 @@ def test_command_that_scores_says_what_of_the_source_could_not_be_read(
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     unread = {"unread": ["/a: Permission denied", "/b.tar is cut"], "unread_count": 2}
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), unread))
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda *_: "d" * 16)
     (tmp_path / "pictures").mkdir()
     common = (
         "evaluate",
@@ -649,7 +649,7 @@ def test_command_that_scores_says_when_too_many_failed(
     rows = [verdict_row(f"/{i}", i / 9, label=i % 2, generator="g") for i in range(10)]
     rows += [verdict_row(f"/f{i}", None, label=1, generator="g") for i in range(failed)]
     monkeypatch.setattr(module, "_score", lambda *_: (verdict_table(*rows), ALL_READ))
-    monkeypatch.setattr(module, "_bundle_id", lambda detector: "d" * 16)
+    monkeypatch.setattr(module, "_bundle_id", lambda *_: "d" * 16)
     (tmp_path / "pictures").mkdir()
     uri = str(tmp_path / "pictures") if scores else _stored(verdict_table(*rows), tmp_path / "v.parquet")
     common = ("evaluate", uri, "--detector", "bundle", "--out", str(tmp_path / "out"), "--samples", "1")
