@@ -16,9 +16,13 @@ COMMANDS: Final = {
     "import-head": "Make a detector from a published linear head.",
     "score": "Score new and changed images of a source and publish the verdicts.",
     "evaluate": "Compare verdicts with labels, per generator.",
+    "compare": "Compare the verdicts of two detectors on the same images.",
+    "compact": "Merge the small files of many nights into larger ones.",
     "runs": "List the runs of an output, and whether their verdicts drift.",
+    "weights": "Mirror weights for workers without internet, and check a mirror.",
     "predict": "Judge single images, without a cluster.",
     "plan-cluster": "Size a cluster for a number of images and a deadline.",
+    "submit": "Run a command as a job of a Ray cluster.",
     "demo": "Make images, train, score and evaluate on this machine.",
 }
 MODULES: Final = {"runs": "list_runs"}

@@ -24,6 +24,7 @@ from jobs.workflows.evaluate import STANDARD, evaluate, parse_pairs
     default=None,
     help="Bundle that scores the images of a labelled source.",
 )
+@parameters.pin_option()
 @click.option("--detector-id", default=None, help="Use only verdicts of this detector.")
 @parameters.align_option
 @click.option(

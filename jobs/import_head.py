@@ -21,6 +21,7 @@ from jobs.storage.uris import Uri
     default=None,
     help="Local path of the CLIP weights, instead of the hub's.",
 )
+@parameters.mirror_option
 @parameters.debug_option
 def command(head: Uri, **options: Any) -> int:
     """Make a detector from HEAD, a file with the `weight` (1, D) and `bias` (1) of a linear layer on the features of a

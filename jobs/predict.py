@@ -11,6 +11,7 @@ from jobs.workflows.predict import as_text, predict
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--detector", type=parameters.URI, required=True, help="Detector bundle: a folder or s3:// URI.")
+@parameters.pin_option()
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per image.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if a GPU is available.")
 @parameters.precision_option

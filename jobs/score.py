@@ -22,6 +22,7 @@ from jobs.workflows.score import score_together
     multiple=True,
     help="Detector bundle: a folder or s3:// URI. Repeat it to judge with several in one pass.",
 )
+@parameters.pin_option(multiple=True)
 @click.option("--out", type=parameters.URI, required=True, help="Folder or s3:// URI to publish verdicts in.")
 @parameters.batch_option
 @parameters.precision_option
@@ -38,6 +39,11 @@ from jobs.workflows.score import score_together
     help="Stop when the store of the images does not answer for this long; the same command continues.",
 )
 @parameters.views_option
+@click.option(
+    "--separate-models",
+    is_flag=True,
+    help="Load captioner and detectors in different processes, for GPUs whose memory does not hold both.",
+)
 @parameters.max_failed_option
 @parameters.max_left_out_option
 @parameters.weights_options

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from jobs.auditing import duplicates, inventory, metadata_bias
 from jobs.auditing.text import as_text
-from jobs.console import output
+from jobs.console import output, summary
 from jobs.console.output import say
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.runs import catalog, products
@@ -61,11 +61,15 @@ def audit(
         result = {"source": source, "not_examined": unknown, **left_out, **found}
         text = as_text(result)
         if out is not None:
-            parquet.write(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES_FILE))
+            parquet.write_whole(twins.to_batches(), duplicates.COPIES, uris.join(place, COPIES_FILE))
             writing.write_bytes(uris.join(place, REPORT_FILE), (text + "\n").encode())
             writing.write_json(uris.join(place, AUDIT_FILE), result)
             say(f"report: {uris.join(place, AUDIT_FILE)}")
     output.show(text)
+    summary.note(
+        audit=None if out is None else uris.join(out, AUDIT_FILE), images=result["pictures"],
+        failed=sum(error["pictures"] for error in result["failed"].values()), unread=result["unread_count"],
+    )  # fmt: skip
     return result
 
 

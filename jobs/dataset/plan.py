@@ -301,8 +301,10 @@ def _load_histories(rows: Database, histories: Sequence[Iterable[pa.RecordBatch]
     done = "image_id::uuid as image_id, hash(uri) as uri, status = 'scored' as scored, history"
     rows.create("done", done, numbered, where=f"error_class is distinct from '{ImageBudgetError.__name__}'")
     for number, published in enumerate(histories):
-        for batch in published:
-            rows.insert("done", [batch.append_column(HISTORY, pa.array([number] * len(batch), HISTORY.type))])
+        rows.insert(
+            "done",
+            (batch.append_column(HISTORY, pa.array([number] * len(batch), HISTORY.type)) for batch in published),
+        )
     rows.execute("create table seen as select history, image_id, bool_or(scored) as scored from done group by 1, 2")
     rows.execute("create table known as select distinct history, uri from done")
     _load(rows, "histories", {"history": range(len(histories))}, pa.schema([HISTORY]))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.address import check_address
-from jobs.console import output
+from jobs.console import output, summary
 from jobs.console.output import say
 from jobs.console.tables import aligned
 from jobs.dataset import schema
@@ -85,6 +85,7 @@ def ablate(
     writing.write_bytes(uris.join(out, "ablation.txt"), (text + "\n").encode())
     output.show(text)
     say(f"table: {uris.join(out, 'ablation.json')}")
+    summary.note(table=uris.join(out, "ablation.json"), failed_variants=sorted(failed))
     return result
 
 

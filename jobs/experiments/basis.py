@@ -27,7 +27,7 @@ from jobs.experiments.experiment import Experiment
 from jobs.experiments.paths import FITTED_FILE
 from jobs.pipeline.datasource import ParquetFiles
 from jobs.runs import catalog, products
-from jobs.storage import listing, reading, uris, writing
+from jobs.storage import listing, reading, writing
 from jobs.storage.uris import Uri
 from jobs.training.examples import Examples
 from nsnet.errors import NullSpaceError, SourceError
@@ -40,12 +40,7 @@ TRIANGLE: Final = pa.schema([pa.field("count", pa.int64()), pa.field("triangle",
 def caption_files(captions: Uri, features_id: str) -> list[str]:
     """URIs of the files with one maker's published captions and features."""
     records = catalog.runs(captions, products.CAPTIONS)
-    return [
-        uris.join(captions, file["path"])
-        for record in records
-        if record.get("features_id") == features_id
-        for file in record["files"]
-    ]
+    return catalog.paths(captions, (record for record in records if record.get("features_id") == features_id))
 
 
 def spectrum(files: list[str], ids: pa.Array, *, task_cpus: float) -> SemanticSpectrum:

@@ -45,7 +45,10 @@ class Experiment:
             request=request,
             recipe=recipe,
             models=Models(
-                clip_weights=request.clip_weights, text_weights=request.text_weights, captioner=request.captioner
+                clip_weights=request.clip_weights,
+                text_weights=request.text_weights,
+                captioner=request.captioner,
+                weights=request.weights,
             ),
             settings=request.identity(recipe),
         )

@@ -19,9 +19,7 @@ def write_bundle(
 ) -> str:
     """Write the bundle to a local folder; returns the detector's id. `best`: weights of the best epoch."""
     recipe, models = experiment.recipe, experiment.models
-    detector = Detector.build(
-        recipe.detector, models.clip_path(), text_weights=models.text_path(), seed=experiment.request.seed
-    )
+    detector = Detector.build(recipe.detector, seed=experiment.request.seed, **models.tower_paths(recipe.detector))
     if recipe.detector.projection.kind in ("global", "rank_k"):
         checkpoints.load_fitted(detector.network, experiment.file(FITTED_FILE))
     checkpoints.load_weights(detector.network, best)

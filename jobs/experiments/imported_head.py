@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from jobs.console.output import say
+from jobs.pipeline.models import Models
 from jobs.storage import listing, probes, uris, writing
 from jobs.storage.uris import Uri
 from nsnet import recipes, weight_formats
@@ -20,7 +21,13 @@ from nsnet.errors import ConfigError, UsageError, WeightsError
 
 
 def import_head(
-    head: Uri, *, out: Uri, recipe: str = "vit-l-14", variant: str = "linear", clip_weights: Uri | None = None
+    head: Uri,
+    *,
+    out: Uri,
+    recipe: str = "vit-l-14",
+    variant: str = "linear",
+    clip_weights: Uri | None = None,
+    weights: Uri | None = None,
 ) -> str:
     """Write the bundle; returns the detector's id. `variant`: `linear` or `linear:resize`, the head's input.
 
@@ -34,7 +41,8 @@ def import_head(
         raise UsageError(f"{out} already holds a detector; choose another --out")
     path = Path(head)
     tensors = _read(path)
-    detector = Detector.build(config, Path(clip_weights) if clip_weights else None)
+    models = Models(clip_weights=clip_weights, weights=weights)
+    detector = Detector.build(config, models.clip_path(config))
     expected = {name: tuple(value.shape) for name, value in detector.network.head.classifier.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     if given != expected:

@@ -36,7 +36,7 @@ def publish_facts(experiment: Experiment) -> None:
     elif request.captions is None or request.caption_missing:
         caption(
             request.source, out=facts.place, recipe=request.recipe, clip_weights=request.clip_weights,
-            text_weights=request.text_weights, captioner=request.captioner,
+            text_weights=request.text_weights, captioner=request.captioner, weights=request.weights,
             selection=Selection(columns=request.columns), limits=request.limits, address=request.address,
         )  # fmt: skip
 

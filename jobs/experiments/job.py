@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.address import check_address
-from jobs.console.output import say
+from jobs.console import summary
+from jobs.console.output import mark, say
 from jobs.dataset.source import Source
 from jobs.experiments import inputs, leakage, predictions
 from jobs.experiments.experiment import Experiment
@@ -19,6 +20,7 @@ from jobs.training import checkpoints
 from nsnet.bundle import DESCRIPTION
 from nsnet.calibration import OperatingPoint
 from nsnet.clip_weights import find_weights
+from nsnet.digest import file_digest
 from nsnet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def train(request: TrainRequest) -> dict[str, Any]:
     if listing.exists(uris.join(request.out, DESCRIPTION)):
         raise UsageError(f"{request.out} already holds a trained detector; choose another --out")
 
-    find_weights(experiment.recipe.detector.clip, experiment.models.clip_path())
+    find_weights(experiment.recipe.detector.clip, experiment.models.clip_path(experiment.recipe.detector))
     if experiment.recipe.detector.projection.needs_captions:
         experiment.models.text_tower(experiment.recipe.detector)
     with lock.hold(request.work):
@@ -52,7 +54,12 @@ def train(request: TrainRequest) -> dict[str, Any]:
 
         from jobs.experiments.trainer import run_trainer  # imports Ray Train
 
-        return _finish(experiment, examples, run_trainer(experiment, examples), point)
+        mark(stage="training")
+        last = run_trainer(experiment, examples)
+        mark(stage="export")
+        result = _finish(experiment, examples, last, point)
+        mark(stage=None)
+        return result
 
 
 def _finish(experiment: Experiment, examples: "Examples", last: Path, point: OperatingPoint) -> dict[str, Any]:
@@ -80,6 +87,11 @@ def _finish(experiment: Experiment, examples: "Examples", last: Path, point: Ope
         writing.write_json(experiment.file(RESULT_FILE), result)
         if writes_bundle:  # last, because a bundle marks a finished training
             writing.upload_folder(folder, request.out, last=DESCRIPTION)
-            say(f"detector {detector_id}: {request.out}")
+            say(f"detector {detector_id}: {request.out}, --detector-sha256 {file_digest(folder / DESCRIPTION)}")
     say(predictions.summary(result))
+    summary.note_item(
+        "trainings", detector_id=detector_id, bundle=request.out if writes_bundle else None,
+        record=experiment.file(RESULT_FILE), variant=request.variant, seed=request.seed, epochs=len(progress.history),
+        best_epoch=result["best_epoch"]["epoch"], validation_ap=result["best_epoch"]["val_ap"],
+    )  # fmt: skip
     return result

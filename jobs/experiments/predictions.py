@@ -65,7 +65,7 @@ def write_predictions(judged: Judged, detector_id: str, uri: str) -> None:
     """Store predictions with the id of their detector."""
     ids = pa.array([detector_id] * judged.table.num_rows, pa.string())
     table = judged.table.set_column(judged.table.schema.get_field_index("detector_id"), "detector_id", ids)
-    parquet.write(table.combine_chunks().to_batches(), PREDICTIONS, uri)
+    parquet.write_whole(table.combine_chunks().to_batches(), PREDICTIONS, uri)
 
 
 def describe(judged: Judged, progress: Progress, origin: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class TrainRequest:
     clip_weights: Uri | None = None
     text_weights: Uri | None = None
     captioner: Uri | None = None
+    weights: Uri | None = None
+    """Mirror that replaces the hub; a place, so not part of the identity."""
     limits: DecodeLimits = DecodeLimits()
     address: str | None = None
 

@@ -87,7 +87,7 @@ def _worker_config(experiment: Experiment, shares: Shares, board: str) -> Worker
     return WorkerConfig(
         detector=to_dict(detector), training=to_dict(experiment.recipe.training), preparation=to_dict(preparation),
         seed=request.seed, source=request.source, clip_weights=request.clip_weights,
-        text_weights=request.text_weights, work=request.work,
+        text_weights=request.text_weights, weights=request.weights, work=request.work,
         split=experiment.file(SPLIT_FILE),
         captions=experiment.facts.place if detector.projection.needs_captions else None,
         features_id=experiment.facts.maker,

@@ -2,11 +2,13 @@
 importing torch and the models takes ten seconds for each worker.
 
 A raylet runs this file by its path. It imports little, stays until the fork ends, ends as that does, and takes it along
-when it is killed. A worker whose runtime environment sets more than variables is left to Ray.
+when it is killed. A worker whose runtime environment sets more than variables and a folder is left to Ray, and so is
+one whose variable `ADDRESS` is empty.
 """
 
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -33,10 +35,12 @@ def main(arguments: list[str]) -> None:
                 leave_to_ray(arguments)
         else:
             kept.append(argument)
-    variables = context.pop("env_vars", {})
-    if context.pop("py_executable", sys.executable) != sys.executable or any(context.values()):
+    environment = {**os.environ, **context.pop("env_vars", {})}
+    folder = folder_of(context.pop("command_prefix", []))
+    is_other = context.pop("py_executable", sys.executable) != sys.executable or any(context.values())
+    if is_other or folder is None or not environment[ADDRESS]:
         leave_to_ray(arguments)
-    request = {"arguments": kept, "environment": {**os.environ, **variables}, "folder": os.getcwd()}
+    request = {"arguments": kept, "environment": environment, "folder": folder}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         try:
             server.connect(os.environ[ADDRESS])
@@ -50,6 +54,14 @@ def main(arguments: list[str]) -> None:
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def folder_of(prefix: list[str]) -> str | None:
+    """The folder where a worker starts, by what Ray puts before its command in a shell; None: it does more."""
+    if not prefix:
+        return os.getcwd()
+    command, *folder, end = prefix
+    return shlex.split(folder[0])[0] if (command, len(folder), end) == ("cd", 1, "&&") else None
 
 
 def leave_to_ray(arguments: list[str]) -> NoReturn:

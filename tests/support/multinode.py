@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +19,11 @@ import psutil
 
 from jobs.cluster.embedded import NODE_ENVIRONMENT
 from tests.support.preloaded import COMMAND, processes_below
+from tests.support.priority import preferred
 from tests.support.tables import MARK
 
 NODES: Final = 2
+TRIES: Final = 5
 STORE_BYTES: Final = 128 * 2**20
 ROLES: Final = ("driver", "raylet", "model actor", "CPU worker", "spot node")
 SPOT_NOTICE_SECONDS: Final = 5
@@ -31,32 +33,36 @@ TITLES: Final = {"model actor": "MapBatches(ModelActor)", "CPU worker": "MapBatc
 
 
 class Nodes:
-    """A head without CPUs, where drivers attach, and nodes of one CPU that may be killed."""
+    """A head without CPUs, where drivers attach, and nodes that may be killed; `size`: of each, such as `num_gpus`."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = NODES, **size: int) -> None:
         from ray.cluster_utils import Cluster
 
         os.environ.update(NODE_ENVIRONMENT)  # as in the image of the nodes
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False},
-        )
-        for _ in range(NODES):
+        head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        self.cluster = _started(lambda: Cluster(initialize_head=True, head_node_args=head))
+        self._size = {"num_cpus": 1, **size}
+        for _ in range(count):
             self.add()
 
-    def add(self) -> None:
-        """Another node."""
-        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
+    def add(self) -> Any:
+        """Another node; returns it."""
+        settings = {**self._size, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        return _started(lambda: self.cluster.add_node(**settings))
+
+    def remove(self, node: Any) -> None:
+        """Kill the processes of a node."""
+        self.cluster.remove_node(node, allow_graceful=False)
 
     @property
     def address(self) -> str:
         """What drivers connect to."""
         return str(self.cluster.address)
 
-    def workers(self, role: str) -> list[psutil.Process]:
-        """Living worker processes that do the work of a role."""
+    def workers(self, role: str, of: Any = None) -> list[psutil.Process]:
+        """Living worker processes that do the work of a role, of one node or of all."""
         found = []
-        for node in self.cluster.worker_nodes:
+        for node in self.cluster.worker_nodes if of is None else [of]:
             for process in processes_below(_raylet(node)):
                 if TITLES[role] in title(process):
                     found.append(process)
@@ -69,7 +75,7 @@ class Nodes:
             if role == "spot node":
                 self._tell_that_it_leaves(node)
                 time.sleep(SPOT_NOTICE_SECONDS)
-            self.cluster.remove_node(node, allow_graceful=False)
+            self.remove(node)
             self.add()
             return True
         victims = self.workers(role)
@@ -91,6 +97,18 @@ class Nodes:
         self.cluster.shutdown()
 
 
+def _started(start: Callable[[], Any]) -> Any:
+    """Start a node, again if it does not come up: a raylet waits only 15 s for its agents, whatever its settings."""
+    for left in reversed(range(TRIES)):
+        try:
+            with preferred():
+                return start()
+        except Exception as error:  # Ray has no class for it
+            if not left or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError("unreachable")
+
+
 def _raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
@@ -106,9 +124,9 @@ def title(process: psutil.Process) -> str:
 class Score:
     """`nsnet score` in a process of its own; its lines are collected, without time and run."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, module: str = "jobs.score") -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "jobs.score", *arguments],
+            [*COMMAND, module, *arguments],
             cwd=Path(__file__).parents[2],
             env={**os.environ, **(env or {})},
             stderr=subprocess.PIPE,
@@ -122,13 +140,22 @@ class Score:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.lines.append(MARK.sub("", line.rstrip("\n"), count=1))
+            if not line.startswith("summary {"):
+                self.lines.append(MARK.sub("", line.rstrip("\n"), count=1))
 
     @property
     def prepared(self) -> int:
         """Number of prepared images in the last line of progress."""
-        progress = [line for line in self.lines if line.startswith("score: scored ")]
-        return int(progress[-1].partition("prepared ")[2].partition(",")[0]) if progress else 0
+        return self._progress("prepared ", ",")
+
+    @property
+    def scored(self) -> int:
+        """Number of scored images in the last line of progress."""
+        return self._progress("scored ", "/")
+
+    def _progress(self, before: str, after: str) -> int:
+        lines = [line for line in self.lines if line.startswith("score: scored ")]
+        return int(lines[-1].partition(before)[2].partition(after)[0]) if lines else 0
 
     def wait_for(self, condition: Any, seconds: float) -> bool:
         """Wait until a condition holds; False: the process ended before."""
@@ -165,9 +192,9 @@ class Score:
 
 
 @contextmanager
-def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Score]:
+def running(*arguments: str, env: dict[str, str] | None = None, module: str = "jobs.score") -> Iterator[Score]:
     """A scoring process that does not outlive the block; `env`: variables beside this process's own."""
-    score = Score(*arguments, env=env)
+    score = Score(*arguments, env=env, module=module)
     try:
         yield score
     finally:

@@ -1,10 +1,10 @@
 """Ray workers that fork from a process which has imported already: their start costs no ten seconds of imports.
 
-The price: a fork has the torch threads of that process (one), and a worker that lacks an import does not show it.
-`tests/long/test_submit.py` starts workers as Ray does.
+The price: a fork has the torch threads of that process (one), and a worker that lacks an import does not show it. The
+job of `ray job submit` in `tests/long/test_submit.py` has workers as Ray starts them.
 
 `preloaded()` starts that process, and lets the clusters of this process start their workers through `launch.py`.
-`COMMAND` runs a module in a process of its own whose cluster does so too.
+`COMMAND` runs a module in a process of its own whose cluster does so too; so does `ray start`, as that module.
 """
 
 import gc
@@ -167,7 +167,7 @@ def main() -> None:
     os.chdir(request["folder"])
     random.seed()
     sys.argv = request["arguments"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import http.client
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -72,7 +73,7 @@ use = egg:swift#catch_errors
 use = egg:swift#s3api
 [filter:tempauth]
 use = egg:swift#tempauth
-user_test_tester = testing .admin
+user_{user} = {secret} .admin
 [filter:slo]
 use = egg:swift#slo
 [app:proxy-server]
@@ -174,8 +175,8 @@ class SwiftServer:
     lives as long as the server is wanted. Linux only.
     """
 
-    access_key = "test:tester"
-    secret_key = "testing"
+    access_key = f"test:{secrets.token_hex(10)}"  # both are random, so that tests can search for their traces
+    secret_key = secrets.token_hex(20)
     region = "us-east-1"
 
     def __init__(self, root: Path) -> None:
@@ -274,7 +275,9 @@ class SwiftServer:
         (self.root / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = tests\n")
         for name in SERVERS:
             common = SERVER_CONF.format(port=self._port(name), root=self.root)
+            user = self.access_key.replace(":", "_")
             own = PROXY_CONF if name == "proxy" else STORAGE_CONF.format(name=name)
+            own = own.replace("{user}", user).replace("{secret}", self.secret_key)
             (self.root / f"{name}.conf").write_text(common + own)
 
     def _launch(self, environment: Path, name: str) -> None:

@@ -155,8 +155,13 @@ MARK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (\d{8}T\d{6}Z-[0-9a-f]{6} )?
 
 
 def unmarked(log: str) -> str:
-    """Lines of a log without the time and the run that each must begin with; click ends a line at Ctrl-C."""
+    """Lines of a log without the time and the run that each must begin with; click ends a line at Ctrl-C.
+
+    The last line of some commands, `summary {...}`, is left out.
+    """
     lines = log.splitlines(keepends=True)
+    if lines and lines[-1].startswith("summary {"):
+        lines.pop()
     assert all(MARK.match(line) or line == "\n" for line in lines), log
     return "".join(MARK.sub("", line, count=1) for line in lines)
 
