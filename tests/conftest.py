@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from botocore.loaders import JSONFileLoader
 
 from tests.support.preloaded import preloaded
+from tests.support.priority import preferred
 from tests.support.proxy import FaultyProxy, in_front_of
 from tests.support.swift import SwiftServer, s3_server
 
@@ -28,6 +30,8 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
 
+# A suite that runs in the background ignores Ctrl-C, and so would the processes that its tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Each S3 client parses botocore's descriptions of AWS again, for 0.1 s; a test makes several clients.
 load_once = cache(JSONFileLoader().load_file)
 JSONFileLoader.load_file = lambda _, path: load_once(path)
@@ -169,7 +173,8 @@ def cluster(s3_environment: SwiftServer, forked_workers: None) -> Iterator[None]
 
     from jobs.cluster import resources
 
-    resources.connect("local")
+    with preferred():
+        resources.connect("local")
     yield
     ray.shutdown()
 

@@ -148,7 +148,8 @@ def test_reference_has_every_command_with_its_options() -> None:
         own = section(text, f"nsnet {name}")
         groups = re.findall(r"\]\(#(\w+)\)", own.partition("\nShared: ")[2].partition("\n\n")[0])
         documented = options(own).union(*(options(shared[group.capitalize()]) for group in groups))
-        known = {opt for parameter in command.params if isinstance(parameter, click.Option) for opt in
+        parts = [*command.commands.values()] if isinstance(command, click.Group) else [command]
+        known = {opt for part in parts for parameter in part.params if isinstance(parameter, click.Option) for opt in
                  (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip
         assert documented == known, name
 
@@ -156,4 +157,4 @@ def test_reference_has_every_command_with_its_options() -> None:
 def options(text: str) -> set[str]:
     """Options in the first column of a document's tables."""
     cells = re.findall(r"^\| ((?:\\\||[^|])+) \|", text, re.MULTILINE)
-    return {option for cell in cells for option in re.findall(r"`(--[a-z-]+)", cell)}
+    return {option for cell in cells for option in re.findall(r"`(--[a-z0-9-]+)", cell)}

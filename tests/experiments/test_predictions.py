@@ -1,6 +1,8 @@
 """What comes out of a training: thresholds know validation alone, and every prediction is stored with its image."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +136,20 @@ def test_predictions_are_stored_under_their_detector(found: Examples, place: str
         return rows
 
     assert without_id(stored) == without_id(judged.table)
+
+
+def test_predictions_that_cannot_be_written_leave_those_before(
+    found: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, path = predictions.judge(found, progress(found), POINT), tmp_path / "predictions.parquet"
+    predictions.write_predictions(judged, "d" * 16, str(path))
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> Iterator[pa.Table]:
+        raise OSError(28, "No space left on device")
+        yield
+
+    monkeypatch.setattr(parquet, "_groups", fail)
+    with pytest.raises(OSError, match="No space left"):
+        predictions.write_predictions(judged, "e" * 16, str(path))
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]

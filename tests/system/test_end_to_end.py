@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cluster.shares import shares
+from jobs.cluster.shares import NodeShape, shares
 from jobs.dataset import schema, synthetic
 from jobs.dataset.plan import Selection, write_manifest
 from jobs.dataset.source import Source
@@ -205,7 +205,7 @@ def test_pipeline_for_gpus_is_accepted_by_ray(cluster: None, tmp_path: Path, mon
     synthetic.write_bucket(tmp_path / "pictures", range(1), seed=0, size_px=64, processes=1)
     plan = write_manifest(str(tmp_path / "pictures"), str(tmp_path / "manifest.parquet"))
     attempts.write_todo({"run": plan.uri}, str(tmp_path / "todo"))
-    monkeypatch.setattr(stream, "cluster_shares", lambda: shares(cpus=16, gpus=2))
+    monkeypatch.setattr(stream, "cluster_shares", lambda: shares([NodeShape(cpus=16, gpus=2)]))
     preparation = PreparationConfig(thumbnail_px=64)
     images_stream = stream.prepared(
         str(tmp_path / "todo"), str(tmp_path / "pictures"), preparation, Models(), keep=stream.SCORING_COLUMNS,
